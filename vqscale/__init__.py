@@ -1,0 +1,30 @@
+"""vqscale: visual tokenizers with very large, sharded codebooks, and priors over their ids.
+
+Importing this package imports nothing heavy; each public name brings what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqscale.codes.codebook import Codebook
+    from vqscale.parallel.mesh import Mesh
+    from vqscale.tokenizer import Tokenizer
+
+__all__ = ["Codebook", "Mesh", "Tokenizer"]
+
+_HOMES = {
+    "Codebook": "vqscale.codes.codebook",
+    "Mesh": "vqscale.parallel.mesh",
+    "Tokenizer": "vqscale.tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in ("quantizers", "priors"):
+        return import_module(f"vqscale.{name}")
+    raise AttributeError(f"module 'vqscale' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")

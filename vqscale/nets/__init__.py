@@ -1,0 +1,1 @@
+"""Plain network modules: no ranks, no codes."""
