@@ -30,7 +30,7 @@ def test_labels_are_balanced_and_named():
 
 
 def test_another_size_shows_the_same_scene():
-    """The mean of 2x2 pixels of the large picture is the small one: edges are antialiased, no draw depends on the size."""
+    """The mean of 2x2 pixels of the large picture is the small one: antialiased, and no draw depends on the size."""
     errors = []
     for index in range(3 * NUM_CLASSES):
         large, small = (draw(index, size, seed=1)[0].astype(np.float64) for size in (128, 64))

@@ -1,7 +1,7 @@
 """Pictures made by arithmetic: a labelled image source that needs no download, for tests and first runs.
 
 Every picture is a pure function of (index, seed) rendered at a size: a background, perhaps some clutter, one main motif
-that gives the label, and light. There is enough texture, gradient and edge in it that a tokenizer gains from more codes.
+that gives the label, and light. There is enough texture, gradient and edge in it for many codes to pay.
 It is not a benchmark, and it reads and writes no file.
 """
 
