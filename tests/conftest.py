@@ -1,0 +1,36 @@
+"""What tests share: one thread, fixed seeds, `ranks` (a function on n gloo processes), no group left behind."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vqscale.parallel.spawn import run
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    torch.manual_seed(0)
+    yield
+    assert not dist.is_initialized(), "a test left a process group behind"
+
+
+@pytest.fixture
+def ranks():
+    """ranks(n, function, *args) runs the function on n gloo processes and returns the results in rank order."""
+    return lambda n, function, *args, timeout_s=60.0: run(function, n, *args, timeout_s=timeout_s)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
