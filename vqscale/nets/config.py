@@ -1,0 +1,86 @@
+"""What a network is made of, without torch: the configs of the nets, read before anything heavy is imported.
+
+Not here: the quantizer between encoder and decoder, and the size of the images, which a convolutional network does not
+need to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """The convolutional encoder and decoder of the VQGAN family; by default the net of the published IBQ tokenizers.
+
+    Level i works at 1/2**i of the image's side with channels * multipliers[i] channels. The encoder walks the levels
+    upwards with num_blocks residual blocks each, the decoder downwards with one more.
+    """
+
+    name: Literal["conv"] = "conv"
+    "which network"
+    channels: int = 128
+    "channels that a multiplier of 1 stands for"
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    "channels of each level, as multiples of channels; every level after the first halves the side"
+    num_blocks: int = 4
+    "residual blocks per level of the encoder; the decoder has one more"
+    attention_levels: tuple[int, ...] = (4,)
+    "levels (0 is full resolution) in which attention follows every residual block"
+    mid_attention: bool = True
+    "attention between the two middle blocks, as in all published VQGANs; false for a network without attention"
+    z_channels: int = 256
+    "channels that the encoder gives and the decoder takes"
+    num_groups: int = 32
+    "groups of every group normalisation; must divide the channels of every level"
+    dropout: float = 0.0
+    "dropout inside the residual blocks, in training only"
+    checkpointing: bool = False
+    "recompute every block in the backward pass: less memory, about a third more time"
+    in_channels: int = 3
+    "channels of an image"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image's side per latent: an image of H x W gives H // stride x W // stride latents."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, message) of all that no network can be built from."""
+        for key in ("channels", "num_blocks", "z_channels", "num_groups", "in_channels"):
+            if getattr(self, key) < 1:
+                yield key, f"{key} is {getattr(self, key)}, but a network has at least 1 of them: raise {key}"
+        if not self.multipliers or min(self.multipliers) < 1:
+            yield (
+                "multipliers",
+                f"multipliers are {list(self.multipliers)}, but every level needs channels: give one number of at "
+                "least 1 per level, such as [1, 2, 4]",
+            )
+        elif self.num_groups >= 1:
+            yield from self._undivided()
+        last = len(self.multipliers) - 1
+        outside = [level for level in self.attention_levels if not 0 <= level <= last]
+        if outside:
+            yield (
+                "attention_levels",
+                f"attention is asked for at levels {outside}, but {len(self.multipliers)} multipliers make levels 0 to "
+                f"{last}: change attention_levels or multipliers",
+            )
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"dropout is {self.dropout}, but a share of zeroed values lies in [0, 1): change dropout"
+
+    def _undivided(self) -> Iterable[tuple[str, str]]:
+        # the encoder's first block normalises the plain channels; where they divide, so do all their multiples
+        if self.channels % self.num_groups:
+            yield (
+                "num_groups",
+                f"{self.num_groups} groups do not divide {self.channels} channels (net.channels), which the first "
+                "block normalises: change num_groups or channels",
+            )
