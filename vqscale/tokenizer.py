@@ -1,0 +1,121 @@
+"""Tokenizer: encoder, quantizer and decoder as one module; images to ids and back.
+
+The order of tokens is defined here, and where float32 begins and ends. Not here: losses on images (vqscale.losses), the
+search among codes (the quantizer's), and ranks: every rank passes its own images, and only the quantizer may talk to
+the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqscale.nets.config import ConvConfig
+from vqscale.nets.conv import Decoder, Encoder
+
+if TYPE_CHECKING:
+    from vqscale.quantizers.base import Quantized
+
+LatentNorm = Literal["none", "rms", "layer"]
+
+
+class Tokenizer(nn.Module):
+    """encoder -> quant_conv -> latent norm -> quantizer -> post_quant_conv -> decoder.
+
+    Images are (B, 3, H, W) in [-1, 1]; H and W are multiples of net.stride. With h = H // stride and w = W // stride
+    the N = B * h * w tokens of a batch are row-major, image after image: token (b * h + y) * w + x is row y, column x
+    of image b.
+
+    latent_norm acts on each token before the quantizer and has no parameters: "rms" divides it by its root mean square,
+    "layer" first subtracts its mean, "none" leaves it. From quant_conv to the quantizer's answer everything is in the
+    type of the parameters, float32, whatever the autocast; the nets follow the autocast.
+    """
+
+    def __init__(self, net: ConvConfig, quantizer: nn.Module, latent_norm: LatentNorm = "none") -> None:
+        super().__init__()
+        dim = int(quantizer.dim)  # type: ignore[arg-type]
+        self.net = net
+        self.latent_norm = latent_norm
+        self.encoder = Encoder(net)
+        self.quant_conv = nn.Conv2d(net.z_channels, dim, 1)
+        self.quantizer = quantizer
+        self.post_quant_conv = nn.Conv2d(dim, net.z_channels, 1)
+        self.decoder = Decoder(net)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """Images -> (reconstruction of the same shape, not clamped; what the quantizer returned for x_ND)."""
+        x_ND = self.latents(images)
+        with _no_autocast(x_ND):
+            quantized = self.quantizer(x_ND)
+        return self.reconstruct(quantized.z_ND, self.grid(images)), quantized
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images -> x_ND, never in half precision: what the quantizer is given."""
+        self.grid(images)  # refuses sides that the stride does not divide
+        encoded = self.encoder(images)
+        with _no_autocast(encoded):
+            x_BDhw = self.quant_conv(encoded.to(self.quant_conv.weight.dtype))
+            x_ND = x_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+            if self.latent_norm == "rms":
+                x_ND = F.rms_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
+            elif self.latent_norm == "layer":
+                x_ND = F.layer_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
+            return x_ND
+
+    def reconstruct(self, z_ND: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Rows of codes for a grid of (B, h, w) tokens -> images, never in half precision, not clamped."""
+        z_BDhw = z_ND.unflatten(0, grid).permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(z_BDhw)).to(self.post_quant_conv.weight.dtype)
+
+    def grid(self, images: Tensor) -> tuple[int, int, int]:
+        """(B, h, w): images, rows and columns of tokens. ValueError where the stride does not divide the sides."""
+        batch, _, height, width = images.shape
+        stride = self.net.stride
+        if height % stride or width % stride:
+            raise ValueError(
+                f"images of {height} x {width} pixels cannot be cut into tokens of {stride} x {stride} pixels, the "
+                f"stride of the {len(self.net.multipliers)} levels in net.multipliers {list(self.net.multipliers)}: "
+                "change the size of the images or the number of multipliers"
+            )
+        return batch, height // stride, width // stride
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images -> int64 ids (B, h, w): the search alone, without gradients and dropout whatever the training mode."""
+        with _evaluating(self):
+            x_ND = self.latents(images)
+            with _no_autocast(x_ND):
+                ids_N = self.quantizer.encode(x_ND)  # type: ignore[operator]
+            return ids_N.view(self.grid(images))
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids (B, h, w) -> images (B, 3, H, W), not clamped, without gradients and dropout in any training mode."""
+        with _evaluating(self):
+            batch, height, width = ids.shape
+            with _no_autocast(ids):
+                z_ND = self.quantizer.decode(ids.flatten())  # type: ignore[operator]
+            return self.reconstruct(z_ND, (batch, height, width))
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    """Inside it autocast is off on the device of x; devices that know no autocast (meta) need nothing."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every part is in its own mode again, which need not be the same for all."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
