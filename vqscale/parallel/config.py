@@ -1,0 +1,120 @@
+"""What a user can choose about processes, precision, the engine and its optimiser. Imports no torch.
+
+How the choices act: mesh.py (the grid), engine.py (both engines), schedule.py (the learning rate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The grid of processes: data x codes = all of them."""
+
+    data: int | None = None
+    """replicas of the whole codebook; null: what `codes` leaves, 1 when both are null"""
+    codes: int | None = None
+    """processes that share one codebook; null: all processes / data"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for key, size in (("data", self.data), ("codes", self.codes)):
+            if size is not None and size < 1:
+                yield key, f"an axis has at least 1 process, not {size}: give a positive number, or null to derive it"
+
+    def resolve(self, world: int) -> tuple[int, int]:
+        """(data, codes) for `world` processes; ValueError where they do not fit."""
+        given = self.data if self.data is not None else self.codes
+        if given is not None and world % given:
+            key = "data" if self.data is not None else "codes"
+            raise ValueError(
+                f"mesh.{key} {given} does not divide the {world} processes that were started: "
+                f"change mesh.{key} or --nproc_per_node"
+            )
+        data = self.data if self.data is not None else world // (self.codes or world)
+        codes = self.codes if self.codes is not None else world // data
+        if data * codes != world:
+            raise ValueError(
+                f"data {data} x codes {codes} = {data * codes} processes, but {world} "
+                f"{'was' if world == 1 else 'were'} started: change mesh.data, mesh.codes or --nproc_per_node"
+            )
+        return data, codes
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How gradients become steps: which engine, how it is split, in which precision, with which limits."""
+
+    name: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed (ZeRO), or torch: the plain twin, which needs no compiler"""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """what DeepSpeed splits over the processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the forward pass (autocast); parameters and moments are fp32 in both"""
+    accumulation: int = 1
+    """micro-batches added up before a step"""
+    clip_norm: float = 1.0
+    """largest norm of the gradient over all parameters together; 0 switches clipping off"""
+    max_skipped: int = 20
+    """steps in a row that may be skipped for non-finite gradients before the run stops"""
+    timeout_s: float = 600.0
+    """how long a process waits for the others before it calls them lost"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.accumulation < 1:
+            yield "accumulation", f"a step needs at least 1 micro-batch, not {self.accumulation}: use 1 or more"
+        if self.clip_norm < 0:
+            yield "clip_norm", f"a norm is not negative, but clip_norm is {self.clip_norm}: use 0 to switch it off"
+        if self.max_skipped < 0:
+            yield "max_skipped", f"a number of steps is not negative, but it is {self.max_skipped}: use 0 or more"
+        if self.timeout_s <= 0:
+            yield "timeout_s", f"waiting takes time, but timeout_s is {self.timeout_s}: use a positive number"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate. Weight decay acts on matrices only: not on biases, norms or codebook rows."""
+
+    lr: float = 1e-4
+    """peak learning rate, reached at the end of the warm-up"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """decay of the first and the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.0
+    """decoupled decay of matrices"""
+    schedule: Literal["constant", "cosine", "steps"] = "cosine"
+    """what the learning rate does after the warm-up"""
+    warmup_steps: int = 0
+    """steps of linear growth before the schedule"""
+    drop_steps: tuple[int, ...] = ()
+    """for schedule steps: at each of these the learning rate is multiplied by drop_factor"""
+    drop_factor: float = 0.1
+    """for schedule steps: see drop_steps"""
+    final_factor: float = 0.0
+    """for schedule cosine: the last step has lr * final_factor"""
+    rows_lr_factor: float = 1.0
+    """codebook rows learn at lr times this"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for key in ("lr", "eps", "drop_factor"):
+            if getattr(self, key) <= 0:
+                yield key, f"{key} must be positive, but it is {getattr(self, key)}: give a number above 0"
+        for key in ("weight_decay", "warmup_steps", "final_factor", "rows_lr_factor"):
+            if getattr(self, key) < 0:
+                yield key, f"{key} must not be negative, but it is {getattr(self, key)}: use 0 or more"
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield "betas", f"a decay lies in [0, 1), but betas are {list(self.betas)}: bring both into that range"
+        if (self.schedule == "steps") != bool(self.drop_steps):
+            yield (
+                "drop_steps",
+                f"drop_steps {list(self.drop_steps)} and schedule {self.schedule} do not go together: "
+                "schedule steps needs drop_steps, the others have none",
+            )
+        if list(self.drop_steps) != sorted(set(self.drop_steps)) or any(s < 1 for s in self.drop_steps):
+            yield (
+                "drop_steps",
+                f"drop_steps are growing step numbers from 1 on, not {list(self.drop_steps)}: put them in order",
+            )

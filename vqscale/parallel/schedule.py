@@ -1,0 +1,26 @@
+"""The learning rate of a step: a pure function, so that a resumed run needs no state for it. No torch, no DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+
+from vqscale.parallel.config import OptimConfig
+
+
+def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
+    """The learning rate of step number `step` (from 0) of a run of `total_steps`.
+
+    warm-up    lr (step + 1) / (warmup_steps + 1), so that the first step is not lost and step `warmup_steps` has lr
+    constant   lr
+    cosine     lr (f + (1 - f) (1 + cos(pi p)) / 2), f = final_factor, p from 0 after the warm-up to 1 at the last step
+    steps      lr drop_factor^(how many of drop_steps have been reached)
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "cosine":
+        span = max(1, total_steps - 1 - config.warmup_steps)
+        progress = min(1.0, (step - config.warmup_steps) / span)
+        return config.lr * (config.final_factor + (1 - config.final_factor) * (1 + math.cos(math.pi * progress)) / 2)
+    if config.schedule == "steps":
+        return config.lr * config.drop_factor ** sum(step >= drop for drop in config.drop_steps)
+    return config.lr
