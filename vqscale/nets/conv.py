@@ -41,7 +41,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """(B, C, H, W) -> the same: each position attends to its whole image with one head of C channels, plus the input."""
+    """(B, C, H, W) -> the same: each position attends to its whole image, one head of C channels, plus the input."""
 
     def __init__(self, channels: int, config: ConvConfig) -> None:
         super().__init__()
