@@ -1,0 +1,272 @@
+"""Checkpoints: any world size reads any other's, damage is found, a save that fails or is killed leaves the last."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import zarr
+
+from vqscale.parallel import checkpoint
+from vqscale.parallel.checkpoint import CheckpointError
+from vqscale.parallel.mesh import Mesh
+
+K = 37  # does not divide by 2, 3 or 4
+
+
+def _whole():
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "rows": torch.randn(K, 5, generator=generator),
+        "exp_avg/rows": torch.randn(K, 5, generator=generator),
+        "counts": torch.randint(0, 1 << 40, (K,), generator=generator),
+    }
+
+
+def _bounds(rank, world):
+    return rank * K // world, (rank + 1) * K // world
+
+
+def _save(folder, step, data=1, codes=1, keep=3):
+    """Every rank saves its cut of the same whole tensors; what is replicated differs by rank, rank 0's counts."""
+    mesh = Mesh(data, codes)
+    start, stop = _bounds(mesh.codes.rank, codes)
+    rows = {name: (tensor[start:stop], start, K) for name, tensor in _whole().items()}
+    replicated = {"w": torch.full((3,), float(step + 100 * mesh.world.rank)), "view": torch.arange(10.0)[2:4]}
+    facts = {"step": step, "rank": mesh.world.rank, "seed": 2**61 + 1}
+    return checkpoint.save(folder, step, replicated=replicated, rows=rows, facts=facts, mesh=mesh, keep=keep)
+
+
+def _load(folder, world):
+    mesh = Mesh(1, world)
+    path, passed_over = checkpoint.latest(folder, mesh)
+    start, stop = _bounds(mesh.codes.rank, world)
+    state = checkpoint.load(path, rows=dict.fromkeys(_whole(), (start, stop, K)))
+    return path, passed_over, state
+
+
+def _same(states):
+    """The ranks' rows, one after the other, are the whole tensors to the bit."""
+    for name, tensor in _whole().items():
+        assert torch.equal(torch.cat([state.rows[name] for state in states]), tensor)
+        assert states[0].rows[name].dtype == tensor.dtype
+
+
+@pytest.mark.dist
+def test_what_four_ranks_saved_any_number_loads(ranks, tmp_path):
+    paths = ranks(4, _save, tmp_path, 3, 1, 4)
+    assert paths == [tmp_path / "0000000003"] * 4
+    for world in (4, 2):
+        answers = ranks(world, _load, tmp_path, world)
+        _same([state for _, _, state in answers])
+        assert all(path == paths[0] and not passed_over for path, passed_over, _ in answers)
+        assert all(torch.equal(s.replicated["w"], torch.full((3,), 3.0)) for _, _, s in answers)
+        assert all(s.facts == {"step": 3, "rank": 0, "seed": 2**61 + 1} for _, _, s in answers)
+    _, _, alone = _load(tmp_path, 1)
+    _same([alone])
+    assert torch.equal(alone.replicated["view"], torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.dist
+def test_replicas_write_nothing_and_each_array_has_one_writer(ranks, tmp_path):
+    ranks(4, _save, tmp_path, 1, 2, 2)
+    starts = sorted(int(path.parent.name) for path in tmp_path.glob("0000000001/rows/counts/*/zarr.json"))
+    assert starts == [0, K // 2]  # two arrays from two writers, though four ranks hold rows
+    second = zarr.open_array(str(tmp_path / f"0000000001/rows/counts/{K // 2:012d}"), mode="r")
+    assert torch.equal(torch.from_numpy(second[...]), _whole()["counts"][K // 2 :])
+    _same([_load(tmp_path, 1)[2]])
+
+
+def _save_with_an_empty_rank(folder):
+    mesh = Mesh(1, 2)
+    rows = torch.arange(6.0).reshape(3, 2)
+    mine = (rows, 0, 3) if mesh.codes.rank == 0 else (rows[3:], 3, 3)
+    return checkpoint.save(folder, 1, replicated={}, rows={"rows": mine}, facts={}, mesh=mesh, keep=1)
+
+
+@pytest.mark.dist
+def test_a_rank_may_own_no_rows(ranks, tmp_path):
+    path = ranks(2, _save_with_an_empty_rank, tmp_path)[0]
+    assert checkpoint.latest(tmp_path) == (path, [])
+    read = checkpoint.load(path, rows={"rows": (1, 3, 3)}).rows["rows"]
+    assert torch.equal(read, torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
+    assert checkpoint.load(path, rows={"rows": (3, 3, 3)}).rows["rows"].shape == (0, 2)
+
+
+def test_many_chunks_and_zero_chunks_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 64)
+    rows = torch.cat([torch.zeros(20, 4), torch.ones(11, 4), torch.zeros(9, 4)])
+    path = checkpoint.save(tmp_path, 1, replicated={}, rows={"r": (rows, 0, 40)}, facts={}, mesh=Mesh(), keep=1)
+    assert torch.equal(checkpoint.load(path, rows={"r": (3, 38, 40)}).rows["r"], rows[3:38])
+    assert len(list(path.glob("rows/r/*/c.*"))) == 3  # chunks of four rows: 5, 6 and 7 are the ones that hold ones
+
+
+def test_another_number_of_codes_or_another_model_is_refused(tmp_path):
+    path = _save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"counts has 64 rows in this configuration, but 37 in .* change the number"):
+        checkpoint.load(path, rows={"counts": (0, 8, 64)})
+    with pytest.raises(ValueError, match=r"has no rows named code, only \['counts', 'exp_avg/rows', 'rows'\]"):
+        checkpoint.load(path, rows={"code": (0, 8, 37)})
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        _save(tmp_path, step, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["0000000003", "0000000010"]
+    _save(tmp_path, 5, keep=1)  # after going back: what lies ahead is not this run's to remove
+    assert sorted(os.listdir(tmp_path)) == ["0000000005", "0000000010"]
+    _save(tmp_path, 10, keep=1)  # the same step again replaces
+    assert sorted(os.listdir(tmp_path)) == ["0000000010"]
+    _same([_load(tmp_path, 1)[2]])
+
+
+def _flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "replicated": (lambda p: _flip(p / "replicated.pt"), "replicated.pt was changed"),
+    "rows": (lambda p: _flip(next(p.glob("rows/rows/*/c.*"))), "rows/rows/000000000000/c.0.0 was changed"),
+    "facts": (lambda p: (p / "facts.json").unlink(), "facts.json cannot be read"),
+    "truncated": (lambda p: os.truncate(p / "replicated.pt", 10), "replicated.pt has 10 bytes, not the"),
+    "manifest gone": (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "manifest cut": (lambda p: os.truncate(p / "manifest.json", 200), "manifest.json cannot be read"),
+    "manifest edited": (
+        lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text().replace('"step": 2', '"step": 3')),
+        "manifest.json was changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path, kind):
+    old, new = _save(tmp_path, 1), _save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == (new, [])
+    harm, reason = DAMAGE[kind]
+    harm(new)
+    path, passed_over = checkpoint.latest(tmp_path)
+    assert path == old
+    assert len(passed_over) == 1
+    assert passed_over[0].startswith(f"{new}: {reason}")
+    harm(old) if kind != "manifest edited" else shutil.rmtree(old)
+    assert checkpoint.latest(tmp_path)[0] is None
+
+
+def test_no_folder_and_an_empty_folder_have_no_checkpoint(tmp_path):
+    assert checkpoint.latest(tmp_path / "none") == (None, [])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "0000000009.tmp").mkdir()
+    assert checkpoint.latest(tmp_path) == (None, [])
+    (tmp_path / "0000000001").mkdir()
+    with pytest.raises(ValueError, match=r"0000000001 is not a whole checkpoint: manifest.json cannot be read"):
+        checkpoint.load(tmp_path / "0000000001", rows={})
+
+
+def _killed_while_writing(folder, rank):
+    """One rank dies inside its writing, as kill -9 does: nothing is cleaned up."""
+    if Mesh(1, 2).world.rank == rank:
+        checkpoint._write_rows = lambda part, rows: (part.mkdir(parents=True), os._exit(9))
+    return _save(folder, 2, 1, 2)
+
+
+@pytest.mark.dist
+def test_a_killed_save_leaves_the_last_and_the_next_save_cleans(ranks, tmp_path):
+    old = ranks(2, _save, tmp_path, 1, 1, 2)[0]
+    with pytest.raises(RuntimeError, match="died without a word"):
+        ranks(2, _killed_while_writing, tmp_path, 1)
+    assert (tmp_path / "0000000002.tmp").is_dir()
+    assert checkpoint.latest(tmp_path) == (old, [])
+    ranks(2, _save, tmp_path, 3, 1, 2)
+    assert sorted(os.listdir(tmp_path)) == ["0000000001", "0000000003"]
+
+
+def _full_disk(folder, rank, small):
+    """Rank `rank` has no space left; every rank says what it saw, then all save again elsewhere in good health."""
+    mesh = Mesh(1, 2)
+    before = checkpoint._write_rows
+    if mesh.world.rank == rank:
+        if small is None:
+
+            def full(part, rows):
+                before(part, rows)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part))
+
+            checkpoint._write_rows = full
+        else:
+            (small / "ballast").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - (16 << 10)))
+    try:
+        _save(folder, 2, 1, 2)
+        return "no error"
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoint._write_rows = before
+
+
+def _check_full_disk(messages, folder, old):
+    assert messages[0] == messages[1]
+    assert "the checkpoint of step 2 was not written: rank" in messages[0]
+    assert "No space left on device" in messages[0]
+    assert f"The last good one stands: {old}. Make room" in messages[0]
+    assert not list(folder.glob("*.tmp"))
+    assert checkpoint.latest(folder) == (old, [])
+
+
+@pytest.mark.dist
+def test_no_space_on_one_rank_is_an_error_on_all(ranks, tmp_path):
+    old = ranks(2, _save, tmp_path, 1, 1, 2)[0]
+    _check_full_disk(ranks(2, _full_disk, tmp_path, 1, None), tmp_path, old)
+    ranks(2, _save, tmp_path, 2, 1, 2)
+    assert checkpoint.latest(tmp_path) == (tmp_path / "0000000002", [])
+
+
+@pytest.mark.dist
+def test_a_full_file_system_is_an_error_on_all(ranks, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        old = ranks(2, _save, small / "run", 1, 1, 2)[0]
+        _check_full_disk(ranks(2, _full_disk, small / "run", 0, small), small / "run", old)
+        (small / "ballast").unlink()
+        ranks(2, _save, small / "run", 2, 1, 2)
+        assert checkpoint.latest(small / "run")[0] == small / "run" / "0000000002"
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_no_space_for_what_is_replicated_is_named(tmp_path, monkeypatch):
+    old = _save(tmp_path, 1)
+
+    monkeypatch.setattr(checkpoint.torch, "save", _buried)
+    with pytest.raises(
+        CheckpointError, match=rf"OSError: \[Errno {errno.ENOSPC}\] No space left .* stands: {old}\. Make"
+    ):
+        _save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == (old, [])
+
+
+def _buried(*_):
+    """What torch.save does on a full disk: the error that counts is the context of another."""
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+
+def test_what_replicated_holds_is_not_more_than_its_views(tmp_path):
+    path = checkpoint.save(
+        tmp_path, 1, replicated={"v": torch.zeros(100_000)[:3]}, rows={}, facts={}, mesh=Mesh(), keep=1
+    )
+    assert json.loads((path / "manifest.json").read_text())["files"]["replicated.pt"]["bytes"] < 10_000
+    assert Path(path / "replicated.pt").stat().st_size < 10_000

@@ -1,0 +1,82 @@
+"""manifest.json: the size and sha256 of every file of a folder, written last, so that damage is found before it is read.
+
+Also the fsync calls that make files and folders durable. Not here: which files there are (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+
+
+def seal(file: Path) -> dict[str, Any]:
+    """Make a file durable; its entry of the manifest, computed from what can be read back."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest with a hash of itself, and make everything under the folder durable.
+
+    manifest["files"] maps paths relative to the folder to their entries from `seal`.
+    """
+    (folder / NAME).write_text(json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1))
+    seal(folder / NAME)
+    for inner, _, _ in os.walk(folder):
+        sync_folder(Path(inner))
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest as it was given to `write`; ValueError that says what is wrong with it."""
+    try:
+        manifest = json.loads((folder / NAME).read_text())
+        claimed = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{NAME} cannot be read ({type(error).__name__}: {error})") from None
+    if claimed != _hash(manifest):
+        raise ValueError(f"{NAME} was changed after it was written")
+    return manifest
+
+
+def damage(folder: Path) -> str | None:
+    """Why the files of this folder are not what was written, or None. Reads every byte of them."""
+
+    def check(item: tuple[str, dict[str, Any]]) -> str | None:
+        name, entry = item
+        try:
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes, not the {entry['bytes']} that were written"
+            with (folder / name).open("rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+            return None if same else f"{name} was changed after it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+
+    try:
+        manifest = read(folder)
+    except ValueError as error:
+        return str(error)
+    with ThreadPoolExecutor(4) as pool:
+        return next((found for found in pool.map(check, manifest["files"].items()) if found), None)
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
