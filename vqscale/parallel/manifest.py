@@ -1,4 +1,4 @@
-"""manifest.json: the size and sha256 of every file of a folder, written last, so that damage is found before it is read.
+"""manifest.json: the size and sha256 of every file of a folder, written last, so that damage is found before reading.
 
 Also the fsync calls that make files and folders durable. Not here: which files there are (checkpoint.py).
 """
