@@ -58,7 +58,7 @@ def images():
 
 @pytest.fixture
 def tokenizer(images):
-    """In training mode; its 11 rows are the latents of the first 11 of the 12 tokens of the images, so the ids differ."""
+    """In training mode; its 11 rows are the latents of the first 11 of 12 tokens of the images: ids differ."""
     torch.manual_seed(1)
     tokenizer = Tokenizer(NET, Nearest()).eval()
     with torch.no_grad():

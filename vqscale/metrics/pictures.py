@@ -1,0 +1,74 @@
+"""Pictures of a run as uint8 arrays of height x width x 3: reconstructions under their originals, usage of codes.
+
+They are made from what the caller has gathered and know neither ranks nor TensorBoard: metrics.board shows them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from vqscale.metrics.reconstruction import to_bytes
+
+Picture = npt.NDArray[np.uint8]
+
+_CURVE_POINTS = 2000
+
+
+def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Picture:
+    """(B, 3, H, W) twice, in [-1, 1] -> one picture: rows of `columns` originals, below each its reconstruction."""
+    x, y = (to_bytes(images.detach()).permute(0, 2, 3, 1).cpu().numpy() for images in (originals, reconstructions))
+    if x.shape != y.shape or not len(x):
+        raise ValueError(
+            f"a grid shows one reconstruction of the same shape below each original, but got {tuple(originals.shape)} "
+            f"and {tuple(reconstructions.shape)}: pass two batches of one shape, of at least one image"
+        )
+    columns = min(columns, len(x))
+    rows = -(-len(x) // columns)
+    height, width = x.shape[1:3]
+    picture = np.zeros((rows, 2, height, columns, width, 3), dtype=np.uint8)
+    for index in range(len(x)):
+        picture[index // columns, 0, :, index % columns] = x[index]
+        picture[index // columns, 1, :, index % columns] = y[index]
+    return picture.reshape(rows * 2 * height, columns * width, 3)
+
+
+def usage(counts: npt.ArrayLike | Tensor, title: str = "") -> Picture:
+    """How often each of K codes was chosen (K counts, any order) -> a picture of the counts, most used code first.
+
+    Both axes are logarithmic, so 2^18 codes fit. The curve ends at the last code in use; the corner says how many.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
+    from matplotlib.figure import Figure
+
+    values = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
+    ordered = np.sort(values)[::-1]
+    used = int((ordered > 0).sum())
+    places = np.unique(np.geomspace(1, max(used, 1), _CURVE_POINTS).astype(np.int64))
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    if used:
+        axes.loglog(places, ordered[places - 1], drawstyle="steps-post")
+        axes.axhline(ordered.sum() / len(ordered), linestyle=":", color="gray", label="if all were used equally")
+        axes.legend(loc="lower left")
+    axes.set(xlim=(1, max(len(ordered), 2)), xlabel="codes, most used first", ylabel="times chosen", title=title)
+    axes.text(0.98, 0.95, f"{used} of {len(ordered)} codes used", transform=axes.transAxes, ha="right", va="top")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save(path: str | os.PathLike[str], picture: Picture | Tensor) -> Path:
+    """Write a picture as PNG, with its folders; a reader never sees half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    array = picture.cpu().numpy() if isinstance(picture, Tensor) else picture
+    Image.fromarray(array).save(beside, format="PNG")
+    os.replace(beside, path)
+    return path
