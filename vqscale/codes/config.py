@@ -1,0 +1,64 @@
+"""The settings of learned tables, as frozen dataclasses that mirror the YAML. No torch here: --help stays instant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Similarity = Literal["dot", "euclid", "cosine"]
+Init = Literal["normal", "uniform", "data"]
+
+
+@dataclass(frozen=True)
+class UpkeepConfig:
+    """First values of a learned table, the window in which usage is counted, and the revival of dead codes."""
+
+    init: Init = "data"
+    """first rows: normal N(0, init_scale^2), uniform +-init_scale, or data: encoder outputs after warmup_steps"""
+    init_scale: float = 1.0
+    """scale of the first rows (with init: data they are replaced when the warm-up ends)"""
+    warmup_steps: int = 50
+    """steps without quantization before the rows are drawn from encoder outputs (init: data only)"""
+    window_decay: float = 0.99
+    """decay per step of the exponential window of counts; 0.99 looks back about 100 steps"""
+    revive_every: int = 10
+    """every so many steps, dead codes are set to tokens of the current batch; 0 never"""
+    revive_below: float = 0.05
+    """a code is dead when it has less than this share of its fair share of hits"""
+    revive_after: int = 20
+    """steps that a code is given before it can be called dead"""
+    revive_most: int = 1024
+    """at most so many codes are revived at a time"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.init_scale <= 0:
+            yield "init_scale", f"init_scale is {self.init_scale}, the scale of the first rows: make it positive"
+        if self.warmup_steps < 0:
+            yield "warmup_steps", f"warmup_steps is {self.warmup_steps}: use 0 or more"
+        if self.init == "data" and self.warmup_steps < 1:
+            yield "warmup_steps", "init: data draws the rows from a warm-up of 0 steps: use at least 1, or another init"
+        if not 0 <= self.window_decay < 1:
+            yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
+        if self.revive_every < 0:
+            yield "revive_every", f"revive_every is {self.revive_every}: use 0 (never) or more"
+        if self.revive_most < 1:
+            yield "revive_most", f"revive_most is {self.revive_most}: use at least 1, or revive_every: 0"
+
+
+@dataclass(frozen=True)
+class TableConfig(UpkeepConfig):
+    """What every quantizer with a learned table has."""
+
+    num_codes: int = 4096
+    """K, the number of codes"""
+    dim: int = 16
+    """D, the dimension of a code"""
+    scan_mib: int = 64
+    """memory of the blocks in which tokens meet rows, MiB per process"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
+        for key in ("num_codes", "dim", "scan_mib"):
+            if getattr(self, key) < 1:
+                yield key, f"{key} is {getattr(self, key)}: use at least 1"

@@ -1,0 +1,94 @@
+"""What the codes have been used for: counts, sums, the exponential window of counts, usage and perplexity, dead codes.
+
+Counting gathers the ids (or the tokens) of the code group, each rank counts for its own rows, and replicas add up. So a
+count is over all tokens of all ranks, and lies where the row lies. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqscale.codes.rows import Rows, Table
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Axis, Mesh
+
+
+@torch.no_grad()
+def counts(ids_N: Tensor, layout: Rows, mesh: Mesh) -> Tensor:
+    """How often each row of this rank was taken by any token of any rank: counts_k, int64."""
+    mine_B, local_B = layout.find(ops.gather(ids_N, mesh.codes))
+    out_k = torch.zeros(layout.count, dtype=torch.int64, device=ids_N.device)
+    if layout.count:
+        out_k.index_add_(0, local_B, mine_B.to(torch.int64))
+    return ops.sum_over(out_k, mesh.data)
+
+
+@torch.no_grad()
+def sums(ids_N: Tensor, x_ND: Tensor, layout: Rows, mesh: Mesh) -> Tensor:
+    """The sum of the tokens, of any rank, that took each row of this rank: sums_kD, in x's precision."""
+    mine_B, local_B = layout.find(ops.gather(ids_N, mesh.codes))
+    x_BD = ops.gather(x_ND, mesh.codes)
+    out_kD = x_ND.new_zeros(layout.count, x_ND.shape[1])
+    if layout.count:
+        out_kD.index_add_(0, local_B, x_BD * mine_B[:, None])
+    return ops.sum_over(out_kD, mesh.data)
+
+
+@torch.no_grad()
+def usage(counts_k: Tensor, axis: Axis, num_codes: int, least: float = 0.0) -> dict[str, Tensor]:
+    """usage (share of codes with a count above `least`), perplexity exp(H) and the number of dead codes, of all K."""
+    c_k = counts_k.to(torch.float64)
+    some = (c_k > least).sum().to(torch.float64)
+    total, used, clogc = ops.sum_over(torch.stack([c_k.sum(), some, torch.xlogy(c_k, c_k).sum()]), axis)
+    entropy = torch.where(total > 0, total.clamp_min(1e-300).log() - clogc / total.clamp_min(1e-300), 0.0)
+    return {"usage": used / num_codes, "perplexity": entropy.exp(), "dead": num_codes - used}
+
+
+def entropy_of_mean(columns_k: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
+    """Entropy of the mean probability over all tokens of all ranks; columns_k as `Codebook.mix` gives them.
+
+    Every rank has num_tokens tokens. The same number on every rank, and differentiable: K / M numbers travel on the
+    data axis, one on the code axis. A code whose mean underflows to zero counts, and pulls, nothing.
+    """
+    mean_k = ops.sum_over(columns_k, mesh.data) / (num_tokens * mesh.world.size)
+    mean_k = mean_k.clamp_min(torch.finfo(mean_k.dtype).tiny)
+    return ops.sum_over(-(mean_k * mean_k.log()).sum(), mesh.codes)
+
+
+class Window(Table):
+    """An exponential window of counts over optimiser steps, c <- decay c + (1 - decay) counts, and the age of each row.
+
+    A code is used while its last hit lies within 1 / (1 - decay) steps. A renewed row begins again with no hits and age
+    zero; `rate` knows this.
+    """
+
+    def __init__(self, num_codes: int, mesh: Mesh, decay: float) -> None:
+        super().__init__(Rows(num_codes, mesh.codes.size, mesh.codes.rank))
+        self.num_codes, self.axis, self.decay = num_codes, mesh.codes, decay
+        self.counts_k: Tensor
+        self.age_k: Tensor
+        self.register_buffer("counts_k", torch.zeros(self.layout.count, device=mesh.device))
+        self.register_buffer("age_k", torch.zeros(self.layout.count, device=mesh.device))
+
+    @torch.no_grad()
+    def add(self, counts_k: Tensor) -> None:
+        """Count one optimiser step."""
+        self.counts_k.lerp_(counts_k.to(self.counts_k.dtype), 1.0 - self.decay)
+        self.age_k += 1
+
+    @torch.no_grad()
+    def restart(self, local_ids: Tensor) -> None:
+        """Forget the hits of renewed rows."""
+        self.counts_k[local_ids] = 0
+        self.age_k[local_ids] = 0
+
+    def rate(self) -> Tensor:
+        """Hits per step since the row was renewed, weighted towards the latest steps."""
+        return self.counts_k / (1.0 - self.decay**self.age_k).clamp_min(1e-12)
+
+    def usage(self) -> dict[str, Tensor]:
+        """usage, perplexity and dead codes of the window, of all K."""
+        # What one hit leaves after 1 / (1 - decay) steps, with room for rounding.
+        least = 0.999 * (1.0 - self.decay) * self.decay ** (1.0 / (1.0 - self.decay))
+        return usage(self.counts_k, self.axis, self.num_codes, least)

@@ -1,0 +1,122 @@
+"""What a learned table needs beside its gradient: first values from data, a window of counts, revival of dead codes.
+
+None of it happens by itself: a training loop calls `begin` once and `update` after each optimiser step. A quantizer
+that nobody drives keeps the rows that it was built with.
+
+All choices are functions of (seed, step) and of the global batch in its global order, so every rank and every number of
+processes makes the same ones. What is sent is bounded by the candidates (P x D), not by K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.codes import tally
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.config import UpkeepConfig
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.seed import derive
+
+
+@torch.no_grad()
+def choose(x_ND: Tensor, num: int, mesh: Mesh, seed: int) -> Tensor:
+    """`num` tokens of the global batch, drawn without replacement by `seed`: P x D, the same on every rank."""
+    total = len(x_ND) * mesh.world.size
+    assert num <= total, f"{num} candidates asked of {total} tokens"
+    chosen_P = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:num].to(x_ND.device)
+    local_P = chosen_P - len(x_ND) * mesh.world.rank
+    mine_P = (local_P >= 0) & (local_P < len(x_ND))
+    return ops.sum_over(x_ND[torch.where(mine_P, local_P, 0)] * mine_P[:, None], mesh.world)
+
+
+@torch.no_grad()
+def first_dead(dead_k: Tensor, num: int, turn: int, codebook: Codebook) -> Tensor:
+    """Up to `num` global ids of dead rows, in id order from `turn` on; -1 fills. The same on every rank."""
+    layout, total = codebook.layout, codebook.num_codes
+    dead = torch.nonzero(dead_k)[:, 0] + layout.start
+    keys = torch.sort((dead - turn) % total).values[:num]
+    padded = torch.full((num,), total, dtype=torch.int64, device=dead_k.device)
+    padded[: len(keys)] = keys
+    keys = torch.sort(ops.gather(padded, codebook.axis)).values[:num]
+    return torch.where(keys < total, (keys + turn) % total, -1)
+
+
+class Upkeep(nn.Module):
+    """Watches a codebook in training: `observe` in each forward pass, `update` after each optimiser step."""
+
+    def __init__(self, codebook: Codebook, config: UpkeepConfig, mesh: Mesh, seed: int) -> None:
+        super().__init__()
+        self.config, self.mesh, self.seed = config, mesh, seed
+        self._codebook = [codebook]  # in a list: it is the quantizer's child, not also ours
+        self.window = tally.Window(codebook.num_codes, mesh, config.window_decay)
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.driven = False
+        self._counts_k: Tensor | None = None
+        self._latest_ND: Tensor | None = None
+
+    def begin(self) -> None:
+        """From here on a training loop calls `update`; with init: data the warm-up begins."""
+        self.driven = True
+
+    @property
+    def warming(self) -> bool:
+        """True while tokens pass unquantized because the rows have not been drawn from data yet."""
+        return self.driven and self.config.init == "data" and int(self.steps) < self.config.warmup_steps
+
+    @torch.no_grad()
+    def observe(self, x_ND: Tensor, ids_N: Tensor) -> None:
+        """Count the tokens of one forward pass; several may come before an `update` (accumulation)."""
+        if not self.driven:
+            return
+        counts_k = tally.counts(ids_N, self.window.layout, self.mesh)
+        self._counts_k = counts_k if self._counts_k is None else self._counts_k + counts_k
+        self._latest_ND = x_ND.detach()
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """After an optimiser step: count it, then draw first values or revive. Returns the local rows that changed."""
+        codebook, config = self._codebook[0], self.config
+        changed = torch.zeros(0, dtype=torch.int64, device=codebook.rows.device)
+        if self._counts_k is None or self._latest_ND is None:
+            return changed
+        if not self.warming:
+            self.window.add(self._counts_k)
+        step, x_ND = int(self.steps), self._latest_ND
+        self.steps += 1
+        tokens = len(x_ND) * self.mesh.world.size
+        if config.init == "data" and step < config.warmup_steps:
+            left = config.warmup_steps - 1 - step
+            changed = self._fill(x_ND, left, min(tokens, codebook.num_codes))
+        elif config.revive_every and step % config.revive_every == 0:
+            changed = self._revive(x_ND, step, min(tokens, codebook.num_codes, config.revive_most))
+        self._counts_k = self._latest_ND = None
+        return changed
+
+    def _fill(self, x_ND: Tensor, left: int, num: int) -> Tensor:
+        """In the last steps of the warm-up, as many as it takes, draw a part of the rows from the global batch."""
+        codebook = self._codebook[0]
+        first = codebook.num_codes - (left + 1) * num
+        if first <= -num:
+            return torch.zeros(0, dtype=torch.int64, device=x_ND.device)
+        ids = torch.arange(max(first, 0), first + num, device=x_ND.device)
+        values = choose(x_ND, len(ids), self.mesh, derive(self.seed, "fill", left))
+        return codebook.replace(ids, values)
+
+    def _revive(self, x_ND: Tensor, step: int, num: int) -> Tensor:
+        """Give dead codes the values of tokens of this batch."""
+        codebook, window, config = self._codebook[0], self.window, self.config
+        dead_k = (window.age_k >= config.revive_after) & (window.rate() < config.revive_below * self._fair_share())
+        turn = derive(self.seed, "turn", step) % codebook.num_codes
+        ids = first_dead(dead_k, num, turn, codebook)
+        changed = codebook.replace(ids, choose(x_ND, num, self.mesh, derive(self.seed, "revive", step)))
+        window.restart(changed)
+        return changed
+
+    def _fair_share(self) -> float:
+        """The hits per optimiser step that every code has when all are used alike."""
+        assert self._counts_k is not None
+        codebook = self._codebook[0]
+        return float(ops.sum_over(self._counts_k.sum(), codebook.axis)) / codebook.num_codes

@@ -1,0 +1,90 @@
+"""What a quantizer is: tokens in, codes out, one type of answer for all. Concrete classes are never subclassed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.codes import tally
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.upkeep import Upkeep
+from vqscale.parallel import ops
+
+Renewed = tuple[nn.Parameter, Tensor]
+
+
+@dataclass
+class Quantized:
+    """z_ND goes to the decoder; `losses` are weighted, training adds their sum; `stats` are for the eye.
+
+    Losses are means over the tokens of this rank, or the same number on all ranks; stats likewise.
+    """
+
+    z_ND: Tensor
+    ids_N: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def z(self) -> Tensor:
+        return self.z_ND
+
+    @property
+    def ids(self) -> Tensor:
+        return self.ids_N
+
+
+class Quantizer(nn.Module, ABC):
+    """Tokens last-dim: quantizer(x_ND). Precision inside is float32 or better whatever the autocast."""
+
+    dim: int
+    num_codes: int
+
+    @abstractmethod
+    def forward(self, x_ND: Tensor) -> Quantized:
+        """Quantize; in training mode also count, and prepare what `update` does."""
+
+    @abstractmethod
+    def encode(self, x_ND: Tensor) -> Tensor:
+        """ids_N alone: the search, no training terms, no gradient."""
+
+    @abstractmethod
+    def decode(self, ids_N: Tensor) -> Tensor:
+        """z_ND of ids: exactly what `forward` gave for them."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """A training loop that will call `update` begins: warm-up, first values from data and revival are on."""
+
+    @abstractmethod
+    def update(self) -> list[Renewed]:
+        """After each optimiser step in training: moving averages, first values, revival.
+
+        Returns (parameter, local rows) that got new values: an optimiser forgets its moments of them.
+        """
+
+
+def full(x_ND: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is."""
+    return x_ND if x_ND.dtype == torch.float64 else x_ND.float()
+
+
+def table_stats(codebook: Codebook, upkeep: Upkeep, x_ND: Tensor, ids_N: Tensor, training: bool) -> dict[str, Tensor]:
+    """usage, perplexity, dead (over all K; of the window in a driven training, else of these tokens), norms.
+
+    One all-reduce of three numbers, and one of a norm, on the code axis.
+    """
+    with torch.no_grad():
+        if training and upkeep.driven:
+            stats = upkeep.window.usage()
+        else:
+            mine_B, local_B = codebook.layout.find(ops.gather(ids_N, codebook.axis))
+            counts_k = torch.zeros_like(upkeep.window.counts_k)
+            if len(counts_k):
+                counts_k.index_add_(0, local_B, mine_B.to(counts_k.dtype))
+            stats = tally.usage(counts_k, codebook.axis, codebook.num_codes)
+        code_norm = ops.sum_over(codebook.rows.norm(dim=1).sum(), codebook.axis) / codebook.num_codes
+        return {**stats, "code_norm": code_norm, "latent_norm": x_ND.norm(dim=1).mean()}

@@ -1,0 +1,91 @@
+"""EMA: the nearest code; rows are moving averages of the tokens that took them (van den Oord et al. 2017, appendix).
+
+    N <- decay N + (1 - decay) n,   m <- decay m + (1 - decay) s,   c = m / ((N + eps) / (sum N + K eps) sum N)
+
+n and s are counts and sums over all tokens of all ranks since the last optimiser step. z = x + sg(c - x), and the only
+loss is commitment_weight |x - sg(c)|^2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqscale.codes import tally
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.rows import Table
+from vqscale.codes.upkeep import Upkeep
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
+from vqscale.quantizers.config import EMAConfig
+
+
+class Averages(Table):
+    """The moving counts N and sums m of the rows of this rank; they begin as one token at each row."""
+
+    def __init__(self, codebook: Codebook) -> None:
+        super().__init__(codebook.layout)
+        self.counts_k: Tensor
+        self.sums_kD: Tensor
+        self.register_buffer("counts_k", torch.ones_like(codebook.rows[:, 0]))
+        self.register_buffer("sums_kD", codebook.rows.detach().clone())
+
+
+class EMA(Quantizer):
+    def __init__(self, config: EMAConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.dim, self.num_codes = config, config.dim, config.num_codes
+        self.mesh = mesh or Mesh()
+        self.codebook = Codebook.from_config(config, config.similarity, self.mesh, seed=seed, learned=False)
+        self.averages = Averages(self.codebook)
+        self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x_ND: Tensor) -> Quantized:
+        x_ND = full(x_ND)
+        ids_N, _ = self.codebook.nearest(x_ND)
+        if self.training:
+            self.upkeep.observe(x_ND, ids_N)
+        stats = table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training)
+        stats["saturation"] = x_ND.new_ones(())
+        if self.training and self.upkeep.warming:
+            return Quantized(x_ND, ids_N, {}, stats)
+        if self.training:
+            self._count(x_ND.detach(), ids_N)
+        c_ND = self.codebook.lookup(ids_N)
+        losses = {"commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND)}
+        return Quantized(x_ND + (c_ND - x_ND).detach(), ids_N, losses, stats)
+
+    def _count(self, x_ND: Tensor, ids_N: Tensor) -> None:
+        counts_k = tally.counts(ids_N, self.codebook.layout, self.mesh).to(x_ND.dtype)
+        sums_kD = tally.sums(ids_N, x_ND, self.codebook.layout, self.mesh)
+        old = self._new or (torch.zeros_like(counts_k), torch.zeros_like(sums_kD))
+        self._new = (old[0] + counts_k, old[1] + sums_kD)
+
+    def encode(self, x_ND: Tensor) -> Tensor:
+        return self.codebook.nearest(full(x_ND))[0]
+
+    @torch.no_grad()
+    def decode(self, ids_N: Tensor) -> Tensor:
+        return self.codebook.lookup(ids_N)
+
+    def begin(self) -> None:
+        self.upkeep.begin()
+
+    @torch.no_grad()
+    def update(self) -> list[Renewed]:
+        counts_k, sums_kD, decay = self.averages.counts_k, self.averages.sums_kD, self.config.decay
+        if self._new is not None:
+            counts_k.lerp_(self._new[0].to(counts_k.dtype), 1.0 - decay)
+            sums_kD.lerp_(self._new[1].to(sums_kD.dtype), 1.0 - decay)
+            total = ops.sum_over(counts_k.sum(), self.codebook.axis)
+            smooth_k = (counts_k + self.config.eps) / (total + self.num_codes * self.config.eps) * total
+            self.codebook.rows.copy_(sums_kD / smooth_k[:, None])
+            self._new = None
+        changed = self.upkeep.update()
+        # A renewed row begins again as one token at its new place, or the old average would pull it back.
+        counts_k[changed] = 1.0
+        sums_kD[changed] = self.codebook.rows[changed]
+        return []
