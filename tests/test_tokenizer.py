@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale import losses
+from vqscale import losses, quantizers
 from vqscale.nets.config import ConvConfig
+from vqscale.quantizers.base import Quantized, Quantizer
 from vqscale.tokenizer import Tokenizer
 
 NET = ConvConfig(
@@ -18,20 +17,12 @@ NET = ConvConfig(
 )
 
 
-@dataclass
-class Found:
-    z_ND: Tensor
-    ids_N: Tensor
-    losses: dict[str, Tensor]
-    stats: dict[str, Tensor]
-
-
-class Nearest(nn.Module):
-    """The least that has a quantizer's contract: nearest row, straight through, and a record of what it was given."""
+class Nearest(Quantizer):
+    """The least that is a quantizer: nearest row, straight through, and a record of what it was given."""
 
     def __init__(self, num_codes: int = 11, dim: int = 3) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.num_codes = dim, num_codes
         self.rows = nn.Parameter(torch.randn(num_codes, dim))
         self.seen: list[Tensor] = []
         self.autocast: list[bool] = []
@@ -44,11 +35,17 @@ class Nearest(nn.Module):
     def decode(self, ids_N: Tensor) -> Tensor:
         return self.rows[ids_N]
 
-    def forward(self, x_ND: Tensor) -> Found:
+    def begin(self) -> None:
+        raise AssertionError("the tokenizer begins no training")
+
+    def update(self) -> list:
+        raise AssertionError("the tokenizer updates nothing")
+
+    def forward(self, x_ND: Tensor) -> Quantized:
         ids_N = self.encode(x_ND)
         z_ND = self.rows[ids_N]
         commitment = (x_ND - z_ND.detach()).square().mean() + (x_ND.detach() - z_ND).square().mean()
-        return Found(x_ND + (z_ND - x_ND).detach(), ids_N, {"commitment": commitment}, {})
+        return Quantized(x_ND + (z_ND - x_ND).detach(), ids_N, {"commitment": commitment})
 
 
 @pytest.fixture
@@ -96,6 +93,15 @@ def test_ids_there_and_back(tokenizer, images):
     assert ids.shape == (2, 2, 3)
     assert ids.dtype == torch.int64
     assert ids.flatten()[:11].tolist() == list(range(11))
+    assert torch.equal(ids.flatten(), quantized.ids_N)
+    torch.testing.assert_close(tokenizer.decode(ids), recon)
+
+
+@pytest.mark.parametrize("name", ["vq", "ibq"])
+def test_ids_there_and_back_with_a_codebook(images, name):
+    tokenizer = Tokenizer(NET, quantizers.build({"name": name, "num_codes": 50, "dim": 4}), "rms").eval()
+    recon, quantized = tokenizer(images)
+    ids = tokenizer.encode(images)
     assert torch.equal(ids.flatten(), quantized.ids_N)
     torch.testing.assert_close(tokenizer.decode(ids), recon)
 

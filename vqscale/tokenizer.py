@@ -19,7 +19,7 @@ from vqscale.nets.config import ConvConfig
 from vqscale.nets.conv import Decoder, Encoder
 
 if TYPE_CHECKING:
-    from vqscale.quantizers.base import Quantized
+    from vqscale.quantizers.base import Quantized, Quantizer
 
 LatentNorm = Literal["none", "rms", "layer"]
 
@@ -36,15 +36,14 @@ class Tokenizer(nn.Module):
     type of the parameters, float32, whatever the autocast; the nets follow the autocast.
     """
 
-    def __init__(self, net: ConvConfig, quantizer: nn.Module, latent_norm: LatentNorm = "none") -> None:
+    def __init__(self, net: ConvConfig, quantizer: Quantizer, latent_norm: LatentNorm = "none") -> None:
         super().__init__()
-        dim = int(quantizer.dim)  # type: ignore[arg-type]
         self.net = net
         self.latent_norm = latent_norm
         self.encoder = Encoder(net)
-        self.quant_conv = nn.Conv2d(net.z_channels, dim, 1)
+        self.quant_conv = nn.Conv2d(net.z_channels, quantizer.dim, 1)
         self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(dim, net.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, net.z_channels, 1)
         self.decoder = Decoder(net)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
@@ -90,7 +89,7 @@ class Tokenizer(nn.Module):
         with _evaluating(self):
             x_ND = self.latents(images)
             with _no_autocast(x_ND):
-                ids_N = self.quantizer.encode(x_ND)  # type: ignore[operator]
+                ids_N = self.quantizer.encode(x_ND)
             return ids_N.view(self.grid(images))
 
     @torch.no_grad()
@@ -99,7 +98,7 @@ class Tokenizer(nn.Module):
         with _evaluating(self):
             batch, height, width = ids.shape
             with _no_autocast(ids):
-                z_ND = self.quantizer.decode(ids.flatten())  # type: ignore[operator]
+                z_ND = self.quantizer.decode(ids.flatten())
             return self.reconstruct(z_ND, (batch, height, width))
 
 

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -66,10 +66,17 @@ class Board:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def images(self, step: int, name: str, picture: pictures.Picture | Tensor) -> None:
-        """Show and save a uint8 picture of height x width x 3, as vqscale.metrics.pictures makes them."""
+    def images(
+        self, step: int, name: str, picture: pictures.Picture | Tensor | Callable[[], pictures.Picture | Tensor]
+    ) -> None:
+        """Show and save a uint8 picture of height x width x 3, as vqscale.metrics.pictures makes them.
+
+        A function that draws one is called on rank 0 only; it may not communicate.
+        """
         if self._writer is None:
             return
+        if callable(picture) and not isinstance(picture, Tensor):
+            picture = picture()
         pictures.save(self.folder / "samples" / name / f"{step:010d}.png", picture)
         self._writer.add_image(name, picture, step, dataformats="HWC")
 

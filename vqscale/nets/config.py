@@ -20,27 +20,27 @@ class ConvConfig:
     """
 
     name: Literal["conv"] = "conv"
-    "which network"
+    """which network"""
     channels: int = 128
-    "channels that a multiplier of 1 stands for"
+    """channels that a multiplier of 1 stands for"""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    "channels of each level, as multiples of channels; every level after the first halves the side"
+    """channels of each level, as multiples of channels; every level after the first halves the side"""
     num_blocks: int = 4
-    "residual blocks per level of the encoder; the decoder has one more"
+    """residual blocks per level of the encoder; the decoder has one more"""
     attention_levels: tuple[int, ...] = (4,)
-    "levels (0 is full resolution) in which attention follows every residual block"
+    """levels (0 is full resolution) in which attention follows every residual block"""
     mid_attention: bool = True
-    "attention between the two middle blocks, as in all published VQGANs; false for a network without attention"
+    """attention between the two middle blocks, as in all published VQGANs; false for a network without attention"""
     z_channels: int = 256
-    "channels that the encoder gives and the decoder takes"
+    """channels that the encoder gives and the decoder takes"""
     num_groups: int = 32
-    "groups of every group normalisation; must divide the channels of every level"
+    """groups of every group normalisation; must divide the channels of every level"""
     dropout: float = 0.0
-    "dropout inside the residual blocks, in training only"
+    """dropout inside the residual blocks, in training only"""
     checkpointing: bool = False
-    "recompute every block in the backward pass: less memory, about a third more time"
+    """recompute every block in the backward pass: less memory, about a third more time"""
     in_channels: int = 3
-    "channels of an image"
+    """channels of an image"""
 
     @property
     def widths(self) -> tuple[int, ...]:
