@@ -30,7 +30,7 @@ class ConvConfig:
     attention_levels: tuple[int, ...] = (4,)
     """levels (0 is full resolution) in which attention follows every residual block"""
     mid_attention: bool = True
-    """attention between the two middle blocks, as in all published VQGANs; false for a network without attention"""
+    """attention between the two middle blocks, as in published VQGANs; false for a network without attention"""
     z_channels: int = 256
     """channels that the encoder gives and the decoder takes"""
     num_groups: int = 32
@@ -38,7 +38,7 @@ class ConvConfig:
     dropout: float = 0.0
     """dropout inside the residual blocks, in training only"""
     checkpointing: bool = False
-    """recompute every block in the backward pass: less memory, about a third more time"""
+    """recompute every block in the backward pass: less memory, one more forward pass of time"""
     in_channels: int = 3
     """channels of an image"""
 
@@ -81,6 +81,6 @@ class ConvConfig:
         if self.channels % self.num_groups:
             yield (
                 "num_groups",
-                f"{self.num_groups} groups do not divide {self.channels} channels (net.channels), which the first "
+                f"{self.num_groups} groups do not divide {self.channels} channels, which the first "
                 "block normalises: change num_groups or channels",
             )
