@@ -1,0 +1,54 @@
+"""AdamW as both engines use it: moments that exist from the start, and a switch for steps that must change nothing.
+
+Not here: what is stepped when, and gradients (engine.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.parallel.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW; while `idle`, step() changes nothing, wherever it is called from."""
+
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+        self.idle = False
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.idle else super().step(closure)
+
+    def prepare(self, parameters: Iterable[Tensor]) -> None:
+        """Make the moments of these parameters now (torch makes them in the first step), so that they can be read."""
+        for parameter in parameters:
+            self.state[parameter] = {
+                "step": torch.zeros(()),
+                **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS},
+            }
+
+    def set_rate(self, lr: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def set_steps(self, steps: int) -> None:
+        """How many steps the moments have seen, for their bias correction."""
+        for state in self.state.values():
+            state["step"].fill_(steps)
+
+
+def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters of a module in two groups: matrices, which decay, and the rest, which does not."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    split = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in split if group["params"]]

@@ -1,0 +1,50 @@
+"""Persistent buffers (running statistics of batch norms and the like), kept equal on all ranks.
+
+Not here: rows of codes and their statistics. They are split over ranks and set aside before an engine sees the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+
+
+class Buffers:
+    """The persistent buffers of a module, averaged over the world after each step.
+
+    They are averaged in float64, in which sums of equal numbers are exact: a constant stays what it is to the bit. A
+    batch that is not finite ruins running statistics in its forward pass already, before its step can be skipped.
+    """
+
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+        self._module, self._mesh = module, mesh
+        self._kept = self._flat()
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self._module.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}" if prefix else name, buffer
+
+    def _flat(self) -> Tensor | None:
+        parts = [buffer.detach().to(torch.float64).flatten() for _, buffer in self.named()]
+        return torch.cat(parts) if parts else None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Average the buffers over the world; what is not finite on some rank goes back to what it last was."""
+        if self._kept is None:
+            return
+        flat = self._flat()
+        assert flat is not None
+        mean = ops.sum_over(flat, self._mesh.world) / self._mesh.world.size
+        self._kept = torch.where(mean.isfinite(), mean, self._kept)
+        start = 0
+        for _, buffer in self.named():
+            buffer.copy_(self._kept[start : start + buffer.numel()].view_as(buffer))
+            start += buffer.numel()

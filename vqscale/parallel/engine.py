@@ -1,0 +1,232 @@
+"""Engine: forward, backward and step of one network, whose rows over the code axis are stepped beside the rest.
+
+                        gradients of a rank                       what the step uses
+    replicated          of its own loss                           their mean over the world
+    rows (K split)      of the losses of its code group, summed   their sum over the data axis / (M x replicas)
+
+so that a fixed global batch gives the same step on any mesh. One norm over both kinds, every parameter counted once,
+clips both. A step whose gradients are not finite anywhere is skipped everywhere. The replicated part is DeepSpeed's
+(zero.py) or the plain twin's (replicated.py); all of this file is the same for both. Not here: what is trained, in
+which order, and when to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.parallel import adamw, ops
+from vqscale.parallel.buffers import Buffers
+from vqscale.parallel.config import EngineConfig, OptimConfig
+from vqscale.parallel.mesh import Mesh
+from vqscale.parallel.replicated import Replicated
+from vqscale.parallel.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What `step` did: the same on every rank. Between accumulated micro-batches only `lr` says something."""
+
+    boundary: bool
+    """the last micro-batch of a step, whether or not the step was taken"""
+    stepped: bool
+    """parameters changed; False at a boundary means that the gradients were not finite"""
+    grad_norm: float
+    """over all parameters, each counted once, before clipping; nan or inf where the step was skipped"""
+    lr: float
+
+
+class Dense(Protocol):
+    """The replicated parameters of a module: how they are held, averaged and stepped. See replicated.py, zero.py."""
+
+    whole: bool
+    """`gradients` gives all of them on every rank; else each rank has a part and the parts are disjoint"""
+
+    def forward(self, *args: Any) -> Any: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def advance(self) -> None: ...
+    def gradients(self) -> list[Tensor]: ...
+    def apply(self, lr: float, skip: bool) -> None: ...
+    def read(self) -> dict[str, Tensor]: ...
+    def write(self, tensors: dict[str, Tensor], steps: int) -> None: ...
+
+
+def _dense(module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> Dense:
+    if config.name == "torch":
+        return Replicated(module, config, optim, mesh)
+    from vqscale.parallel.zero import Zero  # imports deepspeed, which takes seconds and wants a compiler
+
+    return Zero(module, config, optim, mesh)
+
+
+class Engine:
+    """Engine(module, rows, ...): `module` holds what all ranks have, `rows` this rank's slices by name (k x ...).
+
+    Making one is collective. All ranks start from rank 0's parameters and buffers, and from the first replica's rows.
+    For every micro-batch: call the engine, `backward`, `step`; `module` stays usable for everything but a forward pass
+    that is trained through at stage 3.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rows: Mapping[str, nn.Parameter],
+        config: EngineConfig,
+        optim: OptimConfig,
+        mesh: Mesh,
+        total_steps: int,
+    ) -> None:
+        self.module, self.rows, self.mesh = module, dict(rows), mesh
+        self._config, self._optim, self._total_steps = config, optim, total_steps
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                tensor.copy_(ops.broadcast(tensor, mesh.world))
+            for row in self.rows.values():
+                row.copy_(ops.broadcast(row, mesh.data))
+        self._buffers = Buffers(module, mesh)
+        self._learned = {name: row for name, row in self.rows.items() if row.requires_grad}
+        self._rows_adam = None
+        if self._learned:
+            group = {"params": list(self._learned.values()), "weight_decay": 0.0}
+            self._rows_adam = adamw.AdamW([group], optim)
+            self._rows_adam.prepare(self._learned.values())
+        self._dense = _dense(module, config, optim, mesh)
+        self._micro = self._boundaries = self._skipped = self._skipped_in_a_row = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step that is being gathered."""
+        return learning_rate(self._boundaries, self._optim, self._total_steps)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the forward pass, for calls that do not go through the engine."""
+        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
+
+    def __call__(self, *args: Any) -> Any:
+        with self.autocast():
+            return self._dense.forward(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a mean over this rank's tokens, divided by the number of micro-batches."""
+        self._dense.backward(loss / self._config.accumulation)
+
+    def step(self) -> StepReport:
+        """End a micro-batch; with the last one of a step, average, clip and step. Collective, the same on all ranks.
+
+        FloatingPointError on all ranks when more than max_skipped steps in a row were skipped.
+        """
+        lr = self.lr
+        self._micro += 1
+        if self._micro < self._config.accumulation:
+            self._dense.advance()
+            return StepReport(False, False, 0.0, lr)
+        self._micro = 0
+        dense, rows = self._dense.gradients(), self._rows_gradients()
+        norm = self._norm(dense, rows)
+        finite = math.isfinite(norm)
+        if finite and 0 < self._config.clip_norm < norm:
+            for gradient in dense + rows:
+                gradient.mul_(self._config.clip_norm / norm)
+        self._dense.apply(lr, skip=not finite)
+        if self._rows_adam is not None and finite:
+            self._rows_adam.set_rate(lr * self._optim.rows_lr_factor)
+            self._rows_adam.step()
+        for row in self.rows.values():
+            row.grad = None
+        self._buffers.settle()
+        self._boundaries += 1
+        self._count(finite, norm)
+        return StepReport(True, finite, norm, lr)
+
+    @torch.no_grad()
+    def _rows_gradients(self) -> list[Tensor]:
+        """The averaged gradients of this rank's rows, zeros where there were none."""
+        for row in self._learned.values():
+            row.grad = torch.zeros_like(row) if row.grad is None else row.grad
+            row.grad = ops.sum_over(row.grad, self.mesh.data).div_(self.mesh.codes.size * self.mesh.data.size)
+        return [row.grad for row in self._learned.values() if row.grad is not None]
+
+    def _norm(self, dense: list[Tensor], rows: list[Tensor]) -> float:
+        """The norm over all parameters of the world, the same number on all ranks; not finite if any gradient is not.
+
+        In float64, where the square of a finite float32 stays finite and the order of summing does not show.
+        """
+        parts = dense if not self._dense.whole or self.mesh.world.rank == 0 else []
+        parts = parts + rows if self.mesh.data.rank == 0 else parts
+        square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if parts:
+            norms = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts])
+            square = norms.square().sum()
+        return math.sqrt(ops.sum_over(square, self.mesh.world).item())
+
+    def _count(self, finite: bool, norm: float) -> None:
+        self._skipped += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row > self._config.max_skipped:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had gradients that are not finite (the last norm: {norm}), "
+                f"and engine.max_skipped allows {self._config.max_skipped}: lower optim.lr or engine.clip_norm, "
+                "look at the batches of these steps, or resume from an older checkpoint"
+            )
+
+    @torch.no_grad()
+    def forget(self, parameter: nn.Parameter, local_indices: Tensor) -> None:
+        """Zero the moments of these rows (local numbers): they stand for something new."""
+        if self._rows_adam is not None and parameter in self._rows_adam.state:
+            for key in adamw.MOMENTS:
+                self._rows_adam.state[parameter][key][local_indices] = 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(replicated, rows, facts): everything a step depends on, by name, whole and on the CPU. Collective.
+
+        The same whatever the engine, the stage and the world; rows are this rank's slices. Between steps only.
+        """
+        assert self._micro == 0, f"{self._micro} micro-batches of a step are under way"
+        live = {**self._dense.read(), **{f"buffer/{name}": buffer for name, buffer in self._buffers.named()}}
+        replicated = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+        rows = {name: tensor.to("cpu", copy=True) for name, tensor in self._rows_tensors().items()}
+        facts = {"boundaries": self._boundaries, "skipped": self._skipped, "in_a_row": self._skipped_in_a_row}
+        return replicated, rows, facts
+
+    @torch.no_grad()
+    def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave, on this or any other engine, stage and world. Collective."""
+        mine, buffers = self._dense.read(), dict(self._buffers.named())
+        wanted = {**mine, **{f"buffer/{name}": buffer for name, buffer in buffers.items()}}
+        _check(wanted, replicated, "replicated tensors")
+        _check(self._rows_tensors(), rows, "rows")
+        self._boundaries, self._skipped = int(facts["boundaries"]), int(facts["skipped"])
+        self._skipped_in_a_row = int(facts["in_a_row"])
+        steps = self._boundaries - self._skipped
+        self._dense.write({name: replicated[name] for name in mine}, steps)
+        for name, buffer in buffers.items():
+            buffer.copy_(replicated[f"buffer/{name}"])
+        for name, tensor in self._rows_tensors().items():
+            tensor.copy_(rows[name])
+        if self._rows_adam is not None:
+            self._rows_adam.set_steps(steps)
+
+    def _rows_tensors(self) -> dict[str, Tensor]:
+        out = {f"parameter/{name}": row.detach() for name, row in self.rows.items()}
+        if self._rows_adam is not None:
+            for key in adamw.MOMENTS:
+                out |= {f"{key}/{name}": self._rows_adam.state[row][key] for name, row in self._learned.items()}
+        return out
+
+
+def _check(mine: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """ValueError unless both have the same names and shapes."""
+    missing, unknown = sorted(mine.keys() - given.keys()), sorted(given.keys() - mine.keys())
+    shapes = [n for n in mine if n in given and mine[n].shape != given[n].shape]
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"the {what} of the checkpoint are not those of this model: missing {missing[:3]}, unknown {unknown[:3]}, "
+            f"of another shape {shapes[:3]} ({len(missing)}, {len(unknown)} and {len(shapes)} in all): "
+            "load it with the configuration it was saved with"
+        )

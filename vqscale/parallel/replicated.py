@@ -1,0 +1,93 @@
+"""The plain engine of the replicated parameters: every rank holds all of them, their gradients and their moments.
+
+It is what the DeepSpeed engine (zero.py) is compared with, step by step, and it needs neither it nor a compiler.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.parallel import adamw, ops
+from vqscale.parallel.config import EngineConfig, OptimConfig
+from vqscale.parallel.mesh import Mesh
+
+
+class Replicated:
+    """One module's trainable parameters, averaged and stepped the plain way."""
+
+    whole = True  # every rank holds all gradients, so one of them counts in the norm
+
+    def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
+        self._module, self._mesh = module, mesh
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._adam = adamw.AdamW(adamw.groups(module, optim), optim) if self._parameters else None
+        if self._adam is not None:
+            self._adam.prepare(self._parameters.values())
+
+    def forward(self, *args: Any) -> Any:
+        return self._module(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def advance(self) -> None:
+        """A micro-batch that is not the last of its step: gradients stay where they are."""
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """All gradients, averaged over the world in one flat buffer per dtype; zeros where there were none."""
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for p in self._parameters.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            by_dtype[p.dtype].append(p)
+        for members in by_dtype.values() if self._mesh.world.size > 1 else ():
+            flat = torch.cat([p.grad.flatten() for p in members if p.grad is not None])
+            flat = ops.sum_over(flat, self._mesh.world).div_(self._mesh.world.size)
+            for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                p.grad = part.view_as(p)
+        return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+    def apply(self, lr: float, skip: bool) -> None:
+        """Step with what `gradients` returned, or change nothing; either way the gradients are gone afterwards."""
+        if self._adam is not None and not skip:
+            self._adam.set_rate(lr)
+            self._adam.step()
+        for p in self._parameters.values():
+            p.grad = None
+
+    def read(self) -> dict[str, Tensor]:
+        """Full parameters and moments: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME. Collective at ZeRO stages."""
+        return read_whole(self._module, self._parameters, self._adam)
+
+    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """Take over what `read` gave, here or anywhere, after `steps` steps."""
+        write_whole(self._module, self._parameters, self._adam, tensors, steps)
+
+
+def read_whole(module: nn.Module, trainable: dict[str, nn.Parameter], adam: adamw.AdamW | None) -> dict[str, Tensor]:
+    """`read` where every rank holds whole parameters and moments."""
+    out = {f"parameter/{name}": p.detach() for name, p in module.named_parameters()}
+    for key in adamw.MOMENTS if adam is not None else ():
+        assert adam is not None
+        out |= {f"{key}/{name}": adam.state[p][key] for name, p in trainable.items()}
+    return out
+
+
+@torch.no_grad()
+def write_whole(
+    module: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    adam: adamw.AdamW | None,
+    tensors: dict[str, Tensor],
+    steps: int,
+) -> None:
+    """`write` where every rank holds whole parameters and moments."""
+    for name, tensor in read_whole(module, trainable, adam).items():
+        tensor.copy_(tensors[name])
+    if adam is not None:
+        adam.set_steps(steps)

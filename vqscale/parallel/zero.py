@@ -1,0 +1,170 @@
+"""The replicated parameters under DeepSpeed, ZeRO stages 0 to 3: the only file that knows DeepSpeed.
+
+DeepSpeed averages gradients in its backward pass and holds the part of this rank; engine.py reads them there, finds the
+norm, scales them, and lets DeepSpeed step. Its own clipping, schedules, loss scaling and checkpoints stay off: clipping
+at stage 0 uses the mean of local norms, a stage 0 step takes NaN gradients, and its checkpoints are for one world size.
+
+Private names of DeepSpeed 0.19 that are used here, each at one place: averaged_gradients (stages 1 to 3, between
+backward and step), fp32_partitioned_groups_flat (stage 3), _lazy_init_hp_params_optimizer_state (stages 1 and 2).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vqscale.parallel import adamw
+from vqscale.parallel.config import EngineConfig, OptimConfig, find_tool
+from vqscale.parallel.mesh import Mesh
+from vqscale.parallel.replicated import read_whole, write_whole
+
+LARGEST_BUCKET = 50_000_000
+
+
+def settings(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary. A misspelt key at its top level passes silently, so nothing else writes it."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage in (1, 2):
+        # Buckets are allocated whole (2 GB by default); the norm is engine.py's.
+        zero |= {"reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_parameters)), "compute_grad_norm": False}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only counted by DeepSpeed, never used
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+
+
+def _import(device: torch.device) -> Any:
+    """deepspeed, for this device, quiet, in the process group that `connect` made (one of its own for one process)."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if find_tool("ninja") == str(Path(sys.executable).parent / "ninja"):
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    import deepspeed
+
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+class Zero:
+    """One module's trainable parameters under DeepSpeed; at stage 3 the module's own parameters are taken apart."""
+
+    def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
+        self._module, self._stage = module, config.zero_stage
+        self.whole = config.zero_stage == 0
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError(
+                "engine.name deepspeed steps parameters, and this network has none that learn: use engine.name: torch"
+            )
+        self._deepspeed = _import(mesh.device)
+        self._adam = adamw.AdamW(adamw.groups(module, optim), optim)
+        numel = sum(p.numel() for p in self._parameters.values())
+        self._engine, *_ = self._deepspeed.initialize(
+            model=module, optimizer=self._adam, config=settings(config, numel), dist_init_required=False
+        )
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the moments of what the optimiser steps: parameters, flat partitions, or flat parts of partitions."""
+        if self._stage == 3:
+            self._adam.prepare(self._engine.optimizer.fp32_partitioned_groups_flat)
+            return
+        self._adam.prepare(p for group in self._adam.param_groups for p in group["params"])
+        if self._stage > 0:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def forward(self, *args: Any) -> Any:
+        return self._module(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._stage > 0:
+            # What DeepSpeed's own forward would do: at stage 3 it says whether this backward accumulates.
+            self._engine.optimizer.clear_backward_seen_flag()
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def advance(self) -> None:
+        self._engine.step()
+
+    def gradients(self) -> list[Tensor]:
+        """The averaged gradients of this rank: all of them at stage 0, its partition (padding is zero) above."""
+        if self._stage == 0:
+            return [p.grad for p in self._parameters.values() if p.grad is not None]
+        return [part for group in self._engine.optimizer.averaged_gradients.values() for part in group]
+
+    def apply(self, lr: float, skip: bool) -> None:
+        gradients = self.gradients()
+        if skip:
+            for gradient in gradients:
+                gradient.zero_()
+        self._adam.idle = skip
+        self._adam.set_rate(lr)
+        self._engine.step()
+        self._adam.idle = False
+        if self._stage == 3:
+            # Its buffers live on: a parameter without a gradient in the next step would step with this one's.
+            for gradient in gradients:
+                gradient.zero_()
+
+    def read(self) -> dict[str, Tensor]:
+        if self._stage == 0:
+            return read_whole(self._module, self._parameters, self._adam)
+        out = {}
+        for name, p in self._module.named_parameters():
+            with self._whole(p):
+                out[f"parameter/{name}"] = p.detach().clone()
+        for name, p in self._parameters.items():
+            for key in adamw.MOMENTS:
+                out[f"{key}/{name}"] = self._deepspeed.utils.safe_get_full_optimizer_state(p, key)
+        return out
+
+    @torch.no_grad()
+    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
+        if self._stage == 0:
+            write_whole(self._module, self._parameters, self._adam, tensors, steps)
+            return
+        api = self._deepspeed.utils
+        put_moment = self._put_partition if self._stage == 3 else api.safe_set_full_optimizer_state
+        put_fp32 = self._put_partition if self._stage == 3 else api.safe_set_full_fp32_param
+        for name, p in self._module.named_parameters():
+            value = tensors[f"parameter/{name}"].to(p.device)
+            with self._whole(p, write=True):
+                p.copy_(value)
+            if name in self._parameters:
+                put_fp32(p, value)
+        for name, p in self._parameters.items():
+            for key in adamw.MOMENTS:
+                put_moment(p, tensors[f"{key}/{name}"].to(p.device), key)
+        self._adam.set_steps(steps)
+
+    def _whole(self, p: nn.Parameter, write: bool = False) -> AbstractContextManager[Any]:
+        """The whole parameter inside the block; at stage 3 it is gathered, and with `write` rank 0's is kept."""
+        if self._stage < 3:
+            return nullcontext()
+        gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(
+            [p], modifier_rank=0 if write else None
+        )
+        return gathered
+
+    def _put_partition(self, p: Any, value: Tensor, key: str | None = None) -> None:
+        """Stage 3: this rank's part of the fp32 parameter or a moment. DeepSpeed's own setter fails on padded parts."""
+        part = p.ds_tensor.numel()
+        flat = torch.nn.functional.pad(value.flatten(), (0, part * dist.get_world_size() - value.numel()))
+        mine = flat[part * dist.get_rank() :][:part]
+        if key is None:
+            self._deepspeed.utils.safe_set_local_fp32_param(p, mine)
+        else:
+            self._deepspeed.utils.safe_set_local_optimizer_state(p, mine, key)
