@@ -1,0 +1,202 @@
+"""The text of a config: YAML to nodes that know their file and line, plain data back to YAML. No schema is known here.
+
+PyYAML scans and parses; what a scalar means is decided here, as PyYAML takes `1e-3` for text, `on` for true, `1:30` for
+90, and the last of two equal keys without a word. Plain decimal numbers, true, false and null (or ~, or nothing) are
+values, all else is text. Aliases and tags are refused.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+COMMAND_LINE = "command line"
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|\.inf)")
+_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")]
+
+
+@dataclass
+class Node:
+    """A value and the place it was read from. Mappings are dicts of nodes, sequences are lists of nodes."""
+
+    value: Any
+    source: str
+    replaced: Node | None = None
+    """What overrides put this in place of, as it was before the first of them."""
+
+    def child(self, step: str) -> Node | None:
+        """The node under a key, or under the number of an item."""
+        if isinstance(self.value, list) and step.isdecimal() and int(step) < len(self.value):
+            return self.value[int(step)]
+        return self.value.get(step) if isinstance(self.value, dict) else None
+
+    def put(self, steps: list[str], new: Node) -> None:
+        """Put a node below this one, through items of lists that are there, and mappings, made where they are not."""
+        old = self.child(steps[0])
+        if old is None:
+            old = Node(None, COMMAND_LINE)
+            if not isinstance(self.value, dict):
+                self.value, self.source = {}, COMMAND_LINE
+            self.value[steps[0]] = old
+        if steps[1:]:
+            old.put(steps[1:], new)
+        else:
+            new.replaced = old.replaced or old
+            self.value[int(steps[0]) if isinstance(self.value, list) else steps[0]] = new
+
+    def source_of(self, key: str) -> str:
+        """Where the value of a dotted key below this node was given."""
+        node: Node | None = self
+        for step in key.split(".") if key else ():
+            node = node.child(step) if node else None
+        return node.source if node else "default"
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves scalars as text, and refuses aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", mark)
+        return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {}
+
+
+def read(text: str, name: str, problems: list[str]) -> Node | None:
+    """The nodes of a YAML text, None if it is empty or no YAML. `name` is its file, or COMMAND_LINE, without lines."""
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        place = _place(name, error.problem_mark or error.context_mark)
+        reason = " ".join(filter(None, [error.context, error.problem]))
+        given = repr(text) if name == COMMAND_LINE else "this"
+        problems.append(f"{place}: {given} is not YAML: {reason}; correct it, or put the text in quotes")
+        return None
+    except yaml.YAMLError as error:
+        problems.append(f"{name}: this is not YAML: {' '.join(str(error).split())}; save it as plain text in UTF-8")
+        return None
+    return None if root is None else _node(root, _place(name, root.start_mark), name, "", problems)
+
+
+def _place(name: str, mark: yaml.Mark | None) -> str:
+    return name if name == COMMAND_LINE or mark is None else f"{name}:{mark.line + 1}"
+
+
+def _node(given: yaml.Node, source: str, name: str, key: str, problems: list[str]) -> Node:
+    """A YAML node as ours; `source` is the place of the key that holds it, `key` its dotted name."""
+    if given.tag not in _TAGS:
+        problems.append(f"{source}: {key}: the tag {given.tag!r} is not read; write the value without it")
+    if isinstance(given, yaml.ScalarNode):
+        return Node(_scalar(given.value) if given.style is None else given.value, source)
+    prefix = f"{key}." if key else ""
+    if isinstance(given, yaml.SequenceNode):
+        places = [_place(name, item.start_mark) for item in given.value]
+        items = enumerate(zip(given.value, places, strict=True))
+        return Node([_node(item, place, name, f"{prefix}{i}", problems) for i, (item, place) in items], source)
+    children: dict[str, Node] = {}
+    for key_node, value_node in given.value:
+        place = _place(name, key_node.start_mark)
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(
+                f"{place}: {key or 'top level'}: a key is one word, found a list or a mapping; put it in quotes"
+            )
+            continue
+        child = _node(value_node, place, name, prefix + key_node.value, problems)
+        first = children.setdefault(key_node.value, child)
+        if first is not child:
+            problems.append(
+                f"{place}: {prefix}{key_node.value}: this key was already given, at {first.source}; keep one"
+            )
+    return Node(children, source)
+
+
+def _scalar(text: str) -> Any:
+    """What text without quotes means. 007, 1_000, 0x10, 1:30, on and yes are text: no other meaning of them is sure."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text.replace(".inf", "inf")) if _FLOAT.fullmatch(text) else text
+
+
+def nodes_of(data: Any, source: str) -> Node:
+    """The nodes of plain data: mappings, lists, scalars."""
+    if isinstance(data, Mapping):
+        return Node({str(key): nodes_of(value, source) for key, value in data.items()}, source)
+    return Node([nodes_of(item, source) for item in data] if isinstance(data, list) else data, source)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that PyYAML, or this file, would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    breaks = any(sign in text for sign in "\n\x85\u2028\u2029")
+    return dumper.represent_scalar(_TAGS[0], text, style='"' if breaks else None)
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
+_Dumper.add_representer(str, _represent_text)
+
+
+def inline(value: Any) -> str:
+    """A value as YAML on one line, as 1.0e-05, null, [1, 2] or {a: 1}; reading it gives the value back."""
+    style: dict[str, Any] = {
+        "default_flow_style": True,
+        "width": sys.maxsize,
+        "allow_unicode": True,
+        "sort_keys": False,
+    }
+    return yaml.dump([value], Dumper=_Dumper, **style).strip()[1:-1]
+
+
+def write(data: Mapping[str, Any], notes: Mapping[str, str], key: str = "") -> Iterator[str]:
+    """The lines of a mapping: mappings and lists of them as blocks, the rest inline; `notes` are comments by key."""
+    for name, value in data.items():
+        dotted = f"{key}{name}"
+        note = f"  # {notes[dotted]}" if dotted in notes else ""
+        if isinstance(value, dict) and value:
+            yield f"{name}:{note}"
+            yield from (f"  {line}" for line in write(value, notes, f"{dotted}."))
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield f"{name}:{note}"
+            for i, item in enumerate(value):
+                lines = list(write(item, notes, f"{dotted}.{i}.")) if isinstance(item, dict) else []
+                first, *rest = lines or [inline(item)]
+                yield f"  - {first}"
+                yield from (f"    {line}" for line in rest)
+        else:
+            yield f"{name}: {inline(value)}{note}"
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all in plain data; a list counts as one value unless it holds mappings."""
+    holds = isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+    below = enumerate(value) if holds else value.items() if isinstance(value, Mapping) and value else None
+    if below is None:
+        yield key, value
+    for name, item in below or ():
+        yield from leaves(item, f"{key}.{name}" if key else str(name))
+
+
+def words(value: Any) -> str:
+    """A value of a node, or of plain data, as an error names it."""
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a mapping"
+    return inline(value) if value is None or isinstance(value, bool | int | float) else f"a {type(value).__name__}"
