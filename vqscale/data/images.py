@@ -1,0 +1,181 @@
+"""Batches of images from WebDataset shards, with one number as the state: the samples consumed.
+
+Training step s takes positions [s * B, (s + 1) * B) of the order (data/order.py), rank r its r-th part, so the global batch is the same on any number of
+ranks and workers, and a run resumes at the exact next sample. A broken sample is replaced by the next good one of the order, so no rank
+ever sees another number of samples than its peers. Nothing here communicates; the training loop sums what is broken over the ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import RawValue
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vqscale.data import pixels
+from vqscale.data.config import ImagesConfig
+from vqscale.data.index import Index, build
+from vqscale.data.order import Order, Sequence
+from vqscale.data.reader import Reader
+from vqscale.seed import derive
+
+_ending = RawValue("b", 0)  # this process is at its end: its workers may be terminated
+
+
+@atexit.register
+def _end() -> None:
+    _ending.value = 1
+
+
+class BrokenData(RuntimeError):
+    """More samples in a row are broken than `max_broken` allows."""
+
+
+@dataclass
+class Batch:
+    """The b = global batch / world samples of one rank."""
+
+    images: Tensor  # (b, 3, H, W) float32 in [-1, 1]; zero where not valid
+    labels: Tensor  # (b,) int64; -1 = unknown
+    keys: list[str]
+    valid: Tensor  # (b,) bool; false only in evaluation: past the last sample, or broken
+    numbers: Tensor  # (b,) int64: sample numbers in the data set; -1 past the last
+    broken: list[str]  # `shard key: reason` for each broken sample met, whether it was replaced or left out
+
+    def pin_memory(self) -> Batch:
+        self.images, self.labels, self.valid = (
+            self.images.pin_memory(),
+            self.labels.pin_memory(),
+            self.valid.pin_memory(),
+        )
+        return self
+
+
+class _Samples(Dataset[Batch]):
+    """Numbers of the order to a batch; runs in the workers, and keeps nothing that a batch depends on."""
+
+    def __init__(self, config: ImagesConfig, index: Index, order: Order | Sequence, seed: int) -> None:
+        self.config, self.index, self.order, self.seed = config, index, order, seed
+        self.reader = Reader(config, index)
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        count, size = len(numbers), self.config.image_size
+        raw = np.full((count, size, size, 3), 127, dtype=np.uint8)
+        labels, chosen = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int64)
+        valid, keys, broken = np.zeros(count, dtype=bool), [""] * count, list[str]()
+        for row, number in enumerate(numbers):
+            if number >= 0:
+                sample, image = self._take(number, broken)
+                chosen[row], keys[row], labels[row] = sample, self.index.key(sample), self.index.labels[sample]
+                if image is not None:
+                    raw[row], valid[row] = image, True
+        images = torch.from_numpy(raw).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        images = images.div_(127.5).sub_(1.0)
+        mask = torch.from_numpy(valid)
+        images[~mask] = 0.0
+        return Batch(images, torch.from_numpy(labels), keys, mask, torch.from_numpy(chosen), broken)
+
+    def _take(self, number: int, broken: list[str]) -> tuple[int, NDArray[np.uint8] | None]:
+        """(sample number, pixels) of a position of the order, or of the next good one; in evaluation (the sample, None) if it is broken."""
+        epoch, wanted = self.order[number]
+        train = isinstance(self.order, Order)
+        seed = derive("augment", self.seed, epoch, wanted) if train else None
+        reason = ""
+        for further in range(self.config.max_broken + 1):
+            _, sample = self.order[number + further]
+            try:
+                return sample, pixels.augment(pixels.decode(self.reader.read(sample)), self.config, seed)
+            except Exception as error:  # a decoder may raise anything on damaged data
+                reason = f"{self.reader.describe(sample)}: {type(error).__name__}: {error}"
+            if further == 0:
+                broken.append(reason)
+            if not train:
+                return wanted, None
+        raise BrokenData(
+            f"{self.config.max_broken + 1} samples in a row are broken, the last {reason}; max_broken is {self.config.max_broken}: "
+            "repair or leave out the shard, or raise max_broken"
+        )
+
+
+class Stream:
+    """A rank's part of the batches of a data set. `rank` and `world` count all processes of the run; every rank has the same config and seed."""
+
+    def __init__(
+        self, config: ImagesConfig, batch: int, rank: int = 0, world: int = 1, seed: int = 0, train: bool = True
+    ) -> None:
+        """`batch` is global: a rank takes batch / world. Reads the index, makes it where there is none; no communication."""
+        if batch < 1 or batch % world:
+            raise ValueError(
+                f"a global batch of {batch} does not divide by {world} processes: change the batch or the number of processes "
+                f"(nearest that divide: {batch // world * world or world} and {(batch // world + 1) * world})"
+            )
+        self.config, self.batch, self.rank, self.world = config, batch, rank, world
+        self.index = build(config)
+        self.num_samples = len(self.index)
+        self.fingerprint = self.index.fingerprint()
+        self.damage = self.index.damage
+        self.order: Order | Sequence
+        self.order = Order(self.index.counts, seed, config.window_shards) if train else Sequence(self.num_samples)
+        self._samples = _Samples(config, self.index, self.order, seed)
+
+    def batches(self, consumed: int = 0) -> Iterator[Batch]:
+        """Training: endless, from sample number `consumed` of the run. Evaluation: from `consumed` to the last sample, each once, with as many
+        batches on every rank; what lies past the last sample has valid = False."""
+        closing = RawValue("b", 0)
+        workers = self.config.num_workers
+        loader: DataLoader[Any] = DataLoader(
+            self._samples,
+            batch_sampler=_Numbers(self, consumed),
+            num_workers=workers,
+            collate_fn=_same,
+            worker_init_fn=_Quiet(closing) if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        try:
+            yield from loader
+        finally:
+            closing.value = 1
+
+
+class _Numbers:
+    """The positions of this rank, a list for each step; -1 past the end of an evaluation."""
+
+    def __init__(self, stream: Stream, consumed: int) -> None:
+        self.stream, self.consumed = stream, consumed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stream, start = self.stream, self.consumed
+        end = None if isinstance(stream.order, Order) else stream.num_samples
+        part = stream.batch // stream.world
+        while end is None or start < end:
+            first = start + stream.rank * part
+            yield [n if end is None or n < end else -1 for n in range(first, first + part)]
+            start += stream.batch
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+class _Quiet:
+    """A worker lives until its stream closes: signals meant for the run (Slurm sends them to all processes) must not end it before."""
+
+    def __init__(self, closing: Any) -> None:
+        self.closing = closing
+
+    def __call__(self, worker: int) -> None:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        if self.closing.value or _ending.value:
+            raise SystemExit(0)
