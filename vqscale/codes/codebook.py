@@ -244,7 +244,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with clock.span("codes"):
+        # A backward pass runs under the autocast of whoever calls it.
+        with clock.span("codes"), _full_precision(ctx.saved_tensors[0]):
             return _unmix(ctx, *grads[2:])
 
 

@@ -76,11 +76,15 @@ class Upkeep(nn.Module):
         self._latest_ND = x_ND.detach()
 
     @torch.no_grad()
-    def update(self) -> Tensor:
-        """After an optimiser step: count it, then draw first values or revive. Returns the local rows that changed."""
+    def update(self, stepped: bool = True) -> Tensor:
+        """After an optimiser step: count it, then draw first values or revive. Returns the local rows that changed.
+
+        A step that was skipped leaves no trace.
+        """
         codebook, config = self._codebook[0], self.config
         changed = torch.zeros(0, dtype=torch.int64, device=codebook.rows.device)
-        if self._counts_k is None or self._latest_ND is None:
+        if self._counts_k is None or self._latest_ND is None or not stepped:
+            self._counts_k = self._latest_ND = None
             return changed
         if not self.warming:
             self.window.add(self._counts_k)

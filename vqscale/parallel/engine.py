@@ -104,6 +104,15 @@ class Engine:
         """The learning rate of the step that is being gathered."""
         return learning_rate(self._boundaries, self._optim, self._total_steps)
 
+    @property
+    def skipped(self) -> int:
+        """Steps skipped so far because gradients were not finite."""
+        return self._skipped
+
+    def row_names(self) -> list[str]:
+        """The names under which `state` gives rows and their moments, and `load` takes them."""
+        return list(self._rows_tensors())
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of the forward pass, for calls that do not go through the engine."""
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")

@@ -60,8 +60,10 @@ class Quantizer(nn.Module, ABC):
         """A training loop that will call `update` begins: warm-up, first values from data and revival are on."""
 
     @abstractmethod
-    def update(self) -> list[Renewed]:
+    def update(self, stepped: bool = True) -> list[Renewed]:
         """After each optimiser step in training: moving averages, first values, revival.
+
+        `stepped` False (a step skipped for gradients that are not finite) forgets what was seen since the last update.
 
         Returns (parameter, local rows) that got new values: an optimiser forgets its moments of them.
         """
@@ -70,6 +72,11 @@ class Quantizer(nn.Module, ABC):
 def full(x_ND: Tensor) -> Tensor:
     """x in float32, or in float64 if it is."""
     return x_ND if x_ND.dtype == torch.float64 else x_ND.float()
+
+
+def straight_through(x_ND: Tensor, c_ND: Tensor) -> Tensor:
+    """Exactly c forward, the identity to x backward."""
+    return c_ND.detach() + (x_ND - x_ND.detach())
 
 
 def table_stats(codebook: Codebook, upkeep: Upkeep, x_ND: Tensor, ids_N: Tensor, training: bool) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
     N <- decay N + (1 - decay) n,   m <- decay m + (1 - decay) s,   c = m / ((N + eps) / (sum N + K eps) sum N)
 
-n and s are counts and sums over all tokens of all ranks since the last optimiser step. z = x + sg(c - x), and the only
+n and s are counts and sums over all tokens of all ranks since the last optimiser step. z = sg(c) + x - sg(x), and the only
 loss is commitment_weight |x - sg(c)|^2.
 """
 
@@ -18,7 +18,7 @@ from vqscale.codes.rows import Table
 from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
+from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, straight_through, table_stats
 from vqscale.quantizers.config import EMAConfig
 
 
@@ -56,7 +56,7 @@ class EMA(Quantizer):
             self._count(x_ND.detach(), ids_N)
         c_ND = self.codebook.lookup(ids_N)
         losses = {"commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND)}
-        return Quantized(x_ND + (c_ND - x_ND).detach(), ids_N, losses, stats)
+        return Quantized(straight_through(x_ND, c_ND), ids_N, losses, stats)
 
     def _count(self, x_ND: Tensor, ids_N: Tensor) -> None:
         counts_k = tally.counts(ids_N, self.codebook.layout, self.mesh).to(x_ND.dtype)
@@ -75,16 +75,16 @@ class EMA(Quantizer):
         self.upkeep.begin()
 
     @torch.no_grad()
-    def update(self) -> list[Renewed]:
+    def update(self, stepped: bool = True) -> list[Renewed]:
         counts_k, sums_kD, decay = self.averages.counts_k, self.averages.sums_kD, self.config.decay
-        if self._new is not None:
+        if self._new is not None and stepped:
             counts_k.lerp_(self._new[0].to(counts_k.dtype), 1.0 - decay)
             sums_kD.lerp_(self._new[1].to(sums_kD.dtype), 1.0 - decay)
             total = ops.sum_over(counts_k.sum(), self.codebook.axis)
             smooth_k = (counts_k + self.config.eps) / (total + self.num_codes * self.config.eps) * total
             self.codebook.rows.copy_(sums_kD / smooth_k[:, None])
-            self._new = None
-        changed = self.upkeep.update()
+        self._new = None
+        changed = self.upkeep.update(stepped)
         # A renewed row begins again as one token at its new place, or the old average would pull it back.
         counts_k[changed] = 1.0
         sums_kD[changed] = self.codebook.rows[changed]

@@ -67,5 +67,5 @@ class IBQ(Quantizer):
     def begin(self) -> None:
         self.upkeep.begin()
 
-    def update(self) -> list[Renewed]:
-        return [(self.codebook.rows, self.upkeep.update())]
+    def update(self, stepped: bool = True) -> list[Renewed]:
+        return [(self.codebook.rows, self.upkeep.update(stepped))]

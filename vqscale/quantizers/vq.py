@@ -1,6 +1,6 @@
 """VQ: the nearest code, a straight-through gradient (van den Oord et al. 2017).
 
-z = x + sg(c - x),   losses  codebook_weight |sg(x) - c|^2 + commitment_weight |x - sg(c)|^2,   means over N D
+z = sg(c) + x - sg(x),   losses  codebook_weight |sg(x) - c|^2 + commitment_weight |x - sg(c)|^2,   means over N D
 
 The weights are where the paper has them; the old VQGAN code had them swapped.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
+from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, straight_through, table_stats
 from vqscale.quantizers.config import VQConfig
 
 
@@ -40,7 +40,7 @@ class VQ(Quantizer):
             "codebook": self.config.codebook_weight * F.mse_loss(c_ND, x_ND.detach()),
             "commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND.detach()),
         }
-        return Quantized(x_ND + (c_ND - x_ND).detach(), ids_N, losses, stats)
+        return Quantized(straight_through(x_ND, c_ND), ids_N, losses, stats)
 
     def encode(self, x_ND: Tensor) -> Tensor:
         return self.codebook.nearest(full(x_ND))[0]
@@ -52,5 +52,5 @@ class VQ(Quantizer):
     def begin(self) -> None:
         self.upkeep.begin()
 
-    def update(self) -> list[Renewed]:
-        return [(self.codebook.rows, self.upkeep.update())]
+    def update(self, stepped: bool = True) -> list[Renewed]:
+        return [(self.codebook.rows, self.upkeep.update(stepped))]

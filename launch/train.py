@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Train what a config describes, on one process or under torchrun.
+
+    torchrun --nproc_per_node=8 launch/train.py [CONFIG] [dotted.key=value ...]
+
+    CONFIG       a YAML file of configs/; without one, configs/quickstart/tokenizer.yaml
+    key=value    changes a key of it, e.g. mesh.codes=4 optim.lr=2e-4 tokenizer.quantizer.num_codes=65536
+    --help       this text and every key with its type, default and meaning
+    --dry-run    check everything, print parameters, memory per rank and bytes per step, and start nothing
+    --world N    with --dry-run: plan for N processes
+
+The same command continues a run from its newest whole checkpoint, on any number of processes. TERM, USR1, USR2, or a
+file STOP in the run folder make it save and leave with exit status 75.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vqscale import config as configuration
+from vqscale.train import folder
+from vqscale.train.config import Run
+
+DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "tokenizer.yaml"
+LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 done, 1 failed while running, 2 the user's input, 75 stopped on request."""
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nKeys:\n{configuration.describe(Run)}")
+        return 0
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        path, overrides, dry, planned = _arguments(argv)
+        config = configuration.load(Run, path, overrides)
+        config.check_world(planned or world)
+        if dry:
+            from vqscale.train.plan import plan
+
+            print(plan(config, planned or world))
+            return 0
+        folder.check(config)
+        device = _check_machine(config)
+    except ValueError as error:
+        # Every rank finds the same; one says it.
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _run(config, device)
+    except BaseException as error:
+        _tell(error, rank, world)
+        # No farewell to the others: they may wait for this rank. torchrun ends them.
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1)
+
+
+def _arguments(argv: list[str]) -> tuple[Path, list[str], bool, int | None]:
+    """(config file, overrides, dry run?, planned processes); ValueError for what is none of these."""
+    words, dry, planned = list(argv), False, None
+    if "--dry-run" in words:
+        words.remove("--dry-run")
+        dry = True
+    if "--world" in words:
+        at = words.index("--world")
+        number = words[at + 1] if at + 1 < len(words) else "nothing"
+        if not number.isdigit() or int(number) < 1 or not dry:
+            raise ValueError(f"--world takes a number of processes, with --dry-run; found {number}: use --world 8")
+        planned = int(number)
+        del words[at : at + 2]
+    unknown = [word for word in words if word.startswith("-")]
+    files = [word for word in words if "=" not in word and not word.startswith("-")]
+    if unknown or len(files) > 1:
+        raise ValueError(
+            f"{' '.join(unknown or files[1:])} is neither an option nor key=value, and there is one CONFIG: "
+            "see launch/train.py --help"
+        )
+    return Path(files[0]) if files else DEFAULT, [word for word in words if "=" in word], dry, planned
+
+
+def _check_machine(config: Run) -> str:
+    """Everything about this machine that can be wrong, before any process group: device, compiler, shards."""
+    from vqscale.data import images
+    from vqscale.parallel.config import check_engine
+    from vqscale.train.loop import pick_device
+
+    device = pick_device(config.run.device)
+    check_engine(config.engine, device)
+    for source in (config.data.train, config.data.val):
+        if source is not None:
+            images.prepare(source)
+    return device
+
+
+def _run(config: Run, device: str) -> int:
+    from vqscale.parallel.mesh import Mesh, connect, disconnect, world_size
+    from vqscale.train.tokenizer import train
+
+    connect(device, config.engine.timeout_s)
+    mesh = Mesh(*config.mesh.resolve(world_size()), device=None if device == "cuda" else device)
+    summary = train(config, mesh)
+    disconnect()
+    return 0 if summary is not None else folder.EXIT_STOPPED
+
+
+def _tell(error: BaseException, rank: int, world: int) -> None:
+    """Print why this rank ends: input errors once, lost peers in a line, everything else with its traceback."""
+    sys.stdout.flush()
+    who = f"[rank {rank} of {world}] " if world > 1 else ""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{who}interrupted", file=sys.stderr)
+    elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        first = str(error).strip().splitlines()[0]
+        print(f"{who}error: lost another rank ({first[:160]}); its own message says why", file=sys.stderr)
+    elif isinstance(error, ValueError | FloatingPointError | folder.RunError):
+        print(f"{who}error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        print(f"{who}error: {type(error).__name__}: {error}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""What a tokenizer does to held-out images: PSNR, SSIM, usage, perplexity, pictures. Collective, each image once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqscale.codes import tally
+from vqscale.codes.rows import Rows
+from vqscale.data.images import Stream
+from vqscale.metrics import pictures
+from vqscale.metrics.board import Board
+from vqscale.metrics.reconstruction import Reconstruction
+from vqscale.parallel import ops
+from vqscale.parallel.engine import Engine
+from vqscale.parallel.mesh import Mesh
+from vqscale.tokenizer import Tokenizer
+
+PICTURES = 16
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine, tokenizer: Tokenizer, stream: Stream, mesh: Mesh, *, most: int, board: Board, step: int
+) -> dict[str, float]:
+    """Scores over the stream, the same on every rank: psnr, ssim, images, usage, perplexity, dead.
+
+    usage is the share of codes that any of these images uses. `most` images at most are looked at, 0 is all. Originals
+    above reconstructions and the histogram of hits go to the board.
+    """
+    layout = Rows(tokenizer.quantizer.num_codes, mesh.codes.size, mesh.codes.rank)
+    scores = Reconstruction(mesh.device)
+    counts_k = torch.zeros(layout.count, dtype=torch.int64, device=mesh.device)
+    training = tokenizer.training
+    tokenizer.eval()
+    for number, batch in enumerate(stream.batches()):
+        if most and number * stream.batch >= most:
+            break
+        images = batch.images.to(mesh.device)
+        recon, quantized = engine(images)
+        valid = batch.valid.to(mesh.device)
+        scores.add(images, recon.float(), valid)
+        # Padding counts for no code: no rank owns id -1.
+        per_image = quantized.ids_N.view(len(images), -1)
+        counts_k += tally.counts(torch.where(valid[:, None], per_image, -1).flatten(), layout, mesh)
+        if number == 0:
+            _show(images, recon.float(), mesh, board, step)
+    tokenizer.train(training)
+    found = Reconstruction.from_sums(ops.sum_over(scores.sums(), mesh.world))
+    used = tally.usage(counts_k, mesh.codes, layout.num_codes)
+    hits = torch.cat(ops.gather_objects(counts_k.cpu(), mesh.codes))
+    board.histogram(step, "val/hits_per_code", hits)
+    board.images(step, "usage", lambda: pictures.usage(hits, f"step {step}"))
+    return found | {name: float(value) for name, value in used.items()}
+
+
+def _show(images: Tensor, recon: Tensor, mesh: Mesh, board: Board, step: int) -> None:
+    """The first images of all ranks, in the global order, above their reconstructions."""
+    both = torch.stack([images[:PICTURES], recon[:PICTURES]], dim=1).contiguous()
+    both = ops.gather(both, mesh.world)[:PICTURES].cpu()
+    board.images(step, "reconstructions", lambda: pictures.grid(both[:, 0], both[:, 1]))

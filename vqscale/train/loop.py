@@ -1,0 +1,198 @@
+"""What training loops share, as functions and small records: build, resume, agree, log, save. The loops themselves are
+in the files beside this one; each reads top to bottom, and what stands here has no opinion on the order.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.codes.rows import Rows, Table
+from vqscale.metrics.board import Board
+from vqscale.metrics.progress import Progress
+from vqscale.parallel import checkpoint, ops
+from vqscale.parallel.clock import clock
+from vqscale.parallel.engine import Engine
+from vqscale.parallel.mesh import Mesh
+from vqscale.seed import derive
+from vqscale.train.folder import RunError
+
+T = TypeVar("T")
+
+
+class Watch:
+    """Where the time of steps goes: the whole, waiting for data, the code axis. The clock runs on logged steps only."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._logged: dict[str, float] = {}
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        self.shares: list[float] = []
+
+    def begin(self, log: bool) -> None:
+        clock.on = log
+        self._began = time.perf_counter()
+
+    def end(self, waited: float) -> None:
+        seconds = time.perf_counter() - self._began
+        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
+        if clock.on:
+            codes = clock.take().get("codes", 0.0)
+            self._logged = {"step_s": seconds, "code_axis_share": codes / max(seconds - waited, 1e-9)}
+            self.shares.append(self._logged["code_axis_share"])
+        clock.on = False
+
+    def logged(self) -> dict[str, float]:
+        return self._logged
+
+    def summary(self, batch: int) -> dict[str, float]:
+        """images_per_s, and the medians of shares, of the steps of this start. Evaluation and saving do not count."""
+        if not self.steps:
+            return {}
+        share = statistics.median(self.shares) if self.shares else float("nan")
+        rate = self.steps * batch / self.seconds
+        return {"images_per_s": rate, "code_axis_share": share, "data_wait": self.waited / self.seconds}
+
+
+def pick_device(name: str) -> str:
+    """cpu or cuda for run.device; auto takes CUDA where there is a device for every local process."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "cpu"
+
+
+def seed_step(seed: int, step: int, mesh: Mesh) -> None:
+    """Make torch's own randomness (dropout) a function of the step, so that there is no state of it to save."""
+    torch.manual_seed(derive(seed, "step", step, mesh.world.rank))
+
+
+def timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds that one waited for it."""
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - start
+
+
+def agree(mesh: Mesh, stop: bool, broken: int) -> tuple[bool, int]:
+    """(does any rank want to stop, how many broken samples did all ranks meet), the same answer on every rank."""
+    flags = ops.sum_over(torch.tensor([float(stop), float(broken)], device=mesh.device), mesh.world).tolist()
+    return flags[0] > 0, int(flags[1])
+
+
+def check_broken(total: int, here: Iterable[str], limit: int) -> None:
+    """RunError on all ranks when more samples were broken than the config allows."""
+    if total > limit:
+        some = "".join(f"\n  {line}" for line in list(here)[-5:])
+        raise RunError(
+            f"{total} samples were broken, data.train.max_broken is {limit}: repair or leave out the shards named, "
+            f"or raise data.train.max_broken; the last good checkpoint stands. Met here:{some or ' none'}"
+        )
+
+
+def mean_over_ranks(values: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
+    """The mean of each named number over all ranks. One all-reduce; every rank has the same names."""
+    names = sorted(values)
+    stacked = torch.stack([values[name].detach().double().to(mesh.device) for name in names])
+    return dict(zip(names, (ops.sum_over(stacked, mesh.world) / mesh.world.size).tolist(), strict=True))
+
+
+def table_rows(tables: Mapping[str, Table], learned: bool) -> dict[str, Tensor]:
+    """Rows of all tables by dotted name: the parameters that an optimiser steps, or everything else."""
+    found = {}
+    for prefix, table in tables.items():
+        every = [*table.named_parameters(), *table.named_buffers()]
+        found.update({f"{prefix}.{name}": x for name, x in every if x.requires_grad == learned})
+    return found
+
+
+def learned_rows(tables: Mapping[str, Table]) -> dict[str, nn.Parameter]:
+    return {name: x for name, x in table_rows(tables, learned=True).items() if isinstance(x, nn.Parameter)}
+
+
+@dataclass(frozen=True)
+class Done:
+    """How far a run is: all that the position in the data and the schedule follow from."""
+
+    step: int = 0
+    consumed: int = 0
+    broken: int = 0
+    data: str = ""
+
+    def after(self, step: int, images: int, broken: int) -> Done:
+        return replace(self, step=step, consumed=self.consumed + images, broken=self.broken + broken)
+
+
+def save(place: Path, done: Done, engine: Engine, tables: Mapping[str, Table], mesh: Mesh, keep: int) -> Path:
+    """Write a checkpoint of everything under place/checkpoints; collective."""
+    replicated, rows, engine_facts = engine.state()
+    rows = {**rows, **table_rows(tables, learned=False)}
+    return checkpoint.save(
+        place / "checkpoints",
+        done.step,
+        replicated=replicated,
+        rows={name: (x.detach().cpu(), *_place(name, tables)) for name, x in rows.items()},
+        facts={"done": asdict(done), "engine": engine_facts},
+        mesh=mesh,
+        keep=keep,
+    )
+
+
+def resume(place: Path, engine: Engine, tables: Mapping[str, Table], data: str, mesh: Mesh) -> tuple[Done, list[str]]:
+    """Go on from the newest whole checkpoint, if there is one; (how far the run is, what to say). Collective.
+
+    ValueError on all ranks when the data is not what the run was trained on.
+    """
+    newest, passed_over = checkpoint.latest(place / "checkpoints", mesh)
+    notes = [f"warning: passed over the checkpoint {reason}" for reason in passed_over]
+    if newest is None:
+        return Done(data=data), [*notes, f"a new run in {place} on {mesh.world.size} processes"]
+    done = Done(**load(newest, engine, tables)["done"])
+    if done.data != data:
+        raise ValueError(
+            f"the run in {place} was trained on data with fingerprint {done.data}, data.train.shards now has {data}: "
+            "the order of samples would be another; give the same shards, or a new run.folder"
+        )
+    return done, [*notes, f"going on after step {done.step} of {newest} on {mesh.world.size} processes"]
+
+
+def close(board: Board, progress: Progress, summary: T) -> T:
+    progress.close()
+    board.close()
+    return summary
+
+
+def _place(name: str, tables: Mapping[str, Table]) -> tuple[int, int]:
+    """(first row here, K) of a row tensor, by the table in its name: KIND/TABLE.TENSOR, or TABLE.TENSOR."""
+    layout = _layout(name, tables)
+    return layout.start, layout.num_codes
+
+
+def _layout(name: str, tables: Mapping[str, Table]) -> Rows:
+    return tables[name.rpartition("/")[2].rpartition(".")[0]].layout
+
+
+def load(path: Path, engine: Engine, tables: Mapping[str, Table]) -> dict[str, Any]:
+    """Bring everything back from a checkpoint of any number of ranks; returns its facts."""
+    others = table_rows(tables, learned=False)
+    wanted = {}
+    for name in [*engine.row_names(), *others]:
+        layout = _layout(name, tables)
+        wanted[name] = (layout.start, layout.stop, layout.num_codes)
+    state = checkpoint.load(path, rows=wanted)
+    engine.load(state.replicated, {name: state.rows[name] for name in engine.row_names()}, state.facts["engine"])
+    with torch.no_grad():
+        for name, x in others.items():
+            x.copy_(state.rows[name])
+    return state.facts

@@ -1,0 +1,130 @@
+"""Train a tokenizer: settle, build, resume, loop, close.
+
+Every rank runs these lines with its own images. The board and the progress bar are silent on all ranks but one, so
+nothing here asks which rank it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqscale import losses, quantizers
+from vqscale.codes.rows import set_aside
+from vqscale.data.images import Stream
+from vqscale.metrics.board import Board
+from vqscale.metrics.progress import Progress
+from vqscale.parallel.engine import Engine
+from vqscale.parallel.mesh import Mesh
+from vqscale.seed import derive
+from vqscale.tokenizer import Tokenizer
+from vqscale.train import folder, loop
+from vqscale.train.config import TokenizerConfig, TokenizerRun
+from vqscale.train.evaluate import evaluate
+
+
+def build(config: TokenizerConfig, mesh: Mesh, seed: int) -> Tokenizer:
+    """The tokenizer of a run, on the mesh's device; its first values do not depend on the number of processes."""
+    torch.manual_seed(derive(seed, "model"))
+    quantizer = quantizers.build(config.quantizer, mesh, seed=derive(seed, "codes"))
+    return Tokenizer(config.net, quantizer, config.latent_norm).to(mesh.device)
+
+
+def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[Stream, Stream | None]:
+    """(training images, held-out images or None): what is wrong with the shards is said before a model is built."""
+    batch = config.data.batch // config.engine.accumulation
+    place = (mesh.world.rank, mesh.world.size)
+    stream = Stream(config.data.train, batch, *place, seed=derive(config.run.seed, "data"))
+    return stream, None if config.data.val is None else Stream(config.data.val, batch, *place, train=False)
+
+
+def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
+    """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
+    run, place = config.run, Path(config.run.folder)
+
+    # settle
+    stream, held_out = open_streams(config, mesh)
+    warnings = folder.prepare(config, sys.argv, mesh)
+    request = folder.StopRequest(place, mesh)
+
+    # build
+    tokenizer = build(config.tokenizer, mesh, run.seed)
+    tables = set_aside(tokenizer)
+    quantizer = tokenizer.quantizer
+    quantizer.begin()
+    engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
+
+    # resume
+    done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh)
+    board = Board(place, mesh.world.rank, done.step)
+    progress = Progress(run.steps, done.step, mesh.world.rank)
+    for note in [*warnings, *notes]:
+        progress.say(note)
+    if done.step >= run.steps:
+        progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
+        return loop.close(board, progress, folder.read_json(place / "summary.json"))
+
+    # loop
+    watch, recent, scores = loop.Watch(), deque[str](maxlen=5), dict[str, float]()
+    batches = loop.timed(stream.batches(done.consumed))
+    for step in range(done.step + 1, run.steps + 1):
+        last, log = step == run.steps, step % run.log_every == 0 or step == run.steps
+        loop.seed_step(run.seed, step, mesh)
+        watch.begin(log)
+        waited, broken = 0.0, 0
+        for _ in range(config.engine.accumulation):
+            batch, seconds = next(batches)
+            waited, broken = waited + seconds, broken + len(batch.broken)
+            recent.extend(batch.broken)
+            images = batch.images.to(mesh.device, non_blocking=True)
+            recon, quantized = engine(images)
+            distance = losses.reconstruction(images, recon, config.loss.reconstruction)
+            loss = config.loss.reconstruction_weight * distance + sum(quantized.losses.values())
+            engine.backward(loss)
+            report = engine.step()
+        for parameter, rows in quantizer.update(report.stepped):
+            engine.forget(parameter, rows)
+        watch.end(waited)
+        progress.advance(config.data.batch, waited)
+
+        stop, broken = loop.agree(mesh, request.here(), broken)
+        done = done.after(step, config.data.batch, broken)
+        loop.check_broken(done.broken, recent, config.data.train.max_broken)
+        if log:
+            parts = {config.loss.reconstruction: distance, **quantized.losses}
+            row = loop.mean_over_ranks(
+                {"loss": loss, **_under("loss", parts), **_under("codes", quantized.stats)}, mesh
+            )
+            row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
+            board.scalars(step, row | _under("time", progress.rates() | watch.logged()))
+            progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
+        if held_out is not None and (last or step % run.eval_every == 0):
+            most = 0 if last else run.eval_images
+            scores = evaluate(engine, tokenizer, held_out, mesh, most=most, board=board, step=step)
+            board.scalars(step, _under("val", scores))
+            progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+        if last or stop or step % run.checkpoint_every == 0:
+            loop.save(place, done, engine, tables, mesh, run.keep)
+        if stop and not last:
+            progress.say(
+                f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on"
+            )
+            request.clear()
+            return loop.close(board, progress, None)
+
+    # close
+    summary: dict[str, Any] = {"num_codes": quantizer.num_codes, **scores, **watch.summary(config.data.batch)}
+    summary |= {"steps": run.steps, "processes": mesh.world.size, "quantizer": config.tokenizer.quantizer.name}
+    folder.write_summary(place, summary, mesh)
+    return loop.close(board, progress, summary)
+
+
+SHOWN = ("loss", "codes/usage", "codes/perplexity")
+
+
+def _under(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
