@@ -15,7 +15,7 @@ from typing import Literal
 class ConvConfig:
     """The convolutional encoder and decoder of the VQGAN family; by default the net of the published IBQ tokenizers.
 
-    Level i works at 1/2**i of the image's side with channels * multipliers[i] channels. The encoder walks the levels
+    Level i works at 1 / (patch * 2**i) of the image's side with channels * multipliers[i] channels. The encoder walks the levels
     upwards with num_blocks residual blocks each, the decoder downwards with one more.
     """
 
@@ -41,6 +41,8 @@ class ConvConfig:
     """recompute every block in the backward pass: less memory, one more forward pass of time"""
     in_channels: int = 3
     """channels of an image"""
+    patch: int = 1
+    """squares of patch x patch pixels become channels before the first level, and pixels after the last; 1 is off"""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -50,11 +52,11 @@ class ConvConfig:
     @property
     def stride(self) -> int:
         """Pixels of the image's side per latent: an image of H x W gives H // stride x W // stride latents."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
-        for key in ("channels", "num_blocks", "z_channels", "num_groups", "in_channels"):
+        for key in ("channels", "num_blocks", "z_channels", "num_groups", "in_channels", "patch"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}, but a network has at least 1 of them: raise {key}"
         if not self.multipliers or min(self.multipliers) < 1:

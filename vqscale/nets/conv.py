@@ -137,7 +137,8 @@ class Encoder(nn.Module):
     def __init__(self, config: ConvConfig) -> None:
         super().__init__()
         widths = config.widths
-        self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch**2, config.channels, 3, padding=1)
         channels = config.channels
         levels: list[Level] = []
         for level, width in enumerate(widths):
@@ -151,7 +152,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
+        x = self.conv_in(F.pixel_unshuffle(images, self.patch) if self.patch > 1 else images)
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -174,10 +175,12 @@ class Decoder(nn.Module):
                 levels[0].upsample = Upsample(channels)
         self.up = nn.ModuleList(levels)  # numbered by level, so the last one runs first
         self.norm_out = _norm(channels, config)
-        self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
+        self.patch = config.patch
+        self.conv_out = nn.Conv2d(channels, config.in_channels * config.patch**2, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        images = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(images, self.patch) if self.patch > 1 else images

@@ -2,8 +2,8 @@
 
     N <- decay N + (1 - decay) n,   m <- decay m + (1 - decay) s,   c = m / ((N + eps) / (sum N + K eps) sum N)
 
-n and s are counts and sums over all tokens of all ranks since the last optimiser step. z = sg(c) + x - sg(x), and the only
-loss is commitment_weight |x - sg(c)|^2.
+n and s are counts and sums over all tokens of all ranks since the last optimiser step. z = sg(c) + x - sg(x), and the
+only loss is commitment_weight |x - sg(c)|^2.
 """
 
 from __future__ import annotations

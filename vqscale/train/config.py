@@ -63,6 +63,8 @@ class LossConfig:
     """distance of images"""
     reconstruction_weight: float = 1.0
     """its weight"""
+    quantizer_weight: float = 1.0
+    """weight of the sum of the quantizer's losses"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.reconstruction_weight <= 0:

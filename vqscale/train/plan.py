@@ -34,7 +34,7 @@ def activation_bytes(module: nn.Module, x: torch.Tensor) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in own:
-            kept[id(tensor.untyped_storage()._cdata)] = tensor
+            kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -83,7 +83,8 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             images = batch.images.to(mesh.device, non_blocking=True)
             recon, quantized = engine(images)
             distance = losses.reconstruction(images, recon, config.loss.reconstruction)
-            loss = config.loss.reconstruction_weight * distance + sum(quantized.losses.values())
+            loss = config.loss.reconstruction_weight * distance
+            loss = loss + config.loss.quantizer_weight * sum(quantized.losses.values())
             engine.backward(loss)
             report = engine.step()
         for parameter, rows in quantizer.update(report.stepped):
