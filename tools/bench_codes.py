@@ -1,0 +1,250 @@
+"""`bench.py codes`: search and one IBQ training step, ours beside the dense published form and beside the floor.
+
+This file reads the arguments, starts the processes and prints; bench_forms.py is what is run, bench_measure.py how it
+is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench_forms import Setting
+    from bench_measure import Cost
+
+TIMEOUT_S = 6 * 3600.0
+
+ABOUT = """\
+Search (Codebook.nearest) and one IBQ training step (forward with all losses, backward to the tokens and the rows),
+each in three forms that start from the same numbers and take turns:
+
+  ours    vqscale, in blocks, the rows split over the processes
+  dense   the released form in plain torch, with its one-hot products and tensors of tokens x codes; its search is one
+          product and a maximum
+  floor   the matrix products alone that the result cannot do without, as torch.mm in blocks into one buffer: the
+          table names them
+
+seconds is the median over the repeats, of the slowest process. Peak memory is of one process and beyond its inputs;
+the gradients of tokens and rows are in it. Sent bytes are of one process and one run, as a ring sends them.
+
+With --processes M, tokens are per process. Ours shares one codebook, K/M rows each, and its collectives are in its
+time. The dense form is what data parallelism runs today: every process has all K rows and its own tokens, all M run at
+once. The all-reduce of its K x D gradient is not run, so it is not in its seconds; its sent bytes are computed:
+2 (M-1)/M K D numbers per step.
+
+The arithmetic is float32 or float64 because the search, the softmax and the statistics run in float32 or better
+whatever the autocast is."""
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="bench.py codes", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--tokens", type=int, default=1024, help="N, tokens per process (1024)")
+    out.add_argument("--codes", type=int, default=65536, help="K, all codes (65536)")
+    out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
+    out.add_argument("--entropy", action="store_true", help="with the entropy loss, temperature 0.01 as released")
+    out.add_argument("--processes", type=int, default=1, help="M, processes that share the codebook, CPU only (1)")
+    out.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of tokens and rows (float32)")
+    out.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
+    out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
+    out.add_argument("--threads", type=int, help="threads of each process (cores / processes)")
+    out.add_argument("--scan-mib", type=int, default=64, help="memory of our blocks, MiB per process (64)")
+    out.add_argument(
+        "--max-dense-gib",
+        type=float,
+        default=8.0,
+        help="leave out the dense form of a work for which all processes together would need more than this (8)",
+    )
+    out.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return out
+
+
+def problems(args: argparse.Namespace) -> Iterable[str]:
+    """What is wrong with the arguments, each as the rule, where it came from and what to change."""
+    for key in ("tokens", "codes", "dim", "processes", "repeats", "threads", "scan_mib"):
+        value = getattr(args, key)
+        if value is not None and value < 1:
+            flag = "--" + key.replace("_", "-")
+            yield f"{key} is {value} and must be at least 1; it comes from {flag}: give 1 or more"
+    if not args.max_dense_gib >= 0:
+        yield (
+            f"the limit of the dense form is {args.max_dense_gib} GiB and must not be negative; it comes from "
+            "--max-dense-gib: give 0 to leave the dense form out"
+        )
+    if args.device == "cuda" and args.processes > 1:
+        yield (
+            f"{args.processes} processes need a device each and are started on a CPU only, but --device is cuda: "
+            "use --processes 1 or --device cpu"
+        )
+
+
+def no_device(device: str) -> str | None:
+    """The message when the device that was asked for is not there."""
+    if device != "cuda":
+        return None
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    build = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+    return f"cuda needs a CUDA device, but {build}; it comes from --device: use --device cpu, or a machine with a GPU"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: list[str]) -> int:
+    out = parser()
+    args = out.parse_args(argv)
+    if missing := no_device(args.device):
+        out.error(missing)
+    if wrong := list(problems(args)):
+        out.error("\n".join(wrong))
+    setting = settle(args)
+    report = run(setting)
+    report["machine"] = machine(setting)
+    report["commit"] = commit()
+    report["command"] = shlex.join(["python", "tools/bench.py", "codes", *argv])
+    report["config"] = {**asdict(setting), "max_dense_gib": args.max_dense_gib}
+    print(json.dumps(report) if args.json else table(report))
+    return 0
+
+
+def settle(args: argparse.Namespace) -> Setting:
+    """What will be measured; says on stderr which dense forms are left out, and why."""
+    from bench_forms import Setting, dense_memory
+
+    setting = Setting(
+        tokens=args.tokens,
+        codes=args.codes,
+        dim=args.dim,
+        entropy=args.entropy,
+        processes=args.processes,
+        dtype=args.dtype,
+        device=args.device,
+        repeats=args.repeats,
+        threads=args.threads or max(1, cores() // args.processes),
+        scan_mib=args.scan_mib,
+    )
+    kept = []
+    for work, need in dense_memory(setting).items():
+        if need <= args.max_dense_gib * 2**30:
+            kept.append(work)
+            continue
+        print(
+            f"bench.py codes: the dense {work} is left out: it needs about {need / 2**30:.1f} GiB, more than the "
+            f"{args.max_dense_gib:g} GiB of --max-dense-gib",
+            file=sys.stderr,
+        )
+    return replace(setting, dense=tuple(kept))
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    """Measure on all processes and merge: {"step": {"ours", "dense", "floor"}, "search": the same}."""
+    from bench_measure import measure
+
+    if setting.device == "cuda":
+        ranks = [measure(setting)]
+    else:
+        from vqscale.parallel import spawn
+
+        ranks = spawn.run(measure, setting.processes, setting, timeout_s=TIMEOUT_S)
+    return {work: merge([rank[work] for rank in ranks], work, setting) for work in ("step", "search")}
+
+
+def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str, dict[str, Any]]:
+    """The costs of all processes as one: a repeat lasts as long as its slowest process."""
+    from bench_forms import PRODUCTS, dense_bytes
+
+    out: dict[str, dict[str, Any]] = {"dense": {"seconds": None, "peak_bytes": None}}
+    for name in ranks[0]:
+        costs = [rank[name] for rank in ranks]
+        peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
+        out[name] = {
+            "seconds": median(max(repeat) for repeat in zip(*(cost.seconds for cost in costs), strict=True)),
+            "peak_bytes": max(peaks, default=None),
+            "sent_bytes": max(cost.sent_bytes for cost in costs),
+        }
+    out["dense"]["sent_bytes"] = dense_bytes(setting)[work]
+    floor = {"seconds": out["floor"]["seconds"], "products": len(PRODUCTS[work])}
+    return {"ours": out["ours"], "dense": out["dense"], "floor": floor}
+
+
+def machine(setting: Setting) -> dict[str, Any]:
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    out = {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": cores(),
+        "threads": setting.threads,
+        "torch": torch.__version__,
+    }
+    return {**out, "gpu": torch.cuda.get_device_name()} if setting.device == "cuda" else out
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with +changes if tracked files differ from it; None outside a repository."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def table(report: dict[str, Any]) -> str:
+    from bench_forms import PRODUCTS
+
+    config, host = report["config"], report["machine"]
+    lines = [
+        f"{config['tokens']} tokens per process, {config['codes']} codes x {config['dim']}, {config['dtype']}, "
+        f"{'with' if config['entropy'] else 'without'} entropy; {config['processes']} x {host['threads']} threads",
+        f"{host.get('gpu') or host['cpu']}, {host['cores']} cores, torch {host['torch']}, commit {report['commit']}",
+        "",
+        f"{'':15}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
+    ]
+    for work in ("step", "search"):
+        floor = report[work]["floor"]["seconds"]
+        for name in ("ours", "dense", "floor"):
+            row = report[work][name]
+            ratio = None if row["seconds"] is None else row["seconds"] / floor
+            memory = [None if row.get(key) is None else row[key] / 2**20 for key in ("peak_bytes", "sent_bytes")]
+            cells = _cell(row["seconds"], 10, 4), _cell(ratio, 9, 2), *(_cell(value, 11, 2) for value in memory)
+            lines.append(f"{work:8}{name:7}{''.join(cells)}")
+        lines.append(f"{'':8}dense / ours: {_ratios(report[work])}")
+        lines.append(f"{'':8}floor: {row['products']} of 2 N K D operations: {', '.join(PRODUCTS[work])}")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+
+
+def _ratios(work: dict[str, dict[str, Any]]) -> str:
+    """How many times more the dense form takes."""
+    out = []
+    for key, name in (("seconds", "time"), ("peak_bytes", "memory"), ("sent_bytes", "bytes")):
+        ours, dense = work["ours"][key], work["dense"][key]
+        if ours and dense:
+            out.append(f"{dense / ours:.2f} x the {name}")
+    return ", ".join(out) or "not measured"
