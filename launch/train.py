@@ -103,7 +103,8 @@ def _run(config: Run, device: str) -> int:
     from vqscale.train.tokenizer import train
 
     connect(device, config.engine.timeout_s)
-    mesh = Mesh(*config.mesh.resolve(world_size()), device=None if device == "cuda" else device)
+    data, codes = config.mesh.resolve(world_size())
+    mesh = Mesh(data, codes, device=None if device == "cuda" else device, timeout_s=config.engine.timeout_s)
     summary = train(config, mesh)
     disconnect()
     return 0 if summary is not None else folder.EXIT_STOPPED

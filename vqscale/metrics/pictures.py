@@ -20,8 +20,11 @@ Picture = npt.NDArray[np.uint8]
 _CURVE_POINTS = 2000
 
 
-def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Picture:
-    """(B, 3, H, W) twice, in [-1, 1] -> one picture: rows of `columns` originals, below each its reconstruction."""
+def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8, scale: int = 1) -> Picture:
+    """(B, 3, H, W) twice, in [-1, 1] -> one picture: rows of `columns` originals, below each its reconstruction.
+
+    Every pixel becomes scale x scale pixels, so that small images can be looked at.
+    """
     x, y = (to_bytes(images.detach()).permute(0, 2, 3, 1).cpu().numpy() for images in (originals, reconstructions))
     if x.shape != y.shape or not len(x):
         raise ValueError(
@@ -35,7 +38,7 @@ def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Pictur
     for index in range(len(x)):
         picture[index // columns, 0, :, index % columns] = x[index]
         picture[index // columns, 1, :, index % columns] = y[index]
-    return picture.reshape(rows * 2 * height, columns * width, 3)
+    return picture.reshape(rows * 2 * height, columns * width, 3).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def usage(counts: npt.ArrayLike | Tensor, title: str = "") -> Picture:

@@ -74,10 +74,13 @@ def check_product(data: int, codes: int, world: int) -> None:
 class Mesh:
     """Mesh(data, codes): this rank's axes. Checks its own product; one process needs nothing initialised.
 
-    Making a mesh is collective: every rank makes the same ones in the same order, because the groups are made here.
+    Making a mesh is collective: every rank makes the same ones in the same order, because the groups are made here. A
+    collective that waits longer than `timeout_s` fails.
     """
 
-    def __init__(self, data: int = 1, codes: int = 1, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, data: int = 1, codes: int = 1, device: torch.device | str | None = None, timeout_s: float = 600.0
+    ) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
         check_product(data, codes, world)
         self.device = torch.device(device) if device is not None else _default_device()
@@ -89,8 +92,8 @@ class Mesh:
         # Every rank takes part in the making of every group, also of those that it is not in.
         rows = [list(range(d * codes, (d + 1) * codes)) for d in range(data)]
         columns = [list(range(c, world, codes)) for c in range(codes)]
-        self.codes = _axis("codes", rows, rank)
-        self.data = _axis("data", columns, rank)
+        self.codes = _axis("codes", rows, rank, timeout_s)
+        self.data = _axis("data", columns, rank, timeout_s)
 
     def __repr__(self) -> str:
         return (
@@ -99,10 +102,10 @@ class Mesh:
         )
 
 
-def _axis(name: str, lines: list[list[int]], rank: int) -> Axis:
+def _axis(name: str, lines: list[list[int]], rank: int, timeout_s: float) -> Axis:
     if len(lines[0]) == 1:
         return Axis(name)
-    group, _ = dist.new_subgroups_by_enumeration(lines)
+    group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout_s))
     mine = next(line for line in lines if rank in line)
     return Axis(name, len(mine), mine.index(rank), group)
 

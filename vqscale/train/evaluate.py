@@ -17,6 +17,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer import Tokenizer
 
 PICTURES = 16
+LEAST_SIDE = 128  # smaller images are shown enlarged
 
 
 @torch.no_grad()
@@ -58,4 +59,5 @@ def _show(images: Tensor, recon: Tensor, mesh: Mesh, board: Board, step: int) ->
     """The first images of all ranks, in the global order, above their reconstructions."""
     both = torch.stack([images[:PICTURES], recon[:PICTURES]], dim=1).contiguous()
     both = ops.gather(both, mesh.world)[:PICTURES].cpu()
-    board.images(step, "reconstructions", lambda: pictures.grid(both[:, 0], both[:, 1]))
+    scale = max(1, LEAST_SIDE // images.shape[-1])
+    board.images(step, "reconstructions", lambda: pictures.grid(both[:, 0], both[:, 1], scale=scale))
