@@ -1,4 +1,5 @@
-"""What a source of images is asked for, without torch: the config of data/images.py, read before anything heavy is imported.
+"""What a source of images is asked for, without torch: the config of data/images.py, read before anything heavy is
+imported.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
 """
@@ -32,16 +33,18 @@ class ShapesConfig:
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """WebDataset tar shards of images, as they are: members `key.jpg` (jpeg, png, webp), and `key.cls` or `key.json` for a label."""
+    """WebDataset tar shards of images, as they are: members `key.jpg` (jpeg, png, webp), and `key.cls` or `key.json`
+    for a label.
+    """
 
     shards: str | tuple[str, ...]
-    "paths or URLs of tar shards: brace lists a-{0000..1023}.tar, * patterns, several joined by ::, pipe:COMMAND, or a list of these"
+    "tar shards: paths or URLs with brace lists a-{0000..1023}.tar or *, joined by ::, pipe:COMMAND, or a list of these"
     image_size: int = 256
     "pixels of a side of the images that come out"
     resize: int | None = None
     "pixels that the short side is resized to before the crop; null = image_size"
     crop: Literal["random", "center", "resized"] = "random"
-    "square cut out of the resized image; resized = random area and aspect, then resized; evaluation always takes center"
+    "square that training takes; resized = random area and aspect, then resized; evaluation always takes center"
     min_area: float = 0.25
     "smallest share of the image's area that crop: resized takes"
     flip: bool = False
@@ -86,8 +89,8 @@ class ImagesConfig:
         if self.resize is not None and self.resize < self.image_size:
             yield (
                 "resize",
-                f"the short side is resized to {self.resize}, from which no square of image_size {self.image_size} can be cut: "
-                "raise resize or lower image_size",
+                f"the short side is resized to {self.resize}, from which no square of image_size {self.image_size} can "
+                "be cut: raise resize or lower image_size",
             )
         if not 0 < self.min_area <= 1:
             yield (

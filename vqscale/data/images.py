@@ -1,8 +1,9 @@
 """Batches of images from WebDataset shards, with one number as the state: the samples consumed.
 
-Training step s takes positions [s * B, (s + 1) * B) of the order (data/order.py), rank r its r-th part, so the global batch is the same on any number of
-ranks and workers, and a run resumes at the exact next sample. A broken sample is replaced by the next good one of the order, so no rank
-ever sees another number of samples than its peers. Nothing here communicates; the training loop sums what is broken over the ranks.
+Training step s takes positions [s * B, (s + 1) * B) of the order (data/order.py), rank r its r-th part, so the global
+batch is the same on any number of ranks and workers, and a run resumes at the exact next sample. A broken sample is
+replaced by the next good one of the order, so no rank ever sees another number of samples than its peers. Nothing here
+communicates; the training loop sums what is broken over the ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from vqscale.data import pixels
 from vqscale.data.config import ImagesConfig
 from vqscale.data.index import Index, build
+from vqscale.data.make import make_missing
 from vqscale.data.order import Order, Sequence
 from vqscale.data.reader import Reader
 from vqscale.seed import derive
@@ -33,6 +35,16 @@ _ending = RawValue("b", 0)  # this process is at its end: its workers may be ter
 @atexit.register
 def _end() -> None:
     _ending.value = 1
+
+
+def prepare(config: ImagesConfig) -> None:
+    """Before any process group exists: make drawn shards that are missing (config.make), and the index where it is not
+    kept yet.
+
+    Called by every process; one works and the others wait, however long it takes. Done again it does nothing.
+    """
+    make_missing(config)
+    build(config)
 
 
 class BrokenData(RuntimeError):
@@ -48,7 +60,7 @@ class Batch:
     keys: list[str]
     valid: Tensor  # (b,) bool; false only in evaluation: past the last sample, or broken
     numbers: Tensor  # (b,) int64: sample numbers in the data set; -1 past the last
-    broken: list[str]  # `shard key: reason` for each broken sample met, whether it was replaced or left out
+    broken: list[str]  # `shard key: reason` for each sample that was replaced (training) or left out (evaluation)
 
     def pin_memory(self) -> Batch:
         self.images, self.labels, self.valid = (
@@ -71,10 +83,12 @@ class _Samples(Dataset[Batch]):
         raw = np.full((count, size, size, 3), 127, dtype=np.uint8)
         labels, chosen = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int64)
         valid, keys, broken = np.zeros(count, dtype=bool), [""] * count, list[str]()
+        if self.reader.fetched and numbers[0] >= 0:
+            self.reader.prepare(self.order.shards_of(numbers[0]), self.order.shards_of(numbers[0], ahead=1))
         for row, number in enumerate(numbers):
             if number >= 0:
                 sample, image = self._take(number, broken)
-                chosen[row], keys[row], labels[row] = sample, self.index.key(sample), self.index.labels[sample]
+                chosen[row], keys[row], labels[row] = sample, self.index.key(sample), self.index.samples.labels[sample]
                 if image is not None:
                     raw[row], valid[row] = image, True
         images = torch.from_numpy(raw).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -84,7 +98,9 @@ class _Samples(Dataset[Batch]):
         return Batch(images, torch.from_numpy(labels), keys, mask, torch.from_numpy(chosen), broken)
 
     def _take(self, number: int, broken: list[str]) -> tuple[int, NDArray[np.uint8] | None]:
-        """(sample number, pixels) of a position of the order, or of the next good one; in evaluation (the sample, None) if it is broken."""
+        """(sample number, pixels) of a position of the order, or of the next good one; in evaluation (the sample,
+        None) if it is broken.
+        """
         epoch, wanted = self.order[number]
         train = isinstance(self.order, Order)
         seed = derive("augment", self.seed, epoch, wanted) if train else None
@@ -100,35 +116,53 @@ class _Samples(Dataset[Batch]):
             if not train:
                 return wanted, None
         raise BrokenData(
-            f"{self.config.max_broken + 1} samples in a row are broken, the last {reason}; max_broken is {self.config.max_broken}: "
-            "repair or leave out the shard, or raise max_broken"
+            f"{self.config.max_broken + 1} samples in a row are broken, the last is {reason}; "
+            f"max_broken = {self.config.max_broken} allows no more: repair or leave out the shard, or raise max_broken"
         )
 
 
 class Stream:
-    """A rank's part of the batches of a data set. `rank` and `world` count all processes of the run; every rank has the same config and seed."""
+    """A rank's part of the batches of a data set. `rank` and `world` count all processes of the run; every rank has
+    the same config and seed.
+    """
 
     def __init__(
         self, config: ImagesConfig, batch: int, rank: int = 0, world: int = 1, seed: int = 0, train: bool = True
     ) -> None:
-        """`batch` is global: a rank takes batch / world. Reads the index, makes it where there is none; no communication."""
+        """`batch` is global: a rank takes batch / world. Reads the index, makes it where there is none; no
+        communication.
+        """
         if batch < 1 or batch % world:
+            near = f"{batch // world * world or world} or {(batch // world + 1) * world}"
             raise ValueError(
-                f"a global batch of {batch} does not divide by {world} processes: change the batch or the number of processes "
-                f"(nearest that divide: {batch // world * world or world} and {(batch // world + 1) * world})"
+                f"a global batch of {batch} images does not divide by {world} processes: "
+                f"change the batch, for example to {near}, or the number of processes"
             )
         self.config, self.batch, self.rank, self.world = config, batch, rank, world
         self.index = build(config)
         self.num_samples = len(self.index)
         self.fingerprint = self.index.fingerprint()
-        self.damage = self.index.damage
+        self.damage = list(self.index.samples.damage)
         self.order: Order | Sequence
-        self.order = Order(self.index.counts, seed, config.window_shards) if train else Sequence(self.num_samples)
+        self.order = Order(self.index.counts, seed, config.window_shards) if train else Sequence(self.index.counts)
         self._samples = _Samples(config, self.index, self.order, seed)
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        """The shards of two windows, the one in use and the next, must fit into the cache together."""
+        fetched = [self.index.bytes[shard] for shard in self._samples.reader.fetched]
+        window = (self.config.window_shards or len(fetched)) if isinstance(self.order, Order) else 1
+        need = sum(sorted(fetched)[-2 * window :])
+        if need > self.config.cache_gb * 1e9:
+            raise ValueError(
+                f"two windows of {window} streamed shards are up to {need / 1e9:.3g} GB, but cache_gb = "
+                f"{self.config.cache_gb:g}: lower window_shards, or raise cache_gb"
+            )
 
     def batches(self, consumed: int = 0) -> Iterator[Batch]:
-        """Training: endless, from sample number `consumed` of the run. Evaluation: from `consumed` to the last sample, each once, with as many
-        batches on every rank; what lies past the last sample has valid = False."""
+        """Training: endless, from sample number `consumed` of the run. Evaluation: from `consumed` to the last sample,
+        each once, with as many batches on every rank; what lies past the last sample has valid = False.
+        """
         closing = RawValue("b", 0)
         workers = self.config.num_workers
         loader: DataLoader[Any] = DataLoader(
@@ -138,9 +172,20 @@ class Stream:
             collate_fn=_same,
             worker_init_fn=_Quiet(closing) if workers else None,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # torch draws a seed from it, and otherwise from the generator of the run
         )
+        news = self.damage if consumed == 0 and self.rank == 0 else []  # once, so that a sum over ranks counts it once
         try:
-            yield from loader
+            for batch in loader:
+                batch.broken[:0], news = news, []
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or isinstance(error, BrokenData):
+                raise
+            raise RuntimeError(
+                f"rank {self.rank} lost one of its {workers} reading processes ({error}): most often for want of "
+                "memory or of /dev/shm; lower data.num_workers or the batch, or give the job more"
+            ) from error
         finally:
             closing.value = 1
 
@@ -166,7 +211,9 @@ def _same(batch: Any) -> Any:
 
 
 class _Quiet:
-    """A worker lives until its stream closes: signals meant for the run (Slurm sends them to all processes) must not end it before."""
+    """A worker lives until its stream closes: signals meant for the run (Slurm sends them to all processes) must not
+    end it before.
+    """
 
     def __init__(self, closing: Any) -> None:
         self.closing = closing

@@ -1,7 +1,7 @@
 """Which sample comes when: a pure function of (seed, epoch, position), so that the state of a stream is one number.
 
-An epoch permutes the shards, cuts them into windows of `window_shards`, and permutes the samples inside each window: reads stay close together,
-and every sample comes exactly once an epoch. Nothing here knows of ranks, workers or files.
+An epoch permutes the shards, cuts them into windows of `window_shards`, and permutes the samples inside each window:
+reads stay close together, and every sample comes exactly once an epoch. Nothing here knows of ranks, workers or files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ Ints = NDArray[np.int64]
 
 
 def permutation(count: int, seed: int) -> Ints:
-    """A permutation of range(count), the same with every version of numpy: raw PCG64 output is frozen, Generator methods are not."""
+    """A permutation of range(count), the same with every version of numpy: raw PCG64 output is frozen, Generator
+    methods are not.
+    """
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int64)
 
 
@@ -27,7 +29,9 @@ class Order:
     KEPT_WINDOWS = 4  # a batch may straddle two windows, and substitutes may look into the next
 
     def __init__(self, samples_per_shard: Ints, seed: int, window_shards: int) -> None:
-        """`samples_per_shard`: (S,) counts; sample numbers run through the shards one after the other. window_shards 0 = all."""
+        """`samples_per_shard`: (S,) counts; sample numbers run through the shards one after the other. window_shards 0
+        = all.
+        """
         self.counts = np.asarray(samples_per_shard, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.seed = seed
@@ -46,7 +50,9 @@ class Order:
         return epoch, int(self._window(epoch, window)[position - start])
 
     def shards_of(self, number: int, ahead: int = 0) -> list[int]:
-        """The shards of the window that `number` is in, or of the one `ahead` windows later, in the order of the epoch."""
+        """The shards of the window that `number` is in, or of the one `ahead` windows later, in the order of the
+        epoch.
+        """
         epoch, position = divmod(number, len(self))
         window, _ = self._locate(epoch, position)
         for _ in range(ahead):
@@ -88,13 +94,19 @@ class Order:
 class Sequence:
     """The order of evaluation: every sample once, by number."""
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+    def __init__(self, samples_per_shard: Ints) -> None:
+        self.ends = np.cumsum(samples_per_shard)
 
     def __len__(self) -> int:
-        return self.num_samples
+        return int(self.ends[-1])
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        if not 0 <= number < self.num_samples:
+        """(0, number): there is one epoch."""
+        if not 0 <= number < len(self):
             raise IndexError(number)
         return 0, number
+
+    def shards_of(self, number: int, ahead: int = 0) -> list[int]:
+        """The shard that `number` is in, or the one `ahead` shards later; none past the end."""
+        shard = int(np.searchsorted(self.ends, number, side="right")) + ahead
+        return [shard] if shard < len(self.ends) else []

@@ -1,6 +1,8 @@
-"""From the bytes of an image file to pixels: decoding to RGB whatever the file holds, and augmentation by an explicit seed.
+"""From the bytes of an image file to pixels: decoding to RGB whatever the file holds, and augmentation by an explicit
+seed.
 
-Pillow decides what a file is by its content, not by its name. Colour profiles are not applied, as in the published pipelines.
+Pillow decides what a file is by its content, not by its name. Colour profiles are not applied, as in the published
+pipelines.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def decode(data: bytes) -> Image.Image:
 
 
 def augment(image: Image.Image, config: ImagesConfig, seed: int | None) -> NDArray[np.uint8]:
-    """uint8 (S, S, 3), S = image_size. A pure function of its arguments; seed None is evaluation: centre crop, no flip."""
+    """uint8 (S, S, 3), S = image_size. A pure function of its arguments; seed None is evaluation: centre crop, no
+    flip.
+    """
     size, filter_ = config.image_size, _FILTERS[config.interpolation]
     draw = random.Random(seed)  # random() of one seed is the same in every version of Python
     if seed is not None and config.crop == "resized":

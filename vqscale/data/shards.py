@@ -1,7 +1,5 @@
-"""From patterns to shards, and from a shard to a local file: what the names in a config stand for.
-
-Local shards are read where they lie. What comes from a command or a URL (`pipe:` and the other schemes of webdataset.gopen), or is compressed, has no
-random access: it is streamed whole into a bounded cache folder that the processes of a machine share.
+"""From the patterns of a config to the names of shards: local paths, and URLs or commands that webdataset.gopen can
+open.
 """
 
 from __future__ import annotations
@@ -9,53 +7,69 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from webdataset.gopen import rewrite_url
+from webdataset.gopen import gopen_schemes, rewrite_url
 from webdataset.shardlists import expand_urls
 
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """The shards that the patterns name, in their order: local paths and URLs. Raises ValueError if there is none, or a local one is missing."""
+
+def expand(patterns: Sequence[str], must_exist: bool = True) -> list[str]:
+    """The shards in the order of the patterns. ValueError if a pattern gives none, one comes twice, or a local one is
+    missing.
+    """
     shards: list[str] = []
     for pattern in patterns:
-        found = [shard for url in expand_urls(pattern) for shard in _expand_local(url)]
+        found = [shard for name in expand_urls(pattern) for shard in _expand_name(name)]
         if not found:
             raise ValueError(
-                f"no shard: {pattern!r} in `shards` matches no file: change the pattern, or put the shards there"
+                f"no shard: the pattern {pattern!r} of `shards` matches no file, looked up from {os.getcwd()}: "
+                "change the pattern, or put the shards there"
             )
         shards.extend(found)
-    doubled = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
-    if doubled:
+    source = f"named by `shards` = {_few(patterns)}, looked up from {os.getcwd()}"
+    twice = [shard for shard, count in Counter(shards).items() if count > 1]
+    if twice:
         raise ValueError(
-            f"{_few(doubled)} named twice by `shards` = {_few(list(patterns))}: an epoch would repeat samples; name each once"
+            f"{_few(twice)} comes more than once, and so would its samples; {source}: name each shard once"
         )
-    missing = [shard for shard in shards if is_local(shard) and not os.path.isfile(shard)]
+    missing = [shard for shard in shards if must_exist and is_local(shard) and not os.path.isfile(shard)]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(shards)} shards do not exist: {_few(missing)}; named by `shards` = {_few(list(patterns))}, "
-            f"looked up from {os.getcwd()}: change the pattern, or put the shards there"
-        )
+        folders = [shard for shard in missing if os.path.isdir(shard)]
+        hint = f"for a folder write {folders[0]}/*.tar" if folders else "change the pattern, or put the shards there"
+        raise ValueError(f"{len(missing)} of {len(shards)} shards do not exist: {_few(missing)}; {source}: {hint}")
     return shards
 
 
-def _expand_local(url: str) -> list[str]:
-    """One name without braces: a URL or a command as it is, a local path with * patterns matched and file: taken off."""
-    url = rewrite_url(url)
-    if not is_local(url):
-        return [url]
-    path = url2pathname(urlparse(url).path) if url.startswith("file:") else os.path.expanduser(url)
+def is_local(shard: str) -> bool:
+    """Whether this is a path, and not a URL or a command."""
+    return _SCHEME.match(shard) is None
+
+
+def _expand_name(name: str) -> list[str]:
+    """A name without braces: a URL or a command as it is; a path with ~ and * patterns resolved and file: taken off."""
+    name = rewrite_url(name)
+    scheme = _SCHEME.match(name)
+    if scheme and scheme[1] == "file":
+        path = url2pathname(urlparse(name).path)
+    elif scheme:
+        if scheme[1] not in gopen_schemes:
+            known = ", ".join(sorted(set(gopen_schemes) - {"__default__"}))
+            raise ValueError(
+                f"nothing opens {scheme[1]}: in `shards` ({name}); the schemes are {known}: copy the shards to a disk, "
+                "or name a command that writes one to its output, as in pipe:aws s3 cp s3://bucket/0.tar -"
+            )
+        return [name]
+    else:
+        path = os.path.expanduser(name)
     if glob.has_magic(path) and not os.path.exists(path):
         return sorted(glob.glob(path, recursive=True))
     return [path]
 
 
-def is_local(url: str) -> bool:
-    """Whether this is a path, and not a URL or a command."""
-    return url.startswith("file:") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", url) is None
-
-
-def _few(names: list[str]) -> str:
+def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
