@@ -74,11 +74,6 @@ def full(x_ND: Tensor) -> Tensor:
     return x_ND if x_ND.dtype == torch.float64 else x_ND.float()
 
 
-def straight_through(x_ND: Tensor, c_ND: Tensor) -> Tensor:
-    """Exactly c forward, the identity to x backward."""
-    return c_ND.detach() + (x_ND - x_ND.detach())
-
-
 def table_stats(codebook: Codebook, upkeep: Upkeep, x_ND: Tensor, ids_N: Tensor, training: bool) -> dict[str, Tensor]:
     """usage, perplexity, dead (over all K; of the window in a driven training, else of these tokens), norms.
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 from vqscale.codes.config import Similarity, TableConfig
 
+Estimator = Literal["straight_through", "rotation"]
+
 
 @dataclass(frozen=True)
 class VQConfig(TableConfig):
@@ -17,6 +19,8 @@ class VQConfig(TableConfig):
     """nearest code, learned by gradient"""
     similarity: Similarity = "euclid"
     """what nearest means: euclid, dot or cosine"""
+    gradient: Estimator = "straight_through"
+    """how the gradient passes the choice: straight_through, or rotation (the rotation trick)"""
     commitment_weight: float = 0.25
     """weight of |x - sg(c)|^2"""
     codebook_weight: float = 1.0
@@ -31,6 +35,8 @@ class EMAConfig(TableConfig):
     """nearest code, rows as moving averages"""
     similarity: Similarity = "euclid"
     """what nearest means: euclid, dot or cosine"""
+    gradient: Estimator = "straight_through"
+    """how the gradient passes the choice: straight_through, or rotation (the rotation trick)"""
     commitment_weight: float = 0.25
     """weight of |x - sg(c)|^2"""
     decay: float = 0.99

@@ -18,8 +18,9 @@ from vqscale.codes.rows import Table
 from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, straight_through, table_stats
+from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
 from vqscale.quantizers.config import EMAConfig
+from vqscale.quantizers.gradients import ESTIMATORS
 
 
 class Averages(Table):
@@ -56,7 +57,7 @@ class EMA(Quantizer):
             self._count(x_ND.detach(), ids_N)
         c_ND = self.codebook.lookup(ids_N)
         losses = {"commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND)}
-        return Quantized(straight_through(x_ND, c_ND), ids_N, losses, stats)
+        return Quantized(ESTIMATORS[self.config.gradient](x_ND, c_ND), ids_N, losses, stats)
 
     def _count(self, x_ND: Tensor, ids_N: Tensor) -> None:
         counts_k = tally.counts(ids_N, self.codebook.layout, self.mesh).to(x_ND.dtype)

@@ -14,8 +14,9 @@ from torch import Tensor
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, straight_through, table_stats
+from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
 from vqscale.quantizers.config import VQConfig
+from vqscale.quantizers.gradients import ESTIMATORS
 
 
 class VQ(Quantizer):
@@ -40,7 +41,7 @@ class VQ(Quantizer):
             "codebook": self.config.codebook_weight * F.mse_loss(c_ND, x_ND.detach()),
             "commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND.detach()),
         }
-        return Quantized(straight_through(x_ND, c_ND), ids_N, losses, stats)
+        return Quantized(ESTIMATORS[self.config.gradient](x_ND, c_ND), ids_N, losses, stats)
 
     def encode(self, x_ND: Tensor) -> Tensor:
         return self.codebook.nearest(full(x_ND))[0]
