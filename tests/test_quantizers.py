@@ -1,0 +1,274 @@
+"""What every quantizer promises, over QUANTIZERS: one answer for all, the same on every grid of ranks.
+
+What one quantizer alone promises (its formulas) is in the test of its name.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from whole import CODES, GRIDS, close, engine_gradient, mine, normal, table
+
+from vqscale import quantizers
+from vqscale.codes.rows import set_aside
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.quantizers import QUANTIZERS
+from vqscale.quantizers.base import Quantized, Quantizer
+
+K, DIM, TOKENS = 13, 4, 24
+# At least one line for every name in QUANTIZERS.
+CASES = {
+    "vq": {"name": "vq"},
+    "vq cosine": {"name": "vq", "similarity": "cosine", "commitment_weight": 0.5},
+    "ema": {"name": "ema", "decay": 0.8},
+    "ibq": {"name": "ibq"},
+    "ibq entropy": {"name": "ibq", "entropy_weight": 0.1, "entropy_temperature": 0.5, "temperature": 0.7},
+    "ibq euclid": {"name": "ibq", "similarity": "euclid", "entropy_weight": 0.1, "entropy_temperature": 0.5},
+}
+
+
+def built(case, mesh=None, *, num_codes=K, seed=3, **settings) -> Quantizer:
+    config = {"num_codes": num_codes, "dim": DIM, "init": "normal", **CASES[case], **settings}
+    return quantizers.build(config, mesh, seed=seed)
+
+
+def test_every_quantizer_is_tested():
+    assert {settings["name"] for settings in CASES.values()} == set(QUANTIZERS)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_one_answer_for_all(case, training):
+    quantizer = built(case).train(training)
+    assert (quantizer.num_codes, quantizer.dim) == (K, DIM)
+    x = normal(TOKENS, DIM, seed=1).float().requires_grad_()
+    out = quantizer(x)
+    assert isinstance(out, Quantized)
+    assert out.z is out.z_ND
+    assert out.ids is out.ids_N
+    assert out.z.shape == x.shape
+    assert out.z.dtype == torch.float32
+    assert out.ids.shape == (TOKENS,)
+    assert out.ids.dtype == torch.int64
+    assert 0 <= int(out.ids.min()) <= int(out.ids.max()) < K
+    assert out.losses
+    for number in [*out.losses.values(), *out.stats.values()]:
+        assert number.shape == ()
+        assert torch.isfinite(number)
+    assert not any(number.requires_grad for number in out.stats.values())
+    (sum(out.losses.values()) + out.z.sum()).backward()
+    assert torch.isfinite(x.grad).all()
+    assert float(x.grad.abs().sum()) > 0
+    for parameter in quantizer.parameters():
+        assert not parameter.requires_grad or torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_decode_is_exactly_what_forward_gave_and_encode_finds_its_ids(case, training):
+    quantizer = built(case, num_codes=300).train(training)
+    x = 2 * normal(500, DIM, seed=1).float()
+    out = quantizer(x)
+    assert torch.equal(quantizer.decode(out.ids), out.z)
+    assert torch.equal(quantizer.encode(x), out.ids)
+    every = torch.arange(300)
+    assert torch.equal(quantizer.decode(every.flip(0)), quantizer.decode(every).flip(0))
+    assert len(torch.unique(quantizer.decode(every), dim=0)) == 300
+    assert not quantizer.decode(every).requires_grad
+    assert quantizer.encode(x[:0]).shape == (0,)
+    assert quantizer.decode(out.ids[:0]).shape == (0, DIM)
+
+
+def test_stats_have_the_same_names_everywhere():
+    names = {"usage", "perplexity", "dead", "code_norm", "latent_norm", "saturation"}
+    for case, settings in CASES.items():
+        entropies = {"entropy_token", "entropy_mean"} if settings.get("entropy_weight") else set()
+        quantizer = built(case)
+        for driven in (False, True):
+            for training in (True, False):
+                out = quantizer.train(training)(normal(TOKENS, DIM, seed=1).float())
+                assert set(out.stats) == names | entropies, (case, driven, training)
+            quantizer.train()
+            quantizer.begin()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stats_say_what_their_names_say(case):
+    quantizer = built(case).eval()
+    x = normal(TOKENS, DIM, seed=1).float()
+    out = quantizer(x)
+    counts = torch.bincount(out.ids, minlength=K).double()
+    share = counts[counts > 0] / TOKENS
+    assert float(out.stats["usage"]) == pytest.approx(len(share) / K)
+    assert float(out.stats["dead"]) == K - len(share)
+    assert float(out.stats["perplexity"]) == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-5)
+    assert float(out.stats["latent_norm"]) == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-5)
+    code_norm = quantizer.decode(torch.arange(K)).norm(dim=1).mean()
+    assert float(out.stats["code_norm"]) == pytest.approx(float(code_norm), rel=1e-5)
+    assert 0 < float(out.stats["saturation"]) <= 1
+
+
+def _step(data, codes, num_codes):
+    """One training step of every case: answers, and gradients as (of tables, of what is replicated)."""
+    mesh = None if data * codes == 1 else Mesh(data, codes)
+    out = {}
+    for case in CASES:
+        torch.manual_seed(0)
+        quantizer = built(case, mesh, num_codes=num_codes).double()
+        tables = set_aside(quantizer)
+        assert not any(name.endswith(("rows", "_k", "_kD")) for name in quantizer.state_dict())
+        x = mine(normal(TOKENS, DIM, seed=1), mesh or Mesh()).requires_grad_()
+        answer = quantizer(x)
+        (
+            sum(answer.losses.values()) + (answer.z * mine(normal(TOKENS, DIM, seed=2), mesh or Mesh())).sum(1).mean()
+        ).backward()
+        rows = {f"{name}.{key}": p for name, part in tables.items() for key, p in part.named_parameters()}
+        out[case] = (
+            (answer.z.detach(), answer.ids, quantizer.encode(x), quantizer.decode(answer.ids), x.grad),
+            {key: value.detach() for key, value in answer.losses.items()},
+            {key: value.detach() for key, value in answer.stats.items()},
+            {key: p.grad for key, p in rows.items() if p.requires_grad},
+            {key: p.grad for key, p in quantizer.named_parameters() if p.requires_grad},
+        )
+    return out
+
+
+@pytest.mark.parametrize("num_codes", [3, K, 200])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_fixed_global_batch_gives_the_same_on_every_grid(ranks, grid, num_codes):
+    world = grid[0] * grid[1]
+    results = ranks(world, _step, *grid, num_codes)
+    for case, (tensors, losses, stats, rows, replicated) in _step(1, 1, num_codes).items():
+        got = [result[case] for result in results]
+        z, ids, encoded, decoded, grad_x = (torch.cat([part[0][which] for part in got]) for which in range(5))
+        assert torch.equal(ids, tensors[1])
+        assert torch.equal(encoded, ids)
+        close(z, tensors[0])
+        assert torch.equal(decoded, z)
+        close(grad_x / world, tensors[4])
+        for key, loss in losses.items():
+            close(torch.stack([part[1][key] for part in got]).mean(), loss)
+        for key, value in stats.items():
+            if grid[0] == 1 or key not in ("usage", "perplexity", "dead"):  # those are of one code group
+                close(torch.stack([part[2][key] for part in got]).mean(), value)
+        for key, grad in rows.items():
+            close(engine_gradient([part[3][key] for part in got], grid[1]), grad)
+        for key, grad in replicated.items():
+            close(sum(part[4][key] for part in got) / world, grad)
+
+
+def _train(data, codes, case, init):
+    """Six driven steps of plain gradient descent after the engine's rule; rows, and what `update` returned."""
+    mesh = Mesh(data, codes)
+    quantizer = built(case, mesh, init=init, warmup_steps=3, revive_every=2, revive_after=1, window_decay=0.5).double()
+    quantizer.begin()
+    codebook, out = quantizer.codebook, []
+    for step in range(6):
+        x = mine(normal(TOKENS, DIM, seed=10 + step), mesh).requires_grad_()
+        answer = quantizer(x)
+        through = answer.z is x or torch.equal(answer.z, x)
+        codebook.rows.grad = None
+        if answer.losses:
+            sum(answer.losses.values()).backward()
+        if codebook.rows.grad is not None:
+            with torch.no_grad():
+                codebook.rows -= ops.sum_over(codebook.rows.grad, mesh.data) / mesh.world.size
+        renewed = [
+            (parameter is codebook.rows, local + codebook.layout.start) for parameter, local in quantizer.update()
+        ]
+        usage = {key: float(answer.stats[key]) for key in ("usage", "perplexity", "dead")}
+        out.append((codebook.rows.detach().clone(), through, bool(answer.losses), renewed, usage))
+    return out
+
+
+WITH_TABLE = [case for case in CASES if hasattr(built(case), "upkeep")]
+
+
+@pytest.mark.parametrize("case", WITH_TABLE)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_driven_training_is_the_same_on_every_grid(ranks, grid, case):
+    results = ranks(grid[0] * grid[1], _train, *grid, case, "data")
+    for step, (rows, through, losses, renewed, usage) in enumerate(_train(1, 1, case, "data")):
+        close(table([result[step][0] for result in results], grid[1]), rows)
+        assert through == (step < 3)
+        assert losses == (step >= 3)
+        for result in results:
+            assert result[step][1:3] == (through, losses)
+            assert result[step][4] == pytest.approx(usage)
+        for which, (is_rows, ids) in enumerate(renewed):
+            assert is_rows
+            for replica in range(grid[0]):
+                group = results[replica * grid[1] : (replica + 1) * grid[1]]
+                assert sorted(torch.cat([result[step][3][which][1] for result in group]).tolist()) == sorted(
+                    ids.tolist()
+                )
+        if step == 2:
+            tokens = normal(TOKENS, DIM, seed=12)
+            assert all((tokens == row).all(1).any() for row in rows)
+
+
+@pytest.mark.parametrize("case", WITH_TABLE)
+def test_evaluation_changes_nothing(case):
+    quantizer = built(case, init="data", warmup_steps=1)
+    quantizer.begin()
+    quantizer.eval()
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    out = quantizer(normal(TOKENS, DIM, seed=1).float())
+    assert torch.equal(out.z, quantizer.decode(out.ids)), "evaluation quantizes, also in the warm-up"
+    assert all(len(rows) == 0 for _, rows in quantizer.update())
+    for key, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision_and_autocast_do_not_lower_the_precision(case, kind):
+    answers = []
+    for lower in (True, False):
+        quantizer = built(case)
+        x = normal(TOKENS, DIM, seed=1).to(kind)
+        x = (x if lower else x.float()).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            out = quantizer(x)
+            (sum(out.losses.values()) + out.z.square().mean()).backward()
+            values = [out.z, out.ids, quantizer.encode(x), quantizer.decode(out.ids), *out.losses.values()]
+        rows = [p.grad for p in quantizer.parameters() if p.requires_grad]
+        answers.append([v.detach() for v in [*values, *out.stats.values(), *rows, x.grad.to(kind)]])
+    for got, expected in zip(*answers, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
+def _not_a_number(codes, case, bad):
+    mesh = Mesh(1, codes)
+    quantizer = built(case, mesh, num_codes=3, revive_every=1, revive_after=0)
+    quantizer.begin()
+    x = mine(normal(TOKENS, DIM, seed=1).float(), mesh)
+    if mesh.world.rank == codes - 1:
+        x[2, 1] = bad
+    x.requires_grad_()
+    out = quantizer(x)
+    loss = sum(out.losses.values())
+    loss.backward()
+    quantizer.update(stepped=False)
+    again = quantizer(mine(normal(TOKENS, DIM, seed=1).float(), mesh))
+    quantizer.update()
+    return float(loss), out.ids, float(sum(again.losses.values())), quantizer.codebook.rows.detach()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("case", WITH_TABLE)
+@pytest.mark.parametrize("codes", CODES)
+def test_a_token_that_is_not_a_number_is_seen_in_the_loss_and_nowhere_after(ranks, codes, case, bad):
+    # 3 codes: on 4 ranks one has no rows
+    results = ranks(codes, _not_a_number, codes, case, bad, timeout_s=20.0)
+    assert not math.isfinite(results[-1][0])
+    if math.isnan(bad):
+        assert math.isnan(results[-1][0])
+    for _, ids, after, rows in results:
+        assert 0 <= int(ids.min()) <= int(ids.max()) < 3
+        assert math.isfinite(after)
+        assert torch.isfinite(rows).all()
