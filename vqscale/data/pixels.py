@@ -13,7 +13,7 @@ import random
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from vqscale.data.config import ImagesConfig
 
@@ -25,19 +25,21 @@ def decode(data: bytes) -> Image.Image:
 
     Raises whatever the decoder raises on data that is not a whole image (OSError, SyntaxError, ...).
     """
-    image = Image.open(io.BytesIO(data))
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError(f"these {len(data)} bytes, {data[:8]!r} first, are no image") from None
     image.load()
+    # Pillow takes every CMYK JPEG for Adobe's, which stores inverted inks; a file without Adobe's mark does not.
+    wrongly_inverted = image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info
     if "exif" in image.info or "Raw profile type exif" in image.info:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if wrongly_inverted:
+        return ImageChops.invert(image).convert("RGB")
     if image.mode.startswith("I"):  # gray of 16 bits; convert() would clip it at 255
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "CMYK" and image.format != "JPEG":
-        return image.convert("RGB")
-    if image.mode == "CMYK" and "adobe" not in image.info:
-        # Pillow takes every CMYK JPEG for Adobe's, which stores inverted inks; a file without Adobe's marker does not.
-        return ImageChops.invert(image).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
