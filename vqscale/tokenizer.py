@@ -85,20 +85,20 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images -> int64 ids (B, h, w): the search alone, without gradients and dropout whatever the training mode."""
+        """Images -> int64 ids (B, h, w), or (B, h, w, num_ids): the search alone, in evaluation whatever the mode."""
         with _evaluating(self):
             x_ND = self.latents(images)
             with _no_autocast(x_ND):
                 ids_N = self.quantizer.encode(x_ND)
-            return ids_N.view(self.grid(images))
+            return ids_N.view(*self.grid(images), *ids_N.shape[1:])
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """Ids (B, h, w) -> images (B, 3, H, W), not clamped, without gradients and dropout in any training mode."""
         with _evaluating(self):
-            batch, height, width = ids.shape
+            batch, height, width = ids.shape[:3]
             with _no_autocast(ids):
-                z_ND = self.quantizer.decode(ids.flatten())
+                z_ND = self.quantizer.decode(ids.flatten(0, 2))
             return self.reconstruct(z_ND, (batch, height, width))
 
 

@@ -108,11 +108,14 @@ class Codebook(Table):
         return F.normalize(x_ND, dim=1) if self.similarity == "cosine" else x_ND
 
     @torch.no_grad()
-    def nearest(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """(ids_N int64, score_N): the code with the highest similarity, the lowest id among equals. No gradient."""
-        with clock.span("codes"), _full_precision(x_ND):
+    def nearest(self, x_ND: Tensor, keys: scan.Keys | None = None) -> tuple[Tensor, Tensor]:
+        """(ids_N int64, score_N): the code with the highest similarity, the lowest id among equals. No gradient.
+
+        `keys` replaces those of the similarity, for codes that are not the rows themselves.
+        """
+        with clock.span("codes"), full_precision(x_ND):
             x_BD = ops.gather(self.queries(x_ND), self.axis)
-            score_B, row_B = scan.best(x_BD, self.keys(), self.budget)
+            score_B, row_B = scan.best(x_BD, keys or self.keys(), self.budget)
             return _merge_best(score_B, row_B, self.layout, self.axis)
 
     def lookup(self, ids_N: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class Codebook(Table):
         With an `entropy_temperature`, also the entropy of each token and the column sums of the softmax at that
         temperature. Gradients go to x and, through the logits, to the rows; as values the rows are detached.
         """
-        with clock.span("codes"), _full_precision(x_ND):
+        with clock.span("codes"), full_precision(x_ND):
             keys = self.keys()
             sharper = None if entropy_temperature is None else temperature / entropy_temperature
             plan = _Plan(self.layout, self.axis, temperature, sharper, self.budget)
@@ -174,7 +177,8 @@ class _LookUp(torch.autograd.Function):
             return out_kD, None, None, None
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which products keep the precision of their operands, whatever the caller's autocast."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -245,7 +249,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # A backward pass runs under the autocast of whoever calls it.
-        with clock.span("codes"), _full_precision(ctx.saved_tensors[0]):
+        with clock.span("codes"), full_precision(ctx.saved_tensors[0]):
             return _unmix(ctx, *grads[2:])
 
 

@@ -32,6 +32,16 @@ class Keys:
     bias_k: Tensor | None = None
 
 
+def quadratic(rows_kD: Tensor, form_DD: Tensor, budget: int) -> Tensor:
+    """c^T form c for every row of this rank, k numbers, without a second k x D tensor."""
+    out_k = rows_kD.new_empty(len(rows_kD))
+    step = max(64, budget // (2 * rows_kD.element_size() * rows_kD.shape[1]))
+    for first in range(0, len(rows_kD), step):
+        block = rows_kD[first : first + step]
+        out_k[first : first + step] = ((block @ form_DD) * block).sum(1)
+    return out_k
+
+
 @dataclass
 class Softmax:
     """The state of an online softmax, per token, relative to the highest logit so far."""

@@ -15,8 +15,8 @@ from typing import Literal
 class ConvConfig:
     """The convolutional encoder and decoder of the VQGAN family; by default the net of the published IBQ tokenizers.
 
-    Level i works at 1 / (patch * 2**i) of the image's side with channels * multipliers[i] channels. The encoder walks the levels
-    upwards with num_blocks residual blocks each, the decoder downwards with one more.
+    Level i works at 1 / (patch * 2**i) of the image's side with channels * multipliers[i] channels. The encoder walks
+    the levels upwards with num_blocks residual blocks each, the decoder downwards with one more.
     """
 
     name: Literal["conv"] = "conv"

@@ -20,6 +20,9 @@ QUANTIZERS = {
     "vq": "vqscale.quantizers.vq:VQ",
     "ema": "vqscale.quantizers.ema:EMA",
     "ibq": "vqscale.quantizers.ibq:IBQ",
+    "simvq": "vqscale.quantizers.simvq:SimVQ",
+    "residual": "vqscale.quantizers.residual:Residual",
+    "grouped": "vqscale.quantizers.grouped:Grouped",
 }
 
 

@@ -42,6 +42,9 @@ class Quantizer(nn.Module, ABC):
 
     dim: int
     num_codes: int
+    # ids are (N,), or (N, num_ids) where a token has several; num_codes is then the K of one of them. Caches and priors
+    # see them flattened, the last axis fastest: token 0's ids, then token 1's.
+    num_ids: int = 1
 
     @abstractmethod
     def forward(self, x_ND: Tensor) -> Quantized:
@@ -74,19 +77,19 @@ def full(x_ND: Tensor) -> Tensor:
     return x_ND if x_ND.dtype == torch.float64 else x_ND.float()
 
 
-def table_stats(codebook: Codebook, upkeep: Upkeep, x_ND: Tensor, ids_N: Tensor, training: bool) -> dict[str, Tensor]:
-    """usage, perplexity, dead (over all K; of the window in a driven training, else of these tokens), norms.
+def table_stats(
+    codebook: Codebook, upkeep: Upkeep, x_ND: Tensor, ids_N: Tensor, training: bool, norm_k: Tensor | None = None
+) -> dict[str, Tensor]:
+    """usage, perplexity, dead (over all K; of the window in a driven training, else of these tokens), mean norms.
 
-    One all-reduce of three numbers, and one of a norm, on the code axis.
+    `norm_k` are the norms of codes that are not the rows. Two all-reduces of four numbers in all on the code axis.
     """
     with torch.no_grad():
         if training and upkeep.driven:
             stats = upkeep.window.usage()
         else:
-            mine_B, local_B = codebook.layout.find(ops.gather(ids_N, codebook.axis))
-            counts_k = torch.zeros_like(upkeep.window.counts_k)
-            if len(counts_k):
-                counts_k.index_add_(0, local_B, mine_B.to(counts_k.dtype))
+            counts_k = tally.counts(ids_N, codebook.layout, upkeep.mesh)
             stats = tally.usage(counts_k, codebook.axis, codebook.num_codes)
-        code_norm = ops.sum_over(codebook.rows.norm(dim=1).sum(), codebook.axis) / codebook.num_codes
+        norm_k = codebook.rows.norm(dim=1) if norm_k is None else norm_k
+        code_norm = ops.sum_over(norm_k.sum(), codebook.axis) / codebook.num_codes
         return {**stats, "code_norm": code_norm, "latent_norm": x_ND.norm(dim=1).mean()}

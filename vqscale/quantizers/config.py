@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.codes.config import Similarity, TableConfig
@@ -76,4 +76,81 @@ class IBQConfig(TableConfig):
                 yield key, f"{key} is {getattr(self, key)}: use a positive number"
 
 
-QuantizerConfig = VQConfig | EMAConfig | IBQConfig
+@dataclass(frozen=True)
+class SimVQConfig:
+    """A frozen normal basis under a learned linear map."""
+
+    name: Literal["simvq"] = "simvq"
+    """nearest code of a frozen basis under one learned linear map"""
+    num_codes: int = 4096
+    """K, the number of codes"""
+    dim: int = 16
+    """D, the dimension of a code"""
+    bias: bool = True
+    """the map has a bias, as in the official code"""
+    gradient: Estimator = "straight_through"
+    """how the gradient passes the choice: straight_through, or rotation (the rotation trick)"""
+    commitment_weight: float = 0.25
+    """weight of |x - sg(z)|^2 beside |sg(x) - z|^2"""
+    quantizer_weight: float = 1.0
+    """weight of both together: 1 for images, 1000 for audio in the paper"""
+    window_decay: float = 0.99
+    """decay per step of the exponential window of counts; 0.99 looks back about 100 steps"""
+    scan_mib: int = 64
+    """memory of the blocks in which tokens meet rows, MiB per process"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for key in ("num_codes", "dim", "scan_mib"):
+            if getattr(self, key) < 1:
+                yield key, f"{key} is {getattr(self, key)}: use at least 1"
+        if not 0 <= self.window_decay < 1:
+            yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
+
+
+SingleConfig = VQConfig | EMAConfig | IBQConfig | SimVQConfig
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """Levels of any other quantizer, each on what the ones before left."""
+
+    name: Literal["residual"] = "residual"
+    """several levels, each quantizes what the ones before left"""
+    inner: SingleConfig = field(default_factory=VQConfig)
+    """the quantizer of every level"""
+    levels: int = 4
+    """number of levels, and of ids per token"""
+    scale: float = 1.0
+    """level i works at scale**i: below 1 lets a quantizer of fixed range (fsq, lfq, bsq) refine"""
+    stagger: int = 10
+    """with init: data, each level warms up so many steps longer than the one before"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.levels < 1:
+            yield "levels", f"levels is {self.levels}: use at least 1"
+        if self.scale <= 0:
+            yield "scale", f"scale is {self.scale}: use a positive number"
+        if self.stagger < 1:
+            yield (
+                "stagger",
+                f"stagger is {self.stagger}: a level needs at least 1 step to see what is left, use 1 or more",
+            )
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    """Parts of a token, each with another quantizer."""
+
+    name: Literal["grouped"] = "grouped"
+    """a token is cut into parts, each has a quantizer of its own"""
+    inner: SingleConfig = field(default_factory=VQConfig)
+    """the quantizer of every part; its dim is the dimension of a part"""
+    groups: int = 2
+    """number of parts, and of ids per token"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.groups < 1:
+            yield "groups", f"groups is {self.groups}: use at least 1"
+
+
+QuantizerConfig = SingleConfig | ResidualConfig | GroupedConfig
