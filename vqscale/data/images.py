@@ -175,12 +175,13 @@ class Stream:
             generator=torch.Generator(),  # torch draws a seed from it, and otherwise from the generator of the run
         )
         news = self.damage if consumed == 0 and self.rank == 0 else []  # once, so that a sum over ranks counts it once
+        reading = iter(loader)
         try:
-            for batch in loader:
+            for batch in reading:
                 batch.broken[:0], news = news, []
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or isinstance(error, BrokenData):
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed over a batch
+            if not workers or "in DataLoader worker process" in str(error):  # raised by it, not for want of it
                 raise
             raise RuntimeError(
                 f"rank {self.rank} lost one of its {workers} reading processes ({error}): most often for want of "
@@ -188,6 +189,10 @@ class Stream:
             ) from error
         finally:
             closing.value = 1
+            if (
+                workers
+            ):  # else they end when the iterator is collected, which a traceback puts off to the end of the process
+                reading._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Numbers:
