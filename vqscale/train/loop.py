@@ -23,7 +23,7 @@ from vqscale.parallel.clock import clock
 from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
-from vqscale.train.folder import RunError
+from vqscale.train.folder import RunError, read_json
 
 T = TypeVar("T")
 
@@ -101,6 +101,12 @@ def check_broken(total: int, here: Iterable[str], limit: int) -> None:
         )
 
 
+def add_share(sums: dict[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:
+    """Add share * value to each named sum: the mean over the micro-batches of a step."""
+    for name, value in values.items():
+        sums[name] = share * value.detach() + sums.get(name, 0.0)
+
+
 def mean_over_ranks(values: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
     """The mean of each named number over all ranks. One all-reduce; every rank has the same names."""
     names = sorted(values)
@@ -165,6 +171,14 @@ def resume(place: Path, engine: Engine, tables: Mapping[str, Table], data: str, 
             "the order of samples would be another; give the same shards, or a new run.folder"
         )
     return done, [*notes, f"going on after step {done.step} of {newest} on {mesh.world.size} processes"]
+
+
+def finished(place: Path, done: Done, steps: int, mesh: Mesh) -> dict[str, Any]:
+    """The summary of a run that has nothing left to do; empty if steps are left, or the summary of its last step is
+    missing (killed before it was written). What rank 0 finds is what all get; collective."""
+    found = read_json(place / "summary.json") if mesh.world.rank == 0 else {}
+    found = ops.gather_objects(found, mesh.world)[0]
+    return found if done.step >= steps and found.get("steps") == done.step else {}
 
 
 def close(board: Board, progress: Progress, summary: T) -> T:

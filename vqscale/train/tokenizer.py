@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vqscale import losses, quantizers
 from vqscale.codes.rows import set_aside
@@ -48,7 +49,6 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
 
     # settle
     stream, held_out = open_streams(config, mesh)
-    warnings = folder.prepare(config, sys.argv, mesh)
     request = folder.StopRequest(place, mesh)
 
     # build
@@ -58,15 +58,16 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     quantizer.begin()
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
 
-    # resume
+    # resume: nothing is written before it is known that the run goes on
     done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh)
-    board = Board(place, mesh.world.rank, done.step)
     progress = Progress(run.steps, done.step, mesh.world.rank)
-    for note in [*warnings, *notes]:
-        progress.say(note)
-    if done.step >= run.steps:
+    ended = loop.finished(place, done, run.steps, mesh)
+    if ended:
         progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
-        return loop.close(board, progress, folder.read_json(place / "summary.json"))
+        return ended
+    for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
+        progress.say(note)
+    board = Board(place, mesh.world.rank, done.step)
 
     # loop
     watch, recent, scores = loop.Watch(), deque[str](maxlen=5), dict[str, float]()
@@ -75,7 +76,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         last, log = step == run.steps, step % run.log_every == 0 or step == run.steps
         loop.seed_step(run.seed, step, mesh)
         watch.begin(log)
-        waited, broken = 0.0, 0
+        waited, broken, means = 0.0, 0, dict[str, Tensor]()
         for _ in range(config.engine.accumulation):
             batch, seconds = next(batches)
             waited, broken = waited + seconds, broken + len(batch.broken)
@@ -87,6 +88,10 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             loss = loss + config.loss.quantizer_weight * sum(quantized.losses.values())
             engine.backward(loss)
             report = engine.step()
+            if log:
+                parts = {config.loss.reconstruction: distance, **quantized.losses}
+                values = {"loss": loss, **_under("loss", parts), **_under("codes", quantized.stats)}
+                loop.add_share(means, values, 1 / config.engine.accumulation)
         for parameter, rows in quantizer.update(report.stepped):
             engine.forget(parameter, rows)
         watch.end(waited)
@@ -96,10 +101,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         done = done.after(step, config.data.batch, broken)
         loop.check_broken(done.broken, recent, config.data.train.max_broken)
         if log:
-            parts = {config.loss.reconstruction: distance, **quantized.losses}
-            row = loop.mean_over_ranks(
-                {"loss": loss, **_under("loss", parts), **_under("codes", quantized.stats)}, mesh
-            )
+            row = loop.mean_over_ranks(means, mesh)
             row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
             board.scalars(step, row | _under("time", progress.rates() | watch.logged()))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
@@ -118,8 +120,11 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             return loop.close(board, progress, None)
 
     # close
+    request.clear()
+    if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
+        scores = evaluate(engine, tokenizer, held_out, mesh, most=0, board=board, step=done.step)
     summary: dict[str, Any] = {"num_codes": quantizer.num_codes, **scores, **watch.summary(config.data.batch)}
-    summary |= {"steps": run.steps, "processes": mesh.world.size, "quantizer": config.tokenizer.quantizer.name}
+    summary |= {"steps": done.step, "processes": mesh.world.size, "quantizer": config.tokenizer.quantizer.name}
     folder.write_summary(place, summary, mesh)
     return loop.close(board, progress, summary)
 
