@@ -27,6 +27,7 @@ from vqscale import config as configuration
 from vqscale.train import folder
 from vqscale.train.config import Run
 
+OVERRIDE = re.compile(r"[^/]*=")  # a path may have an equals sign in it, after a slash
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "tokenizer.yaml"
 LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
 
@@ -75,13 +76,14 @@ def _arguments(argv: list[str]) -> tuple[Path, list[str], bool, int | None]:
         planned = int(number)
         del words[at : at + 2]
     unknown = [word for word in words if word.startswith("-")]
-    files = [word for word in words if "=" not in word and not word.startswith("-")]
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    files = [word for word in words if word not in overrides and not word.startswith("-")]
     if unknown or len(files) > 1:
         raise ValueError(
             f"{' '.join(unknown or files[1:])} is neither an option nor key=value, and there is one CONFIG: "
             "see launch/train.py --help"
         )
-    return Path(files[0]) if files else DEFAULT, [word for word in words if "=" in word], dry, planned
+    return Path(files[0]) if files else DEFAULT, overrides, dry, planned
 
 
 def _check_machine(config: Run) -> str:
