@@ -1,0 +1,404 @@
+"""What names stand for, what tar files hold, the kept index, and shards that are streamed into a bounded folder."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import http.server
+import io
+import lzma
+import os
+import shutil
+import tarfile
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from shard_files import SIZE, colour, member_offset, patch, png, read_slowly, sample, write_shards, write_tar
+from test_data_order import facts, same, take
+
+from vqscale.data import cache as cache_module
+from vqscale.data import index as index_module
+from vqscale.data.cache import ShardCache
+from vqscale.data.config import ImagesConfig
+from vqscale.data.contents import read_contents
+from vqscale.data.images import BrokenData, Stream
+from vqscale.data.index import build
+from vqscale.data.shards import expand
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cache_module, "_PAUSE_S", 0.01)
+    return tmp_path / "home" / "vqscale"
+
+
+def config(shards: str | tuple[str, ...], **options: object) -> ImagesConfig:
+    return ImagesConfig(shards, **{"image_size": SIZE, "num_workers": 0, "window_shards": 2, **options})
+
+
+# --- names
+
+
+def test_patterns_expand_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [1, 1, 1, 1])
+    names = [f"{tmp_path}/s-{n}.tar" for n in range(4)]
+    assert expand([f"{tmp_path}/s-{{0..3}}.tar"]) == names
+    assert expand([f"{tmp_path}/s-{{2..3}}.tar::{tmp_path}/s-0.tar"]) == [names[2], names[3], names[0]]
+    assert expand([f"{tmp_path}/s-{{3,1}}.tar", names[0]]) == [names[3], names[1], names[0]]
+    assert expand([f"{tmp_path}/*.tar"]) == names
+    assert expand([f"file:{names[1]}"]) == [names[1]]
+    assert expand(["pipe:cat a{0..1}.tar"]) == ["pipe:cat a0.tar", "pipe:cat a1.tar"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand(["s-0.tar"]) == ["s-0.tar"]
+    assert expand(["~/s-0.tar"]) == [names[0]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("s-{0..5}.tar", r"2 of 6 shards do not exist: .*s-4.tar, .*s-5.tar; named by `shards`"),
+        ("t-*.tar", r"pattern '.*t-\*.tar' of `shards` matches no file"),
+        ("s-0.tar::s-{0..1}.tar", r"s-0.tar comes more than once"),
+        (".", r"for a folder write .*/\*.tar"),
+        ("s3://bucket/{0..3}.tar", r"nothing opens s3:.*pipe:aws s3 cp"),
+    ],
+)
+def test_names_that_stand_for_nothing_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str
+) -> None:
+    write_shards(tmp_path, [1, 1, 1, 1])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        expand([pattern])
+
+
+# --- tar files
+
+
+def contents(path: Path) -> list[tuple[str, int, bytes]]:
+    """(key, label, image bytes) of our walk."""
+    with open(path, "rb") as file:
+        found = read_contents(file.fileno())
+        assert found.damage == ()
+        begins = [0, *found.key_ends[:-1].tolist()]
+        keys = [found.key_bytes[a:b].tobytes().decode() for a, b in zip(begins, found.key_ends, strict=True)]
+        rows = zip(found.offsets.tolist(), found.sizes.tolist(), strict=True)
+        images = [os.pread(file.fileno(), size, offset) for offset, size in rows]
+    return list(zip(keys, found.labels.tolist(), images, strict=True))
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_tar_format_is_read_as_tarfile_reads_it(tmp_path: Path, format: int) -> None:
+    deep = "a_long_folder_name/" * 6
+    names = ["a", "dir.with.dots/b", deep + "c", "d" * 90, "ä/ü"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("e" * 300)
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for number, name in enumerate(names):
+            for suffix, data in (("JPG", b"image %d" % number * 100), ("cls", b"%d" % number), ("seg.png", b"no")):
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size = len(data)
+                info.mtime = 1.5 if format == tarfile.PAX_FORMAT else 1  # a fraction needs a PAX header
+                tar.addfile(info, io.BytesIO(data))
+            folder = tarfile.TarInfo(f"{name}.dir")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            link = tarfile.TarInfo(f"{name}.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "elsewhere" * 20
+            if format != tarfile.USTAR_FORMAT:
+                tar.addfile(link)
+        for name in ("__meta__", "no_suffix", "__pycache__/x.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    expected = [(name, number, b"image %d" % number * 100) for number, name in enumerate(names)]
+    assert contents(path) == expected
+    with tarfile.open(path) as tar:  # and tarfile sees the same
+        assert [tar.extractfile(f"{name}.JPG").read() for name in names] == [image for _, _, image in expected]
+
+
+def test_grouping_is_that_of_webdataset(tmp_path: Path) -> None:
+    members = [
+        ("a.jpg", b"1"),
+        ("a.cls", b"3"),
+        ("b/x.y.jpg", b"2"),
+        ("b/x.jpeg", b"3"),
+        ("a.PNG", b"4"),
+        (".hidden.jpg", b"5"),
+    ]
+    path = write_tar(tmp_path / "g.tar", members)
+    theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    images = [next((s[key] for key in ("jpg", "jpeg", "png") if key in s), b"") for s in theirs]
+    assert [(key, image) for key, _, image in contents(path)] == [
+        (s["__key__"], image) for s, image in zip(theirs, images, strict=True)
+    ]
+    assert [key for key, _, _ in contents(path)] == ["a", "b/x", "a"]
+
+
+def test_shards_of_the_webdataset_writer(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "w.tar")) as writer:
+        for number in range(5):
+            writer.write({"__key__": f"k{number}", "png": png(number), "cls": number, "json": {"label": 9}})
+    assert contents(tmp_path / "w.tar") == [(f"k{n}", n, png(n)) for n in range(5)]
+
+
+def test_a_member_that_comes_twice_is_reported(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "d.tar", [("a.png", png(1)), ("a.png", png(2)), ("b.png", png(3))])
+    stream = Stream(config(str(path)), batch=2, train=False)
+    assert stream.damage == [f"{path}: 'a.png' comes twice: the first is used"]
+    assert [pixel for _, _, pixel in facts(list(stream.batches(0)))] == [colour(1), colour(3)]
+
+
+# --- the kept index
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that are walked from now on."""
+    walked: list[str] = []
+    original = index_module._read_part
+
+    def read_part(cache: ShardCache, shard: str) -> object:
+        walked.append(os.path.basename(shard))
+        return original(cache, shard)
+
+    monkeypatch.setattr(index_module, "_read_part", read_part)
+    return walked
+
+
+def test_the_index_is_kept_and_only_changed_shards_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, [4, 0, 5, 3])
+    walked = counted(monkeypatch)
+    made = config(f"{tmp_path}/s-{{0..3}}.tar", index_dir=str(tmp_path / "index"))
+    first = build(made)
+    assert sorted(walked) == ["s-0.tar", "s-1.tar", "s-2.tar", "s-3.tar"]
+    assert [first.key(n) for n in range(len(first))] == [f"{n:05d}" for n in range(12)]
+    again = build(made)
+    assert len(walked) == 4
+    assert again.fingerprint() == first.fingerprint()
+    assert [again.key(n) for n in range(len(again))] == [f"{n:05d}" for n in range(12)]
+    assert again.counts.tolist() == [4, 0, 5, 3]
+    write_tar(tmp_path / "s-2.tar", [m for n in range(50, 57) for m in sample(n)])
+    changed = build(made)
+    assert walked[4:] == ["s-2.tar"]
+    assert [changed.key(n) for n in range(4, 11)] == [f"{n:05d}" for n in range(50, 57)]
+    assert [changed.key(n) for n in range(11, 14)] == ["00009", "00010", "00011"]
+    build(config(f"{tmp_path}/s-{{0..2}}.tar", index_dir=str(tmp_path / "index")))  # another list is another index
+    assert len(walked) == 8
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, None])
+def test_a_damaged_index_is_made_again(tmp_path: Path, content: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [4, 5])
+    made = config(f"{tmp_path}/s-{{0..1}}.tar", index_dir=str(tmp_path / "index"))
+    first = build(made).fingerprint()
+    (file,) = (tmp_path / "index").glob("*.npz")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    walked = counted(monkeypatch)
+    assert build(made).fingerprint() == first
+    assert len(walked) == 2
+    assert file.read_bytes() == whole
+
+
+def test_an_interrupted_index_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [2] * 6)
+    made = config(f"{tmp_path}/s-{{0..5}}.tar")
+    monkeypatch.setattr(index_module, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(index_module, "_THREADS", 1)
+    original = index_module._read_part
+
+    def read_part(cache: ShardCache, shard: str) -> object:
+        if shard.endswith("s-4.tar"):
+            raise OSError("the disk went away")
+        return original(cache, shard)
+
+    monkeypatch.setattr(index_module, "_read_part", read_part)
+    with pytest.raises(OSError, match="went away"):
+        build(made)
+    monkeypatch.setattr(index_module, "_read_part", original)
+    walked = counted(monkeypatch)
+    assert len(build(made)) == 12
+    assert "s-0.tar" not in walked
+    assert "s-4.tar" in walked
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    (tmp_path / "file").write_text("")
+    assert len(build(config(f"{tmp_path}/s-0.tar", index_dir=str(tmp_path / "file" / "below")))) == 3
+
+
+def test_an_index_takes_tens_of_bytes_for_a_sample(tmp_path: Path) -> None:
+    """Arrays, not objects: a million samples of an index take tens of bytes each."""
+    write_shards(tmp_path, [200] * 3)
+    index = build(config(f"{tmp_path}/s-{{0..2}}.tar"))
+    arrays = [getattr(index.samples, name) for name in ("offsets", "sizes", "labels", "key_ends", "key_bytes")]
+    assert all(isinstance(array, np.ndarray) for array in arrays)
+    assert sum(array.nbytes for array in arrays) / 600 < 32
+
+
+# --- streamed shards
+
+
+def test_a_command_gives_the_same_batches_as_the_files(tmp_path: Path) -> None:
+    write_shards(tmp_path / "data", [5, 9, 0, 7])
+    files = take(config(f"{tmp_path}/data/s-{{0..3}}.tar"), 8)
+    piped = config(f"pipe:cat {tmp_path}/data/s-{{0..3}}.tar", cache_dir=str(tmp_path / "cache"))
+    assert same(take(piped, 8), files)
+    assert same(take(config(piped.shards, cache_dir=piped.cache_dir, num_workers=2), 8, world=2), files)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 4
+    shutil.rmtree(tmp_path / "data")  # all is in the cache now
+    assert same(take(piped, 8), files)
+
+
+def test_a_web_server_gives_the_same_batches_as_the_files(tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset fetches http with curl, which is not here")
+    write_shards(tmp_path, [5, 9])
+    handler = lambda *args: http.server.SimpleHTTPRequestHandler(*args, directory=str(tmp_path))  # noqa: E731
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/s-{{0..1}}.tar"
+        assert same(take(config(url), 4), take(config(f"{tmp_path}/s-{{0..1}}.tar"), 4))
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+@pytest.mark.parametrize("prefix", ["", "pipe:cat "])
+def test_compressed_shards_are_unpacked(tmp_path: Path, prefix: str, suffix: str, pack: object) -> None:
+    paths = write_shards(tmp_path, [5, 9])
+    files = take(config(tuple(paths)), 4)
+    for path in paths:
+        Path(f"{path}.{suffix}").write_bytes(pack(Path(path).read_bytes()))
+    packed = tuple(f"{prefix}{path}.{suffix}" for path in paths)
+    assert same(take(config(packed), 4), files)
+    cut = Path(f"{paths[1]}.{suffix}")
+    cut.write_bytes(cut.read_bytes()[: os.path.getsize(cut) // 2])
+    if not prefix:  # a local one that changed is unpacked again, as far as it goes
+        stream = Stream(config(packed), batch=2, train=False)
+        assert 5 <= stream.num_samples < 14
+        assert len(stream.damage) == 1
+
+
+def test_a_command_that_fails_is_tried_again_and_then_an_error(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, [4])
+    tried = tmp_path / "tried"
+    late = f"pipe:echo >> {tried}; test $(wc -l < {tried}) -ge 3 && cat {path}"
+    assert Stream(config(late), batch=2).num_samples == 4
+    assert tried.read_text().count("\n") == 3
+    half = f"pipe:head -c 2000 {path}; exit 1"  # gives something, then fails: not a short shard, but no shard
+    with pytest.raises(OSError, match=r"cannot fetch pipe:head.*attempt 3 of 3.*exit 1"):
+        Stream(config(half), batch=2)
+    assert not list((tmp_path / "home" / "vqscale").glob("*.tmp"))
+
+
+def test_a_source_that_dries_up_under_the_run_is_broken_samples(tmp_path: Path) -> None:
+    write_shards(tmp_path / "data", [6, 6])
+    piped = config(
+        f"pipe:cat {tmp_path}/data/s-{{0..1}}.tar",
+        cache_dir=str(tmp_path / "cache"),
+        index_dir=str(tmp_path / "i"),
+        max_broken=15,
+    )
+    stream = Stream(piped, batch=4)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "data/s-0.tar").unlink()
+    found = list(islice(stream.batches(0), 6))
+    assert {int(key) for batch in found for key in batch.keys} == set(range(6, 12))
+    assert all("cannot fetch pipe:cat" in reason for batch in found for reason in batch.broken)
+    (tmp_path / "data/s-1.tar").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(BrokenData, match=r"16 samples in a row.*pipe:cat"):
+        next(Stream(piped, batch=4).batches(0))
+
+
+def test_the_cache_stays_within_its_limit_and_keeps_what_is_used_last(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path / "data", [4] * 6)
+    size = os.path.getsize(paths[0])
+    cache = ShardCache(tmp_path / "cache", 3 * size)
+    names = [f"pipe:cat {path}" for path in paths]
+    for step, name in enumerate(names[:3]):
+        os.close(cache.open(name))
+        os.utime(cache.path(name), (step, step))
+    os.close(cache.open(names[0]))  # used again: 1 is the oldest now
+    os.close(cache.open(names[3]))
+    there = [number for number, name in enumerate(names) if os.path.exists(cache.path(name))]
+    assert there == [0, 2, 3]
+    held = cache.open(names[0])
+    os.utime(cache.path(names[0]), (0, 0))
+    os.close(cache.open(names[4], keep=names[2:4]))
+    there = [number for number, name in enumerate(names) if os.path.exists(cache.path(name))]
+    assert there == [2, 3, 4]  # 0 went, being neither kept nor recent; whoever reads it still can
+    assert os.pread(held, size, 0) == Path(paths[0]).read_bytes()
+    os.close(held)
+
+
+def test_a_run_through_a_small_cache_sees_every_sample(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path / "data", [4] * 8)
+    size = os.path.getsize(paths[0])
+    piped = config(
+        tuple(f"pipe:cat {path}" for path in paths),
+        window_shards=2,
+        cache_dir=str(tmp_path / "cache"),
+        cache_gb=4 * size / 1e9,
+    )
+    found = facts(take(piped, 12, batch=8))
+    assert sorted(found[:32]) == sorted(found[32:64]) == sorted(found[64:]) == read_slowly(paths)
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
+    assert kept <= 5 * size  # one may just have come
+    with pytest.raises(ValueError, match=r"two windows of 3 streamed shards.*cache_gb.*lower window_shards"):
+        Stream(config(piped.shards, window_shards=3, cache_dir=piped.cache_dir, cache_gb=piped.cache_gb), batch=8)
+
+
+def test_shards_of_the_next_window_are_fetched_ahead(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path / "data", [4] * 6)
+    piped = config(
+        tuple(f"pipe:cat {path}" for path in paths),
+        cache_dir=str(tmp_path / "cache"),
+        index_dir=str(tmp_path / "index"),
+    )
+    stream = Stream(piped, batch=4)
+    shutil.rmtree(tmp_path / "cache")
+    batches = stream.batches(0)
+    next(batches)
+    ahead = stream._samples.reader._ahead
+    assert ahead is not None
+    ahead.join(timeout=20)
+    cache = stream._samples.reader.cache
+    there = {shard for shard, name in enumerate(piped.patterns) if os.path.exists(cache.path(name))}
+    assert there == {*stream.order.shards_of(0), *stream.order.shards_of(0, ahead=1)}
+    assert len(there) == 4
+
+
+def test_what_several_ask_for_at_once_is_fetched_once(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, [4])
+    log = tmp_path / "log"
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    name = f"pipe:echo >> {log}; sleep 0.3; cat {path}"
+    threads = [threading.Thread(target=lambda: os.close(cache.open(name))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert cache.fetch(name, wait=False) in ("", cache.path(name))
+    for thread in threads:
+        thread.join()
+    assert log.read_text() == "\n"
+
+
+def test_a_patch_of_a_shard_shows_in_its_index_by_its_time(tmp_path: Path) -> None:
+    """A changed shard of the same size is noticed by its time."""
+    path = Path(write_shards(tmp_path, [4])[0])
+    made = config(str(path))
+    before = build(made).fingerprint()
+    _, data = member_offset(path, "00002.cls")
+    patch(path, data, b"6")
+    os.utime(path, (1, 1))
+    after = build(made)
+    assert after.samples.labels[2] == 6
+    assert after.fingerprint() != before
