@@ -108,7 +108,7 @@ def test_a_skipped_step_and_an_evaluation_leave_no_trace():
 
 def _revived(data, codes):
     mesh = Mesh(data, codes)
-    quantizer = ema(mesh, revive_every=2, revive_after=2, window_decay=0.5, decay=0.9)
+    quantizer = ema(mesh, revive_every=2, revive_after=2, revive_most=8, window_decay=0.5, decay=0.9)
     quantizer.begin()
     rows = normal(K, DIM, seed=1)
     before = after = None

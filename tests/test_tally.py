@@ -92,7 +92,7 @@ def _window(codes, decay):
         if step == 20:  # rows 2 and 7 are renewed
             renewed = torch.tensor([row - here.start for row in (2, 7) if here.start <= row < here.stop])
             window.restart(renewed.to(torch.int64))
-        window.add(hits[here])
+        window.add(hits[here], 1)
     return window.counts_k, window.age_k, window.rate(), window.usage()
 
 
@@ -116,12 +116,12 @@ def test_the_window_is_the_weighted_sum_that_it_says(ranks, codes, decay):
 def test_a_code_is_used_while_its_last_hit_is_within_the_window():
     window = tally.Window(3, Mesh(), 0.9)  # looks back 10 steps
     never, once = torch.tensor([5, 0, 0]), torch.tensor([5, 0, 1])
-    window.add(once)
+    window.add(once, 1)
     assert float(window.usage()["dead"]) == 1
     for _ in range(10):
-        window.add(never)
+        window.add(never, 1)
         assert float(window.usage()["dead"]) == 1
-    window.add(never)
+    window.add(never, 1)
     assert float(window.usage()["dead"]) == 2
     assert float(window.usage()["usage"]) == pytest.approx(1 / 3)
 
@@ -129,13 +129,13 @@ def test_a_code_is_used_while_its_last_hit_is_within_the_window():
 def test_a_row_that_nobody_has_counted_has_rate_zero():
     window = tally.Window(2, Mesh(), 0.99)
     assert window.rate().tolist() == [0, 0]
-    window.add(torch.tensor([4, 0]))
+    window.add(torch.tensor([4, 0]), 4)
     assert window.rate().tolist() == pytest.approx([4, 0], rel=1e-5)
 
 
 def test_the_window_is_in_a_checkpoint():
     window = tally.Window(3, Mesh(), 0.9)
-    window.add(torch.tensor([1, 2, 3]))
+    window.add(torch.tensor([1, 2, 3]), 6)
     again = tally.Window(3, Mesh(), 0.9)
     again.load_state_dict(window.state_dict())
     assert torch.equal(again.rate(), window.rate())

@@ -55,7 +55,7 @@ def test_permuted_codes_give_permuted_ids(similarity):
 
 
 def test_update_gives_the_rows_whose_moments_are_to_be_forgotten():
-    quantizer = _vq(revive_every=1, revive_after=1, window_decay=0.5)
+    quantizer = _vq(revive_every=1, revive_after=1, revive_most=5, window_decay=0.5)
     quantizer.begin()
     x = normal(K, DIM, seed=1)[:5].clone()  # codes 0 to 4 are hit, the other 8 are dead; 5 tokens can replace 5
     quantizer(x)

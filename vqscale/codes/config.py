@@ -18,18 +18,18 @@ class UpkeepConfig:
     """first rows: normal N(0, init_scale^2), uniform +-init_scale, or data: encoder outputs after warmup_steps"""
     init_scale: float = 1.0
     """scale of the first rows (with init: data they are replaced when the warm-up ends)"""
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     """steps without quantization before the rows are drawn from encoder outputs (init: data only)"""
-    window_decay: float = 0.99
-    """decay per step of the exponential window of counts; 0.99 looks back about 100 steps"""
+    window_decay: float | None = None
+    """decay per step of the exponential window of counts; null: a code used at its fair share has 5 hits in it"""
     revive_every: int = 10
     """every so many steps, dead codes are set to tokens of the current batch; 0 never"""
-    revive_below: float = 0.05
+    revive_below: float = 0.1
     """a code is dead when it has less than this share of its fair share of hits"""
-    revive_after: int = 20
-    """steps that a code is given before it can be called dead"""
-    revive_most: int = 1024
-    """at most so many codes are revived at a time"""
+    revive_after: int | None = None
+    """steps that a code is given before it can be called dead; null: two windows"""
+    revive_most: int | None = None
+    """at most so many codes are revived at a time; null: a quarter of the tokens of the batch"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.init_scale <= 0:
@@ -38,11 +38,11 @@ class UpkeepConfig:
             yield "warmup_steps", f"warmup_steps is {self.warmup_steps}: use 0 or more"
         if self.init == "data" and self.warmup_steps < 1:
             yield "warmup_steps", "init: data draws the rows from a warm-up of 0 steps: use at least 1, or another init"
-        if not 0 <= self.window_decay < 1:
+        if self.window_decay is not None and not 0 <= self.window_decay < 1:
             yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
         if self.revive_every < 0:
             yield "revive_every", f"revive_every is {self.revive_every}: use 0 (never) or more"
-        if self.revive_most < 1:
+        if self.revive_most is not None and self.revive_most < 1:
             yield "revive_most", f"revive_most is {self.revive_most}: use at least 1, or revive_every: 0"
 
 

@@ -59,21 +59,33 @@ def entropy_of_mean(columns_k: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
 class Window(Table):
     """An exponential window of counts over optimiser steps, c <- decay c + (1 - decay) counts, and the age of each row.
 
-    A code is used while its last hit lies within 1 / (1 - decay) steps. A renewed row begins again with no hits and age
-    zero; `rate` knows this.
+    A code is used while its last hit lies within `steps` = 1 / (1 - decay) steps. With decay None the window is as long
+    as a code that is used at its fair share needs for FAIR_HITS hits: it follows K and the tokens of a step. A renewed
+    row begins again with no hits and age zero; `rate` knows this.
     """
 
-    def __init__(self, num_codes: int, mesh: Mesh, decay: float) -> None:
+    FAIR_HITS = 5.0
+    SHORTEST, LONGEST = 10.0, 10_000.0
+
+    def __init__(self, num_codes: int, mesh: Mesh, decay: float | None = None) -> None:
         super().__init__(Rows(num_codes, mesh.codes.size, mesh.codes.rank))
-        self.num_codes, self.axis, self.decay = num_codes, mesh.codes, decay
+        self.num_codes, self.axis = num_codes, mesh.codes
+        self.steps = self.LONGEST if decay is None else 1.0 / (1.0 - decay)
+        self._follow = decay is None
         self.counts_k: Tensor
         self.age_k: Tensor
         self.register_buffer("counts_k", torch.zeros(self.layout.count, device=mesh.device))
         self.register_buffer("age_k", torch.zeros(self.layout.count, device=mesh.device))
 
+    @property
+    def decay(self) -> float:
+        return 1.0 - 1.0 / self.steps
+
     @torch.no_grad()
-    def add(self, counts_k: Tensor) -> None:
-        """Count one optimiser step."""
+    def add(self, counts_k: Tensor, tokens: int) -> None:
+        """Count one optimiser step of so many tokens of all ranks."""
+        if self._follow:
+            self.steps = min(max(self.FAIR_HITS * self.num_codes / tokens, self.SHORTEST), self.LONGEST)
         self.counts_k.lerp_(counts_k.to(self.counts_k.dtype), 1.0 - self.decay)
         self.age_k += 1
 
@@ -89,6 +101,5 @@ class Window(Table):
 
     def usage(self) -> dict[str, Tensor]:
         """usage, perplexity and dead codes of the window, of all K."""
-        # What one hit leaves after 1 / (1 - decay) steps, with room for rounding.
-        least = 0.999 * (1.0 - self.decay) * self.decay ** (1.0 / (1.0 - self.decay))
-        return usage(self.counts_k, self.axis, self.num_codes, least)
+        # What one hit leaves after `steps` steps, with room for rounding.
+        return usage(self.counts_k, self.axis, self.num_codes, 0.999 * self.decay**self.steps / self.steps)

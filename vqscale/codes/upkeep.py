@@ -51,6 +51,7 @@ class Upkeep(nn.Module):
         self.config, self.mesh, self.seed = config, mesh, seed
         self._codebook = [codebook]  # in a list: it is the quantizer's child, not also ours
         self.window = tally.Window(codebook.num_codes, mesh, config.window_decay)
+        self._tokens = 0
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.driven = False
@@ -74,6 +75,7 @@ class Upkeep(nn.Module):
         counts_k = tally.counts(ids_N, self.window.layout, self.mesh)
         self._counts_k = counts_k if self._counts_k is None else self._counts_k + counts_k
         self._latest_ND = x_ND.detach()
+        self._tokens += len(x_ND) * self.mesh.world.size
 
     @torch.no_grad()
     def update(self, stepped: bool = True) -> Tensor:
@@ -83,20 +85,20 @@ class Upkeep(nn.Module):
         """
         codebook, config = self._codebook[0], self.config
         changed = torch.zeros(0, dtype=torch.int64, device=codebook.rows.device)
-        if self._counts_k is None or self._latest_ND is None or not stepped:
-            self._counts_k = self._latest_ND = None
+        counts_k, x_ND, tokens = self._counts_k, self._latest_ND, self._tokens
+        self._counts_k, self._latest_ND, self._tokens = None, None, 0
+        if counts_k is None or x_ND is None or not stepped:
             return changed
         if not self.warming:
-            self.window.add(self._counts_k)
-        step, x_ND = int(self.steps), self._latest_ND
+            self.window.add(counts_k, tokens)
+        step, candidates = int(self.steps), len(x_ND) * self.mesh.world.size
         self.steps += 1
-        tokens = len(x_ND) * self.mesh.world.size
         if config.init == "data" and step < config.warmup_steps:
             left = config.warmup_steps - 1 - step
-            changed = self._fill(x_ND, left, min(tokens, codebook.num_codes))
+            changed = self._fill(x_ND, left, min(candidates, codebook.num_codes))
         elif config.revive_every and step % config.revive_every == 0:
-            changed = self._revive(x_ND, step, min(tokens, codebook.num_codes, config.revive_most))
-        self._counts_k = self._latest_ND = None
+            most = max(1, candidates // 4) if config.revive_most is None else config.revive_most
+            changed = self._revive(x_ND, step, min(candidates, codebook.num_codes, most), tokens)
         return changed
 
     def _fill(self, x_ND: Tensor, left: int, num: int) -> Tensor:
@@ -109,18 +111,13 @@ class Upkeep(nn.Module):
         values = choose(x_ND, len(ids), self.mesh, derive(self.seed, "fill", left))
         return codebook.replace(ids, values)
 
-    def _revive(self, x_ND: Tensor, step: int, num: int) -> Tensor:
-        """Give dead codes the values of tokens of this batch."""
+    def _revive(self, x_ND: Tensor, step: int, num: int, tokens: int) -> Tensor:
+        """Give dead codes, of which a step's `tokens` make too little use, the values of tokens of this batch."""
         codebook, window, config = self._codebook[0], self.window, self.config
-        dead_k = (window.age_k >= config.revive_after) & (window.rate() < config.revive_below * self._fair_share())
+        patience = 2 * window.steps if config.revive_after is None else config.revive_after
+        dead_k = (window.age_k >= patience) & (window.rate() < config.revive_below * tokens / codebook.num_codes)
         turn = derive(self.seed, "turn", step) % codebook.num_codes
         ids = first_dead(dead_k, num, turn, codebook)
         changed = codebook.replace(ids, choose(x_ND, num, self.mesh, derive(self.seed, "revive", step)))
         window.restart(changed)
         return changed
-
-    def _fair_share(self) -> float:
-        """The hits per optimiser step that every code has when all are used alike."""
-        assert self._counts_k is not None
-        codebook = self._codebook[0]
-        return float(ops.sum_over(self._counts_k.sum(), codebook.axis)) / codebook.num_codes
