@@ -45,28 +45,30 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Encoder, quantizer, decoder."""
+    """Encoder, quantizer, decoder. The defaults are the recipe that keeps codes in use; see the README."""
 
     net: ConvConfig = field(default_factory=ConvConfig)
     """encoder and decoder"""
-    quantizer: QuantizerConfig = field(default_factory=IBQConfig)
+    quantizer: QuantizerConfig = field(default_factory=lambda: IBQConfig(similarity="euclid", temperature=0.3))
     """what turns latents into ids; its codebook is sharded over mesh.codes"""
-    latent_norm: Literal["none", "rms", "layer"] = "none"
-    """norm of each latent before the quantizer, without parameters"""
+    latent_norm: Literal["none", "rms", "layer"] = "rms"
+    """norm of each latent before the quantizer, without parameters; keeps the scale of latents from drifting"""
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """What the tokenizer is trained for; the quantizer adds its own losses."""
 
-    reconstruction: Literal["l1", "l2"] = "l1"
+    reconstruction: Literal["l1", "l2"] = "l2"
     """distance of images"""
     reconstruction_weight: float = 1.0
     """its weight"""
-    quantizer_weight: float = 1.0
-    """weight of the sum of the quantizer's losses"""
+    quantizer_weight: float = 0.01
+    """weight of the sum of the quantizer's losses; at 1 their pull on the latents outweighs l2, and codes die"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
+        if self.quantizer_weight < 0:
+            yield "quantizer_weight", f"quantizer_weight is {self.quantizer_weight}: use 0 or more"
         if self.reconstruction_weight <= 0:
             yield (
                 "reconstruction_weight",
