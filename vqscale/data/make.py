@@ -70,17 +70,17 @@ def folder(root: Path, seed: int = 0) -> Plan:
             f"no image in {root}: files that end in {', '.join(IMAGE_KEYS)} are looked for, in all folders below; "
             "give the folder that holds the class folders"
         )
-    names = [path.relative_to(root) for path in files]
-    classes = sorted({name.parts[0] for name in names if len(name.parts) > 1})
+    paths = [path.relative_to(root) for path in files]
+    classes = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
     labels = {name: number for number, name in enumerate(classes)}
     order = permutation(len(files), derive("make", seed))
     listing = hashlib.blake2b(digest_size=16)
-    for name, path in zip(names, files, strict=True):
+    for name, path in zip(paths, files, strict=True):
         listing.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
 
     def sample(number: int) -> Sample:
         chosen = int(order[number])
-        name, data = names[chosen], files[chosen].read_bytes()
+        name, data = paths[chosen], files[chosen].read_bytes()
         try:
             Image.open(io.BytesIO(data)).verify()
         except Exception as error:  # Pillow raises many kinds on bytes that are no image
@@ -99,12 +99,14 @@ def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
     kept. Safe when several processes do it at once. ValueError if there are shards made of something else.
     """
     place = shards[0].parent
+    wanted = {**plan.facts, "num_samples": plan.num_samples, "shards": [shard.name for shard in shards]}
+    if _is_made(place, split, wanted, shards):  # before the lock: the folder may be one that cannot be written
+        return
     place.mkdir(parents=True, exist_ok=True)
     with hold(place / ".making.lock", why=f"it is making {split} shards in {place}"):
-        wanted = {**plan.facts, "num_samples": plan.num_samples, "shards": [shard.name for shard in shards]}
-        note = place / f".{split}.making.json"
         if _is_made(place, split, wanted, shards):
             return
+        note = place / f".{split}.making.json"
         _clear(note, wanted)
         _replace(note, json.dumps(wanted))
         ends = [plan.num_samples * (number + 1) // len(shards) for number in range(len(shards))]
@@ -118,23 +120,30 @@ def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
         note.unlink()
 
 
+def names(place: Path, name: str, num_samples: int, shard_size: int) -> list[Path]:
+    """As many names as it takes: place/name-0000.tar and so on, all of the same length."""
+    count = -(-num_samples // shard_size)
+    digits = max(4, len(str(count - 1)))
+    return [place / f"{name}-{number:0{digits}d}.tar" for number in range(count)]
+
+
 def make_missing(config: ImagesConfig) -> None:
     """Make the shards that `config.make` describes where they are not there; nothing without `config.make`."""
     if config.make is None:
         return
-    names = expand(config.patterns, must_exist=False)
-    places = {os.path.dirname(name) for name in names}
-    if len(places) > 1 or not all(is_local(name) for name in names):
+    shards = expand(config.patterns, must_exist=False)
+    places = {os.path.dirname(shard) for shard in shards}
+    if len(places) > 1 or not all(is_local(shard) for shard in shards):
         raise ValueError(
-            f"`make` writes to one folder, but `shards` = {config.shards!r} names {len(names)} shards in "
+            f"`make` writes to one folder, but `shards` = {config.shards!r} names {len(shards)} shards in "
             f"{len(places)}: name local files of one folder, or take `make` out of the config"
         )
-    write(shapes(config.make), [Path(name) for name in names], split_name(names[0]))
+    write(shapes(config.make), [Path(shard) for shard in shards], split_name(shards[0]))
 
 
 def split_name(shard: str) -> str:
-    """`train` for a/train-0007.tar: what stands before the number."""
-    return re.split(r"\d", Path(shard).name.removesuffix(".tar"))[0].strip("-_. ") or "data"
+    """`train` for a/train-0007.tar: what stands before the last number."""
+    return re.sub(r"[-_.]?\d+$", "", Path(shard).name.removesuffix(".tar")) or "data"
 
 
 def _is_made(place: Path, split: str, wanted: Mapping[str, Any], shards: Sequence[Path]) -> bool:
