@@ -41,27 +41,29 @@ def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8, scale: in
     return picture.reshape(rows * 2 * height, columns * width, 3).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def usage(counts: npt.ArrayLike | Tensor, title: str = "") -> Picture:
+def usage(counts: npt.ArrayLike | Tensor, title: str = "", num_codes: int | None = None) -> Picture:
     """How often each of K codes was chosen (K counts, any order) -> a picture of the counts, most used code first.
 
     Both axes are logarithmic, so 2^18 codes fit. The curve ends at the last code in use; the corner says how many.
+    Codes that were never chosen may be left out of the counts: then num_codes says how many there are with them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
     from matplotlib.figure import Figure
 
     values = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
     ordered = np.sort(values)[::-1]
-    used = int((ordered > 0).sum())
+    used, total = int((ordered > 0).sum()), num_codes or len(ordered)
     places = np.unique(np.geomspace(1, max(used, 1), _CURVE_POINTS).astype(np.int64))
     figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     if used:
         axes.loglog(places, ordered[places - 1], drawstyle="steps-post")
-        axes.axhline(ordered.sum() / len(ordered), linestyle=":", color="gray", label="if all were used equally")
-        axes.legend(loc="lower left")
+        if total == len(ordered):
+            axes.axhline(ordered.sum() / total, linestyle=":", color="gray", label="if all were used equally")
+            axes.legend(loc="lower left")
     axes.set(xlim=(1, max(len(ordered), 2)), xlabel="codes, most used first", ylabel="times chosen", title=title)
-    axes.text(0.98, 0.95, f"{used} of {len(ordered)} codes used", transform=axes.transAxes, ha="right", va="top")
+    axes.text(0.98, 0.95, f"{used} of {total} codes used", transform=axes.transAxes, ha="right", va="top")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

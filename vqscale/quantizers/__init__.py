@@ -21,6 +21,9 @@ QUANTIZERS = {
     "ema": "vqscale.quantizers.ema:EMA",
     "ibq": "vqscale.quantizers.ibq:IBQ",
     "simvq": "vqscale.quantizers.simvq:SimVQ",
+    "fsq": "vqscale.quantizers.fsq:FSQ",
+    "lfq": "vqscale.quantizers.lfq:LFQ",
+    "bsq": "vqscale.quantizers.bsq:BSQ",
     "residual": "vqscale.quantizers.residual:Residual",
     "grouped": "vqscale.quantizers.grouped:Grouped",
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.codes.config import Similarity, TableConfig
+from vqscale.quantizers.config_implicit import BSQConfig, FSQConfig, LFQConfig
 
 Estimator = Literal["straight_through", "rotation"]
 
@@ -107,7 +108,7 @@ class SimVQConfig:
             yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
 
 
-SingleConfig = VQConfig | EMAConfig | IBQConfig | SimVQConfig
+SingleConfig = VQConfig | EMAConfig | IBQConfig | SimVQConfig | FSQConfig | LFQConfig | BSQConfig
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqscale.codes import tally
-from vqscale.codes.rows import Rows
+from vqscale.codes.hits import Hits
 from vqscale.data.images import Stream
 from vqscale.metrics import pictures
 from vqscale.metrics.board import Board
@@ -29,9 +28,8 @@ def evaluate(
     usage is the share of codes that any of these images uses. `most` images at most are looked at, 0 is all. Originals
     above reconstructions and the histogram of hits go to the board.
     """
-    layout = Rows(tokenizer.quantizer.num_codes, mesh.codes.size, mesh.codes.rank)
+    hits = Hits(tokenizer.quantizer.num_codes, mesh)
     scores = Reconstruction(mesh.device)
-    counts_k = torch.zeros(layout.count, dtype=torch.int64, device=mesh.device)
     training = tokenizer.training
     tokenizer.eval()
     for number, batch in enumerate(stream.batches()):
@@ -41,17 +39,16 @@ def evaluate(
         recon, quantized = engine(images)
         valid = batch.valid.to(mesh.device)
         scores.add(images, recon.float(), valid)
-        # Padding counts for no code: no rank owns id -1.
+        # Padding counts for no code.
         per_image = quantized.ids_N.view(len(images), -1)
-        counts_k += tally.counts(torch.where(valid[:, None], per_image, -1).flatten(), layout, mesh)
+        hits.add(torch.where(valid[:, None], per_image, -1).flatten())
         if number == 0:
             _show(images, recon.float(), mesh, board, step)
     tokenizer.train(training)
     found = Reconstruction.from_sums(ops.sum_over(scores.sums(), mesh.world))
-    used = tally.usage(counts_k, mesh.codes, layout.num_codes)
-    hits = torch.cat(ops.gather_objects(counts_k.cpu(), mesh.codes))
-    board.histogram(step, "val/hits_per_code", hits)
-    board.images(step, "usage", lambda: pictures.usage(hits, f"step {step}"))
+    used, per_code = hits.usage(), hits.per_code()
+    board.histogram(step, "val/hits_per_code", per_code)
+    board.images(step, "usage", lambda: pictures.usage(per_code, f"step {step}", hits.num_codes))
     return found | {name: float(value) for name, value in used.items()}
 
 

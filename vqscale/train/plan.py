@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def plan(config: TokenizerRun, world: int) -> str:
     side = config.data.train.image_size // config.tokenizer.net.stride
     tokens, dim = images * side * side, tokenizer.quantizer.dim
     counts = {name: _parameters(part) for name, part in tokenizer.named_children()}
-    counts["codebook"] = tokenizer.quantizer.num_codes * dim if tables else 0
+    counts["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     dense = sum(counts.values()) - counts["codebook"]
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     memory = {
@@ -77,7 +78,7 @@ def plan(config: TokenizerRun, world: int) -> str:
         "code axis: tokens (does not grow with K)": config.engine.accumulation
         * 4
         * tokens
-        * (6 * dim + 10)
+        * _sent_per_token(config, dim, counts["codebook"] > 0)
         * (codes - 1),
     }
     head = f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
@@ -91,6 +92,13 @@ def plan(config: TokenizerRun, world: int) -> str:
         *_table("bytes sent per rank and step", _mib(sent)),
     ]
     return "\n".join(lines)
+
+
+def _sent_per_token(config: TokenizerRun, dim: int, table: bool) -> int:
+    """Numbers of 4 bytes. Without a table an id (8 bytes), and log-odds with their gradient if there are entropies."""
+    if table:
+        return 6 * dim + 10
+    return 2 + (2 * dim if getattr(config.tokenizer.quantizer, "entropy_weight", 0) else 0)
 
 
 def _engine(config: TokenizerRun) -> str:
