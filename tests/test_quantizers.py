@@ -13,10 +13,12 @@ from whole import CODES, GRIDS, close, engine_gradient, mine, normal, table
 
 from vqscale import quantizers
 from vqscale.codes.rows import set_aside
+from vqscale.config_schema import classes_of, fields_of, named
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import QUANTIZERS
 from vqscale.quantizers.base import Quantized, Quantizer
+from vqscale.quantizers.config import QuantizerConfig
 
 K, DIM, TOKENS = 13, 4, 24
 # At least one line for every name in QUANTIZERS.
@@ -27,12 +29,23 @@ CASES = {
     "ibq": {"name": "ibq"},
     "ibq entropy": {"name": "ibq", "entropy_weight": 0.1, "entropy_temperature": 0.5, "temperature": 0.7},
     "ibq euclid": {"name": "ibq", "similarity": "euclid", "entropy_weight": 0.1, "entropy_temperature": 0.5},
+    "fsq": {"name": "fsq", "levels": [5, 4, 3, 3]},
+    "fsq symmetric": {"name": "fsq", "levels": [2, 4, 3, 8], "symmetric": True},
+    "lfq": {"name": "lfq", "num_codes": 2**DIM, "dim": DIM, "entropy_weight": 0.1, "entropy_temperature": 1.0},
+    "lfq groups": {"name": "lfq", "dim": DIM, "num_codes": None, "entropy_weight": 0.1, "group_bits": 3},
+    "bsq": {"name": "bsq", "num_codes": 2**DIM, "dim": DIM, "entropy_weight": 0.1},
 }
 
 
 def built(case, mesh=None, *, num_codes=K, seed=3, **settings) -> Quantizer:
-    config = {"num_codes": num_codes, "dim": DIM, "init": "normal", **CASES[case], **settings}
-    return quantizers.build(config, mesh, seed=seed)
+    """The quantizer of a case; sizes and first values go to those that have such settings and do not fix them."""
+    own = CASES[case]
+    known = fields_of(named(classes_of(QuantizerConfig))[1][own["name"]])
+    wanted = {"num_codes": num_codes, "dim": DIM, "init": "normal", **settings}
+    return quantizers.build({key: x for key, x in wanted.items() if key in known} | own, mesh, seed=seed)
+
+
+WITH_TABLE = [case for case in CASES if hasattr(built(case), "upkeep")]
 
 
 def test_every_quantizer_is_tested():
@@ -43,7 +56,8 @@ def test_every_quantizer_is_tested():
 @pytest.mark.parametrize("training", [True, False])
 def test_one_answer_for_all(case, training):
     quantizer = built(case).train(training)
-    assert (quantizer.num_codes, quantizer.dim) == (K, DIM)
+    assert quantizer.dim == DIM
+    assert quantizer.num_codes == (K if case in WITH_TABLE else math.prod(CASES[case].get("levels", [2] * DIM)))
     x = normal(TOKENS, DIM, seed=1).float().requires_grad_()
     out = quantizer(x)
     assert isinstance(out, Quantized)
@@ -53,8 +67,8 @@ def test_one_answer_for_all(case, training):
     assert out.z.dtype == torch.float32
     assert out.ids.shape == (TOKENS,)
     assert out.ids.dtype == torch.int64
-    assert 0 <= int(out.ids.min()) <= int(out.ids.max()) < K
-    assert out.losses
+    assert 0 <= int(out.ids.min()) <= int(out.ids.max()) < quantizer.num_codes
+    assert bool(out.losses) == (CASES[case]["name"] != "fsq")
     for number in [*out.losses.values(), *out.stats.values()]:
         assert number.shape == ()
         assert torch.isfinite(number)
@@ -74,9 +88,9 @@ def test_decode_is_exactly_what_forward_gave_and_encode_finds_its_ids(case, trai
     out = quantizer(x)
     assert torch.equal(quantizer.decode(out.ids), out.z)
     assert torch.equal(quantizer.encode(x), out.ids)
-    every = torch.arange(300)
+    every = torch.arange(quantizer.num_codes)
     assert torch.equal(quantizer.decode(every.flip(0)), quantizer.decode(every).flip(0))
-    assert len(torch.unique(quantizer.decode(every), dim=0)) == 300
+    assert len(torch.unique(quantizer.decode(every), dim=0)) == quantizer.num_codes
     assert not quantizer.decode(every).requires_grad
     assert quantizer.encode(x[:0]).shape == (0,)
     assert quantizer.decode(out.ids[:0]).shape == (0, DIM)
@@ -100,13 +114,13 @@ def test_stats_say_what_their_names_say(case):
     quantizer = built(case).eval()
     x = normal(TOKENS, DIM, seed=1).float()
     out = quantizer(x)
-    counts = torch.bincount(out.ids, minlength=K).double()
+    counts = torch.bincount(out.ids, minlength=quantizer.num_codes).double()
     share = counts[counts > 0] / TOKENS
-    assert float(out.stats["usage"]) == pytest.approx(len(share) / K)
-    assert float(out.stats["dead"]) == K - len(share)
+    assert float(out.stats["usage"]) == pytest.approx(len(share) / quantizer.num_codes)
+    assert float(out.stats["dead"]) == quantizer.num_codes - len(share)
     assert float(out.stats["perplexity"]) == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-5)
     assert float(out.stats["latent_norm"]) == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-5)
-    code_norm = quantizer.decode(torch.arange(K)).norm(dim=1).mean()
+    code_norm = quantizer.decode(torch.arange(quantizer.num_codes)).norm(dim=1).mean()
     assert float(out.stats["code_norm"]) == pytest.approx(float(code_norm), rel=1e-5)
     assert 0 < float(out.stats["saturation"]) <= 1
 
@@ -182,9 +196,6 @@ def _train(data, codes, case, init):
         usage = {key: float(answer.stats[key]) for key in ("usage", "perplexity", "dead")}
         out.append((codebook.rows.detach().clone(), through, bool(answer.losses), renewed, usage))
     return out
-
-
-WITH_TABLE = [case for case in CASES if hasattr(built(case), "upkeep")]
 
 
 @pytest.mark.parametrize("case", WITH_TABLE)
