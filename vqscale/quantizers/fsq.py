@@ -98,6 +98,7 @@ def mean_norm(levels: tuple[int, ...], symmetric: bool) -> float:
     radii = [(number - 1) / 2 if symmetric else number // 2 for number in levels]
     squares = [((np.arange(number) - r) / r) ** 2 for number, r in zip(levels, radii, strict=True)]
     for u in np.arange(-80.0, 80.0, step):
-        log_mean = sum(math.log1p(float(np.expm1(-math.exp(u) * values).mean())) for values in squares)
+        means = [float(np.expm1(-math.exp(u) * values).mean()) for values in squares]
+        log_mean = sum(math.log1p(max(mean, -1 + 1e-16)) for mean in means)
         total -= math.expm1(log_mean) * math.exp(-u / 2) * step
     return total / (2 * math.sqrt(math.pi))
