@@ -1,0 +1,148 @@
+"""The house rules that a machine can check: imports go down, communication has one room, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "vqscale").rglob("*.py"))
+SOURCES = PACKAGE + [path for room in ("launch", "tools") for path in sorted((ROOT / room).rglob("*.py"))]
+
+# What each room may import of the package, beside itself: parallel <- codes <- quantizers, nets <- tokenizer <-
+# priors <- train; data and metrics stand beside. A room that is not here is one that nobody has decided on.
+GROUND = {"config", "config_schema", "config_yaml", "seed"}
+BESIDE = GROUND | {"parallel"}
+MAY_IMPORT = {
+    "config": GROUND,
+    "config_schema": GROUND,
+    "config_yaml": GROUND,
+    "seed": GROUND,
+    "parallel": GROUND,
+    "losses": GROUND,
+    "codes": BESIDE,
+    "data": BESIDE,
+    "metrics": BESIDE,
+    "quantizers": BESIDE | {"codes"},
+    "nets": BESIDE | {"codes"},
+    "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses"},
+    "priors": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer"},
+}
+TOP = {"train", "__init__"}  # these may import everything below them
+
+
+def _name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def _imports(path):
+    """(line, dotted name) of everything that a file imports, also inside functions and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{_name(path)}:{node.lineno}: imports are absolute"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def _room(path):
+    return path.relative_to(ROOT / "vqscale").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=_name)
+def test_imports_go_downward_only(path):
+    room = _room(path)
+    if room in TOP:
+        return
+    assert room in MAY_IMPORT, f"{_name(path)}: say in tests/test_architecture.py what this room may import"
+    for line, name in _imports(path):
+        if name.split(".")[0] == "vqscale" and name != "vqscale":
+            other = name.split(".")[1]
+            assert other == room or other in MAY_IMPORT[room], f"{_name(path)}:{line}: {room} imports {other}"
+
+
+def test_nothing_below_imports_train_and_no_rooms_import_each_other():
+    assert not any("train" in allowed for allowed in MAY_IMPORT.values())
+    for room, allowed in MAY_IMPORT.items():
+        for other in allowed - {room}:
+            assert room in GROUND or room not in MAY_IMPORT[other], f"{room} and {other} import each other"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_only_parallel_talks(path):
+    """torch.distributed and deepspeed, imported or reached through torch, are in vqscale/parallel alone."""
+    if (ROOT / "vqscale" / "parallel") in path.parents:
+        return
+    tree = ast.parse(path.read_text())
+    reached = {f"{_dotted(node)}." for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for name in {f"{name}." for _, name in _imports(path)} | reached:
+        assert not name.startswith(("torch.distributed.", "deepspeed.")), f"{_name(path)} uses {name[:-1]}"
+
+
+def _dotted(node):
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+# Configs, the ground and the doors of the rooms answer --help and errors of a config without torch.
+LIGHT = [
+    path for path in PACKAGE if path.name in ("config.py", "__init__.py") or _room(path) in GROUND
+]  # fmt: skip
+
+
+def test_configs_need_no_torch():
+    modules = [_name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in LIGHT]
+    code = f"""
+import importlib, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+    for heavy in ("torch", "deepspeed", "zarr", "webdataset", "matplotlib"):
+        assert heavy not in sys.modules, f"{{name}} imports {{heavy}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_files_stay_small_and_say_what_they_are_for(path):
+    text = path.read_text()
+    assert text.count("\n") <= 300, f"{_name(path)} has {text.count(chr(10))} lines, the limit is 300: split it"
+    assert ast.get_docstring(ast.parse(text)), f"{_name(path)} does not begin with what it is for"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_tokens_by_codes_has_no_name(path):
+    """A tensor of tokens x codes is for codes/dense.py, the slow definition, alone."""
+    if _name(path) == "vqscale/codes/dense.py":
+        return
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.NAME:
+            assert not re.search(r"_NK|_BK", token.string), f"{_name(path)}:{token.start[0]}: {token.string}"
+
+
+def test_rooms_without_a_meaning_do_not_exist():
+    forbidden = {"utils", "util", "helpers", "common", "misc", "manager", "handler"}
+    for path in SOURCES:
+        assert not forbidden & {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}, _name(path)
+
+
+def test_no_path_of_one_machine():
+    """Paths that exist on one machine only, in everything that is kept under version control."""
+    kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = kept.stdout.split("\0")[:-1] or [_name(path) for path in SOURCES]
+    somewhere = re.compile(r"(?<![\w.}])/(?:work|home|root|Users|tmp|mnt|scratch)/\w")
+    for name in names:
+        path = ROOT / name
+        if path.suffix in (".py", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".md", ".cfg") and path.is_file():
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                assert not somewhere.search(line), f"{name}:{number}: {line.strip()}"
