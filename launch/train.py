@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         if dry:
             from vqscale.train.plan import plan
 
-            print(plan(config, planned or world))
+            print(plan(config, planned or world).text())
             return 0
         folder.check(config)
         device = _check_machine(config)

@@ -7,6 +7,8 @@ the scan. Not counted: the allocator's overhead, workspaces of convolutions, the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -52,8 +54,28 @@ def _split(params: int, stage: int, world: int) -> int:
     return 4 * (weights + gradients + 2 * moments)
 
 
-def plan(config: TokenizerRun, world: int) -> str:
-    """The text of --dry-run for `world` processes."""
+@dataclass(frozen=True)
+class Costs:
+    """What a run costs on each of its ranks; bytes unless said otherwise."""
+
+    head: str
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    sent: dict[str, int]
+
+    def text(self) -> str:
+        return "\n".join(
+            [
+                self.head,
+                *_table("parameters", {name: f"{n:,}" for name, n in _with_sum(self.parameters).items()}),
+                *_table("memory per rank (fp32 state)", _mib(self.memory)),
+                *_table("bytes sent per rank and step", _mib(self.sent)),
+            ]
+        )
+
+
+def plan(config: TokenizerRun, world: int) -> Costs:
+    """The costs of a run on `world` processes."""
     data, codes = config.mesh.resolve(world)
     mesh = planned_mesh(data, codes)
     with torch.device("meta"):
@@ -62,36 +84,27 @@ def plan(config: TokenizerRun, world: int) -> str:
     images = config.data.batch // world // config.engine.accumulation
     side = config.data.train.image_size // config.tokenizer.net.stride
     tokens, dim = images * side * side, tokenizer.quantizer.dim
-    counts = {name: _parameters(part) for name, part in tokenizer.named_children()}
-    counts["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
-    dense = sum(counts.values()) - counts["codebook"]
+    parameters = {name: _parameters(part) for name, part in tokenizer.named_children()}
+    dense = sum(parameters.values())
+    parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
-    memory = {
-        f"encoder, decoder ({_engine(config)})": _split(dense, stage, world),
-        "rows, their gradients and moments": _rows_bytes(tables),
-        f"activations of {images} images": _activations(tokenizer, images, side, config),
-        "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
-    }
-    sent = {
-        "data axis and ZeRO: gradients of encoder and decoder": 8 * dense * (world - 1) // world,
-        "data axis: gradients of rows": 2 * 4 * (data - 1) * _learned(tables) // data,
-        "code axis: tokens (does not grow with K)": config.engine.accumulation
-        * 4
-        * tokens
-        * _sent_per_token(config, dim, counts["codebook"] > 0)
-        * (codes - 1),
-    }
-    head = f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
-    lines = [
-        head + f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
-        *_table(
-            "parameters",
-            {name: f"{count:,}" for name, count in (counts | {"in all": dense + counts["codebook"]}).items()},
-        ),
-        *_table("memory per rank (fp32 state)", _mib(memory)),
-        *_table("bytes sent per rank and step", _mib(sent)),
-    ]
-    return "\n".join(lines)
+    per_token = config.engine.accumulation * _sent_per_token(config, dim, parameters["codebook"] > 0)
+    return Costs(
+        f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
+        f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
+        parameters,
+        {
+            f"encoder, decoder ({_engine(config)})": _split(dense, stage, world),
+            "rows, their gradients and moments": _rows_bytes(tables),
+            f"activations of {images} images": _activations(tokenizer, images, side, config),
+            "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
+        },
+        {
+            "data axis and ZeRO: gradients of encoder and decoder": 8 * dense * (world - 1) // world,
+            "data axis: gradients of rows": 2 * 4 * (data - 1) * _learned(tables) // data,
+            "code axis: tokens (does not grow with K)": 4 * tokens * per_token * (codes - 1),
+        },
+    )
 
 
 def _sent_per_token(config: TokenizerRun, dim: int, table: bool) -> int:
@@ -126,8 +139,12 @@ def _activations(tokenizer: Tokenizer, images: int, side: int, config: Tokenizer
     return kept // 2 if config.engine.precision == "bf16" else kept
 
 
+def _with_sum(values: dict[str, int]) -> dict[str, int]:
+    return values | {"in all": sum(values.values())}
+
+
 def _mib(values: dict[str, int]) -> dict[str, str]:
-    return {name: f"{value / MIB:,.1f} MiB" for name, value in (values | {"in all": sum(values.values())}).items()}
+    return {name: f"{value / MIB:,.1f} MiB" for name, value in _with_sum(values).items()}
 
 
 def _table(title: str, rows: dict[str, str]) -> list[str]:
