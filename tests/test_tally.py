@@ -126,6 +126,23 @@ def test_a_code_is_used_while_its_last_hit_is_within_the_window():
     assert float(window.usage()["usage"]) == pytest.approx(1 / 3)
 
 
+def test_the_window_follows_the_codes_and_the_tokens_of_a_step():
+    """With no decay given a code at its fair share has 5 hits in the window: 5 K / tokens steps, 10 to 10,000."""
+    for num_codes, tokens, steps in ((1000, 100, 50), (1000, 10**6, 10), (10**6, 1, 10_000)):
+        window = tally.Window(num_codes, Mesh())
+        window.add(torch.ones(num_codes, dtype=torch.int64), tokens)
+        assert 1 / (1 - window.decay) == pytest.approx(steps)
+    window = tally.Window(100, Mesh())  # 20 steps
+    once, never = torch.ones(100, dtype=torch.int64), torch.zeros(100, dtype=torch.int64)
+    never[7] = once[7] = 3
+    window.add(once, 25)
+    for _ in range(20):
+        window.add(never, 25)
+        assert float(window.usage()["dead"]) == 0
+    window.add(never, 25)
+    assert float(window.usage()["dead"]) == 99
+
+
 def test_a_row_that_nobody_has_counted_has_rate_zero():
     window = tally.Window(2, Mesh(), 0.99)
     assert window.rate().tolist() == [0, 0]
@@ -134,8 +151,10 @@ def test_a_row_that_nobody_has_counted_has_rate_zero():
 
 
 def test_the_window_is_in_a_checkpoint():
-    window = tally.Window(3, Mesh(), 0.9)
-    window.add(torch.tensor([1, 2, 3]), 6)
-    again = tally.Window(3, Mesh(), 0.9)
-    again.load_state_dict(window.state_dict())
-    assert torch.equal(again.rate(), window.rate())
+    for decay in (0.9, None):
+        window, again = (tally.Window(100, Mesh(), decay) for _ in range(2))
+        for step in range(60):
+            window.add(torch.arange(100) == step, 6)
+        again.load_state_dict(window.state_dict())
+        assert torch.equal(again.rate(), window.rate())
+        assert again.usage() == window.usage()

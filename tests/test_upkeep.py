@@ -163,6 +163,18 @@ def test_a_renewed_row_that_is_hit_stays():
     assert torch.equal(codebook.rows, kept)
 
 
+def test_without_settings_a_quarter_of_the_tokens_revives_what_was_unused_for_two_windows():
+    codebook = put(Codebook(60, DIM), normal(60, DIM, seed=1).float())
+    upkeep = Upkeep(codebook, UpkeepConfig(init="normal", revive_every=1), Mesh(), seed=5)
+    upkeep.begin()
+    for step in range(100):
+        # 8 tokens: the window is 5 x 60 / 8 = 37.5 steps long, and nobody is dead before 75 steps
+        upkeep.observe(_batch(step), torch.arange(8) + 8 * (step % 5))
+        changed = upkeep.update()
+        assert len(changed) == (2 if 74 <= step < 84 else 0)
+        assert set(changed.tolist()) <= set(range(40, 60))
+
+
 def test_a_skipped_step_leaves_no_trace_and_accumulation_counts_once():
     def driven(*steps):
         upkeep = Upkeep(put(Codebook(4, 2), normal(4, 2, seed=1)), UpkeepConfig(init="normal"), Mesh(), seed=0)
