@@ -95,8 +95,8 @@ class SimVQConfig:
     """weight of |x - sg(z)|^2 beside |sg(x) - z|^2"""
     quantizer_weight: float = 1.0
     """weight of both together: 1 for images, 1000 for audio in the paper"""
-    window_decay: float = 0.99
-    """decay per step of the exponential window of counts; 0.99 looks back about 100 steps"""
+    window_decay: float | None = None
+    """decay per step of the exponential window of counts; null: a code used at its fair share has 5 hits in it"""
     scan_mib: int = 64
     """memory of the blocks in which tokens meet rows, MiB per process"""
 
@@ -104,7 +104,7 @@ class SimVQConfig:
         for key in ("num_codes", "dim", "scan_mib"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}: use at least 1"
-        if not 0 <= self.window_decay < 1:
+        if self.window_decay is not None and not 0 <= self.window_decay < 1:
             yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
 
 
