@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vqscale.data.config import ImagesConfig
-from vqscale.data.pixels import _some_box, augment, decode, resize_short
+from vqscale.data.pixels import _some_box, augment, decode, normalise, resize_short
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
 
@@ -238,3 +238,26 @@ def test_a_resized_crop_is_the_resize_of_its_box() -> None:
         expected = image.resize((6, 6), Image.Resampling.BICUBIC, box=box)
         assert np.array_equal(augment(image, config, seed), np.asarray(expected))
         assert augment(image, config, None).shape == (6, 6, 3)
+
+
+def test_a_random_crop_is_cut_out_of_the_resized_image() -> None:
+    config = ImagesConfig("x", image_size=24, resize=30)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (75, 55, 3), dtype=np.uint8))
+    whole = np.asarray(image.resize((30, 30 * 75 // 55), Image.Resampling.BICUBIC)).astype(int)
+    places = set()
+    for seed in range(60):
+        found = augment(image, config, seed).astype(int)
+        squares = {(t, left): whole[t : t + 24, left : left + 24] for t in range(17) for left in range(7)}
+        place = min(squares, key=lambda at: np.abs(squares[at] - found).max())
+        assert np.abs(squares[place] - found).max() <= 1
+        assert np.mean(squares[place] != found) < 0.005
+        places.add(place)
+    assert len(places) > 35
+
+
+def test_levels_are_minus_one_to_one() -> None:
+    picture = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    out = np.empty((3, 16, 16), dtype=np.float32)
+    normalise(picture, out)
+    assert np.array_equal(out, picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))
+    assert (out.min(), out.max()) == (-1, 1)

@@ -80,22 +80,21 @@ class _Samples(Dataset[Batch]):
 
     def __getitems__(self, numbers: list[int]) -> Batch:
         count, size = len(numbers), self.config.image_size
-        raw = np.full((count, size, size, 3), 127, dtype=np.uint8)
-        labels, chosen = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int64)
-        valid, keys, broken = np.zeros(count, dtype=bool), [""] * count, list[str]()
+        images = torch.empty(count, 3, size, size)
+        labels, chosen = torch.full((count,), -1), torch.full((count,), -1)
+        valid, keys, broken = torch.zeros(count, dtype=torch.bool), [""] * count, list[str]()
         if self.reader.fetched and numbers[0] >= 0:
             self.reader.prepare(self.order.shards_of(numbers[0]), self.order.shards_of(numbers[0], ahead=1))
         for row, number in enumerate(numbers):
             if number >= 0:
-                sample, image = self._take(number, broken)
-                chosen[row], keys[row], labels[row] = sample, self.index.key(sample), self.index.samples.labels[sample]
-                if image is not None:
-                    raw[row], valid[row] = image, True
-        images = torch.from_numpy(raw).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        images = images.div_(127.5).sub_(1.0)
-        mask = torch.from_numpy(valid)
-        images[~mask] = 0.0
-        return Batch(images, torch.from_numpy(labels), keys, mask, torch.from_numpy(chosen), broken)
+                sample, picture = self._take(number, broken)
+                chosen[row], keys[row] = sample, self.index.key(sample)
+                labels[row] = int(self.index.samples.labels[sample])
+                if picture is not None:
+                    pixels.normalise(picture, images[row].numpy())
+                    valid[row] = True
+        images[~valid] = 0.0
+        return Batch(images, labels, keys, valid, chosen, broken)
 
     def _take(self, number: int, broken: list[str]) -> tuple[int, NDArray[np.uint8] | None]:
         """(sample number, pixels) of a position of the order, or of the next good one; in evaluation (the sample,

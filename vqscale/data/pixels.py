@@ -18,6 +18,7 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from vqscale.data.config import ImagesConfig
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_LEVELS = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -48,35 +49,54 @@ def decode(data: bytes) -> Image.Image:
 
 
 def augment(image: Image.Image, config: ImagesConfig, seed: int | None) -> NDArray[np.uint8]:
-    """uint8 (S, S, 3), S = image_size. A pure function of its arguments; seed None is evaluation: centre crop, no
-    flip.
-    """
+    """uint8 (S, S, 3), S = image_size: a pure function of its arguments. Seed None is evaluation: centre, no flip."""
     size, filter_ = config.image_size, _FILTERS[config.interpolation]
     draw = random.Random(seed)  # random() of one seed is the same in every version of Python
-    if seed is not None and config.crop == "resized":
-        image = image.resize((size, size), filter_, box=_some_box(image.size, config.min_area, draw))
-    else:
+    if seed is None or config.crop == "center":
         image = resize_short(image, config.short_side, filter_)
-        width, height = image.size
-        if seed is not None and config.crop == "random":
-            left, top = int(draw.random() * (width - size + 1)), int(draw.random() * (height - size + 1))
-        else:
-            left, top = (width - size) // 2, (height - size) // 2
-        if (width, height) != (size, size):
-            image = image.crop((left, top, left + size, top + size))
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    elif config.crop == "random":
+        image = _random_crop(image, config.short_side, size, filter_, draw)
+    else:
+        image = image.resize((size, size), filter_, box=_some_box(image.size, config.min_area, draw))
     if seed is not None and config.flip and draw.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
 
 
-def resize_short(image: Image.Image, short: int, filter_: Image.Resampling) -> Image.Image:
-    """The image with its short side at `short` pixels, the long side in proportion, rounded down."""
-    width, height = image.size
-    if min(width, height) == short:
-        return image
+def normalise(picture: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """uint8 (H, W, 3) into float32 (3, H, W): v / 127.5 - 1. From a table, which is twice as fast as arithmetic."""
+    np.take(_LEVELS, picture.transpose(2, 0, 1), out=out, mode="clip")
+
+
+def _random_crop(
+    image: Image.Image, short: int, size: int, filter_: Image.Resampling, draw: random.Random
+) -> Image.Image:
+    """A square at a random place of the image with its short side at `short`. Only the square is resized: a third
+    faster, and the same as cutting it out of the whole but for rounding (1 level in 1 of 5000 values).
+    """
+    width, height = _resized(image.size, short)
+    left, top = int(draw.random() * (width - size + 1)), int(draw.random() * (height - size + 1))
+    if (width, height) == image.size:
+        return image.crop((left, top, left + size, top + size))
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return image.resize((size, size), filter_, box=box)
+
+
+def _resized(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """Width and height with the short side at `short`, the long side in proportion and rounded down."""
+    width, height = size
     if width <= height:
-        return image.resize((short, max(short, short * height // width)), filter_)
-    return image.resize((max(short, short * width // height), short), filter_)
+        return short, max(short, short * height // width)
+    return max(short, short * width // height), short
+
+
+def resize_short(image: Image.Image, short: int, filter_: Image.Resampling) -> Image.Image:
+    """The whole image with its short side at `short` pixels."""
+    size = _resized(image.size, short)
+    return image if size == image.size else image.resize(size, filter_)
 
 
 def _some_box(size: tuple[int, int], min_area: float, draw: random.Random) -> tuple[int, int, int, int]:
