@@ -6,12 +6,8 @@ How the choices act: mesh.py (the grid), engine.py (both engines), schedule.py (
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 
@@ -53,7 +49,7 @@ class EngineConfig:
     """How gradients become steps: which engine, how it is split, in which precision, with which limits."""
 
     name: Literal["deepspeed", "torch"] = "deepspeed"
-    """deepspeed (ZeRO), or torch: the plain twin, which needs no compiler"""
+    """deepspeed (ZeRO), or torch: the plain twin, which holds everything on every process"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """what DeepSpeed splits over the processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -127,26 +123,13 @@ class OptimConfig:
 
 def check_engine(config: EngineConfig, device: str) -> None:
     """ValueError where this machine cannot run the engine on `device`; call it before any process group is made."""
+    if config.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "engine.name deepspeed needs the package deepspeed, which is not installed here: "
+            "pip install deepspeed, or use engine.name: torch"
+        )
     if device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            raise ValueError("device cuda needs a GPU that torch can see, and it sees none here: use device: cpu")
-    if config.name == "torch":
-        return
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("engine.name deepspeed needs the package, which is not installed: pip install deepspeed")
-    compiler = os.environ.get("CXX", "c++")
-    missing = [tool for tool in (compiler, "ninja") if find_tool(tool) is None]
-    if device == "cpu" and missing:
-        raise ValueError(
-            f"engine.name deepspeed compiles an operator when it starts on a CPU and needs {compiler} and ninja, "
-            f"but {' and '.join(missing)} cannot be found on the PATH: install g++ (or set CXX) and ninja, "
-            "or use engine.name: torch"
-        )
-
-
-def find_tool(name: str) -> str | None:
-    """Where a program is: on the PATH, or beside the Python that runs (a virtual environment that is not activated)."""
-    beside = Path(sys.executable).parent / name
-    return shutil.which(name) or (str(beside) if beside.is_file() else None)
+            raise ValueError("device cuda needs a GPU that torch can use, and it finds none here: use device: cpu")

@@ -10,10 +10,10 @@ backward and step), fp32_partitioned_groups_flat (stage 3), _lazy_init_hp_params
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqscale.parallel import adamw
-from vqscale.parallel.config import EngineConfig, OptimConfig, find_tool
+from vqscale.parallel.config import EngineConfig, OptimConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.replicated import read_whole, write_whole
 
 LARGEST_BUCKET = 50_000_000
+_joined: Any = None  # the process group that DeepSpeed was last started in
 
 
 def settings(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
@@ -34,6 +35,9 @@ def settings(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
     if config.zero_stage in (1, 2):
         # Buckets are allocated whole (2 GB by default); the norm is engine.py's.
         zero |= {"reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_parameters)), "compute_grad_norm": False}
+    if config.zero_stage == 3:
+        # It would replace torch.nn.functional.linear in the whole process, for every other network in it too.
+        zero |= {"memory_efficient_linear": False}
     return {
         "train_micro_batch_size_per_gpu": 1,  # only counted by DeepSpeed, never used
         "gradient_accumulation_steps": config.accumulation,
@@ -48,19 +52,46 @@ def _import(device: torch.device) -> Any:
     """deepspeed, for this device, quiet, in the process group that `connect` made (one of its own for one process)."""
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", "0")
-    if find_tool("ninja") == str(Path(sys.executable).parent / "ninja"):
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups, logger
 
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # On a CPU it would compile an operator for inference in shared memory first: a minute, a compiler, and a lock file
+    # that a killed process leaves behind for the next one to wait for. Training has no use for it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.addFilter(_worth_saying)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    global _joined
+    if _joined is not dist.group.WORLD:
+        # DeepSpeed keeps its groups for good; those of processes that have been left are of no use with these. It also
+        # numbers modules and parameters by process, and at stage 3 compares the numbers between processes.
+        deepspeed.comm.comm.cdb = None
+        groups._release_process_group_references()
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
+        Init.param_id = 0
+        _joined = dist.group.WORLD
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not that torch's AdamW is untested, nor that outputs are dataclasses (see Zero)."""
+    return not any(known in record.getMessage() for known in ("untested optimizer", "unknown inputs or outputs type"))
+
+
 class Zero:
-    """One module's trainable parameters under DeepSpeed; at stage 3 the module's own parameters are taken apart."""
+    """One module's trainable parameters under DeepSpeed; at stage 3 the module's own parameters are taken apart.
+
+    Forward goes through the module itself at all stages: the hooks that stage 3 needs are on the modules, while those
+    of DeepSpeed's forward, on its outputs, would take torch.autograd.grad for a backward pass. At stage 3 a module that
+    owns parameters of more than 100,000 elements directly must return tensors, tuples or dicts: DeepSpeed does not
+    look into dataclasses for what to fetch before the backward pass, which then fails at once. Stages 2 and 3 pair the
+    gradients of the ranks by the order in which backward makes them, so every rank must build the same graph.
+    """
 
     def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
         self._module, self._stage = module, config.zero_stage
