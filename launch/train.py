@@ -15,9 +15,11 @@ file STOP in the run folder make it save and leave with exit status 75.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> int:
         # Every rank finds the same; one says it.
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        _leave_word(f"error: {error}")
         return 2
     try:
         return _run(config, device)
@@ -127,6 +130,15 @@ def _tell(error: BaseException, rank: int, world: int) -> None:
         traceback.print_exception(error)
         print(f"{who}error: {type(error).__name__}: {error}", file=sys.stderr)
     sys.stderr.flush()
+    _leave_word(f"error: {error}")
+
+
+def _leave_word(text: str) -> None:
+    """Give torchrun the reason, which it prints below its own report of the ranks that ended."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 if __name__ == "__main__":
