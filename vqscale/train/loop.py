@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +74,7 @@ def seed_step(seed: int, step: int, mesh: Mesh) -> None:
     torch.manual_seed(derive(seed, "step", step, mesh.world.rank))
 
 
-def timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:
+def timed(batches: Iterator[T]) -> Generator[tuple[T, float], None, None]:
     """Each item with the seconds that one waited for it."""
     while True:
         start = time.perf_counter()
@@ -181,7 +181,9 @@ def finished(place: Path, done: Done, steps: int, mesh: Mesh) -> dict[str, Any]:
     return found if done.step >= steps and found.get("steps") == done.step else {}
 
 
-def close(board: Board, progress: Progress, summary: T) -> T:
+def close(batches: Generator[Any, None, None], board: Board, progress: Progress, summary: T) -> T:
+    """End the reading processes too: left to the collector they live on, because parsers keep tracebacks in caches."""
+    batches.close()
     progress.close()
     board.close()
     return summary
