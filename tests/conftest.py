@@ -28,6 +28,14 @@ def ranks():
     return lambda n, function, *args, timeout_s=60.0: run(function, n, *args, timeout_s=timeout_s)
 
 
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory):
+    """A folder with train-0.tar, train-1.tar and val.tar of a few drawn pictures. Not to be changed."""
+    from jobs import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

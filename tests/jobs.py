@@ -1,0 +1,294 @@
+"""Whole runs for tests: tiny shards and a tiny config, launch/train.py on n processes, and what a run folder holds.
+
+`start` runs launch/train.py's `main` in processes forked from a server that has imported torch already, so that a run
+costs a fraction of a second. They have torchrun's environment and its manners: when one fails, the others are killed.
+`torchrun` is the real command, for what only it can show. What differs between two starts of one run (times) is left
+out by `rows`; `tensors` puts the rows of a checkpoint together, whatever number of processes wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import multiprocessing as mp
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+import zarr
+from PIL import Image
+
+from vqscale.data import shapes
+from vqscale.train import folder as run_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch" / "train.py"
+NUM_TRAIN, NUM_VAL, SIDE = 24, 10, 16  # a training epoch is three batches
+_forks = mp.get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        "vqscale.train.tokenizer",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+    ]
+)
+
+
+def write_shards(folder: Path) -> Path:
+    """train-0.tar, train-1.tar and val.tar of drawn pictures; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = NUM_TRAIN // 2
+    for name, first, last in (("train-0", 0, half), ("train-1", half, 2 * half), ("val", 100, 100 + NUM_VAL)):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for index in range(first, last):
+                pixels, label = shapes.draw(index, SIDE, 0)
+                png = io.BytesIO()
+                Image.fromarray(pixels).save(png, "PNG")
+                for suffix, content in (("png", png.getvalue()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{index:05d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def write_config(folder: Path, shards: Path, *overrides: str) -> Path:
+    """FOLDER/run.yaml of a run in FOLDER/run, in which everything that has state is at work; returns its path.
+
+    K does not divide by the processes; adam's eps keeps it from blowing up the rounding of gradients near zero.
+    """
+    images = {"image_size": SIDE, "num_workers": 0, "index_dir": str(shards / "index")}
+    config = {
+        "run": {"folder": str(folder / "run"), "steps": 8, "log_every": 1, "eval_every": 4, "eval_images": 8}
+        | {"checkpoint_every": 2, "keep": 10, "seed": 3, "device": "cpu"},
+        "data": {
+            "batch": 8,
+            "train": {"shards": str(shards / "train-{0..1}.tar"), "window_shards": 2, "flip": True, **images},
+            "val": {"shards": str(shards / "val.tar"), **images},
+        },
+        "tokenizer": {
+            "latent_norm": "rms",
+            "net": {"channels": 8, "patch": 2, "multipliers": [1, 1], "num_blocks": 1, "z_channels": 8}
+            | {"attention_levels": [], "mid_attention": False, "num_groups": 4},
+            "quantizer": {"name": "ibq", "num_codes": 101, "dim": 8, "similarity": "euclid", "entropy_weight": 0.1}
+            | {"entropy_temperature": 0.5}
+            | {"warmup_steps": 2, "revive_every": 2, "revive_after": 1, "revive_below": 0.5, "revive_most": 16},
+        },
+        "loss": {"reconstruction": "l2"},
+        "optim": {"lr": 1e-3, "warmup_steps": 2, "eps": 1e-4},
+        "engine": {"name": "torch", "timeout_s": 60},
+    }
+    for text in overrides:
+        key, _, value = text.partition("=")
+        *above, last = key.split(".")
+        place = config
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = yaml.safe_load(value)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Job:
+    """launch/train.py on `world` processes of this machine. `before(rank)` is called in each of them first."""
+
+    def __init__(self, folder: Path, argv: list[str], world: int, before: Callable[[int], None] | None, env: dict):
+        self.log = folder / "log.txt"
+        self.log.write_text("")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port), **env}
+        self.processes = [
+            _forks.Process(target=_rank, args=(rank, shared, argv, str(self.log), before)) for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def wait(self, timeout_s: float = 60.0) -> list[int]:
+        """The exit codes, -9 for what was killed; once a process has failed the others are given two seconds."""
+        deadline, failed = time.monotonic() + timeout_s, False
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            if not failed and any(process.exitcode for process in self.processes):
+                deadline, failed = time.monotonic() + 2.0, True
+            time.sleep(0.01)
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in late:
+            self.processes[rank].kill()
+        for process in self.processes:
+            process.join()
+        assert failed or not late, f"ranks {late} did not end within {timeout_s} s:\n{self.output}"
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+def _rank(rank: int, shared: dict, argv: list[str], log: str, before: Callable[[int], None] | None) -> None:
+    """One process of a job: what `torchrun launch/train.py ARGV` would start."""
+    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # as in a process of its own; here it would be that of the server
+    if before is not None:
+        before(rank)
+    sys.exit(_launch().main(argv))
+
+
+def _launch():
+    spec = importlib.util.spec_from_file_location("launch_train", LAUNCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(path: Path, *overrides: str, world: int = 1, before: Callable[[int], None] | None = None, **env: str) -> Job:
+    return Job(path.parent, [str(path), *overrides], world, before, env)
+
+
+def finish(path: Path, *overrides: str, world: int = 1, **more) -> Path:
+    """A run to its end, which must be a good one; returns the run folder."""
+    job = start(path, *overrides, world=world, **more)
+    codes = job.wait()
+    assert codes == [0] * world, f"exit codes {codes}:\n{job.output}"
+    return path.parent / "run"
+
+
+def torchrun(num: int, path: Path, *overrides: str) -> subprocess.Popen:
+    """The command of the README, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}"]
+    return subprocess.Popen(
+        [*command, str(LAUNCH), str(path), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process that a process has started, directly or not, and that is still there."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [number for child in map(int, children) for number in (child, *descendants(child))]
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those of the processes that still run; what is dead and waits for its parent does not."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def at_call(target: str, number: int, action: Callable[[], None], on_rank: int, rank: int) -> None:
+    """Do something on one rank before the given call (counted from 1) of module:attribute; for `before` of a job."""
+    module, _, path = target.partition(":")
+    *above, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in above:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*args, **kwargs):
+        if rank == on_rank and next(calls) == number:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def die() -> None:
+    """As in kill -9, or a machine that is switched off."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hear(number: int) -> None:
+    """Get a signal."""
+    os.kill(os.getpid(), number)
+
+
+def wait_for(there: Callable[[], object], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.002)
+
+
+def rows(run: Path) -> list[dict]:
+    """metrics.jsonl without times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in row.items() if key != "time" and not key.startswith("time/")} for row in lines]
+
+
+def steps_saved(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds, by name, rows whole."""
+    path = run / "checkpoints" / f"{step:010d}"
+    found = torch.load(path / "replicated.pt", weights_only=True)
+    for name, entry in json.loads((path / "manifest.json").read_text())["rows"].items():
+        parts = sorted(entry["parts"])
+        arrays = [zarr.open_array(str(path / "rows" / name / f"{start:012d}"), mode="r")[...] for start, _ in parts]
+        found[f"rows/{name}"] = torch.cat([torch.from_numpy(array) for array in arrays])
+    return found
+
+
+def same_bits(run: Path, other: Path, step: int) -> None:
+    """Two runs have logged the same numbers and hold the same tensors, to the bit."""
+    for mine, theirs in zip(rows(run), rows(other), strict=True):
+        assert mine == theirs
+    ours, others = tensors(run, step), tensors(other, step)
+    assert ours.keys() == others.keys()
+    for name, x in ours.items():
+        assert torch.equal(x, others[name]), name
+    facts = [
+        json.loads((folder / "checkpoints" / f"{step:010d}" / "facts.json").read_text()) for folder in (run, other)
+    ]
+    assert facts[0] == facts[1]
+
+
+def same_numbers(run: Path, other: Path) -> None:
+    """Two runs have logged the same numbers to 1e-5, up to the order in which sums were added up."""
+    for mine, theirs in zip(rows(run), rows(other), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, x in mine.items():
+            size = 10.0 if key == "val/ssim" else max(abs(x), 1e-3)  # of 8-bit images: a pixel may round the other way
+            assert abs(x - theirs[key]) <= 1e-5 * size, f"step {mine['step']} {key}: {x} and {theirs[key]}"
+
+
+STOPPED = run_folder.EXIT_STOPPED
