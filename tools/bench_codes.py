@@ -145,7 +145,7 @@ def settle(args: argparse.Namespace) -> Setting:
             kept.append(work)
             continue
         print(
-            f"bench.py codes: the dense {work} is left out: it needs about {need / 2**30:.1f} GiB, more than the "
+            f"bench.py codes: the dense {work} is left out: it needs about {need / 2**20:.1f} MiB, more than the "
             f"{args.max_dense_gib:g} GiB of --max-dense-gib",
             file=sys.stderr,
         )

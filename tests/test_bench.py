@@ -1,0 +1,195 @@
+"""tools/bench.py codes: what it prints, that its forms compute the same, and its bytes. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vqscale.parallel.mesh import Mesh
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+SMALL = ("--tokens", "64", "--codes", "512", "--dim", "8", "--repeats", "2", "--threads", "1")
+N, K, D = 64, 512, 8
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch):
+    """tool(name) is a module of tools/."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / "bench.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def check_shape(report: dict, processes: int) -> None:
+    assert set(report) == {"step", "search", "machine", "commit", "command", "config"}
+    for work in ("step", "search"):
+        assert set(report[work]) == {"ours", "dense", "floor"}
+        for name in ("ours", "dense"):
+            cost = report[work][name]
+            assert set(cost) == {"seconds", "peak_bytes", "sent_bytes"}
+            assert cost["seconds"] > 0
+            assert cost["peak_bytes"] >= 0
+        assert set(report[work]["floor"]) == {"seconds", "products"}
+        assert report[work]["floor"]["seconds"] > 0
+    assert report["step"]["floor"]["products"] == 5
+    assert report["search"]["floor"]["products"] == 1
+    assert {"cpu", "cores", "threads", "torch"} <= set(report["machine"])
+    assert report["command"].startswith("python tools/bench.py codes --tokens 64")
+    assert report["config"]["tokens"] == N
+    assert report["config"]["processes"] == processes
+
+
+@pytest.mark.dist
+def test_one_process_sends_nothing():
+    report = json.loads(bench("codes", *SMALL, "--entropy", "--json").stdout)
+    check_shape(report, 1)
+    assert report["config"]["entropy"] is True
+    sent = [report[work][name]["sent_bytes"] for work in ("step", "search") for name in ("ours", "dense")]
+    assert sent == [0, 0, 0, 0]
+
+
+@pytest.mark.dist
+def test_sent_bytes_of_two_processes():
+    report = json.loads(bench("codes", *SMALL, "--processes", "2", "--json").stdout)
+    check_shape(report, 2)
+    # A search gathers the tokens, then all-reduces a float32 score and an int64 id of each of the 2 N tokens.
+    assert report["search"]["ours"]["sent_bytes"] == N * D * 4 + 2 * N * 4 + 2 * N * 8
+    assert report["search"]["dense"]["sent_bytes"] == 0
+    assert report["step"]["dense"]["sent_bytes"] == K * D * 4
+    # Tokens out, mean rows and codes back, the gradients of all three; less than 20 numbers per token; statistics.
+    assert 6 * N * D * 4 < report["step"]["ours"]["sent_bytes"] < 6 * N * D * 4 + 2 * N * 20 * 4 + 256
+
+
+def test_a_dense_form_over_the_limit_is_left_out(tool, capsys):
+    codes, measure = tool("bench_codes"), tool("bench_measure")
+    setting = codes.settle(codes.parser().parse_args([*SMALL, "--max-dense-gib", "0.0002"]))
+    assert setting.dense == ("search",)
+    assert "the dense step is left out: it needs about 0.8 MiB, more than the 0.0002 GiB" in capsys.readouterr().err
+    costs = measure.measure(setting)
+    report = {work: codes.merge([costs[work]], work, setting) for work in costs}
+    assert report["step"]["dense"] == {"seconds": None, "peak_bytes": None, "sent_bytes": 0}
+    assert report["search"]["dense"]["seconds"] > 0
+    report |= {"machine": codes.machine(setting), "commit": codes.commit(), "config": vars(setting)}
+    rows = [line.split() for line in codes.table(report).splitlines()]
+    assert ["step", "dense", "-", "-", "-", "0.00"] in rows
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_ours_and_the_dense_form_compute_the_same(tool, entropy):
+    forms = tool("bench_forms")
+    # One code less than a power of two; float64, so that equal means equal.
+    built = forms.build(forms.Setting(40, 127, 8, entropy=entropy, dtype="float64"), Mesh())
+    ours, dense = built["step"]["ours"](), built["step"]["dense"]()
+    # The released entropy has an offset of 1e-5 inside a logarithm, ours has not.
+    tolerance = 1e-4 if entropy else 1e-12
+    for a, b in zip(ours, dense, strict=True):
+        assert a.abs().max() > 1e-4
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(built["search"]["ours"](), built["search"]["dense"]())
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.operations += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_products_of_the_dense_form_and_the_floor(tool, entropy):
+    forms = tool("bench_forms")
+    # Neither number is a multiple of a block.
+    built = forms.build(forms.Setting(600, 1500, 16, entropy=entropy, scan_mib=4), Mesh())
+    counted = {}
+    for work, some in built.items():
+        for name, form in some.items():
+            with Products() as products:
+                form()
+            counted[work, name] = products.operations / (2 * 600 * 1500 * 16)
+    assert counted["step", "dense"] == 8
+    assert counted["step", "floor"] == len(forms.PRODUCTS["step"])
+    assert counted["search", "dense"] == counted["search", "floor"] == len(forms.PRODUCTS["search"])
+    assert counted["step", "ours"] >= counted["step", "floor"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
+def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
+    forms, measure = tool("bench_forms"), tool("bench_measure")
+    mesh, tokens, codes = Mesh(), 512, 16384
+    pairs = tokens * codes * 4
+    setting = forms.Setting(tokens, codes, 8, scan_mib=4)
+    form = forms.build(setting, mesh)["step"]
+    peaks = {name: measure.alone(form[name], mesh).peak_bytes for name in ("ours", "dense")}
+    assert peaks["ours"] < pairs / 2
+    # The dense form keeps p, u and h; its memory is counted in full, also after a smaller run.
+    assert 3 * pairs < peaks["dense"] < forms.dense_memory(setting)["step"]
+
+
+def test_peak_bytes_of_a_known_allocation(tool):
+    measure, forms = tool("bench_measure"), tool("bench_forms")
+    for mib in (40, 10, 40):
+        peak = measure.peak_bytes(lambda mib=mib: torch.ones(mib, 2**18).sum(), torch.device("cpu"), Mesh().codes)
+        assert mib - 1 < peak / 2**20 < mib + 2
+    assert forms.dense_bytes(forms.Setting(1, 100, 10, processes=4))["step"] == 2 * 3 * 4000 // 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["codes", "--tokens", "0"], "tokens is 0 and must be at least 1; it comes from --tokens: give 1 or more"),
+        (["codes", "--codes", "-5", "--dim", "0"], "codes is -5 and must be at least 1"),
+        (["codes", "--scan-mib", "0"], "it comes from --scan-mib"),
+        (["codes", "--max-dense-gib", "nan"], "the limit of the dense form is nan GiB"),
+        (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
+        (["code"], "there is no subcommand 'code', the first argument: use codes or data"),
+    ],
+)
+def test_wrong_arguments(tool, capsys, words, message):
+    try:
+        status = tool("bench").main(words)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_device_is_said_first(tool, capsys):
+    with pytest.raises(SystemExit) as error:
+        tool("bench").main(["codes", "--device", "cuda", "--tokens", "0"])
+    assert error.value.code == 2
+    text = capsys.readouterr().err
+    assert "cuda needs a CUDA device" in text
+    assert "use --device cpu" in text
+    assert "tokens" not in text.split("error:")[1]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tool):
+    codes, forms = tool("bench_codes"), tool("bench_forms")
+    report = codes.run(forms.Setting(512, 16384, 64, entropy=True, device="cuda", repeats=2))
+    assert report["step"]["ours"]["seconds"] > 0
+    assert 0 < report["step"]["ours"]["peak_bytes"] < report["step"]["dense"]["peak_bytes"]
