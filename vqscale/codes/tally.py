@@ -70,12 +70,23 @@ class Window(Table):
     def __init__(self, num_codes: int, mesh: Mesh, decay: float | None = None) -> None:
         super().__init__(Rows(num_codes, mesh.codes.size, mesh.codes.rank))
         self.num_codes, self.axis = num_codes, mesh.codes
-        self.steps = self.LONGEST if decay is None else 1.0 / (1.0 - decay)
         self._follow = decay is None
+        first = self.LONGEST if decay is None else 1.0 / (1.0 - decay)
         self.counts_k: Tensor
         self.age_k: Tensor
         self.register_buffer("counts_k", torch.zeros(self.layout.count, device=mesh.device))
         self.register_buffer("age_k", torch.zeros(self.layout.count, device=mesh.device))
+        # The same number for every row: a table keeps nothing but rows, and a checkpoint needs it.
+        self.length_k: Tensor
+        self.register_buffer("length_k", torch.full((self.layout.count,), first, device=mesh.device))
+        self._steps: float | None = None
+
+    @property
+    def steps(self) -> float:
+        """The length of the window; what `add` found last, or a checkpoint brought."""
+        if self._steps is None:
+            return float(self.length_k[0]) if len(self.length_k) else self.LONGEST
+        return self._steps
 
     @property
     def decay(self) -> float:
@@ -85,7 +96,8 @@ class Window(Table):
     def add(self, counts_k: Tensor, tokens: int) -> None:
         """Count one optimiser step of so many tokens of all ranks."""
         if self._follow:
-            self.steps = min(max(self.FAIR_HITS * self.num_codes / tokens, self.SHORTEST), self.LONGEST)
+            self._steps = min(max(self.FAIR_HITS * self.num_codes / tokens, self.SHORTEST), self.LONGEST)
+            self.length_k.fill_(self._steps)
         self.counts_k.lerp_(counts_k.to(self.counts_k.dtype), 1.0 - self.decay)
         self.age_k += 1
 
