@@ -96,7 +96,8 @@ class Window(Table):
     def add(self, counts_k: Tensor, tokens: int) -> None:
         """Count one optimiser step of so many tokens of all ranks."""
         if self._follow:
-            self._steps = min(max(self.FAIR_HITS * self.num_codes / tokens, self.SHORTEST), self.LONGEST)
+            steps = min(max(self.FAIR_HITS * self.num_codes / tokens, self.SHORTEST), self.LONGEST)
+            self._steps = torch.tensor(steps).item()  # as a checkpoint holds it
             self.length_k.fill_(self._steps)
         self.counts_k.lerp_(counts_k.to(self.counts_k.dtype), 1.0 - self.decay)
         self.age_k += 1
