@@ -24,6 +24,7 @@ QUANTIZERS = {
     "fsq": "vqscale.quantizers.fsq:FSQ",
     "lfq": "vqscale.quantizers.lfq:LFQ",
     "bsq": "vqscale.quantizers.bsq:BSQ",
+    "scq": "vqscale.quantizers.scq:SCQ",
     "residual": "vqscale.quantizers.residual:Residual",
     "grouped": "vqscale.quantizers.grouped:Grouped",
 }

@@ -45,6 +45,8 @@ class Quantizer(nn.Module, ABC):
     # ids are (N,), or (N, num_ids) where a token has several; num_codes is then the K of one of them. Caches and priors
     # see them flattened, the last axis fastest: token 0's ids, then token 1's.
     num_ids: int = 1
+    # False where z is continuous, so that no id can say it (scq): decode(ids) is then the nearest that ids come to z.
+    exact_decode: bool = True
 
     @abstractmethod
     def forward(self, x_ND: Tensor) -> Quantized:
@@ -56,7 +58,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, ids_N: Tensor) -> Tensor:
-        """z_ND of ids: exactly what `forward` gave for them."""
+        """z_ND of ids: exactly what `forward` gave for them, if `exact_decode`."""
 
     @abstractmethod
     def begin(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.codes.config import Similarity, TableConfig
+from vqscale.quantizers.config_convex import SCQConfig
 from vqscale.quantizers.config_implicit import BSQConfig, FSQConfig, LFQConfig
 
 Estimator = Literal["straight_through", "rotation"]
@@ -154,4 +155,5 @@ class GroupedConfig:
             yield "groups", f"groups is {self.groups}: use at least 1"
 
 
-QuantizerConfig = SingleConfig | ResidualConfig | GroupedConfig
+# scq is no level of another: its ids do not say its output.
+QuantizerConfig = SingleConfig | SCQConfig | ResidualConfig | GroupedConfig

@@ -1,0 +1,213 @@
+"""Points of the simplex over K codes, held as the few entries that are not zero, each by the rank that owns its row.
+
+    best_in_stripes   the highest u . c of each token in every class of ids modulo STRIPES: 16 candidates for one pass
+    project           the nearest point of the simplex to onehot + C u, exact: p_j = ([j = hot] + u . c_j - theta)_+
+    Entries           such points: products with the rows, both ways, and what they say about tokens and codes
+
+Scores of tokens x rows exist in blocks of the codebook's memory budget only. What is sent are numbers per token: 24
+bytes per candidate, 16 per round of the search for theta; K is in none of them. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqscale.codes import scan
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.rows import Rows
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Axis
+
+STRIPES = 16
+ROUNDS = 100  # of the search for theta: it ends by itself, in as many rounds as the count of entries changes
+TIE = 1e-9  # weights that differ by less are equal: the lowest id has the largest
+
+
+@dataclass
+class Entries:
+    """The positive weights, of all B tokens of the code group, on rows of this rank: E of them."""
+
+    token_E: Tensor
+    row_E: Tensor  # local
+    weight_E: Tensor  # float64
+
+    def __len__(self) -> int:
+        return len(self.token_E)
+
+    def parts(self, dim: int, budget: int) -> Iterator[slice]:
+        """Slices whose vectors of `dim` float64 fit, three at a time, into `budget` bytes."""
+        size = max(1, budget // (24 * dim))
+        return (slice(first, first + size) for first in range(0, len(self), size))
+
+    def mixed(self, weight_E: Tensor, rows_kD: Tensor, num_tokens: int, budget: int) -> Tensor:
+        """sum_j weight_nj c_j over the rows of this rank, B x D in float64."""
+        out_BD = torch.zeros(num_tokens, rows_kD.shape[1], dtype=torch.float64, device=rows_kD.device)
+        for part in self.parts(rows_kD.shape[1], budget):
+            vectors = rows_kD[self.row_E[part]].double() * weight_E[part, None]
+            out_BD.index_add_(0, self.token_E[part], vectors)
+        return out_BD
+
+    def spread(self, weight_E: Tensor, values_BD: Tensor, num_rows: int, budget: int) -> Tensor:
+        """sum_n weight_nj value_n, k x D in the values' precision."""
+        out_kD = values_BD.new_zeros(num_rows, values_BD.shape[1])
+        for part in self.parts(values_BD.shape[1], budget):
+            vectors = values_BD[self.token_E[part]] * weight_E[part, None].to(out_kD.dtype)
+            out_kD.index_add_(0, self.row_E[part], vectors)
+        return out_kD
+
+    def products(self, values_BD: Tensor, rows_kD: Tensor, budget: int) -> Tensor:
+        """value_n . c_j of every entry, in float64."""
+        out_E = torch.zeros_like(self.weight_E)
+        for part in self.parts(rows_kD.shape[1], budget):
+            rows = rows_kD[self.row_E[part]].double()
+            out_E[part] = (values_BD[self.token_E[part]].double() * rows).sum(1)
+        return out_E
+
+    def per_token(self, value_E: Tensor, num_tokens: int) -> Tensor:
+        """Sums over the entries of each token on this rank."""
+        return value_E.new_zeros(num_tokens).index_add_(0, self.token_E, value_E)
+
+
+@dataclass
+class Shape:
+    """What points of the simplex look like: of this rank's tokens, and of its rows over the tokens of the group."""
+
+    ids_N: Tensor  # the largest weight, the lowest id among equals
+    largest_N: Tensor
+    count_N: Tensor  # codes with a positive weight
+    columns_k: Tensor  # sum of the weights of each row
+
+
+def describe(entries: Entries, num_tokens: int, codebook: Codebook) -> Shape:
+    """Three all-reduces of a number per token; `num_tokens` is B."""
+    layout, axis = codebook.layout, codebook.axis
+    weight_E, token_E = entries.weight_E, entries.token_E
+    top_B = ops.max_over(weight_E.new_zeros(num_tokens).scatter_reduce(0, token_E, weight_E, "amax"), axis)
+    ids_E = torch.where(weight_E >= top_B[token_E] - TIE, entries.row_E + layout.start, layout.num_codes)
+    none_B = torch.full((num_tokens,), layout.num_codes, dtype=torch.int64, device=token_E.device)
+    # A token of which nothing is known, because its codes are not numbers, takes the last id and its loss tells.
+    ids_B = ops.min_over(none_B.scatter_reduce(0, token_E, ids_E, "amin"), axis).clamp(max=layout.num_codes - 1)
+    count_B = ops.sum_over(entries.per_token(torch.ones_like(weight_E), num_tokens), axis)
+    columns_k = weight_E.new_zeros(layout.count).index_add_(0, entries.row_E, weight_E)
+    return Shape(own(ids_B, axis), own(top_B, axis), own(count_B, axis), columns_k)
+
+
+def own(x_B: Tensor, axis: Axis) -> Tensor:
+    """This rank's part of a tensor over the tokens of the code group."""
+    num = len(x_B) // axis.size
+    return x_B[axis.rank * num : (axis.rank + 1) * num]
+
+
+def best_in_stripes(u_BD: Tensor, codebook: Codebook, without_Bs: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores, ids), B x STRIPES on every rank: the highest u . c_j among the ids of each class modulo STRIPES.
+
+    The codes `without_Bs` (-1 is none) do not take part; a class without codes has a score of LOWEST and the id K. The
+    classes are of global ids, so the candidates do not depend on how the rows are split.
+    """
+    layout, rows_kD = codebook.layout, codebook.rows.detach()
+    score_Bq = u_BD.new_full((len(u_BD), STRIPES), scan.LOWEST)
+    ids_Bq = torch.full_like(score_Bq, layout.num_codes, dtype=torch.int64)
+    for tokens, rows, score_br in _scores(u_BD, rows_kD, layout, without_Bs, codebook.budget):
+        _raise_stripes(score_br, layout.start + rows.start, score_Bq[tokens], ids_Bq[tokens])
+    top_Bq = ops.max_over(score_Bq, codebook.axis)
+    here_Bq = (score_Bq >= top_Bq) & (score_Bq > scan.LOWEST)
+    return top_Bq, ops.min_over(torch.where(here_Bq, ids_Bq, layout.num_codes), codebook.axis)
+
+
+def _scores(
+    u_BD: Tensor, rows_kD: Tensor, layout: Rows, without_Bs: Tensor, budget: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of u . c, with LOWEST at the codes that do not take part."""
+    for tokens, rows in scan.blocks(len(u_BD), len(rows_kD), u_BD.element_size(), budget):
+        score_br = torch.mm(u_BD[tokens], rows_kD[rows].t())
+        column_bs = without_Bs[tokens] - (layout.start + rows.start)
+        token_T, place_T = torch.nonzero((column_bs >= 0) & (column_bs < score_br.shape[1]), as_tuple=True)
+        score_br[token_T, column_bs[token_T, place_T]] = scan.LOWEST
+        yield tokens, rows, score_br
+
+
+def _raise_stripes(score_br: Tensor, first_id: int, score_bq: Tensor, ids_bq: Tensor) -> None:
+    """Raise the best of every class so far, in place; column 0 of the block is the code `first_id`."""
+    whole = score_br.shape[1] // STRIPES * STRIPES
+    places = torch.arange(STRIPES, device=score_br.device)
+    for columns in (slice(0, whole), slice(whole, score_br.shape[1])):
+        width = min(STRIPES, columns.stop - columns.start)
+        if not width:
+            continue
+        value_bq, line_bq = score_br[:, columns].unflatten(1, (-1, width)).max(dim=1)
+        place_q = (first_id + places[:width]) % STRIPES
+        better_bq = value_bq > score_bq[:, place_q]
+        ids = first_id + columns.start + line_bq * STRIPES + places[:width]
+        score_bq[:, place_q] = torch.where(better_bq, value_bq, score_bq[:, place_q])
+        ids_bq[:, place_q] = torch.where(better_bq, ids, ids_bq[:, place_q])
+
+
+def project(u_BD: Tensor, hot_B: Tensor, hot_score_B: Tensor, codebook: Codebook) -> Entries:
+    """The exact projection of onehot(hot_n) + C u_n to the simplex, for all B tokens. `hot_score_B` is u . c_hot.
+
+    u_BD is float64 and searched in the rows' precision; the weights on the support that was found are float64.
+    """
+    layout, axis, budget = codebook.layout, codebook.axis, codebook.budget
+    rows_kD = codebook.rows.detach()
+    low_BD, without_B1 = u_BD.to(rows_kD.dtype), hot_B[:, None]
+    theta_B = _lower_bound(best_in_stripes(low_BD, codebook, without_B1)[0].double(), hot_score_B)
+    before_B = torch.full_like(theta_B, -1.0)
+    for _ in range(ROUNDS):
+        both_2B = torch.zeros(2, len(u_BD), dtype=torch.float64, device=u_BD.device)
+        for tokens, _, score_br in _scores(low_BD, rows_kD, layout, without_B1, budget):
+            above_br = score_br > theta_B[tokens, None].to(score_br.dtype)
+            both_2B[0, tokens] += (score_br * above_br).sum(1, dtype=torch.float64)
+            both_2B[1, tokens] += above_br.sum(1)
+        sum_B, count_B = ops.sum_over(both_2B, axis)
+        count_B = count_B + (1.0 + hot_score_B > theta_B)
+        if bool((count_B == before_B).all()):
+            break
+        # Newton's step for sum_j (s_j - theta)_+ = 1: it never passes the root, and ends when the support stays.
+        theta_B, before_B = torch.maximum(theta_B, _root(sum_B, count_B, hot_score_B, theta_B)), count_B
+    found = [
+        (tokens.start + part[0], rows.start + part[1])
+        for tokens, rows, score_br in _scores(low_BD, rows_kD, layout, without_B1, budget)
+        for part in [torch.nonzero(score_br > theta_B[tokens, None].to(score_br.dtype), as_tuple=True)]
+    ]
+    mine_B, local_B = layout.find(hot_B)
+    warm_T = torch.nonzero(mine_B & (1.0 + hot_score_B > theta_B))[:, 0]
+    entries = Entries(
+        torch.cat([warm_T, *(token for token, _ in found)]),
+        torch.cat([local_B[warm_T], *(row for _, row in found)]),
+        torch.ones(len(warm_T) + sum(len(token) for token, _ in found), dtype=torch.float64, device=u_BD.device),
+    )
+    return _weigh(entries, u_BD, hot_B, hot_score_B, theta_B, codebook)
+
+
+def _lower_bound(top_Bq: Tensor, hot_score_B: Tensor) -> Tensor:
+    """A theta that is not too large: (sum of s - 1) / size of any set of codes; here of the best ones found."""
+    top_Bq = torch.sort(top_Bq, dim=1, descending=True).values
+    size_q = torch.arange(1, top_Bq.shape[1] + 1, dtype=top_Bq.dtype, device=top_Bq.device)
+    sums_Bq = torch.cumsum(top_Bq, 1)
+    with_hot_B = ((sums_Bq + hot_score_B[:, None]) / (size_q + 1)).amax(1)
+    return torch.stack([hot_score_B, with_hot_B, ((sums_Bq - 1.0) / size_q).amax(1)]).amax(0)
+
+
+def _root(sum_B: Tensor, count_B: Tensor, hot_score_B: Tensor, theta_B: Tensor) -> Tensor:
+    """theta for which the weights of a support sum to one: its scores without the hot code's, and its size with it."""
+    return (sum_B + torch.where(1.0 + hot_score_B > theta_B, hot_score_B, -1.0)) / count_B.clamp_min(1.0)
+
+
+def _weigh(
+    entries: Entries, u_BD: Tensor, hot_B: Tensor, hot_score_B: Tensor, theta_B: Tensor, codebook: Codebook
+) -> Entries:
+    """The weights of a known support, in float64; entries that rounding had let in are dropped."""
+    token_E, num = entries.token_E, len(u_BD)
+    score_E = entries.products(u_BD, codebook.rows.detach(), codebook.budget)
+    hot_E = (entries.row_E + codebook.layout.start) == hot_B[token_E]
+    rest_E = torch.where(hot_E, 0.0, score_E)
+    sums_2B = torch.stack([entries.per_token(rest_E, num), entries.per_token(torch.ones_like(rest_E), num)])
+    sum_B, count_B = ops.sum_over(sums_2B, codebook.axis)
+    theta_B = _root(sum_B, count_B, hot_score_B, theta_B)
+    weight_E = torch.where(hot_E, 1.0 + (score_E - theta_B[token_E]), score_E - theta_B[token_E])
+    some_E = weight_E > 0
+    return Entries(token_E[some_E], entries.row_E[some_E], weight_E[some_E])
