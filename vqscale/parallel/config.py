@@ -11,6 +11,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def check_product(data: int, codes: int, world: int) -> None:
+    """Raise the ValueError that a user can act on when the grid does not fit the processes."""
+    if data < 1 or codes < 1:
+        raise ValueError(f"mesh.data {data} and mesh.codes {codes} must both be at least 1: change the mesh")
+    if data * codes != world:
+        raise ValueError(
+            f"data {data} x codes {codes} = {data * codes} processes, but {world} "
+            f"{'was' if world == 1 else 'were'} started: change mesh.data, mesh.codes or --nproc_per_node"
+        )
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """The grid of processes: data x codes = all of them."""
@@ -36,11 +47,7 @@ class MeshConfig:
             )
         data = self.data if self.data is not None else world // (self.codes or world)
         codes = self.codes if self.codes is not None else world // data
-        if data * codes != world:
-            raise ValueError(
-                f"data {data} x codes {codes} = {data * codes} processes, but {world} "
-                f"{'was' if world == 1 else 'were'} started: change mesh.data, mesh.codes or --nproc_per_node"
-            )
+        check_product(data, codes, world)
         return data, codes
 
 

@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from vqscale.parallel.config import check_product
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -58,17 +60,6 @@ def disconnect() -> None:
 def world_size() -> int:
     """How many processes there are: what torch.distributed says, else what torchrun promised, else one."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_product(data: int, codes: int, world: int) -> None:
-    """Raise the ValueError that a user can act on when the grid does not fit the processes."""
-    if data < 1 or codes < 1:
-        raise ValueError(f"mesh.data {data} and mesh.codes {codes} must both be at least 1: change the mesh")
-    if data * codes != world:
-        raise ValueError(
-            f"data {data} x codes {codes} = {data * codes} processes, but {world} "
-            f"{'was' if world == 1 else 'were'} started: change mesh.data, mesh.codes or --nproc_per_node"
-        )
 
 
 class Mesh:

@@ -11,6 +11,7 @@ Shapes are equal on all ranks of the axis. `count_bytes` counts what this rank s
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vqscale.parallel.mesh import Axis
+
+# torch 2.13 renames the two collectives on tensors; the new names are not in all versions that we run with.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
 
 _meters: list[dict[str, int]] = []
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,7 +63,6 @@ def _import(device: torch.device) -> Any:
     # that a killed process leaves behind for the next one to wait for. Training has no use for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.addFilter(_worth_saying)
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     global _joined
     if _joined is not dist.group.WORLD:
         # DeepSpeed keeps its groups for good; those of processes that have been left are of no use with these. It also
