@@ -147,10 +147,21 @@ def test_shards_of_the_webdataset_writer(tmp_path: Path) -> None:
     assert contents(tmp_path / "w.tar") == [(f"k{n}", n, png(n)) for n in range(5)]
 
 
+def test_a_size_in_a_pax_header_counts(tmp_path: Path) -> None:
+    """As of members beyond 8 GB, whose size does not fit into the header itself."""
+    blocks = b""
+    for name, data in (("a.png", png(1) * 9), ("b.png", png(2))):
+        info = tarfile.TarInfo(name)
+        info.pax_headers = {"size": str(len(data))}
+        blocks += info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512)
+    (tmp_path / "p.tar").write_bytes(blocks + bytes(1024))
+    assert contents(tmp_path / "p.tar") == [("a", -1, png(1) * 9), ("b", -1, png(2))]
+
+
 def test_a_member_that_comes_twice_is_reported(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "d.tar", [("a.png", png(1)), ("a.png", png(2)), ("b.png", png(3))])
+    path = write_tar(tmp_path / "d.tar", [("a.png", png(1)), ("a.PNG", png(2)), ("b.png", png(3))])
     stream = Stream(config(str(path)), batch=2, train=False)
-    assert stream.damage == [f"{path}: 'a.png' comes twice: the first is used"]
+    assert stream.damage == [f"{path}: 'a.PNG' comes twice: the first is used"]
     assert [pixel for _, _, pixel in facts(list(stream.batches(0)))] == [colour(1), colour(3)]
 
 
@@ -332,10 +343,11 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_used_last(tmp_path: 
     there = [number for number, name in enumerate(names) if os.path.exists(cache.path(name))]
     assert there == [0, 2, 3]
     held = cache.open(names[0])
-    os.utime(cache.path(names[0]), (0, 0))
+    for step, number in enumerate((2, 3, 0)):
+        os.utime(cache.path(names[number]), (step, step))
     os.close(cache.open(names[4], keep=names[2:4]))
     there = [number for number, name in enumerate(names) if os.path.exists(cache.path(name))]
-    assert there == [2, 3, 4]  # 0 went, being neither kept nor recent; whoever reads it still can
+    assert there == [2, 3, 4]  # 0 went, the others being kept; whoever reads it still can
     assert os.pread(held, size, 0) == Path(paths[0]).read_bytes()
     os.close(held)
 
