@@ -15,6 +15,7 @@ file STOP in the run folder make it save and leave with exit status 75.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from vqscale.train.config import Run
 
 OVERRIDE = re.compile(r"[^/]*=")  # a path may have an equals sign in it, after a slash
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "tokenizer.yaml"
+EXPLAINED = ("RunError", "CheckpointError", "BrokenData")  # by name: their modules import torch
 LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
 
 
@@ -51,12 +53,12 @@ def main(argv: list[str]) -> int:
             return 0
         folder.check(config)
         device = _check_machine(config)
-    except ValueError as error:
-        # Every rank finds the same; one says it.
-        if rank == 0:
+    except (ValueError, OSError) as error:
+        # What is wrong with the input every rank finds, and one says it; a disk or a network may be bad on one only.
+        if rank == 0 or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr)
         _leave_word(f"error: {error}")
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     try:
         return _run(config, device)
     except BaseException as error:
@@ -97,9 +99,13 @@ def _check_machine(config: Run) -> str:
 
     device = pick_device(config.run.device)
     check_engine(config.engine, device)
-    for source in (config.data.train, config.data.val):
+    for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         if source is not None:
-            images.prepare(source)
+            try:
+                images.prepare(source)
+            except (ValueError, OSError) as error:
+                kind = ValueError if isinstance(error, ValueError) else OSError
+                raise kind(f"{key}: {error}") from error
     return device
 
 
@@ -124,7 +130,13 @@ def _tell(error: BaseException, rank: int, world: int) -> None:
     elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
         first = str(error).strip().splitlines()[0]
         print(f"{who}error: lost another rank ({first[:160]}); its own message says why", file=sys.stderr)
-    elif isinstance(error, ValueError | FloatingPointError | folder.RunError):
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(
+            f"{who}error: {error}: a disk is full, most likely that of run.folder; make room and start again, the "
+            "checkpoints that are finished stand",
+            file=sys.stderr,
+        )
+    elif isinstance(error, ValueError | FloatingPointError) or type(error).__name__ in EXPLAINED:
         print(f"{who}error: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)

@@ -167,4 +167,5 @@ FREE_TO_CHANGE = (
     "data.train.cache_",
     "data.train.index_dir",
     "data.val.",
+    "data.val:",
 )

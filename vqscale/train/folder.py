@@ -39,13 +39,27 @@ PACKAGES = ("vqscale", "torch", "deepspeed", "webdataset", "zarr", "numpy", "pil
 
 
 def check(config: Any) -> None:
-    """ValueError when the folder holds a run of another config; nothing is written. Safe on every rank."""
+    """ValueError when the folder holds a run of another config, or cannot be one; nothing is written. Safe on every
+    rank."""
     old = Path(config.run.folder) / "run.yaml"
+    above = next(path for path in (old.parent, *old.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"run.folder {config.run.folder} cannot be written: {above} is "
+            f"{'not writable by this user' if above.is_dir() else 'no folder'}; choose another run.folder"
+        )
     if not old.exists():
         return
+    try:
+        before = dict(yaml.safe_load(old.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{old}, the config of the run in {config.run.folder}, cannot be read ({error}): put it back, or remove it "
+            "if you are sure that this is the same run"
+        ) from None
     lines = [
         line
-        for line in configuration.differences(yaml.safe_load(old.read_text()), configuration.to_dict(config))
+        for line in configuration.differences(before, configuration.to_dict(config))
         if not line.startswith(FREE_TO_CHANGE)
     ]
     if lines:
@@ -120,8 +134,12 @@ def write_summary(folder: Path, summary: dict[str, Any], mesh: Mesh) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
+    """Write a file in one step, durably: a killed process or machine leaves the old one or the new one."""
     new = path.with_name(path.name + ".tmp")
-    new.write_text(text)
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(new, path)
 
 

@@ -158,12 +158,19 @@ def save(place: Path, done: Done, engine: Engine, tables: Mapping[str, Table], m
 def resume(place: Path, engine: Engine, tables: Mapping[str, Table], data: str, mesh: Mesh) -> tuple[Done, list[str]]:
     """Go on from the newest whole checkpoint, if there is one; (how far the run is, what to say). Collective.
 
-    ValueError on all ranks when the data is not what the run was trained on.
+    ValueError on all ranks when the data is not what the run was trained on, or when there are checkpoints and none of
+    them is whole: to begin again would throw away what the run has logged.
     """
     newest, passed_over = checkpoint.latest(place / "checkpoints", mesh)
     notes = [f"warning: passed over the checkpoint {reason}" for reason in passed_over]
+    if newest is None and passed_over:
+        raise ValueError(
+            f"none of the {len(passed_over)} checkpoints in {place / 'checkpoints'} is whole:\n  "
+            + "\n  ".join(passed_over)
+            + "\nput one back, or remove them to begin the run again, or change run.folder"
+        )
     if newest is None:
-        return Done(data=data), [*notes, f"a new run in {place} on {mesh.world.size} processes"]
+        return Done(data=data), [f"a new run in {place} on {mesh.world.size} processes"]
     done = Done(**load(newest, engine, tables)["done"])
     if done.data != data:
         raise ValueError(
