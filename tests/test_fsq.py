@@ -169,9 +169,12 @@ def test_no_codebook_is_held():
 def test_half_precision_does_not_cost_codes():
     x = normal(20_000, 4, seed=5).float()
     with torch.autocast("cpu", torch.bfloat16):
-        ids = _fsq([8, 5, 5, 5])(x.bfloat16()).ids
-    assert len(torch.unique(ids)) == 1000
-    assert int(_fsq([8, 8, 8, 6, 5])(x.bfloat16().repeat(1, 2)[:, :5]).ids.max()) < 15360
+        out = _fsq([8, 5, 5, 5])(x.bfloat16())
+        wide = _fsq([301, 8, 8, 6])(x.bfloat16())
+    assert len(torch.unique(out.ids)) == 1000
+    assert out.z.dtype == torch.float32
+    assert torch.equal(wide.ids, _fsq([301, 8, 8, 6])(x.bfloat16().float()).ids)
+    assert len(torch.unique(wide.ids % 301)) > 256
 
 
 def test_normal_tokens_use_every_code():

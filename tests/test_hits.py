@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from whole import GRIDS, mine, normal
 
+from vqscale import config as configuration
 from vqscale import quantizers
 from vqscale.codes.hits import DENSE_MOST, Hits, Usage
 from vqscale.codes.rows import set_aside
@@ -17,7 +19,9 @@ from vqscale.metrics import pictures
 from vqscale.nets.config import ConvConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer import Tokenizer
+from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
+from vqscale.train.plan import plan
 
 SIZES = [3, 50, DENSE_MOST, DENSE_MOST + 1, 2**62]
 WIDER = [*GRIDS, pytest.param((4, 1), marks=pytest.mark.dist)]
@@ -167,6 +171,21 @@ def test_a_state_continues_in_another_quantizer(name):
     drive(first, range(4))
     second.load_state_dict(first.state_dict())
     assert drive(second, range(4, 8)) == drive(first, range(4, 8))
+
+
+@pytest.mark.parametrize(("settings", "numbers"), [("{name: fsq, levels: fsq-2^16}", 2), ("{name: bsq, dim: 40}", 82)])
+def test_a_run_without_rows_is_planned(settings, numbers):
+    quickstart = Path(__file__).parent.parent / "configs" / "quickstart" / "tokenizer.yaml"
+    config = configuration.load(TokenizerRun, quickstart, [f"tokenizer.quantizer={settings}", "mesh.codes=4"])
+    costs = plan(config, 4)
+    assert costs.parameters["codebook"] == 0
+    assert costs.parameters["quantizer"] == 0
+    # the window of 64,000 codes has a few numbers for each, cut in four; 2^40 codes have none
+    held = costs.memory["rows, their gradients and moments"] / (64_000 // 4 * 4)
+    assert held in (1, 2, 3, 4) if "fsq" in settings else held == 0
+    tokens = config.data.batch // 4 * (config.data.train.image_size // config.tokenizer.net.stride) ** 2
+    assert costs.sent["code axis: tokens (does not grow with K)"] == 4 * tokens * numbers * 3
+    assert costs.sent["data axis: gradients of rows"] == 0
 
 
 def _batches(mesh, seeds):
