@@ -42,8 +42,10 @@ class FSQConfig(ImplicitConfig):
 
     name: Literal["fsq"] = "fsq"
     """rounded channels, no learned codes"""
-    levels: tuple[int, ...] | str = "fsq-2^12"
+    levels: tuple[int, ...] | str | None = None
     """levels of each channel, e.g. [8, 5, 5, 5], or the name of a recommended list: fsq-2^4 to fsq-2^16"""
+    num_codes: int | None = None
+    """instead of levels: the power of two that a recommended list comes near; null with null levels: 4096"""
     shift: Literal["atanh", "tan"] = "atanh"
     """how an even number of levels is centred: atanh, or tan as in the paper (its author's mistake, barely felt)"""
     eps: float = 1e-3
@@ -53,13 +55,23 @@ class FSQConfig(ImplicitConfig):
 
     def channels(self) -> tuple[int, ...]:
         """The levels of each channel; dim is their number, num_codes their product."""
-        return LEVELS[self.levels] if isinstance(self.levels, str) else self.levels
+        if isinstance(self.levels, tuple):
+            return self.levels
+        return LEVELS[self._list_name()]
+
+    def _list_name(self) -> str:
+        size = 4096 if self.num_codes is None else self.num_codes
+        return self.levels if isinstance(self.levels, str) else f"fsq-2^{math.log2(max(size, 1)):g}"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
-        if isinstance(self.levels, str) and self.levels not in LEVELS:
+        if self.levels is not None and self.num_codes is not None:
+            yield "num_codes", f"levels {self.levels} and num_codes {self.num_codes} say the same thing: give one of them"
+            return
+        if not isinstance(self.levels, tuple) and self._list_name() not in LEVELS:
             names = ", ".join(f"{name} = {list(levels)}" for name, levels in LEVELS.items())
-            yield "levels", f"{self.levels} is no list of levels that has a name: write one as [8, 5, 5, 5], or {names}"
+            key, found = ("levels", self.levels) if self.num_codes is None else ("num_codes", str(self.num_codes))
+            yield key, f"{found} is no list of levels that has a name: write levels as [8, 5, 5, 5], or take {names}"
             return
         levels = self.channels()
         low = [number for number in levels if number < 2]
