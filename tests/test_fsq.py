@@ -253,7 +253,8 @@ def test_the_mean_length_of_all_codes_needs_no_list_of_them(levels, symmetric):
         ({"levels": [5, 1002]}, ["eps 0.001", "1002 levels", "less than 1 / 1001"]),
         ({"levels": [5, 5], "eps": -0.3}, ["eps -0.3", "less than 1 / 4"]),
         ({"shift": "sinh"}, ["atanh", "tan", "sinh"]),
-        ({"num_codes": 64}, ["num_codes", "unknown key for name fsq"]),
+        ({"num_codes": 300}, ["num_codes", "300", "fsq-2^8"]),
+        ({"num_codes": 256, "levels": "fsq-2^8"}, ["num_codes 256", "keep one of them"]),
     ],
 )
 def test_a_wrong_config_says_the_rule_the_place_and_the_way_out(settings, words):

@@ -66,7 +66,7 @@ class FSQConfig(ImplicitConfig):
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
         if self.levels is not None and self.num_codes is not None:
-            yield "num_codes", f"levels {self.levels} and num_codes {self.num_codes} say the same thing: give one of them"
+            yield "num_codes", f"levels {self.levels} and num_codes {self.num_codes} are both given: keep one of them"
             return
         if not isinstance(self.levels, tuple) and self._list_name() not in LEVELS:
             names = ", ".join(f"{name} = {list(levels)}" for name, levels in LEVELS.items())
