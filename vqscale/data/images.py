@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import RawValue
 from typing import Any
 
@@ -25,7 +25,7 @@ from vqscale.data import pixels
 from vqscale.data.config import ImagesConfig
 from vqscale.data.index import Index, build
 from vqscale.data.make import make_missing
-from vqscale.data.order import Order, Sequence
+from vqscale.data.order import Order, Sequential
 from vqscale.data.reader import Reader
 from vqscale.seed import derive
 
@@ -63,18 +63,15 @@ class Batch:
     broken: list[str]  # `shard key: reason` for each sample that was replaced (training) or left out (evaluation)
 
     def pin_memory(self) -> Batch:
-        self.images, self.labels, self.valid = (
-            self.images.pin_memory(),
-            self.labels.pin_memory(),
-            self.valid.pin_memory(),
-        )
-        return self
+        """Called by the DataLoader where there is a GPU, so that copies to it can be asynchronous."""
+        tensors = {name: getattr(self, name).pin_memory() for name in ("images", "labels", "valid")}
+        return replace(self, **tensors)
 
 
 class _Samples(Dataset[Batch]):
     """Numbers of the order to a batch; runs in the workers, and keeps nothing that a batch depends on."""
 
-    def __init__(self, config: ImagesConfig, index: Index, order: Order | Sequence, seed: int) -> None:
+    def __init__(self, config: ImagesConfig, index: Index, order: Order | Sequential, seed: int) -> None:
         self.config, self.index, self.order, self.seed = config, index, order, seed
         self.reader = Reader(config, index)
 
@@ -142,8 +139,8 @@ class Stream:
         self.num_samples = len(self.index)
         self.fingerprint = self.index.fingerprint()
         self.damage = list(self.index.samples.damage)
-        self.order: Order | Sequence
-        self.order = Order(self.index.counts, seed, config.window_shards) if train else Sequence(self.index.counts)
+        self.order: Order | Sequential
+        self.order = Order(self.index.counts, seed, config.window_shards) if train else Sequential(self.index.counts)
         self._samples = _Samples(config, self.index, self.order, seed)
         self._check_cache()
 
@@ -188,9 +185,8 @@ class Stream:
             ) from error
         finally:
             closing.value = 1
-            if (
-                workers
-            ):  # else they end when the iterator is collected, which a traceback puts off to the end of the process
+            if workers:
+                # torch ends them when the iterator is collected, which a traceback puts off to the end of the process
                 reading._shutdown_workers()  # type: ignore[attr-defined]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vqscale.data.cache import ShardCache
+from vqscale.data.cache import ShardCache, is_direct
 from vqscale.data.config import ImagesConfig
 from vqscale.data.contents import IMAGE_KEYS, Contents, read_contents
 from vqscale.data.lock import hold
@@ -29,7 +29,7 @@ from vqscale.data.shards import expand, is_local
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of the file; another one is made again
+_VERSION = 2  # of the file; another one is made again
 _SAVE_EVERY_S = 60.0
 _THREADS = 8  # a header walk waits for the disk more than it computes
 _ARRAYS = ("offsets", "sizes", "labels", "key_ends", "key_bytes")
@@ -41,6 +41,7 @@ class Index:
 
     shards: list[str]
     bytes: list[int]  # (S,) size of each shard
+    direct: list[bool]  # (S,) whether it is read where it lies; the others are fetched into the cache first
     counts: NDArray[np.int64]  # (S,) samples of each shard
     samples: Contents  # all N samples; damage has a line for each fault, beginning with its shard
 
@@ -68,6 +69,7 @@ class _Part:
 
     size: int
     mtime_ns: int  # 0 where the shard has none (a URL, a command)
+    direct: bool
     contents: Contents
 
 
@@ -158,7 +160,7 @@ def _read_part(cache: ShardCache, shard: str) -> _Part:
     descriptor = cache.open(shard)
     try:
         size, mtime_ns = stamp or (os.fstat(descriptor).st_size, 0)
-        return _Part(size, mtime_ns, read_contents(descriptor))
+        return _Part(size, mtime_ns, is_direct(shard), read_contents(descriptor))
     finally:
         os.close(descriptor)
 
@@ -174,7 +176,8 @@ def _assemble(shards: Iterable[str], parts: Mapping[str, _Part]) -> Index:
     ends = np.concatenate([contents.key_ends + begin for contents, begin in zip(every, begins, strict=False)])
     damage = tuple(f"{name}: {line}" for name, contents in zip(names, every, strict=True) for line in contents.damage)
     counts = np.array([len(contents.offsets) for contents in every], dtype=np.int64)
-    return Index(names, [parts[name].size for name in names], counts, Contents(key_ends=ends, damage=damage, **joined))
+    sizes, direct = [parts[name].size for name in names], [parts[name].direct for name in names]
+    return Index(names, sizes, direct, counts, Contents(key_ends=ends, damage=damage, **joined))
 
 
 def _shortfalls(index: Index) -> list[str]:
@@ -201,7 +204,7 @@ def _save(file: Path, shards: Iterable[str], parts: Mapping[str, _Part]) -> None
     facts = {
         "version": _VERSION,
         "shards": [_address(shard) for shard in index.shards],
-        "stamps": [(parts[shard].size, parts[shard].mtime_ns) for shard in index.shards],
+        "stamps": [(parts[shard].size, parts[shard].mtime_ns, parts[shard].direct) for shard in index.shards],
         "damage": [parts[shard].contents.damage for shard in index.shards],
     }
     working = file.with_name(f"{file.name}.{os.getpid()}.tmp")
@@ -228,7 +231,7 @@ def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:
         return {}
     ends = np.cumsum(counts)
     found = {}
-    for shard, stamp, damage, begin, end in zip(
+    for shard, (size, mtime_ns, direct), damage, begin, end in zip(
         facts["shards"], facts["stamps"], facts["damage"], ends - counts, ends, strict=True
     ):
         first = int(data["key_ends"][begin - 1]) if begin else 0
@@ -236,6 +239,6 @@ def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:
         rows = {name: data[name][begin:end] for name in ("offsets", "sizes", "labels")}
         keys = data["key_ends"][begin:end] - first
         contents = Contents(key_ends=keys, key_bytes=data["key_bytes"][first:last], damage=tuple(damage), **rows)
-        found[shard] = _Part(stamp[0], stamp[1], contents)
+        found[shard] = _Part(size, mtime_ns, direct, contents)
     parts = {shard: found[_address(shard)] for shard in shards if _address(shard) in found}
     return {shard: part for shard, part in parts.items() if _stamp(shard) in (None, (part.size, part.mtime_ns))}

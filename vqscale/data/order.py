@@ -91,7 +91,7 @@ class Order:
         return self._windows[at]
 
 
-class Sequence:
+class Sequential:
     """The order of evaluation: every sample once, by number."""
 
     def __init__(self, samples_per_shard: Ints) -> None:

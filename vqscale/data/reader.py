@@ -13,13 +13,13 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from vqscale.data.cache import ShardCache, is_direct
+from vqscale.data.cache import ShardCache
 from vqscale.data.config import ImagesConfig
 from vqscale.data.index import Index, cache_folder
 
 log = logging.getLogger(__name__)
 
-_MOST_OPEN = 64
+_MOST_OPEN = 256
 _REST_S = 60.0  # before a shard that could not be had is tried again
 
 
@@ -30,7 +30,7 @@ class Reader:
         self.index = index
         self.cache = ShardCache(cache_folder(config), int(config.cache_gb * 1e9))
         self.ends = np.cumsum(index.counts)
-        self.fetched = {number for number, shard in enumerate(index.shards) if not is_direct(shard)}
+        self.fetched = {shard for shard, direct in enumerate(index.direct) if not direct}
         self._in_use: set[str] = set()
         self._open: OrderedDict[int, int] = OrderedDict()
         self._failed: dict[int, tuple[float, str]] = {}
@@ -83,7 +83,7 @@ class Reader:
                 self._failed[shard] = (time.monotonic(), str(error))
                 raise
             size = os.fstat(descriptor).st_size
-            if is_direct(self.index.shards[shard]) and size != self.index.bytes[shard]:
+            if self.index.direct[shard] and size != self.index.bytes[shard]:
                 os.close(descriptor)
                 raise OSError(f"the shard has {size} bytes, but had {self.index.bytes[shard]} when its index was made")
             self._open[shard] = descriptor
