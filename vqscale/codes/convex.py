@@ -28,14 +28,18 @@ from torch import Tensor
 from vqscale.codes import active, simplex
 from vqscale.codes.codebook import Codebook, full_precision
 from vqscale.codes.rows import Rows
-from vqscale.codes.simplex import Entries, Shape
+from vqscale.codes.simplex import Entries
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis
 
 # Codes whose score is better by less than this share of the slope's size are left out: about the rounding of a score.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-PASSES = 200  # a bound for supports of thousands of codes; what is left then shows in the residual
+# Supports have one or two codes per dimension. But many equal rows share a weight among all of them: supports stop
+# growing here, and so do the passes. What is left, about lam / MOST of the objective, shows in the residual.
+MOST, MOST_PER_DIM = 128, 4
+FLOOR = 1e-13  # of |x - c|^2: float64 cannot tell a smaller lam from this
+PASSES = 200
 
 
 @dataclass
@@ -119,8 +123,7 @@ def solve(x_ND: Tensor, codebook: Codebook, lam: float) -> Solution:
     open_N = torch.isfinite(x_ND).all(1)
     x_ND = torch.where(open_N[:, None], x_ND.to(rows_ND.dtype), rows_ND).double()
     held = Support(hot_N[:, None], torch.ones_like(x_ND[:, :1]), rows_ND[:, None])
-    squares_k = F.pad(codebook.rows.detach().double().square().sum(1), (0, 1))
-    longest = ops.max_over(squares_k.amax(), axis).sqrt()
+    longest = simplex.longest(codebook)
     residual_N, passes = torch.zeros_like(x_ND[:, 0]), 0
     while passes < PASSES:
         # Tokens that are done stay home; every rank sends as many as the one with the most, supports as wide.
@@ -131,8 +134,9 @@ def solve(x_ND: Tensor, codebook: Codebook, lam: float) -> Solution:
         passes += 1
         which_n = torch.argsort((~open_N).to(torch.uint8), stable=True)[:most]
         here = held.at(which_n).widened(places)
-        found, residual_n, better_n = _improve(x_ND[which_n], here, codebook, lam, longest)
-        held, residual_N[which_n], open_N[which_n] = held.put(which_n, found), residual_n, better_n
+        found, residual_N[which_n], better_n = _improve(x_ND[which_n], here, codebook, lam, longest)
+        held = held.put(which_n, found)
+        open_N[which_n] = better_n & ((found.weight_Ns > 0).sum(1) < MOST + MOST_PER_DIM * codebook.dim)
     return Solution(held, residual_N, passes)
 
 
@@ -184,7 +188,8 @@ def _program(x_nD: Tensor, support: Support, lam: float) -> tuple[Tensor, Tensor
     """(A, b) of the small programs. On the simplex c_j may be seen from x, which keeps A's entries small."""
     away_nsD = x_nD[:, None] - support.rows_NsD.double()
     gram_nss = torch.bmm(away_nsD, away_nsD.transpose(1, 2))
-    gram_nss.diagonal(dim1=1, dim2=2).add_(lam)
+    diagonal_ns = gram_nss.diagonal(dim1=1, dim2=2)
+    diagonal_ns += (FLOOR * diagonal_ns.amax(1, keepdim=True)).clamp_min(lam)
     linear_ns = torch.zeros_like(support.weight_Ns)
     linear_ns[:, 0] = lam
     return gram_nss, linear_ns
@@ -195,15 +200,14 @@ def _reweigh(x_nD: Tensor, support: Support, lam: float) -> Tensor:
     return active.minimise(gram_nss, linear_ns, support.weight_Ns, support.ids_Ns >= 0)
 
 
-def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Shape, Solution]:
-    """C P of the tokens of this rank, with gradients to x and the rows; what P looks like; and how it was found."""
+def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entries, Solution]:
+    """C P of the tokens of this rank, with gradients to x and the rows; the columns of P, sharded; how it was found."""
     with clock.span("codes"), full_precision(x_ND):
         solution = solve(x_ND.detach(), codebook, lam)
         entries, place_E = _entries(solution.support, codebook.layout, codebook.axis)
         plan = _Plan(codebook.layout, codebook.axis, codebook.budget, lam)
         z_ND = _Combine.apply(codebook.queries(x_ND), codebook.rows, solution.support, entries, place_E, plan)
-        shape = simplex.describe(entries, len(x_ND) * codebook.axis.size, codebook)
-        return z_ND, shape, solution
+        return z_ND, entries, solution
 
 
 def _entries(support: Support, layout: Rows, axis: Axis) -> tuple[Entries, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vqscale.codes import simplex
 from vqscale.codes.codebook import Codebook, full_precision
 from vqscale.codes.rows import Rows
-from vqscale.codes.simplex import Entries, Shape
+from vqscale.codes.simplex import Entries
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis
@@ -39,12 +39,11 @@ class _Plan:
     entries: Entries
 
 
-def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Shape]:
-    """C P of the tokens of this rank, with gradients to x and the rows, and what P looks like."""
+def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entries]:
+    """C P of the tokens of this rank, with gradients to x and the rows, and the columns of P, sharded."""
     with clock.span("codes"), full_precision(x_ND):
         plan = _solve(x_ND.detach(), codebook, lam)
-        z_ND = _Combine.apply(codebook.queries(x_ND), codebook.rows, plan)
-        return z_ND, simplex.describe(plan.entries, len(plan.hot_B), codebook)
+        return _Combine.apply(codebook.queries(x_ND), codebook.rows, plan), plan.entries
 
 
 @torch.no_grad()

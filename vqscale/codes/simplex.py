@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.codes import scan
@@ -23,7 +24,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
 STRIPES = 16
-ROUNDS = 100  # of the search for theta: it ends by itself, in as many rounds as the count of entries changes
+ROUNDS = 100  # a bound that only rounding can reach: Newton's method ends by itself
 TIE = 1e-9  # weights that differ by less are equal: the lowest id has the largest
 
 
@@ -79,27 +80,38 @@ class Shape:
     ids_N: Tensor  # the largest weight, the lowest id among equals
     largest_N: Tensor
     count_N: Tensor  # codes with a positive weight
+    stored_N: Tensor  # codes with a weight of at least `least`, and the one with the largest
     columns_k: Tensor  # sum of the weights of each row
 
 
-def describe(entries: Entries, num_tokens: int, codebook: Codebook) -> Shape:
-    """Three all-reduces of a number per token; `num_tokens` is B."""
-    layout, axis = codebook.layout, codebook.axis
+@torch.no_grad()
+def describe(entries: Entries, num_tokens: int, codebook: Codebook, least: float) -> Shape:
+    """What the points of this rank's `num_tokens` tokens look like: all-reduces of four numbers per token."""
+    layout, axis, num = codebook.layout, codebook.axis, num_tokens * codebook.axis.size
     weight_E, token_E = entries.weight_E, entries.token_E
-    top_B = ops.max_over(weight_E.new_zeros(num_tokens).scatter_reduce(0, token_E, weight_E, "amax"), axis)
+    top_B = ops.max_over(weight_E.new_zeros(num).scatter_reduce(0, token_E, weight_E, "amax"), axis)
     ids_E = torch.where(weight_E >= top_B[token_E] - TIE, entries.row_E + layout.start, layout.num_codes)
-    none_B = torch.full((num_tokens,), layout.num_codes, dtype=torch.int64, device=token_E.device)
+    none_B = torch.full((num,), layout.num_codes, dtype=torch.int64, device=token_E.device)
     # A token of which nothing is known, because its codes are not numbers, takes the last id and its loss tells.
     ids_B = ops.min_over(none_B.scatter_reduce(0, token_E, ids_E, "amin"), axis).clamp(max=layout.num_codes - 1)
-    count_B = ops.sum_over(entries.per_token(torch.ones_like(weight_E), num_tokens), axis)
+    parts = [entries.per_token((weight_E >= bar).double(), num) for bar in (0.0, least)]
+    count_B, stored_B = ops.sum_over(torch.stack(parts), axis)
     columns_k = weight_E.new_zeros(layout.count).index_add_(0, entries.row_E, weight_E)
-    return Shape(own(ids_B, axis), own(top_B, axis), own(count_B, axis), columns_k)
+    ids_N, top_N, count_N, stored_N = (own(part_B, axis) for part_B in (ids_B, top_B, count_B, stored_B))
+    return Shape(ids_N, top_N, count_N, stored_N.clamp_min(1.0), columns_k)
 
 
 def own(x_B: Tensor, axis: Axis) -> Tensor:
     """This rank's part of a tensor over the tokens of the code group."""
     num = len(x_B) // axis.size
     return x_B[axis.rank * num : (axis.rank + 1) * num]
+
+
+@torch.no_grad()
+def longest(codebook: Codebook) -> Tensor:
+    """The largest norm of a code, float64: one number is all-reduced."""
+    squares_k = [part.double().square().sum(1) for part in codebook.rows.detach().split(2**16)]
+    return ops.max_over(F.pad(torch.cat(squares_k), (0, 1)).amax(), codebook.axis).sqrt()
 
 
 def best_in_stripes(u_BD: Tensor, codebook: Codebook, without_Bs: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,38 +161,29 @@ def _raise_stripes(score_br: Tensor, first_id: int, score_bq: Tensor, ids_bq: Te
 def project(u_BD: Tensor, hot_B: Tensor, hot_score_B: Tensor, codebook: Codebook) -> Entries:
     """The exact projection of onehot(hot_n) + C u_n to the simplex, for all B tokens. `hot_score_B` is u . c_hot.
 
-    u_BD is float64 and searched in the rows' precision; the weights on the support that was found are float64.
+    u_BD is float64. Two passes over the rows in their precision find the codes above a lower bound of theta, which
+    are few; the search for theta and the weights are float64 and look at these codes alone.
     """
-    layout, axis, budget = codebook.layout, codebook.axis, codebook.budget
-    rows_kD = codebook.rows.detach()
+    layout, axis, rows_kD = codebook.layout, codebook.axis, codebook.rows.detach()
     low_BD, without_B1 = u_BD.to(rows_kD.dtype), hot_B[:, None]
     theta_B = _lower_bound(best_in_stripes(low_BD, codebook, without_B1)[0].double(), hot_score_B)
-    before_B = torch.full_like(theta_B, -1.0)
-    for _ in range(ROUNDS):
-        both_2B = torch.zeros(2, len(u_BD), dtype=torch.float64, device=u_BD.device)
-        for tokens, _, score_br in _scores(low_BD, rows_kD, layout, without_B1, budget):
-            above_br = score_br > theta_B[tokens, None].to(score_br.dtype)
-            both_2B[0, tokens] += (score_br * above_br).sum(1, dtype=torch.float64)
-            both_2B[1, tokens] += above_br.sum(1)
-        sum_B, count_B = ops.sum_over(both_2B, axis)
-        count_B = count_B + (1.0 + hot_score_B > theta_B)
-        if bool((count_B == before_B).all()):
-            break
-        # Newton's step for sum_j (s_j - theta)_+ = 1: it never passes the root, and ends when the support stays.
-        theta_B, before_B = torch.maximum(theta_B, _root(sum_B, count_B, hot_score_B, theta_B)), count_B
+    # The rounding of the scores that gave the bound, and of those that are compared with it.
+    theta_B -= 4 * codebook.dim**0.5 * torch.finfo(low_BD.dtype).eps * longest(codebook) * u_BD.norm(dim=1)
     found = [
-        (tokens.start + part[0], rows.start + part[1])
-        for tokens, rows, score_br in _scores(low_BD, rows_kD, layout, without_B1, budget)
-        for part in [torch.nonzero(score_br > theta_B[tokens, None].to(score_br.dtype), as_tuple=True)]
+        torch.nonzero(score_br > theta_B[tokens, None].to(score_br.dtype))
+        + score_br.new_tensor([tokens.start, rows.start], dtype=torch.int64)
+        for tokens, rows, score_br in _scores(low_BD, rows_kD, layout, without_B1, codebook.budget)
     ]
+    token_E, row_E = torch.cat([torch.zeros_like(hot_B[:0, None].expand(-1, 2)), *found]).unbind(1)
+    entries = Entries(token_E, row_E, torch.zeros_like(token_E, dtype=torch.float64))
+    score_E = entries.products(u_BD, rows_kD, codebook.budget)
+    theta_B = _root(score_E, entries, hot_score_B, theta_B, axis)
     mine_B, local_B = layout.find(hot_B)
-    warm_T = torch.nonzero(mine_B & (1.0 + hot_score_B > theta_B))[:, 0]
-    entries = Entries(
-        torch.cat([warm_T, *(token for token, _ in found)]),
-        torch.cat([local_B[warm_T], *(row for _, row in found)]),
-        torch.ones(len(warm_T) + sum(len(token) for token, _ in found), dtype=torch.float64, device=u_BD.device),
-    )
-    return _weigh(entries, u_BD, hot_B, hot_score_B, theta_B, codebook)
+    hot_T = torch.nonzero(mine_B)[:, 0]
+    token_E, row_E = torch.cat([token_E, hot_T]), torch.cat([row_E, local_B[hot_T]])
+    weight_E = torch.cat([score_E, 1.0 + hot_score_B[hot_T]]) - theta_B[token_E]
+    some_E = weight_E > 0
+    return Entries(token_E[some_E], row_E[some_E], weight_E[some_E])
 
 
 def _lower_bound(top_Bq: Tensor, hot_score_B: Tensor) -> Tensor:
@@ -192,22 +195,19 @@ def _lower_bound(top_Bq: Tensor, hot_score_B: Tensor) -> Tensor:
     return torch.stack([hot_score_B, with_hot_B, ((sums_Bq - 1.0) / size_q).amax(1)]).amax(0)
 
 
-def _root(sum_B: Tensor, count_B: Tensor, hot_score_B: Tensor, theta_B: Tensor) -> Tensor:
-    """theta for which the weights of a support sum to one: its scores without the hot code's, and its size with it."""
-    return (sum_B + torch.where(1.0 + hot_score_B > theta_B, hot_score_B, -1.0)) / count_B.clamp_min(1.0)
-
-
-def _weigh(
-    entries: Entries, u_BD: Tensor, hot_B: Tensor, hot_score_B: Tensor, theta_B: Tensor, codebook: Codebook
-) -> Entries:
-    """The weights of a known support, in float64; entries that rounding had let in are dropped."""
-    token_E, num = entries.token_E, len(u_BD)
-    score_E = entries.products(u_BD, codebook.rows.detach(), codebook.budget)
-    hot_E = (entries.row_E + codebook.layout.start) == hot_B[token_E]
-    rest_E = torch.where(hot_E, 0.0, score_E)
-    sums_2B = torch.stack([entries.per_token(rest_E, num), entries.per_token(torch.ones_like(rest_E), num)])
-    sum_B, count_B = ops.sum_over(sums_2B, codebook.axis)
-    theta_B = _root(sum_B, count_B, hot_score_B, theta_B)
-    weight_E = torch.where(hot_E, 1.0 + (score_E - theta_B[token_E]), score_E - theta_B[token_E])
-    some_E = weight_E > 0
-    return Entries(token_E[some_E], entries.row_E[some_E], weight_E[some_E])
+def _root(score_E: Tensor, entries: Entries, hot_score_B: Tensor, theta_B: Tensor, axis: Axis) -> Tensor:
+    """theta of sum_j (s_j - theta)_+ = 1 by Newton's method from below: it never passes the root, and is there as soon
+    as the support stays. The hot code, with s = 1 + hot_score, is not among the entries."""
+    before_B = torch.full_like(theta_B, -1.0)
+    for _ in range(ROUNDS):
+        above_E = (score_E > theta_B[entries.token_E]).double()
+        parts = [entries.per_token(part, len(theta_B)) for part in (score_E * above_E, above_E)]
+        sum_B, count_B = ops.sum_over(torch.stack(parts), axis)
+        hot_B = 1.0 + hot_score_B > theta_B
+        count_B = count_B + hot_B
+        if bool((count_B == before_B).all()):
+            break
+        # The one of the sum and that of the hot code cancel: scores are as small as 1 / K and would drown in them.
+        root_B = (sum_B + torch.where(hot_B, hot_score_B, -1.0)) / count_B.clamp_min(1.0)
+        theta_B, before_B = torch.maximum(theta_B, root_B), count_B
+    return theta_B

@@ -6,7 +6,8 @@
 This is NOT a quantization: z is continuous, and inside the convex hull of the codes it comes as near to x as lam lets
 it. The ids (the code of the largest weight, the lowest id among equals) say less than z; a prior can learn them, but
 `decode(ids)` returns rows, not z. What z would cost to store is in the statistic `bits`: per token, log2 K for each
-code of its support and WEIGHT_BITS for each weight but the last, which the others give. Compare by bits.
+code whose weight is not zero at WEIGHT_BITS bits, and those bits for each weight but the last, which the others give.
+Compare quantizers at equal bits.
 
 Gradients are exact and pass through P, with no straight-through estimator: the decoder's gradient reaches the encoder
 and the rows by the implicit derivative of the minimum (codes/convex.py), or of the relaxation (codes/relaxed.py). Where
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.codes import convex, relaxed, tally
+from vqscale.codes import convex, relaxed, simplex, tally
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.simplex import Shape
 from vqscale.codes.upkeep import Upkeep
@@ -63,18 +64,21 @@ class SCQ(Quantizer):
         return Quantized(z_ND, shape.ids_N, losses, stats)
 
     def _combine(self, x_ND: Tensor) -> tuple[Tensor, Shape, Tensor | None]:
+        residual_N = None
         if self.config.solver == "relaxed":
-            return *relaxed.combine(x_ND, self.codebook, self.config.lam), None
-        z_ND, shape, solution = convex.combine(x_ND, self.codebook, self.config.lam)
-        return z_ND, shape, solution.residual_N
+            z_ND, entries = relaxed.combine(x_ND, self.codebook, self.config.lam)
+        else:
+            z_ND, entries, solution = convex.combine(x_ND, self.codebook, self.config.lam)
+            residual_N = solution.residual_N
+        return z_ND, simplex.describe(entries, len(x_ND), self.codebook, 0.5**WEIGHT_BITS / 2), residual_N
 
     @torch.no_grad()
     def _stats(self, shape: Shape, residual_N: Tensor | None) -> dict[str, Tensor]:
-        stored_N = shape.count_N * math.log2(self.num_codes) + (shape.count_N - 1) * WEIGHT_BITS
+        bits_N = shape.stored_N * math.log2(self.num_codes) + (shape.stored_N - 1) * WEIGHT_BITS
         stats = {
             "saturation": shape.largest_N.mean(),
             "support": shape.count_N.mean(),
-            "bits": stored_N.mean(),
+            "bits": bits_N.mean(),
             "perplexity_soft": tally.entropy_of_mean(shape.columns_k, len(shape.ids_N), self.mesh).exp(),
         }
         if residual_N is not None:
