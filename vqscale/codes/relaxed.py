@@ -8,7 +8,8 @@ Backward, with S the support, g the gradient of z = C^T P, v_j = c_j . g - mean_
 
     a = (G + lam I)^-1 C_S^T v,    dx = a,    dc_j = v_j u + p_j g - [j = hot] a + c_j (dG + dG^T),    dG = -sum_n a u^T
 
-so all rows get a gradient, through G.
+so all rows get a gradient, through G. The objective is never below the exact one; that it is below the one of onehot
+holds for tokens near the codes, not for every token far outside them.
 """
 
 from __future__ import annotations
