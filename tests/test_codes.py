@@ -55,7 +55,7 @@ def _search(data, codes):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_nearest_and_lookup_are_the_dense_ones(ranks, grid):
-    results = ranks(grid[0] * grid[1], _search, *grid)
+    results = ranks(grid[0] * grid[1], _search, *grid, timeout_s=240.0)
     x, weight = normal(TOKENS, DIM, seed=2), normal(TOKENS, DIM, seed=3)
     for similarity in SIMILARITIES:
         for num_codes, _, token_block in SHAPES:

@@ -118,7 +118,7 @@ def _closed_form(form, num_codes):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_gradients_are_the_closed_forms(ranks, grid):
     world = grid[0] * grid[1]
-    results = ranks(world, _gradients, *grid)
+    results = ranks(world, _gradients, *grid, timeout_s=240.0)
     for form in FORMS:
         for num_codes in SIZES:
             ids, parts = _closed_form(form, num_codes)

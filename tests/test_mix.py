@@ -77,7 +77,7 @@ def _mix(data, codes):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_mix_is_the_dense_one_in_values_and_gradients(ranks, grid):
     world = grid[0] * grid[1]
-    results = ranks(world, _mix, *grid)
+    results = ranks(world, _mix, *grid, timeout_s=240.0)
     for case, (num_codes, _, _, temperature, sharp) in CASES.items():
         for similarity in SIMILARITIES:
             got = [result[case, similarity] for result in results]

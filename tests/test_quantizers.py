@@ -5,11 +5,9 @@ What one quantizer alone promises (its formulas) is in the test of its name.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from whole import CODES, GRIDS, close, engine_gradient, mine, normal, table
+from whole import GRIDS, close, engine_gradient, mine, normal, table
 
 from vqscale import quantizers
 from vqscale.codes.rows import set_aside
@@ -50,7 +48,9 @@ CASES = {
 def built(case, mesh=None, *, num_codes=K, seed=3, **settings) -> Quantizer:
     """The quantizer of a case; sizes and first values go to those that have such settings and do not fix them."""
     own = CASES[case]
-    known = fields_of(named(classes_of(QuantizerConfig))[1][own["name"]])
+    known = set(fields_of(named(classes_of(QuantizerConfig))[1][own["name"]]))
+    if own["name"] == "fsq":
+        known.remove("num_codes")  # its levels say it
     wanted = {"num_codes": num_codes, "dim": DIM, "init": "normal", **settings}
     torch.manual_seed(seed)  # for what is not a table
     return quantizers.build({key: x for key, x in wanted.items() if key in known} | own, mesh, seed=seed)
@@ -142,11 +142,10 @@ def test_stats_say_what_their_names_say(case):
 
 
 def _step(data, codes, num_codes):
-    """One training step of every case: answers, and gradients as (of tables, of what is replicated)."""
+    """One training step of every case that has this size: answers, and gradients of tables and of the rest."""
     mesh = None if data * codes == 1 else Mesh(data, codes)
     out = {}
-    for case in CASES:
-        torch.manual_seed(0)
+    for case in CASES if num_codes == K else WITH_TABLE:
         quantizer = built(case, mesh, num_codes=num_codes).double()
         tables = set_aside(quantizer)
         assert not any(name.endswith(("rows", "_k", "_kD")) for name in quantizer.state_dict())
@@ -170,7 +169,7 @@ def _step(data, codes, num_codes):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_fixed_global_batch_gives_the_same_on_every_grid(ranks, grid, num_codes):
     world = grid[0] * grid[1]
-    results = ranks(world, _step, *grid, num_codes)
+    results = ranks(world, _step, *grid, num_codes, timeout_s=240.0)
     for case, (tensors, losses, stats, rows, replicated) in _step(1, 1, num_codes).items():
         got = [result[case] for result in results]
         z, ids, encoded, decoded, grad_x = (torch.cat([part[0][which] for part in got]) for which in range(5))
@@ -249,54 +248,3 @@ def test_evaluation_changes_nothing(case):
     assert all(len(rows) == 0 for _, rows in quantizer.update())
     for key, value in quantizer.state_dict().items():
         assert torch.equal(value, before[key]), key
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_precision_and_autocast_do_not_lower_the_precision(case, kind):
-    answers = []
-    for lower in (True, False):
-        quantizer = built(case)
-        x = normal(TOKENS, DIM, seed=1).to(kind)
-        x = (x if lower else x.float()).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
-            out = quantizer(x)
-            values = [out.z, out.ids, quantizer.encode(x), quantizer.decode(out.ids), *out.losses.values()]
-        (sum(out.losses.values()) + out.z.square().mean()).backward()
-        rows = [p.grad for p in quantizer.parameters() if p.requires_grad]
-        answers.append([v.detach() for v in [*values, *out.stats.values(), *rows, x.grad.to(kind)]])
-    for got, expected in zip(*answers, strict=True):
-        assert got.dtype == expected.dtype
-        assert torch.equal(got, expected)
-
-
-def _not_a_number(codes, case, bad):
-    mesh = Mesh(1, codes)
-    quantizer = built(case, mesh, num_codes=3, revive_every=1, revive_after=0)
-    quantizer.begin()
-    x = mine(normal(TOKENS, DIM, seed=1).float(), mesh)
-    if mesh.world.rank == codes - 1:
-        x[2, 1] = bad
-    x.requires_grad_()
-    out = quantizer(x)
-    loss = sum(out.losses.values())
-    loss.backward()
-    quantizer.update(stepped=False)
-    again = quantizer(mine(normal(TOKENS, DIM, seed=1).float(), mesh))
-    quantizer.update()
-    return float(loss), out.ids, float(sum(again.losses.values())), quantizer.codebook.rows.detach()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("case", WITH_TABLE)
-@pytest.mark.parametrize("codes", CODES)
-def test_a_token_that_is_not_a_number_is_seen_in_the_loss_and_nowhere_after(ranks, codes, case, bad):
-    # 3 codes: on 4 ranks one has no rows
-    results = ranks(codes, _not_a_number, codes, case, bad)
-    assert not math.isfinite(results[-1][0])
-    if math.isnan(bad):
-        assert math.isnan(results[-1][0])
-    for _, ids, after, rows in results:
-        assert 0 <= int(ids.min()) <= int(ids.max()) < 3
-        assert math.isfinite(after)
-        assert torch.isfinite(rows).all()
