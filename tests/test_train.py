@@ -93,6 +93,22 @@ def test_other_quantizers_compute_the_same_on_two_processes(tmp_path, tiny_shard
     jobs.same_numbers(jobs.finish(path), jobs.finish(other, world=2))
 
 
+def test_renewed_codes_begin_without_moments(tmp_path, tiny_shards):
+    run = jobs.finish(jobs.write_config(tmp_path, tiny_shards, "run.checkpoint_every=1"))
+    rows = "quantizer.codebook.rows"
+    renewed = {}
+    for step in jobs.steps_saved(run):
+        found = jobs.tensors(run, step)
+        new_K = found["rows/quantizer.upkeep.window.age_k"] == 0
+        for moment in ("exp_avg", "exp_avg_sq"):
+            old_KD = found[f"rows/{moment}/{rows}"]
+            assert (old_KD[new_K] == 0).all()
+            assert step <= 2 or (old_KD[~new_K] != 0).any(dim=1).all()  # all others have learned: IBQ reaches all rows
+        renewed[step] = int(new_K.sum())
+    assert renewed[1] == renewed[2] == 101  # the warm-up
+    assert [step for step in range(3, 9) if 0 < renewed[step] < 101] == [3, 5, 7]  # revival
+
+
 def test_micro_batches_add_up_to_the_batch(tmp_path, tiny_shards):
     # Revival takes its candidates from the last micro-batch, and the entropy of a mean is not a mean of entropies.
     upkeep = ["tokenizer.quantizer.init=uniform", "tokenizer.quantizer.revive_every=0"]
