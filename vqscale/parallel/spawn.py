@@ -34,6 +34,9 @@ def _serve(pipe: Connection) -> None:
             call = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
+        except Exception:  # the function's module cannot be imported here
+            pipe.send((time.monotonic(), False, f"cannot load what it shall run: {traceback.format_exc()}"))
+            continue
         function, args, rank, world, meeting, timeout_s = call
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         try:

@@ -22,6 +22,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
 from vqscale.quantizers.config import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
+from vqscale.seed import derive
 
 
 class SimVQ(Quantizer):
@@ -39,7 +40,9 @@ class SimVQ(Quantizer):
             learned=False,
             scan_mib=config.scan_mib,
         )
-        self.map = nn.Linear(config.dim, config.dim, bias=config.bias).to(mesh.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "map"))
+            self.map = nn.Linear(config.dim, config.dim, bias=config.bias).to(mesh.device)
         watch = UpkeepConfig(init="normal", revive_every=0, window_decay=config.window_decay)
         self.upkeep = Upkeep(self.codebook, watch, mesh, seed)
 
