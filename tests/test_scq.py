@@ -129,8 +129,8 @@ def test_the_residual_is_below_the_tolerance_and_is_what_it_says(dtype, lam):
     rows, x = rows.double(), x.double()
     size = rows.norm(dim=1).max() * (x - p @ rows).norm(dim=1) + lam
     violation = dense.violation(p, x, rows, lam) / size
-    # the scores that are compared are rounded to the rows' precision, which is about the tolerance
-    assert float(violation.max()) < 2 * convex.TOLERANCE[dtype]
+    # the tolerance, and as much again: the scores that are compared are rounded to the rows' precision
+    assert float(violation.max()) < (2e-6 if dtype == torch.float32 else 2e-12)
     reported = convex.solve(x.to(dtype), quantizer.codebook, lam)
     assert float((reported.residual_N - violation).abs().max()) < convex.TOLERANCE[dtype]
     assert float(quantizer(x.to(dtype)).stats["residual"]) == float(reported.residual_N.max())
@@ -164,13 +164,13 @@ def test_ties_go_to_the_lowest_id():
     rows = torch.tensor([[5.0, 5.0], [1.0, 0.0], [-1.0, 0.0]])
     for solver in SOLVERS:
         assert built(rows, solver=solver)(torch.zeros(1, 2)).ids.tolist() == [1]
-    # codes 1 and 3 are the same and share the largest weight, the nearest is 0
-    rows = torch.tensor([[0.45, 0.0], [1.0, 0.0], [-5.0, 1.0], [1.0, 0.0]])
-    quantizer = built(rows, lam=1e-4)
-    p = weights(quantizer, torch.tensor([[0.72, 0.0]]))
-    assert float(p[0, 1]) == pytest.approx(float(p[0, 3]), abs=1e-9)
-    out = quantizer(torch.tensor([[0.9, 0.0]]))
-    assert out.ids.tolist() == [1]
+    # nine rows, each seven times: equal rows have equal weights up to rounding, unless one of them is the nearest code
+    rows, x = normal(9, 3, seed=1).repeat(7, 1), 0.5 * normal(200, 3, seed=2)
+    quantizer = built(rows, lam=1e-3)
+    out, p = quantizer(x), weights(quantizer, x).view(-1, 7, 9)
+    shared = p[torch.arange(200), :, out.ids % 9].amin(1) > p.amax((1, 2)) - 1e-9
+    assert int(shared.sum()) > 50
+    assert int(out.ids[shared].max()) < 9
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
