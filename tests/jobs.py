@@ -22,6 +22,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from vqscale.train import folder as run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch" / "train.py"
+STOPPED = run_folder.EXIT_STOPPED
 NUM_TRAIN, NUM_VAL, SIDE = 24, 10, 16  # a training epoch is three batches
 _forks = mp.get_context("forkserver")
 _forks.set_forkserver_preload(
@@ -170,10 +172,17 @@ def start(path: Path, *overrides: str, world: int = 1, before: Callable[[int], N
 
 def finish(path: Path, *overrides: str, world: int = 1, **more) -> Path:
     """A run to its end, which must be a good one; returns the run folder."""
-    job = start(path, *overrides, world=world, **more)
-    codes = job.wait()
-    assert codes == [0] * world, f"exit codes {codes}:\n{job.output}"
+    assert (job := start(path, *overrides, world=world, **more)).wait() == [0] * world, job.output
     return path.parent / "run"
+
+
+def stopped(folder: Path, shards: Path) -> Path:
+    """The config of a run on one process that was stopped after step 5; it has checkpoints of 2, 4 and 5."""
+    path = write_config(folder, shards)
+    stop = partial(at_call, "vqscale.parallel.engine:Engine.backward", 5, partial(hear, signal.SIGTERM), 0)
+    assert start(path, before=stop).wait() == [STOPPED]
+    assert steps_saved(folder / "run") == [2, 4, 5]
+    return path
 
 
 def torchrun(num: int, path: Path, *overrides: str) -> subprocess.Popen:
@@ -230,13 +239,8 @@ def at_call(target: str, number: int, action: Callable[[], None], on_rank: int, 
     setattr(owner, name, counted)
 
 
-def die() -> None:
-    """As in kill -9, or a machine that is switched off."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def hear(number: int) -> None:
-    """Get a signal."""
+    """Get a signal; with SIGKILL, as when a machine is switched off."""
     os.kill(os.getpid(), number)
 
 
@@ -251,6 +255,11 @@ def rows(run: Path) -> list[dict]:
     """metrics.jsonl without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: x for key, x in row.items() if key != "time" and not key.startswith("time/")} for row in lines]
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """When every file was written, and what is in it."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
 def steps_saved(run: Path) -> list[int]:
@@ -289,6 +298,3 @@ def same_numbers(run: Path, other: Path) -> None:
         for key, x in mine.items():
             size = 10.0 if key == "val/ssim" else max(abs(x), 1e-3)  # of 8-bit images: a pixel may round the other way
             assert abs(x - theirs[key]) <= 1e-5 * size, f"step {mine['step']} {key}: {x} and {theirs[key]}"
-
-
-STOPPED = run_folder.EXIT_STOPPED

@@ -51,14 +51,14 @@ def _tear(rank):
         if step == 7 and rank == 0:
             self._rows.write('{"step": 7, "tim')
             self._rows.flush()
-            jobs.die()
+            jobs.hear(signal.SIGKILL)
         original(self, step, values)
 
     Board.scalars = scalars
 
 
 def _dies(target, call, rank):
-    return partial(jobs.at_call, target, call, jobs.die, rank)
+    return partial(jobs.at_call, target, call, partial(jobs.hear, signal.SIGKILL), rank)
 
 
 # In this order: (where a rank dies, more of the command, checkpoints that stand then, what else is left)

@@ -23,10 +23,6 @@ def alone(tmp_path_factory, tiny_shards):
     return jobs.finish(jobs.write_config(tmp_path_factory.mktemp("alone"), tiny_shards))
 
 
-def _contents(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
-
-
 def test_torchrun_and_deepspeed_on_two_processes(tmp_path, tiny_shards, alone):
     path = jobs.write_config(tmp_path, tiny_shards, "engine.name=deepspeed", "engine.zero_stage=1")
     process = jobs.torchrun(2, path)
@@ -36,11 +32,11 @@ def test_torchrun_and_deepspeed_on_two_processes(tmp_path, tiny_shards, alone):
     jobs.same_numbers(alone, run)
     _check_folder(run, path)
 
-    before = _contents(run)
+    before = jobs.contents(run)
     again = jobs.start(path, "engine.name=torch", world=2)  # an engine of another kind, which starts sooner
     assert again.wait() == [0, 0], again.output
     assert f"the run in {run} is done: 8 steps" in again.output
-    assert _contents(run) == before
+    assert jobs.contents(run) == before
 
 
 def _check_folder(run, path):
