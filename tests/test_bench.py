@@ -119,8 +119,9 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_products_of_the_dense_form_and_the_floor(tool, entropy):
+def test_products_of_the_dense_form_and_the_floor(tool, entropy, monkeypatch):
     forms = tool("bench_forms")
+    monkeypatch.setattr(forms, "FLOOR_BLOCK", (256, 1024))
     # Neither number is a multiple of a block.
     built = forms.build(forms.Setting(600, 1500, 16, entropy=entropy, scan_mib=4), Mesh())
     counted = {}
