@@ -164,13 +164,14 @@ def test_a_chain_of_broken_samples_is_an_error_that_names_the_shard(shards: list
     members = [m for n in range(10, 20) for m in [(f"{n:05d}.cls", b"0"), (f"{n:05d}.png", b"junk")]]
     write_tar(shards[1], members)
     only = [shards[1], shards[2]]
+    others = set(multiprocessing.active_children())
     message = rf"4 samples in a row are broken.*{shards[1]} 0001\d.*max_broken = 3"
     for workers in (0, 1):
         stream = Stream(config(only, window_shards=1, max_broken=3, num_workers=workers), batch=4)
         with pytest.raises(BrokenData, match=message) as raised:
             list(islice(stream.batches(0), 9))
         assert raised.tb  # which holds the frames of the stream
-        assert not multiprocessing.active_children()
+        assert set(multiprocessing.active_children()) <= others
     healed = take(config(only, window_shards=1, max_broken=25), 9, batch=4)
     assert {int(key) for batch in healed for key in batch.keys} <= set(range(20, 30))
 

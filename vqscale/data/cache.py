@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,13 +81,7 @@ class ShardCache:
     def _make_room(self, keep: Collection[str]) -> None:
         """Delete what was not used for the longest time until the folder is within its limit."""
         with hold(self.folder / "room.lock"):
-            found = []
-            for path in self.folder.glob("*.tar"):
-                try:
-                    facts = path.stat()
-                except FileNotFoundError:
-                    continue
-                found.append((facts.st_mtime_ns, facts.st_size, path))
+            found = [(facts.st_mtime_ns, facts.st_size, path) for path, facts in _facts(self.folder.glob("*.tar"))]
             total = sum(size for _, size, _ in found)
             for _, size, path in sorted(found):
                 if total <= self.limit:
@@ -95,9 +89,18 @@ class ShardCache:
                 if str(path) not in keep:
                     path.unlink(missing_ok=True)
                     total -= size
-            for path in self.folder.glob("*.tmp"):  # left by processes that were killed
-                if time.time() - path.stat().st_mtime > _STALE_S:
+            for path, facts in _facts(self.folder.glob("*.tmp")):  # left by processes that were killed
+                if time.time() - facts.st_mtime > _STALE_S:
                     path.unlink(missing_ok=True)
+
+
+def _facts(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Each path with what the disk says of it; without those that another process renamed or deleted meanwhile."""
+    for path in paths:
+        try:
+            yield path, path.stat()
+        except FileNotFoundError:
+            continue
 
 
 def is_direct(shard: str) -> bool:

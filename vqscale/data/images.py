@@ -166,6 +166,7 @@ class Stream:
             batch_sampler=_Numbers(self, consumed),
             num_workers=workers,
             collate_fn=_same,
+            multiprocessing_context="fork" if workers else None,  # they share `closing` with this process
             worker_init_fn=_Quiet(closing) if workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # torch draws a seed from it, and otherwise from the generator of the run

@@ -62,7 +62,7 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the forward pass (autocast); parameters and moments are fp32 in both"""
     accumulation: int = 1
-    """micro-batches added up before a step"""
+    """micro-batches added up before a step; entropies and the tokens for revival are those of one micro-batch"""
     clip_norm: float = 1.0
     """largest norm of the gradient over all parameters together; 0 switches clipping off"""
     max_skipped: int = 20
@@ -139,4 +139,6 @@ def check_engine(config: EngineConfig, device: str) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ValueError("device cuda needs a GPU that torch can use, and it finds none here: use device: cpu")
+            raise ValueError(
+                "run.device cuda needs a GPU that torch can use, and it finds none here: use run.device=cpu or auto"
+            )

@@ -1,0 +1,81 @@
+"""The README's commands work: each runs here, long ones made short by keys added to the very line that is printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+SHORT_RUN = (
+    "run.steps=4 run.eval_every=4 run.checkpoint_every=4 run.log_every=2 run.folder={tmp}/run data.batch=8 "
+    "data.train.shards={tmp}/shards/train-{{000..001}}.tar data.train.make.num_images=64 data.train.num_workers=0 "
+    "data.val.shards={tmp}/shards/val-000.tar data.val.make.num_images=16 data.val.num_workers=0 "
+    "data.train.index_dir={tmp}/index data.val.index_dir={tmp}/index tokenizer.quantizer.warmup_steps=2"
+)
+# A command begins with the first of these that fits; what is added makes it short, "elsewhere" says who runs it.
+SHORTER = {
+    "bash tests/run.sh": "elsewhere: this is what runs the tests",
+    "bash launch/quickstart.sh": SHORT_RUN,
+    "torchrun --nproc_per_node=2 launch/train.py #": SHORT_RUN,
+    "torchrun --nproc_per_node=2 launch/train.py": SHORT_RUN,
+    "torchrun --nproc_per_node=8 launch/train.py": "--dry-run",
+    "python launch/train.py": "",
+    "python tools/make_shards.py --source /data/my_images": "--help",
+    "python tools/study.py": "--dry-run",
+    "python tools/bench.py codes": "--tokens 16 --codes 64 --dim 8 --repeats 1",
+    "python tools/bench.py data": "--help",
+    "python tools/plot.py": "--help",
+    "tensorboard": "--help",
+}
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def test_a_command_of_the_readme_works(command, tmp_path):
+    added = next((added for begin, added in SHORTER.items() if command.startswith(begin)), None)
+    assert added is not None, f"say in SHORTER how to make this command short: {command}"
+    if added.startswith("elsewhere"):
+        return
+    words = shlex.split(command) + shlex.split(added.format(tmp=tmp_path))
+    done = subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    if "quickstart" in command:
+        assert "PSNR on held-out images" in done.stdout
+        assert (tmp_path / "run" / "reconstructions.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("processes", [1, 8])
+def test_the_default_run_on_other_numbers_of_processes(processes, tmp_path):
+    added = shlex.split(SHORT_RUN.format(tmp=tmp_path))
+    words = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "launch/train.py", *added]
+    done = subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
