@@ -25,10 +25,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores over the stream, the same on every rank: psnr, ssim, images, usage, perplexity, dead.
 
-    usage is the share of codes that any of these images uses. `most` images at most are looked at, 0 is all. Originals
+    usage is the share of codes that any of these images uses; with several ids per token, usage, perplexity and dead
+    are means over their columns. `most` images at most are looked at, 0 is all. Originals
     above reconstructions and the histogram of hits go to the board.
     """
-    hits = Hits(tokenizer.quantizer.num_codes, mesh)
+    columns = [Hits(tokenizer.quantizer.num_codes, mesh) for _ in range(tokenizer.quantizer.num_ids)]
     scores = Reconstruction(mesh.device)
     training = tokenizer.training
     tokenizer.eval()
@@ -40,16 +41,19 @@ def evaluate(
         valid = batch.valid.to(mesh.device)
         scores.add(images, recon.float(), valid)
         # Padding counts for no code.
-        per_image = quantized.ids_N.view(len(images), -1)
-        hits.add(torch.where(valid[:, None], per_image, -1).flatten())
+        per_image = quantized.ids_N.view(len(images), -1, len(columns))
+        for column, hits in enumerate(columns):
+            hits.add(torch.where(valid[:, None], per_image[:, :, column], -1).flatten())
         if number == 0:
             _show(images, recon.float(), mesh, board, step)
     tokenizer.train(training)
     found = Reconstruction.from_sums(ops.sum_over(scores.sums(), mesh.world))
-    used, per_code = hits.usage(), hits.per_code()
+    used = [hits.usage() for hits in columns]
+    per_code = torch.cat([hits.per_code() for hits in columns])
     board.histogram(step, "val/hits_per_code", per_code)
-    board.images(step, "usage", lambda: pictures.usage(per_code, f"step {step}", hits.num_codes))
-    return found | {name: float(value) for name, value in used.items()}
+    num_codes = sum(hits.num_codes for hits in columns)
+    board.images(step, "usage", lambda: pictures.usage(per_code, f"step {step}", num_codes))
+    return found | {name: sum(float(column[name]) for column in used) / len(used) for name in used[0]}
 
 
 def _show(images: Tensor, recon: Tensor, mesh: Mesh, board: Board, step: int) -> None:
