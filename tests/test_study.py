@@ -115,6 +115,8 @@ def test_from_nothing_to_the_page_with_one_run_that_dies(base):
         "vq-seed0": "done", "fsq-seed0": "done", "dies-seed0": "failed"
     }  # fmt: skip
     assert "cuda" in lines["dies-seed0"]["error"]
+    assert lines["vq-seed0"]["quantizer"] == "vq"
+
     summary = json.loads((base.parent / "study" / "runs" / "vq-seed0" / "summary.json").read_text())
     assert float(lines["vq-seed0"]["psnr"]) == summary["psnr"]
     text = (base.parent / "study" / "index.html").read_text()

@@ -74,7 +74,9 @@ class Published(NamedTuple):
 def published_ibq(
     x_ND: Tensor, rows_KD: Tensor, beta: float = 0.25, entropy_temperature: float | None = None
 ) -> Published:
-    """The released IBQ step: 8 products with its backward pass, 36 bytes per token and code with the entropy loss.
+    """The released IBQ step: 8 products with its backward pass, about 20 bytes per token and code, 34 with entropy.
+
+    The released code has 36 of them: it also copies three of its tokens x codes tensors into another layout.
 
     `quantization` is the three-term loss; `entropy` is the sample entropy minus the entropy of the mean probability,
     with the two offsets of 1e-5 that the released code has.

@@ -167,7 +167,8 @@ def outcome(member: Member, failure: str = "") -> dict[str, Any]:
     line: dict[str, Any] = {"run": member.name, **member.labels, "status": "waiting"}
     summary, last = _json(member.folder / "summary.json"), last_row(member.folder)
     if summary:
-        line |= {"status": "done", **summary, **{name: last[name] for name in KEPT if name in last}}
+        kept = {name: last[name] for name in KEPT if name in last}
+        line |= {"status": "done", **summary, **kept, **member.labels}  # a dial may be called like a key of the summary
         line["verdict"] = verdict(line)
     elif failure:
         line |= {"status": "failed", "error": failure}
