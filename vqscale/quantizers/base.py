@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from vqscale.codes import tally
 from vqscale.codes.codebook import Codebook
+from vqscale.codes.config import Similarity, TableConfig
 from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
 
 Renewed = tuple[nn.Parameter, Tensor]
 
@@ -72,6 +74,42 @@ class Quantizer(nn.Module, ABC):
 
         Returns (parameter, local rows) that got new values: an optimiser forgets its moments of them.
         """
+
+
+class TableQuantizer(Quantizer):
+    """Abstract: a quantizer whose codes are the rows of a codebook that an upkeep looks after."""
+
+    def __init__(
+        self, config: TableConfig, similarity: Similarity, mesh: Mesh | None, *, seed: int, learned: bool = True
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_codes, self.mesh = config.dim, config.num_codes, mesh or Mesh()
+        self.codebook = Codebook.from_config(config, similarity, self.mesh, seed=seed, learned=learned)
+        self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
+
+    @property
+    def passing(self) -> bool:
+        """Tokens pass as they are: a training that waits for rows from data."""
+        return self.training and self.upkeep.warming
+
+    def watch(self, x_ND: Tensor, ids_N: Tensor) -> dict[str, Tensor]:
+        """Count in training; the statistics that every quantizer has, but for saturation."""
+        if self.training:
+            self.upkeep.observe(x_ND, ids_N)
+        return table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training)
+
+    def encode(self, x_ND: Tensor) -> Tensor:
+        return self.codebook.nearest(full(x_ND))[0]
+
+    @torch.no_grad()
+    def decode(self, ids_N: Tensor) -> Tensor:
+        return self.codebook.lookup(ids_N)
+
+    def begin(self) -> None:
+        self.upkeep.begin()
+
+    def update(self, stepped: bool = True) -> list[Renewed]:
+        return [(self.codebook.rows, self.upkeep.update(stepped))]
 
 
 def full(x_ND: Tensor) -> Tensor:

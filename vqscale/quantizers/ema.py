@@ -15,10 +15,9 @@ from torch import Tensor
 from vqscale.codes import tally
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table
-from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
+from vqscale.quantizers.base import Quantized, Renewed, TableQuantizer, full
 from vqscale.quantizers.config import EMAConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 
@@ -34,24 +33,19 @@ class Averages(Table):
         self.register_buffer("sums_kD", codebook.rows.detach().clone())
 
 
-class EMA(Quantizer):
+class EMA(TableQuantizer):
     def __init__(self, config: EMAConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
-        super().__init__()
-        self.config, self.dim, self.num_codes = config, config.dim, config.num_codes
-        self.mesh = mesh or Mesh()
-        self.codebook = Codebook.from_config(config, config.similarity, self.mesh, seed=seed, learned=False)
+        super().__init__(config, config.similarity, mesh, seed=seed, learned=False)
+        self.config = config
         self.averages = Averages(self.codebook)
-        self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
         self._new: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
         ids_N, _ = self.codebook.nearest(x_ND)
-        if self.training:
-            self.upkeep.observe(x_ND, ids_N)
-        stats = table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training)
+        stats = self.watch(x_ND, ids_N)
         stats["saturation"] = x_ND.new_ones(())
-        if self.training and self.upkeep.warming:
+        if self.passing:
             return Quantized(x_ND, ids_N, {}, stats)
         if self.training:
             self._count(x_ND.detach(), ids_N)
@@ -64,16 +58,6 @@ class EMA(Quantizer):
         sums_kD = tally.sums(ids_N, x_ND, self.codebook.layout, self.mesh)
         old = self._new or (torch.zeros_like(counts_k), torch.zeros_like(sums_kD))
         self._new = (old[0] + counts_k, old[1] + sums_kD)
-
-    def encode(self, x_ND: Tensor) -> Tensor:
-        return self.codebook.nearest(full(x_ND))[0]
-
-    @torch.no_grad()
-    def decode(self, ids_N: Tensor) -> Tensor:
-        return self.codebook.lookup(ids_N)
-
-    def begin(self) -> None:
-        self.upkeep.begin()
 
     @torch.no_grad()
     def update(self, stepped: bool = True) -> list[Renewed]:

@@ -11,35 +11,27 @@ The released code has commitment 1.0 and codebook 0.25, the paper's equation 10 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.codes.codebook import Codebook
 from vqscale.codes.tally import entropy_of_mean
-from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
+from vqscale.quantizers.base import Quantized, TableQuantizer, full
 from vqscale.quantizers.config import IBQConfig
 
 
-class IBQ(Quantizer):
+class IBQ(TableQuantizer):
     def __init__(self, config: IBQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
-        super().__init__()
-        self.config, self.dim, self.num_codes = config, config.dim, config.num_codes
-        self.mesh = mesh or Mesh()
-        self.codebook = Codebook.from_config(config, config.similarity, self.mesh, seed=seed)
-        self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
+        super().__init__(config, config.similarity, mesh, seed=seed)
+        self.config = config
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
         mixture = self.codebook.mix(x_ND, self.config.temperature, self._entropy_temperature())
         ids_N = mixture.ids_N
-        if self.training:
-            self.upkeep.observe(x_ND, ids_N)
-        stats = table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training)
+        stats = self.watch(x_ND, ids_N)
         stats["saturation"] = mixture.saturation_N.mean()
-        if self.training and self.upkeep.warming:
+        if self.passing:
             return Quantized(x_ND, ids_N, {}, stats)
         c_ND = self.codebook.lookup(ids_N)
         z_ND = c_ND + (mixture.mean_ND - mixture.mean_ND.detach())
@@ -56,16 +48,3 @@ class IBQ(Quantizer):
 
     def _entropy_temperature(self) -> float | None:
         return self.config.entropy_temperature if self.config.entropy_weight else None
-
-    def encode(self, x_ND: Tensor) -> Tensor:
-        return self.codebook.nearest(full(x_ND))[0]
-
-    @torch.no_grad()
-    def decode(self, ids_N: Tensor) -> Tensor:
-        return self.codebook.lookup(ids_N)
-
-    def begin(self) -> None:
-        self.upkeep.begin()
-
-    def update(self, stepped: bool = True) -> list[Renewed]:
-        return [(self.codebook.rows, self.upkeep.update(stepped))]

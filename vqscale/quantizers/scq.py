@@ -26,18 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.codes import convex, relaxed, simplex, tally
-from vqscale.codes.codebook import Codebook
 from vqscale.codes.simplex import Shape
-from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
+from vqscale.quantizers.base import Quantized, TableQuantizer, full
 from vqscale.quantizers.config_convex import SCQConfig
 
 WEIGHT_BITS = 16
 
 
-class SCQ(Quantizer):
+class SCQ(TableQuantizer):
     """Statistics beside the usual: support (codes per token), bits, perplexity_soft (exp of the entropy of the mean of
     P over all tokens of all ranks) and, of the exact solver, residual: the largest violation of the optimality
     conditions of any token, as a share of the size of the slope. `saturation` is the largest weight, as a mean."""
@@ -45,20 +43,14 @@ class SCQ(Quantizer):
     exact_decode = False
 
     def __init__(self, config: SCQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
-        super().__init__()
-        self.config, self.dim, self.num_codes = config, config.dim, config.num_codes
-        self.mesh = mesh or Mesh()
-        self.codebook = Codebook.from_config(config, "euclid", self.mesh, seed=seed)
-        self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
+        super().__init__(config, "euclid", mesh, seed=seed)
+        self.config = config
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
         z_ND, shape, residual_N = self._combine(x_ND)
-        if self.training:
-            self.upkeep.observe(x_ND, shape.ids_N)
-        stats = table_stats(self.codebook, self.upkeep, x_ND, shape.ids_N, self.training)
-        stats |= self._stats(shape, residual_N)
-        if self.training and self.upkeep.warming:
+        stats = self.watch(x_ND, shape.ids_N) | self._stats(shape, residual_N)
+        if self.passing:
             return Quantized(x_ND, shape.ids_N, {}, stats)
         losses = {"quantization": self.config.quantization_weight * F.mse_loss(z_ND, x_ND)}
         return Quantized(z_ND, shape.ids_N, losses, stats)
@@ -93,9 +85,3 @@ class SCQ(Quantizer):
     def decode(self, ids_N: Tensor) -> Tensor:
         """The rows of the codes with the largest weights: not what `forward` gave, which no id can say."""
         return self.codebook.lookup(ids_N)
-
-    def begin(self) -> None:
-        self.upkeep.begin()
-
-    def update(self, stepped: bool = True) -> list[Renewed]:
-        return [(self.codebook.rows, self.upkeep.update(stepped))]
