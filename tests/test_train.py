@@ -9,12 +9,28 @@ import jobs
 import pytest
 
 from vqscale import config as configuration
+from vqscale.quantizers import QUANTIZERS
 from vqscale.train.config import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 UPKEEP = "warmup_steps: 2, revive_every: 2, revive_after: 1, revive_below: 0.5, revive_most: 16"
-OTHERS = {name: f"tokenizer.quantizer={{name: {name}, num_codes: 101, dim: 8, {UPKEEP}}}" for name in ("vq", "ema")}
+TABLE = f"num_codes: 101, dim: 8, {UPKEEP}"
+# Every quantizer of the package but ibq, which the other tests have; the tables are split over the processes.
+OTHERS = {
+    name: f"tokenizer.quantizer={{name: {name}, {settings}}}"
+    for name, settings in {
+        "vq": TABLE,
+        "ema": TABLE,
+        "simvq": "num_codes: 101, dim: 8",
+        "fsq": "levels: [5, 4, 3]",
+        "lfq": "num_codes: 64, entropy_temperature: 1.0",
+        "bsq": "num_codes: 64",
+        "scq": TABLE,
+        "residual": f"levels: 2, inner: {{name: vq, {TABLE}}}",
+        "grouped": f"groups: 2, inner: {{name: vq, num_codes: 101, dim: 4, {UPKEEP}}}",
+    }.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +96,10 @@ def test_deepspeed_and_plain_torch_compute_the_same(tmp_path, tiny_shards, alone
 def test_a_global_batch_gives_the_same_run_on_any_mesh(tmp_path, tiny_shards, alone, data, codes):
     path = jobs.write_config(tmp_path, tiny_shards, f"mesh.data={data}", f"mesh.codes={codes}")
     jobs.same_numbers(alone, jobs.finish(path, world=data * codes))
+
+
+def test_every_quantizer_is_trained():
+    assert {"ibq", *OTHERS} == set(QUANTIZERS)
 
 
 @pytest.mark.parametrize("name", OTHERS)
