@@ -47,9 +47,10 @@ def main(argv: list[str]) -> int:
         config = configuration.load(Run, path, overrides)
         config.check_world(planned or world)
         if dry:
-            from vqscale.train.plan import plan
+            if rank == 0:
+                from vqscale.train.plan import plan
 
-            print(plan(config, planned or world).text())
+                print(plan(config, planned or world).text())
             return 0
         folder.check(config)
         device = _check_machine(config)
