@@ -10,7 +10,8 @@
     --world N    with --dry-run: plan for N processes
 
 The same command continues a run from its newest whole checkpoint, on any number of processes. TERM, USR1, USR2, or a
-file STOP in the run folder make it save and leave with exit status 75.
+file STOP in the run folder make it save and leave with exit status 75. The environment variable
+VQSCALE_SUBMIT_SCRIPT names a script (of SLURM, say) of which the run folder keeps a copy.
 """
 
 from __future__ import annotations
