@@ -77,7 +77,7 @@ def test_a_module_without_rows_and_rows_that_do_not_learn(tmp_path):
 def test_what_the_machine_lacks_is_said_before_anything_starts(monkeypatch):
     check_engine(EngineConfig(), "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device cuda needs a GPU .* use device: cpu"):
+    with pytest.raises(ValueError, match=r"run.device cuda needs a GPU .* use run.device=cpu or auto"):
         check_engine(EngineConfig(), "cuda")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs the package deepspeed, .* pip install deepspeed, or use engine.name"):
