@@ -1,0 +1,98 @@
+"""Weights that others published: read from a file that the user fetched, checked, and loaded key by key or not at all.
+
+Nothing here downloads, renames keys or guesses. Not here: checkpoints of runs (parallel/checkpoint.py), and which keys
+a network has (the network's file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+SHOWN = 3
+
+
+def read_state(path: Path | str, *, what: str, where: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors in a file by name, on the CPU; of a Lightning .ckpt those under its key `state_dict`.
+
+    `what` says what the file is and `where` how to get it, both for messages. The file's sha256 must begin with the
+    given hexadecimal digits; None checks nothing. ValueError for what is missing, damaged, or no dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"{what}: {path} {found}, and nothing is downloaded at run time: {where}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{what}: {path} ends in none of {', '.join(SUFFIXES)}, which tell how to read it: {where}")
+    if sha256 is not None:
+        _check_hash(path, sha256.lower(), what, where)
+    try:
+        found = _read(path)
+    except Exception as error:  # zipfile, pickle, struct and safetensors each have their own
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{what}: {path} ({path.stat().st_size} bytes) cannot be read as weights ({type(error).__name__}: "
+            f"{first}): it is cut off, or it holds more than tensors; {where}"
+        ) from None
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise ValueError(f"{what}: {path} holds {_kind(found)} and not tensors by name: {where}")
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path, device="cpu")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_hash(path: Path, prefix: str, what: str, where: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(prefix):
+        raise ValueError(
+            f"{what}: the sha256 of {path} is {digest[: max(len(prefix), 8)]}..., and {prefix}... is expected: another "
+            f"file, or a download that was cut off; {where}, or change the expected sha256 if you trust this file"
+        )
+
+
+def _kind(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return f"a {type(found).__name__}"
+    name, value = next((name, x) for name, x in found.items() if not isinstance(x, Tensor))
+    return f"a {type(value).__name__} under {name!r}"
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
+    """Copy a state dictionary into a module in place; every key and shape must be there, and no other.
+
+    ValueError names the first of what is missing, unknown or of another shape; then the module is as it was.
+    """
+    mine = module.state_dict()
+    missing, unknown = [name for name in mine if name not in state], [name for name in state if name not in mine]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)} and not {tuple(x.shape)}"
+        for name, x in mine.items()
+        if name in state and state[name].shape != x.shape
+    ]
+    found = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
+    if any(names for _, names in found):
+        parts = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in found if names)
+        raise ValueError(
+            f"{what}: the {len(state)} tensors of the file are not the {len(mine)} of the network ({parts}): give the "
+            "weights of this network, or change the network's config to theirs"
+        )
+    module.load_state_dict(dict(state))
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
