@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "metrics": BESIDE,
     "quantizers": BESIDE | {"codes"},
     "nets": BESIDE | {"codes"},
-    "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses"},
+    "tokenizer_config": GROUND | {"quantizers", "nets"},
+    "saved": BESIDE | {"codes", "nets", "tokenizer_config"},
+    "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer_config", "saved"},
     "priors": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer"},
 }
 TOP = {"train", "__init__"}  # these may import everything below them
@@ -95,9 +97,8 @@ def _dotted(node):
 
 
 # Configs, the ground and the doors of the rooms answer --help and errors of a config without torch.
-LIGHT = [
-    path for path in PACKAGE if path.name in ("config.py", "__init__.py") or _room(path) in GROUND
-]  # fmt: skip
+DOORS = ("config.py", "tokenizer_config.py", "__init__.py")
+LIGHT = [path for path in PACKAGE if path.name in DOORS or _room(path) in GROUND]
 
 
 def test_configs_need_no_torch():

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.data.config import ImagesConfig
-from vqscale.nets.config import ConvConfig
 from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
-from vqscale.quantizers.config import IBQConfig, QuantizerConfig
+from vqscale.tokenizer_config import TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,6 @@ class RunConfig:
                 yield key, f"{key} is {getattr(self, key)}: use at least {least}"
         if self.eval_images < 0:
             yield "eval_images", f"eval_images is {self.eval_images}: use 0 (all) or more"
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Encoder, quantizer, decoder. The defaults are the recipe that keeps codes in use; see the README."""
-
-    net: ConvConfig = field(default_factory=ConvConfig)
-    """encoder and decoder"""
-    quantizer: QuantizerConfig = field(default_factory=lambda: IBQConfig(similarity="euclid", temperature=0.3))
-    """what turns latents into ids; its codebook is sharded over mesh.codes"""
-    latent_norm: Literal["none", "rms", "layer"] = "rms"
-    """norm of each latent before the quantizer, without parameters; keeps the scale of latents from drifting"""
 
 
 @dataclass(frozen=True)

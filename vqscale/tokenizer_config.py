@@ -1,0 +1,24 @@
+"""What a tokenizer is made of, without torch: the part of a run's config that its weights cannot do without.
+
+Not here: what it is trained for and with (vqscale.train.config).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqscale.nets.config import ConvConfig
+from vqscale.quantizers.config import IBQConfig, QuantizerConfig
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Encoder, quantizer, decoder. The defaults are the recipe that keeps codes in use; see the README."""
+
+    net: ConvConfig = field(default_factory=ConvConfig)
+    """encoder and decoder"""
+    quantizer: QuantizerConfig = field(default_factory=lambda: IBQConfig(similarity="euclid", temperature=0.3))
+    """what turns latents into ids; its codebook is sharded over mesh.codes"""
+    latent_norm: Literal["none", "rms", "layer"] = "rms"
+    """norm of each latent before the quantizer, without parameters; keeps the scale of latents from drifting"""
