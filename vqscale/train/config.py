@@ -9,6 +9,7 @@ from typing import Literal
 from vqscale.data.config import ImagesConfig
 from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
 from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.train.config_losses import AverageConfig, LossConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class RunConfig:
     """steps between checkpoints; the last step always saves"""
     keep: int = 2
     """newest checkpoints that are kept"""
+    compile: bool = False
+    """compile encoder and decoder (torch.compile): minutes at the start, faster steps; needs a C++ compiler"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         for key, least in (("steps", 1), ("log_every", 1), ("eval_every", 1), ("checkpoint_every", 1), ("keep", 1)):
@@ -40,28 +43,6 @@ class RunConfig:
                 yield key, f"{key} is {getattr(self, key)}: use at least {least}"
         if self.eval_images < 0:
             yield "eval_images", f"eval_images is {self.eval_images}: use 0 (all) or more"
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What the tokenizer is trained for; the quantizer adds its own losses."""
-
-    reconstruction: Literal["l1", "l2"] = "l2"
-    """distance of images"""
-    reconstruction_weight: float = 1.0
-    """its weight"""
-    quantizer_weight: float = 0.01
-    """weight of the sum of the quantizer's losses; at 1 their pull on the latents outweighs l2, and codes die"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        if self.quantizer_weight < 0:
-            yield "quantizer_weight", f"quantizer_weight is {self.quantizer_weight}: use 0 or more"
-        if self.reconstruction_weight <= 0:
-            yield (
-                "reconstruction_weight",
-                f"reconstruction_weight is {self.reconstruction_weight}, and nothing else trains the decoder: "
-                "use a positive number",
-            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +81,8 @@ class TokenizerRun:
     """the model"""
     loss: LossConfig = field(default_factory=LossConfig)
     """losses on images"""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """moving average of the weights"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """optimiser and learning rate"""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -115,6 +98,36 @@ class TokenizerRun:
                 f"image_size {size} does not divide by {stride}, the stride of the "
                 f"{len(self.tokenizer.net.multipliers)} levels in tokenizer.net.multipliers: change one of them",
             )
+        yield from self._game_problems(size)
+        if self.run.compile and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
+            yield (
+                "run.compile",
+                "run.compile does not go with engine.zero_stage 3, which takes parameters away between the layers "
+                "of a compiled network: use a stage up to 2, or run.compile: false",
+            )
+
+    def _game_problems(self, size: int) -> Iterable[tuple[str, str]]:
+        game = self.loss.adversarial
+        if self.loss.perceptual is not None and size < LEAST_PERCEPTUAL:
+            yield (
+                "loss.perceptual",
+                f"LPIPS halves the side of an image four times, and data.train.image_size is {size}: use images of "
+                f"at least {LEAST_PERCEPTUAL} pixels, or loss.perceptual: null",
+            )
+        if game is None:
+            return
+        if size < game.net.least_side:
+            yield (
+                "loss.adversarial.net.num_layers",
+                f"num_layers {game.net.num_layers} leave no patch of images of data.train.image_size {size}, they need "
+                f"{game.net.least_side} pixels: use fewer layers or larger images",
+            )
+        if game.adaptive and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
+            yield (
+                "loss.adversarial.adaptive",
+                "adaptive asks for a gradient at the decoder's last layer, and engine.zero_stage 3 takes that layer "
+                "apart before it can be had: use a stage up to 2, or adaptive: false with a constant weight",
+            )
 
     def check_world(self, world: int) -> None:
         """ValueError when this run does not fit `world` processes."""
@@ -128,6 +141,8 @@ class TokenizerRun:
                 "engine.accumulation or --nproc_per_node"
             )
 
+
+LEAST_PERCEPTUAL = 16
 
 # A run is one of these; `task` tells which.
 Run = TokenizerRun
@@ -147,6 +162,10 @@ FREE_TO_CHANGE = (
     "run.eval_images",
     "run.checkpoint_every",
     "run.keep",
+    "run.compile",
+    "loss.perceptual.vgg:",
+    "loss.perceptual.heads:",
+    "tokenizer.net.checkpointing",
     "tokenizer.quantizer.scan_mib",
     "data.train.shards",
     "data.train.num_workers",
