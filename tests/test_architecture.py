@@ -33,8 +33,9 @@ MAY_IMPORT = {
     "quantizers": BESIDE | {"codes"},
     "nets": BESIDE | {"codes"},
     "tokenizer_config": GROUND | {"quantizers", "nets"},
-    "saved": BESIDE | {"codes", "nets", "tokenizer_config"},
-    "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer_config", "saved"},
+    "export": BESIDE | {"codes", "tokenizer_config"},
+    "saved": BESIDE | {"codes", "nets", "tokenizer_config", "export"},
+    "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer_config", "saved", "export"},
     "priors": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer"},
 }
 TOP = {"train", "__init__"}  # these may import everything below them

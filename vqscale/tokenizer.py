@@ -7,16 +7,20 @@ the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale.nets.config import ConvConfig
-from vqscale.nets.conv import Decoder, Encoder
+from vqscale import export, nets, quantizers, saved
+from vqscale.nets.config import NetConfig
+from vqscale.parallel.mesh import Mesh
+from vqscale.seed import derive
+from vqscale.tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
     from vqscale.quantizers.base import Quantized, Quantizer
@@ -34,17 +38,75 @@ class Tokenizer(nn.Module):
     latent_norm acts on each token before the quantizer and has no parameters: "rms" divides it by its root mean square,
     "layer" first subtracts its mean, "none" leaves it. From quant_conv to the quantizer's answer everything is in the
     type of the parameters, float32, whatever the autocast; the nets follow the autocast.
+
+    `config` is None where a tokenizer was put together by hand: such a one cannot be saved. `card` has what is known of
+    where the weights come from (origin, commit, image_size, metrics); it goes with them into a saved folder.
     """
 
-    def __init__(self, net: ConvConfig, quantizer: Quantizer, latent_norm: LatentNorm = "none") -> None:
+    def __init__(self, net: NetConfig, quantizer: Quantizer, latent_norm: LatentNorm = "none") -> None:
         super().__init__()
         self.net = net
         self.latent_norm = latent_norm
-        self.encoder = Encoder(net)
-        self.quant_conv = nn.Conv2d(net.z_channels, quantizer.dim, 1)
+        self.config: TokenizerConfig | None = None
+        self.card: dict[str, Any] = {}
+        self.mesh: Mesh | None = None
+        parts = nets.build(net, quantizer.dim)
+        self.encoder, self.quant_conv = parts.encoder, parts.quant_conv
         self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, net.z_channels, 1)
-        self.decoder = Decoder(net)
+        self.post_quant_conv, self.decoder = parts.post_quant_conv, parts.decoder
+
+    @classmethod
+    def from_config(cls, config: TokenizerConfig, mesh: Mesh | None = None, seed: int = 0) -> Tokenizer:
+        """A new tokenizer on the mesh's device; its first values do not depend on the number of processes."""
+        mesh = mesh or Mesh()
+        torch.manual_seed(derive(seed, "model"))
+        quantizer = quantizers.build(config.quantizer, mesh, seed=derive(seed, "codes"))
+        tokenizer = cls(config.net, quantizer, config.latent_norm).to(mesh.device)
+        tokenizer.config, tokenizer.mesh = config, mesh
+        return tokenizer
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, mesh: Mesh | None = None, weights: Literal["average", "parameters"] = "average"
+    ) -> Tokenizer:
+        """The trained tokenizer of a run folder (its newest whole checkpoint), of one of its checkpoint folders, or of
+        a folder that `save` wrote; in evaluation mode, on the mesh's device.
+
+        `weights` "average" takes the moving averages of a checkpoint, or the parameters where it has none. With a mesh
+        it is collective, and a rank reads only its own rows. ValueError on all ranks for what cannot be loaded.
+        """
+        mesh = mesh or Mesh()
+        source = saved.find(path, mesh, weights)
+        with torch.random.fork_rng(devices=[]):
+            tokenizer = cls.from_config(source.config, mesh)
+        source.fill(tokenizer, mesh)
+        tokenizer.card = source.card
+        return tokenizer.eval()
+
+    def save(self, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+        """Write model.safetensors and card.json, from which `load` gives the same tokenizer to the bit; collective.
+
+        `card` adds to what is known of the weights. Only rank 0 writes, and no rank holds the rows of all.
+        """
+        if self.config is None:
+            raise ValueError(
+                "this tokenizer was put together by hand, so nobody could build it again from what save writes: make "
+                "it with Tokenizer.from_config"
+            )
+        return export.write(folder, self, self.config, {**self.card, **(card or {})}, self.mesh or Mesh())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the config and every parameter with all rows, the same on any number of ranks; hexadecimal.
+
+        Computed when asked; collective on the code axis.
+        """
+        return export.fingerprint(self, self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return next(self.decoder.parameters()).dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images -> (reconstruction of the same shape, not clamped; what the quantizer returned for x_ND)."""
@@ -58,7 +120,7 @@ class Tokenizer(nn.Module):
         self.grid(images)  # refuses sides that the stride does not divide
         encoded = self.encoder(images)
         with _no_autocast(encoded):
-            x_BDhw = self.quant_conv(encoded.to(self.quant_conv.weight.dtype))
+            x_BDhw = self.quant_conv(encoded.to(self.dtype))
             x_ND = x_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
             if self.latent_norm == "rms":
                 x_ND = F.rms_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
@@ -69,7 +131,7 @@ class Tokenizer(nn.Module):
     def reconstruct(self, z_ND: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Rows of codes for a grid of (B, h, w) tokens -> images, never in half precision, not clamped."""
         z_BDhw = z_ND.unflatten(0, grid).permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(z_BDhw)).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(z_BDhw)).to(self.dtype)
 
     def grid(self, images: Tensor) -> tuple[int, int, int]:
         """(B, h, w): images, rows and columns of tokens. ValueError where the stride does not divide the sides."""

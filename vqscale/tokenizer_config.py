@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqscale.nets.config import ConvConfig
+from vqscale.nets.config import ConvConfig, NetConfig
 from vqscale.quantizers.config import IBQConfig, QuantizerConfig
 
 
@@ -16,7 +16,7 @@ from vqscale.quantizers.config import IBQConfig, QuantizerConfig
 class TokenizerConfig:
     """Encoder, quantizer, decoder. The defaults are the recipe that keeps codes in use; see the README."""
 
-    net: ConvConfig = field(default_factory=ConvConfig)
+    net: NetConfig = field(default_factory=ConvConfig)
     """encoder and decoder"""
     quantizer: QuantizerConfig = field(default_factory=lambda: IBQConfig(similarity="euclid", temperature=0.3))
     """what turns latents into ids; its codebook is sharded over mesh.codes"""

@@ -56,17 +56,8 @@ class ConvConfig:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
-        for key in ("channels", "num_blocks", "z_channels", "num_groups", "in_channels", "patch"):
-            if getattr(self, key) < 1:
-                yield key, f"{key} is {getattr(self, key)}, but a network has at least 1 of them: raise {key}"
-        if not self.multipliers or min(self.multipliers) < 1:
-            yield (
-                "multipliers",
-                f"multipliers are {list(self.multipliers)}, but every level needs channels: give one number of at "
-                "least 1 per level, such as [1, 2, 4]",
-            )
-        elif self.num_groups >= 1:
-            yield from self._undivided()
+        counts = ("channels", "num_blocks", "z_channels", "num_groups", "in_channels", "patch")
+        yield from _pyramid_problems(self, counts)
         last = len(self.multipliers) - 1
         outside = [level for level in self.attention_levels if not 0 <= level <= last]
         if outside:
@@ -78,11 +69,65 @@ class ConvConfig:
         if not 0 <= self.dropout < 1:
             yield "dropout", f"dropout is {self.dropout}, but a share of zeroed values lies in [0, 1): change dropout"
 
-    def _undivided(self) -> Iterable[tuple[str, str]]:
-        # the encoder's first block normalises the plain channels; where they divide, so do all their multiples
-        if self.channels % self.num_groups:
-            yield (
-                "num_groups",
-                f"{self.num_groups} groups do not divide {self.channels} channels, which the first "
-                "block normalises: change num_groups or channels",
-            )
+
+@dataclass(frozen=True)
+class MagvitConfig:
+    """The convolutional encoder and decoder of the published SimVQ tokenizers of images, after Open-MAGVIT2.
+
+    Level i works at 1 / 2**i of the image's side with channels * multipliers[i] channels. There is no attention and no
+    convolution around the quantizer: z_channels is the quantizer's dim.
+    """
+
+    name: Literal["magvit"] = "magvit"
+    """which network"""
+    channels: int = 128
+    """channels that a multiplier of 1 stands for"""
+    multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    """channels of each level, as multiples of channels; every level after the first halves the side"""
+    num_blocks: int = 2
+    """residual blocks per level and in the middle, in the encoder and in the decoder"""
+    z_channels: int = 128
+    """channels that the encoder gives and the decoder takes: the dim of the quantizer"""
+    num_groups: int = 32
+    """groups of every group normalisation; must divide the channels of every level"""
+    checkpointing: bool = False
+    """recompute every block in the backward pass: less memory, one more forward pass of time"""
+    in_channels: int = 3
+    """channels of an image"""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image's side per latent."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, message) of all that no network can be built from."""
+        yield from _pyramid_problems(self, ("channels", "num_blocks", "z_channels", "num_groups", "in_channels"))
+
+
+def _pyramid_problems(config: ConvConfig | MagvitConfig, counts: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+    for key in counts:
+        if getattr(config, key) < 1:
+            yield key, f"{key} is {getattr(config, key)}, but a network has at least 1 of them: raise {key}"
+    if not config.multipliers or min(config.multipliers) < 1:
+        yield (
+            "multipliers",
+            f"multipliers are {list(config.multipliers)}, but every level needs channels: give one number of at "
+            "least 1 per level, such as [1, 2, 4]",
+        )
+    # the encoder's first block normalises the plain channels; where they divide, so do all their multiples
+    elif config.num_groups >= 1 and config.channels % config.num_groups:
+        yield (
+            "num_groups",
+            f"{config.num_groups} groups do not divide {config.channels} channels, which the first "
+            "block normalises: change num_groups or channels",
+        )
+
+
+# The network of a tokenizer is one of these.
+NetConfig = ConvConfig | MagvitConfig

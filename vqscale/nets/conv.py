@@ -2,11 +2,9 @@
 
 A pyramid of residual blocks with group normalisation and swish, single-head attention at coarse levels, strided
 convolutions down and nearest neighbours up. With the default config a published IBQ state dictionary loads key by key.
-Not here: the quantizer and the 1x1 convolutions around it (vqscale.tokenizer has them), and averages of weights.
+Not here: the quantizer, and averages of weights.
 
-The network of the published SimVQ checkpoints is another one (no biases in its blocks, strided convolutions with
-symmetric padding, pixel-shuffle up-sampling): its widths and depth can be had here by the config, its weights do not
-load.
+The network of the published SimVQ checkpoints is another one, in magvit.py.
 """
 
 from __future__ import annotations
@@ -15,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vqscale.nets.config import ConvConfig
+from vqscale.nets import Parts
+from vqscale.nets.config import ConvConfig, NetConfig
+
+
+def build(config: ConvConfig, dim: int) -> Parts:
+    """Encoder and decoder, and the 1x1 convolutions between their latents and a quantizer of `dim`."""
+    encoder, quant_conv = Encoder(config), nn.Conv2d(config.z_channels, dim, 1)
+    post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
+    return Parts(encoder, quant_conv, post_quant_conv, Decoder(config))
 
 
 def _norm(channels: int, config: ConvConfig) -> nn.GroupNorm:
@@ -80,10 +86,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class _Recomputed(nn.Module):
+class Recomputed(nn.Module):
     """Base of what runs blocks: with config.checkpointing their activations are computed again in the backward pass."""
 
-    def __init__(self, config: ConvConfig) -> None:
+    def __init__(self, config: NetConfig) -> None:
         super().__init__()
         self.checkpointing = config.checkpointing
 
@@ -91,7 +97,7 @@ class _Recomputed(nn.Module):
         return checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
 
 
-class Level(_Recomputed):
+class Level(Recomputed):
     """The blocks of one level, each followed by attention if asked for, then the step to the next side, if any."""
 
     def __init__(self, level: int, channels: int, num_blocks: int, config: ConvConfig) -> None:
@@ -115,7 +121,7 @@ class Level(_Recomputed):
         return x
 
 
-class Middle(_Recomputed):
+class Middle(Recomputed):
     """Residual block, attention, residual block at the coarsest level."""
 
     def __init__(self, channels: int, config: ConvConfig) -> None:

@@ -7,7 +7,7 @@ a network has (the network's file).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 SHOWN = 3
+Shape = Sequence[int]
 
 
 def read_state(path: Path | str, *, what: str, where: str, sha256: str | None = None) -> dict[str, Tensor]:
@@ -77,21 +78,29 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, what: str) 
 
     ValueError names the first of what is missing, unknown or of another shape; then the module is as it was.
     """
-    mine = module.state_dict()
-    missing, unknown = [name for name in mine if name not in state], [name for name in state if name not in mine]
+    check_shapes(_shapes(module.state_dict()), _shapes(state), what=what)
+    module.load_state_dict(dict(state))
+
+
+def check_shapes(mine: Mapping[str, Shape], given: Mapping[str, Shape], *, what: str) -> None:
+    """ValueError that names the first names of `mine` that are missing in `given`, unknown, or of another shape."""
+    missing, unknown = [name for name in mine if name not in given], [name for name in given if name not in mine]
     shapes = [
-        f"{name} is {tuple(state[name].shape)} and not {tuple(x.shape)}"
-        for name, x in mine.items()
-        if name in state and state[name].shape != x.shape
+        f"{name} is {tuple(given[name])} and not {tuple(shape)}"
+        for name, shape in mine.items()
+        if name in given and tuple(given[name]) != tuple(shape)
     ]
     found = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
     if any(names for _, names in found):
         parts = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in found if names)
         raise ValueError(
-            f"{what}: the {len(state)} tensors of the file are not the {len(mine)} of the network ({parts}): give the "
+            f"{what}: the {len(given)} tensors of the file are not the {len(mine)} of the network ({parts}): give the "
             "weights of this network, or change the network's config to theirs"
         )
-    module.load_state_dict(dict(state))
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _first(names: list[str]) -> str:

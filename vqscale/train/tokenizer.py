@@ -11,10 +11,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vqscale import losses, quantizers
+from vqscale import losses
 from vqscale.codes.rows import set_aside
 from vqscale.data.images import Stream
 from vqscale.metrics.board import Board
@@ -30,9 +29,7 @@ from vqscale.train.evaluate import evaluate
 
 def build(config: TokenizerConfig, mesh: Mesh, seed: int) -> Tokenizer:
     """The tokenizer of a run, on the mesh's device; its first values do not depend on the number of processes."""
-    torch.manual_seed(derive(seed, "model"))
-    quantizer = quantizers.build(config.quantizer, mesh, seed=derive(seed, "codes"))
-    return Tokenizer(config.net, quantizer, config.latent_norm).to(mesh.device)
+    return Tokenizer.from_config(config, mesh, seed)
 
 
 def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[Stream, Stream | None]:
