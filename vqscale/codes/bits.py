@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.codes import tally
-from vqscale.codes.codebook import full_precision
+from vqscale.codes.merge import full_precision
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import simplex
-from vqscale.codes.codebook import Codebook, full_precision
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.merge import full_precision
 from vqscale.codes.rows import Rows
 from vqscale.codes.simplex import Entries
 from vqscale.parallel import ops

@@ -33,7 +33,7 @@ class IBQ(TableQuantizer):
         stats["saturation"] = mixture.saturation_N.mean()
         if self.passing:
             return Quantized(x_ND, ids_N, {}, stats)
-        c_ND = self.codebook.lookup(ids_N)
+        c_ND = mixture.code_ND
         z_ND = c_ND + (mixture.mean_ND - mixture.mean_ND.detach())
         losses = {
             "quantization": F.mse_loss(z_ND, x_ND),

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqscale.codes import scan
-from vqscale.codes.codebook import Codebook, full_precision
+from vqscale.codes.codebook import Codebook
 from vqscale.codes.config import UpkeepConfig
+from vqscale.codes.merge import full_precision
 from vqscale.codes.upkeep import Upkeep
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats

@@ -1,0 +1,44 @@
+"""How what the ranks of a code group know of the same tokens becomes one answer: best codes, normalisers, own tokens.
+
+A few numbers per token and collective; nothing here knows rows. With one process the collectives are the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqscale.codes.mixing import Softmax
+from vqscale.codes.rows import Rows
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Axis
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which products keep the precision of their operands, whatever the caller's autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def own(x_B: Tensor, axis: Axis) -> Tensor:
+    """This rank's part of a tensor over the tokens of the code group."""
+    num = len(x_B) // axis.size
+    return x_B[axis.rank * num : (axis.rank + 1) * num]
+
+
+def merge_best(score_B: Tensor, row_B: Tensor, layout: Rows, axis: Axis) -> tuple[Tensor, Tensor]:
+    """The best id and score over all ranks of all B tokens; the lowest id among equal scores."""
+    top_B = ops.max_over(score_B, axis)
+    here_B = (score_B >= top_B) if layout.count else torch.zeros_like(score_B, dtype=torch.bool)
+    ids_B = ops.min_over(torch.where(here_B, row_B + layout.start, layout.num_codes), axis)
+    # Scores that are not a number compare with nothing: such a token takes an id that exists, and its loss tells.
+    return ids_B.clamp(max=layout.num_codes - 1), top_B
+
+
+def merge_softmax(part: Softmax, top_B: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-normaliser, entropy, this rank's factor 2^(top_r - lse)) over all ranks, for all B tokens; in bits."""
+    fall_B = part.top_B - top_B
+    shrink_B = torch.exp2(fall_B)
+    both_2B = torch.stack([part.sum_B * shrink_B, shrink_B * (part.excess_B + fall_B * part.sum_B)])
+    sum_B, excess_B = ops.sum_over(both_2B, axis)
+    log_B = sum_B.log2()
+    return top_B + log_B, log_B - excess_B / sum_B, shrink_B / sum_B

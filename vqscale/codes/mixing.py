@@ -1,0 +1,225 @@
+"""The softmax of tokens over this rank's rows, in one blockwise pass. Local arithmetic; codebook.py merges the ranks.
+
+Logits are in bits, l_nj = (x_n . key_j + bias_j) / (T ln 2), so that probabilities are powers of two: exp2 is three times
+as fast as exp on a CPU. Between blocks stands the state of an online softmax: the maximum, the sum, the mean row. The
+best row is that of the scores themselves, before any factor: equal scores stay equal. Products of 2 B k D operations, with B tokens of the whole code
+group, k rows of this rank, D dimensions:
+
+    mix        2   logits, mean row               (+1, and +1 in the backward pass, where the second temperature
+    unmix      4   logits, values, x, keys            is not served by pairs)
+
+What goes below that, on a CPU, and how much is lost by it (pairs.py: the share 2^-24 of a softmax at most):
+
+* a second, lower temperature (the entropy losses) has few pairs (token, row) that are not below rounding. They are
+  found in the one pass, by the maxima of lines of logits, and all that follows costs pairs, not tokens x codes;
+* a block in which the first temperature has few such pairs is not multiplied again: not for the mean row, and not in
+  the backward pass. A block with none is skipped.
+
+Where the lists would be long, the blocks are dense: the memory of a list is bounded by the tokens alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vqscale.codes import pairs, scan
+from vqscale.codes.pairs import Collector, Pairs
+from vqscale.codes.scan import LOWEST, Keys
+
+BITS = 1.0 / math.log(2.0)  # bits per nat
+SPARSE_LINES = 8  # a block in which more than one line in 8 has a high logit is dense,
+SPARSE_PAIRS = 32  # and so is one in which more than one logit in 32 is high: a pair costs about 20 dense ones
+LOWEST_BITS = {torch.float32: -126.0, torch.float64: -1022.0}
+
+
+def exp2_(x: Tensor) -> Tensor:
+    """2^x in place, never below the smallest normal number: arithmetic with smaller ones is slow on many CPUs.
+
+    A sum over K codes grows by less than K * 2^-126 (float32), far below the rounding of its largest term.
+    """
+    return x.clamp_min_(LOWEST_BITS[x.dtype]).exp2_()
+
+
+@dataclass
+class Softmax:
+    """The state of an online softmax, per token, relative to the highest logit so far; all in bits."""
+
+    top_B: Tensor
+    sum_B: Tensor  # sum_j 2^(l_j - top)
+    excess_B: Tensor  # sum_j 2^(l_j - top) (l_j - top): with the sum it gives the entropy
+
+    @staticmethod
+    def empty(x_BD: Tensor) -> Softmax:
+        num = len(x_BD)
+        return Softmax(x_BD.new_full((num,), LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num))
+
+    def raise_top(self, tokens: slice, top_b: Tensor) -> Tensor:
+        """Make the state of `tokens` relative to a higher top; returns the factor that it was multiplied with."""
+        fall_b = self.top_B[tokens] - top_b
+        shrink_b = torch.exp2(fall_b)
+        self.excess_B[tokens] = shrink_b * (self.excess_B[tokens] + fall_b * self.sum_B[tokens])
+        self.sum_B[tokens] *= shrink_b
+        self.top_B[tokens] = top_b
+        return shrink_b
+
+
+@dataclass
+class Mixed:
+    """What one rank knows after the pass, for all B tokens of the code group."""
+
+    row_B: Tensor  # the best row
+    score_B: Tensor  # and its score, x . key + bias
+    soft: Softmax  # at T; the excess is not kept
+    sum_BD: Tensor  # sum_j 2^(l_j - top) value_j, to be divided by the merged sum
+    sharp: Softmax | None  # at T / sharper
+    dense: list[tuple[slice, slice]] = field(default_factory=list)
+    """blocks that the backward pass multiplies again; what is not in them is in `few` or below rounding"""
+    few: Pairs | None = None
+    """pairs of the other blocks, at T"""
+    sharp_few: Pairs | None = None
+    """all pairs that count at T / sharper; None where they are too many"""
+    scale: float = 1.0
+    """bits at T per score"""
+
+
+def mix(
+    x_BD: Tensor, keys: Keys, values_kD: Tensor, temperature: float, sharper: float | None, num_codes: int, budget: int
+) -> Mixed:
+    """One pass: best row, softmax state and mean row at `temperature`, entropy state at temperature / `sharper`."""
+    sparse = x_BD.device.type == "cpu"
+    out = _pass(x_BD, keys, values_kD, temperature, sharper, num_codes, budget, sparse)
+    if out is None:  # too many pairs at the second temperature: its blocks are as dense as the first one's
+        out = _pass(x_BD, keys, values_kD, temperature, sharper, num_codes, budget, sparse=False)
+    assert out is not None
+    return out
+
+
+def _pass(
+    x_BD: Tensor,
+    keys: Keys,
+    values_kD: Tensor,
+    temperature: float,
+    sharper: float | None,
+    num_codes: int,
+    budget: int,
+    sparse: bool,
+) -> Mixed | None:
+    num, scale = len(x_BD), BITS / temperature
+    low = pairs.depth(num_codes, x_BD.dtype) / scale
+    out = Mixed(
+        row_B=torch.zeros(num, dtype=torch.int64, device=x_BD.device),
+        score_B=x_BD.new_full((num,), LOWEST),
+        scale=scale,
+        soft=Softmax.empty(x_BD),
+        sum_BD=x_BD.new_zeros((num, values_kD.shape[1])),
+        sharp=None if sharper is None else Softmax.empty(x_BD),
+    )
+    few, sharp_few = Collector(num), Collector(num)
+    buffer, spare = scan.Buffer(), scan.Buffer()
+    budget = scan.block_budget(x_BD, budget)
+    for tokens, rows in scan.blocks(num, len(keys.keys_kD), x_BD.element_size(), budget):
+        s_br = scan.scores(x_BD[tokens], keys, rows, buffer)
+        peak_bL = scan.line_peaks(s_br)
+        top_b = out.score_B[tokens]
+        scan.raise_best(s_br, peak_bL, rows.start, top_b, out.row_B[tokens])
+        shrink_b = out.soft.raise_top(tokens, top_b * scale)
+        out.sum_BD[tokens] *= shrink_b[:, None]
+        if sharper is not None and sparse:
+            found = pairs.find(s_br, peak_bL, top_b - low / sharper)
+            if not sharp_few.add(found, tokens.start, rows.start):
+                return None
+        if sparse and _few(s_br, peak_bL, top_b - low, few, out, tokens, rows, values_kD):
+            continue
+        out.dense.append((tokens, rows))
+        # The best so far is the maximum so far: both softmaxes are kept relative to it.
+        l_br = s_br.sub_(top_b[:, None]).mul_(scale)
+        if sharper is not None and not sparse and out.sharp is not None:
+            _sharpen(l_br, out.sharp, tokens, top_b * scale, sharper, spare)
+        p_br = exp2_(l_br)
+        out.soft.sum_B[tokens] += p_br.sum(1)
+        out.sum_BD[tokens].addmm_(p_br, values_kD[rows])
+    out.few = few.close(x_BD)
+    if sharper is not None and sparse:
+        out.sharp_few, out.sharp = _sharp_state(sharp_few.close(x_BD), out.score_B, scale * sharper, low / sharper)
+    return out
+
+
+def _few(
+    s_br: Tensor,
+    peak_bL: Tensor,
+    floor_b: Tensor,
+    few: Collector,
+    out: Mixed,
+    tokens: slice,
+    rows: slice,
+    values_kD: Tensor,
+) -> bool:
+    """Do a block by its pairs, if they are few; False if it must be done densely."""
+    if int((peak_bL < floor_b[:, None]).sum()) * SPARSE_LINES < peak_bL.numel() * (SPARSE_LINES - 1):
+        return False
+    found = pairs.find(s_br, peak_bL, floor_b)
+    if len(found[0]) * SPARSE_PAIRS > s_br.numel() or not few.add(found, tokens.start, rows.start):
+        return False
+    here = Pairs(*found, num_tokens=len(s_br))
+    p_P = torch.exp2((here.score_P - out.score_B[tokens][here.token_P]) * out.scale)
+    out.soft.sum_B[tokens] += here.sums(p_P)
+    out.sum_BD[tokens] += here.mean(p_P, values_kD[rows])
+    return True
+
+
+def _sharpen(l_br: Tensor, sharp: Softmax, tokens: slice, top_b: Tensor, sharper: float, spare: scan.Buffer) -> None:
+    """Add a dense block to the second softmax; `l_br` is relative to the top, and is left as it is."""
+    sharp.raise_top(tokens, top_b * sharper)
+    q_br = torch.mul(l_br, sharper, out=spare.view(l_br, *l_br.shape))
+    below_br = q_br.clone()
+    exp2_(q_br)
+    sharp.sum_B[tokens] += q_br.sum(1)
+    sharp.excess_B[tokens] += q_br.mul_(below_br).sum(1)
+
+
+def _sharp_state(found: Pairs, score_B: Tensor, scale: float, low: float) -> tuple[Pairs, Softmax]:
+    """The pairs that still count below the last best score, and the second softmax, which is theirs alone."""
+    found = found.take((found.score_P < score_B[found.token_P] - low).logical_not_())
+    below_P = (found.score_P - score_B[found.token_P]) * scale
+    q_P = torch.exp2(below_P)
+    return found, Softmax(score_B * scale, found.sums(q_P), found.sums(q_P * below_P))
+
+
+def column_sums(x_BD: Tensor, keys: Keys, mixed: Mixed, sharper: float, lse_B: Tensor, budget: int) -> Tensor:
+    """sum_n q_nj of the rows of this rank, q the softmax at T / sharper with the log-normaliser `lse_B` in bits."""
+    num_rows = len(keys.keys_kD)
+    if mixed.sharp_few is not None:
+        return mixed.sharp_few.columns(_probability(mixed.sharp_few, mixed.scale * sharper, lse_B), num_rows)
+    out_k, buffer = x_BD.new_zeros(num_rows), scan.Buffer()
+    for tokens, rows in scan.blocks(len(x_BD), num_rows, x_BD.element_size(), scan.block_budget(x_BD, budget)):
+        l_br = scan.scores(x_BD[tokens], keys, rows, buffer, mixed.scale * sharper)
+        out_k[rows] += exp2_(l_br.sub_(lse_B[tokens, None])).sum(0)
+    return out_k
+
+
+def row_means(
+    x_BD: Tensor,
+    keys: Keys,
+    mixed: Mixed,
+    sharper: float,
+    lse_B: Tensor,
+    weight_k: Tensor,
+    budget: int,
+) -> Tensor:
+    """sum_j q_nj weight_j over the rows of this rank, with q as in `column_sums`: B numbers."""
+    if mixed.sharp_few is not None:
+        few = mixed.sharp_few
+        return few.sums(_probability(few, mixed.scale * sharper, lse_B) * weight_k[few.row_P])
+    out_B, buffer = x_BD.new_zeros(len(x_BD)), scan.Buffer()
+    for tokens, rows in scan.blocks(len(x_BD), len(weight_k), x_BD.element_size(), scan.block_budget(x_BD, budget)):
+        l_br = scan.scores(x_BD[tokens], keys, rows, buffer, mixed.scale * sharper)
+        out_B[tokens] += exp2_(l_br.sub_(lse_B[tokens, None])) @ weight_k[rows]
+    return out_B
+
+
+def _probability(found: Pairs, scale: float, lse_B: Tensor) -> Tensor:
+    return torch.exp2(found.score_P * scale - lse_B[found.token_P])

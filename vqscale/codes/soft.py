@@ -1,0 +1,173 @@
+"""The mixture of all codes that tokens see, with its own backward pass, because autograd would keep tokens x K.
+
+`mix` is what Codebook.mix does: gather the tokens of the code group, one pass over this rank's rows (mixing.py), merge,
+give everybody the results of its own tokens. Kept for the backward pass are the gathered tokens, a few numbers per
+token, and the lists of pairs, whose length is bounded by the tokens; logits are computed again (unmixing.py). The
+gradient of the chosen rows and that through the logits are added up in one tensor of the size of the rows.
+
+Bytes that a rank sends per token of its own on a code axis of M ranks, in float32: forward M-1 of (x: 4 D; best, id,
+softmax state: about 40; the mean row and the chosen row back: 8 D), backward M-1 of (their gradients: 8 D; gradient of
+x back: 4 D; a few numbers). K is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqscale.codes import mixing
+from vqscale.codes.merge import full_precision, merge_best, merge_softmax, own
+from vqscale.codes.mixing import BITS
+from vqscale.codes.rows import Rows
+from vqscale.codes.scan import Keys
+from vqscale.codes.unmixing import Gradients, Upstream, unmix
+from vqscale.parallel import ops
+from vqscale.parallel.clock import clock
+from vqscale.parallel.mesh import Axis
+
+
+@dataclass
+class Mixture:
+    """What `mix` returns for the tokens of this rank; `columns_k` is for its rows, over the tokens of the group."""
+
+    ids_N: Tensor
+    score_N: Tensor  # the best logit
+    lse_N: Tensor  # log of the sum of exp over all K logits
+    mean_ND: Tensor  # softmax(l) times the rows, the rows as values detached
+    code_ND: Tensor  # the rows of ids_N, with their gradient
+    entropy_N: Tensor | None  # of softmax at the entropy temperature
+    columns_k: Tensor | None  # sum over the tokens of the code group of the same softmax
+
+    @property
+    def saturation_N(self) -> Tensor:
+        """The largest probability of each token."""
+        return torch.exp(self.score_N - self.lse_N).detach()
+
+
+@dataclass(frozen=True)
+class Plan:
+    layout: Rows
+    axis: Axis
+    temperature: float
+    sharper: float | None  # temperature / entropy temperature
+    bias: bool  # the logits have the bias -|row|^2 / 2
+    budget: int
+
+
+def mix(x_ND: Tensor, rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> Mixture:
+    """The mixture of the tokens of this rank. `keys_kD` replaces the rows in the logits; None takes the rows."""
+    out = _Mix.apply(x_ND, rows_kD, keys_kD, plan)
+    return Mixture(*out, *([None, None] if plan.sharper is None else []))
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+        axis, layout, temperature, sharper = plan.axis, plan.layout, plan.temperature, plan.sharper
+        keys = _keys(rows_kD, keys_kD, plan)
+        x_BD = ops.gather(x_ND, axis)
+        mixed = mixing.mix(x_BD, keys, rows_kD, temperature, sharper, layout.num_codes, plan.budget)
+        ids_B, score_B = merge_best(mixed.score_B, mixed.row_B, layout, axis)
+        top_B = score_B * mixed.scale
+        lse_B, _, share_B = merge_softmax(mixed.soft, top_B, axis)
+        code_BD = _mine(rows_kD, ids_B, plan)
+        # Mean rows and chosen rows go home together.
+        mean_ND, code_ND = _home([mixed.sum_BD * share_B[:, None], code_BD], axis)
+        own_ids_N, own_score_N, own_lse_N = (own(part_B, axis).clone() for part_B in (ids_B, score_B, lse_B))
+        outputs = [own_ids_N, own_score_N / temperature, own_lse_N / BITS, mean_ND, code_ND]
+        sharp_lse_B = entropy_B = None
+        if mixed.sharp is not None and sharper is not None:
+            sharp_lse_B, bits_B, _ = merge_softmax(mixed.sharp, top_B * sharper, axis)
+            entropy_B = bits_B / BITS
+            columns_k = mixing.column_sums(x_BD, keys, mixed, sharper, sharp_lse_B, plan.budget)
+            outputs += [own(entropy_B, axis).clone(), columns_k]
+        ctx.mark_non_differentiable(outputs[0], outputs[1])
+        ctx.set_materialize_grads(False)
+        # What the lists hold are numbers without gradient; the tensors of autograd go through save_for_backward.
+        ctx.plan, ctx.mixed = plan, mixed
+        mixed.sum_BD = x_BD.new_empty(0)
+        ctx.save_for_backward(x_BD, rows_kD, keys_kD, ids_B, mean_ND, lse_B, sharp_lse_B, entropy_B)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # A backward pass runs under the autocast of whoever calls it.
+        with clock.span("codes"), full_precision(ctx.saved_tensors[0]):
+            return _backward(ctx, *grads[2:])
+
+
+def _backward(
+    ctx: Any,
+    g_lse_N: Tensor | None,
+    g_mean_ND: Tensor | None,
+    g_code_ND: Tensor | None,
+    g_entropy_N: Tensor | None = None,
+    g_columns_k: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, rows and keys. Which gradients are absent is the same on all ranks: the losses are."""
+    x_BD, rows_kD, keys_kD, ids_B, mean_ND, lse_B, sharp_lse_B, entropy_B = ctx.saved_tensors
+    plan, mixed, keys = ctx.plan, ctx.mixed, _keys(rows_kD, keys_kD, ctx.plan)
+    shift_N = None
+    if g_mean_ND is not None:
+        shift_N = (g_mean_ND * mean_ND).sum(1)
+    if g_lse_N is not None:
+        shift_N = -g_lse_N if shift_N is None else shift_N - g_lse_N
+    mean_BD, code_BD, shift_B, entropy_g_B = _from_home([g_mean_ND, g_code_ND, shift_N, g_entropy_N], plan.axis)
+    columns_mean_B = None
+    if g_columns_k is not None:
+        part_B = mixing.row_means(x_BD, keys, mixed, plan.sharper, sharp_lse_B, g_columns_k, plan.budget)
+        columns_mean_B = ops.sum_over(part_B, plan.axis)
+    up = Upstream(mean_BD, shift_B, lse_B, entropy_g_B, entropy_B, g_columns_k, columns_mean_B, sharp_lse_B)
+    out = unmix(x_BD, keys, rows_kD, mixed, up, plan.temperature, plan.sharper or 1.0, plan.budget)
+    dx_ND = ops.scatter_sum(out.x_BD, plan.axis)
+    drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD)
+    if code_BD is not None and len(rows_kD):
+        mine_B, local_B = plan.layout.find(ids_B)
+        here_BD = code_BD if plan.axis.size == 1 else code_BD * mine_B[:, None]
+        drows_kD = torch.zeros_like(rows_kD) if drows_kD is None else drows_kD
+        drows_kD.index_add_(0, local_B, here_BD)
+    return dx_ND, drows_kD, dkeys_kD, None
+
+
+def _rows_gradient(out: Gradients, rows_kD: Tensor, keys_kD: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of the rows, of the keys) through the logits, in the memory of one of them."""
+    if keys_kD is not None:
+        return None, out.keys_kD
+    if out.bias_k is not None:  # the bias is -|row|^2 / 2
+        out.keys_kD.addcmul_(rows_kD, out.bias_k[:, None], value=-1.0)
+    return out.keys_kD, None
+
+
+def _keys(rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> Keys:
+    bias_k = -0.5 * rows_kD.square().sum(1) if plan.bias else None
+    return Keys(rows_kD if keys_kD is None else keys_kD, bias_k)
+
+
+def _mine(rows_kD: Tensor, ids_B: Tensor, plan: Plan) -> Tensor:
+    """The rows of ids that this rank owns, zeros elsewhere."""
+    mine_B, local_B = plan.layout.find(ids_B)
+    if not len(rows_kD):
+        return rows_kD.new_zeros(len(ids_B), rows_kD.shape[1])
+    return rows_kD[local_B] if plan.axis.size == 1 else rows_kD[local_B] * mine_B[:, None]
+
+
+def _home(parts: list[Tensor], axis: Axis) -> list[Tensor]:
+    """Sum over the ranks and keep this rank's tokens, of several tensors in one collective."""
+    if axis.size == 1:
+        return parts
+    widths = [part.shape[1] for part in parts]
+    return [part.contiguous() for part in ops.scatter_sum(torch.cat(parts, 1), axis).split(widths, 1)]
+
+
+def _from_home(parts: list[Tensor | None], axis: Axis) -> list[Tensor | None]:
+    """Gather several tensors over the tokens, any of them absent, in one collective."""
+    given = [part if part.ndim == 2 else part[:, None] for part in parts if part is not None]
+    if axis.size == 1 or not given:
+        return parts
+    widths = [part.shape[1] for part in given]
+    found = iter(ops.gather(torch.cat(given, 1), axis).split(widths, 1))
+    wholes = [None if part is None else (part.ndim, next(found).contiguous()) for part in parts]
+    return [None if whole is None else whole[1] if whole[0] == 2 else whole[1][:, 0] for whole in wholes]

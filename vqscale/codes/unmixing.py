@@ -1,0 +1,150 @@
+"""The backward pass of mixing.py: logits again, block by block, and all gradients of them summed before two products.
+
+With p and q the two softmaxes, value_j = sg(row_j) and the gradients of the mean row, the log-normaliser, the entropies
+and the column sums given:
+
+    dl = p o (g_mean . value - shift) + sharper * q o (columns - columns_mean - g_H (log q + H))
+    dx = dl keys / T        dkeys = dl^T x / T        dbias = sum_n dl / T
+
+Blocks that the forward pass did by pairs are done by the same pairs here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqscale.codes import scan
+from vqscale.codes.mixing import Mixed, exp2_
+from vqscale.codes.pairs import Pairs
+from vqscale.codes.scan import Keys
+
+
+@dataclass
+class Upstream:
+    """Gradients that arrive, for all B tokens; every field may be absent. Log-normalisers are in bits."""
+
+    mean_BD: Tensor | None  # of the mean row
+    shift_B: Tensor | None  # g_mean . mean - g_lse: what the softmax's centring subtracts
+    lse_B: Tensor  # log-normaliser at T
+    entropy_B: Tensor | None = None  # gradient of the entropies
+    entropy_value_B: Tensor | None = None  # the entropies, in nats
+    columns_k: Tensor | None = None  # gradient of the column sums
+    columns_mean_B: Tensor | None = None  # sum_j q_nj columns_j over all K
+    sharp_lse_B: Tensor | None = None
+
+    @property
+    def sharp(self) -> bool:
+        return self.entropy_B is not None or self.columns_k is not None
+
+
+@dataclass
+class Gradients:
+    x_BD: Tensor
+    keys_kD: Tensor
+    bias_k: Tensor | None
+
+
+def unmix(
+    x_BD: Tensor,
+    keys: Keys,
+    values_kD: Tensor,
+    mixed: Mixed,
+    up: Upstream,
+    temperature: float,
+    sharper: float,
+    budget: int,
+) -> Gradients:
+    """Gradients of x (this rank's share over its rows), of the keys and of the bias."""
+    out = Gradients(
+        torch.zeros_like(x_BD),
+        torch.zeros_like(keys.keys_kD),
+        None if keys.bias_k is None else torch.zeros_like(keys.bias_k),
+    )
+    in_blocks = up.sharp and mixed.sharp_few is None
+    # The factor 1 / T of dl goes into what is small: tokens, not blocks.
+    g_BD = None if up.mean_BD is None else up.mean_BD / temperature
+    shift_B = None if up.shift_B is None else up.shift_B / temperature
+    if shift_B is not None or in_blocks:
+        spare, buffer = scan.Buffer(), scan.Buffer()
+        for tokens, rows in mixed.dense:
+            l_br = scan.scores(x_BD[tokens], keys, rows, buffer, mixed.scale)
+            dq_br = _sharp_block(l_br, up, tokens, rows, sharper, sharper / temperature) if in_blocks else None
+            dl_br = _soft_block(l_br, g_BD, shift_B, values_kD[rows], up.lse_B, tokens, spare)
+            dl_br = dq_br if dl_br is None else dl_br if dq_br is None else dl_br.add_(dq_br)
+            assert dl_br is not None
+            out.x_BD[tokens].addmm_(dl_br, keys.keys_kD[rows])
+            out.keys_kD[rows].addmm_(dl_br.t(), x_BD[tokens])
+            if out.bias_k is not None:
+                out.bias_k[rows] += dl_br.sum(0)
+        if shift_B is not None and mixed.few is not None:
+            few = mixed.few
+            p_P = torch.exp2(few.score_P * mixed.scale - up.lse_B[few.token_P])
+            u_P = 0.0 if g_BD is None else few.dot(g_BD, values_kD)
+            _add_pairs(out, x_BD, keys, few, p_P * (u_P - shift_B[few.token_P]))
+    if up.sharp and mixed.sharp_few is not None:
+        _add_pairs(out, x_BD, keys, mixed.sharp_few, _sharp_pairs(mixed, up, sharper, sharper / temperature))
+    return out
+
+
+def _add_pairs(out: Gradients, x_BD: Tensor, keys: Keys, at: Pairs, dl_P: Tensor) -> None:
+    out.x_BD += at.mean(dl_P, keys.keys_kD)
+    at.add_outer(dl_P, x_BD, out.keys_kD)
+    if out.bias_k is not None:
+        out.bias_k += at.columns(dl_P, len(out.bias_k))
+
+
+def _soft_block(
+    l_br: Tensor,
+    g_BD: Tensor | None,
+    shift_B: Tensor | None,
+    values_rD: Tensor,
+    lse_B: Tensor,
+    tokens: slice,
+    spare: scan.Buffer,
+) -> Tensor | None:
+    """p o (g . value - shift), which takes the place of the logits or of the spare buffer; None without a shift."""
+    if shift_B is None:
+        return None
+    p_br = exp2_(l_br.sub_(lse_B[tokens, None]))
+    if g_BD is None:
+        return p_br.mul_(-shift_B[tokens, None])
+    u_br = torch.mm(g_BD[tokens], values_rD.t(), out=spare.view(l_br, *l_br.shape))
+    return u_br.sub_(shift_B[tokens, None]).mul_(p_br)
+
+
+def _sharp_block(l_br: Tensor, up: Upstream, tokens: slice, rows: slice, sharper: float, factor: float) -> Tensor:
+    """factor * q o (columns - columns_mean - g_H (log q + H)) of a dense block; the logits are left as they are."""
+    assert up.sharp_lse_B is not None
+    logq_br = l_br * sharper - up.sharp_lse_B[tokens, None]
+    q_br = exp2_(logq_br.clone())
+    if up.entropy_B is None:
+        dq_br = logq_br.zero_()
+    else:
+        assert up.entropy_value_B is not None
+        dq_br = logq_br.mul_(math.log(2.0)).add_(up.entropy_value_B[tokens, None]).mul_(-up.entropy_B[tokens, None])
+    if up.columns_k is not None:
+        assert up.columns_mean_B is not None
+        dq_br += up.columns_k[rows]
+        dq_br -= up.columns_mean_B[tokens, None]
+    return dq_br.mul_(q_br).mul_(factor)
+
+
+def _sharp_pairs(mixed: Mixed, up: Upstream, sharper: float, factor: float) -> Tensor:
+    """The same for pairs."""
+    at = mixed.sharp_few
+    assert at is not None
+    assert up.sharp_lse_B is not None
+    logq_P = at.score_P * (mixed.scale * sharper) - up.sharp_lse_B[at.token_P]
+    dq_P = torch.zeros_like(logq_P)
+    if up.entropy_B is not None:
+        assert up.entropy_value_B is not None
+        nats_P = logq_P * math.log(2.0) + up.entropy_value_B[at.token_P]
+        dq_P -= up.entropy_B[at.token_P] * nats_P
+    if up.columns_k is not None:
+        assert up.columns_mean_B is not None
+        dq_P += up.columns_k[at.row_P] - up.columns_mean_B[at.token_P]
+    return dq_P * torch.exp2(logq_P) * factor
