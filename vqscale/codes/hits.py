@@ -76,15 +76,21 @@ class Usage(nn.Module):
 
     @torch.no_grad()
     def observe(self, ids_N: Tensor) -> dict[str, Tensor]:
-        """Count the tokens of one forward pass, in training mode for the window; returns what there is to say."""
-        if self.window is None or not (self.driven and self.training):
+        """Count the tokens of one forward pass, in training mode for the window; returns what there is to say.
+
+        Nothing where tally.statistics is off.
+        """
+        windowed = self.window is not None and self.driven and self.training
+        if not windowed and not tally.statistics.on:
+            return {}
+        if self.window is None or not windowed:
             hits = Hits(self.num_codes, self.mesh)
             hits.add(ids_N)
             return hits.usage()
         counts_k = tally.counts(ids_N, self.window.layout, self.mesh)
         self._counts_k = counts_k if self._counts_k is None else self._counts_k + counts_k
         self._tokens += len(ids_N) * self.mesh.world.size
-        return self.window.usage()
+        return self.window.usage() if tally.statistics.on else {}
 
     def update(self, stepped: bool = True) -> None:
         """After an optimiser step; one that was skipped leaves no trace."""

@@ -6,12 +6,27 @@ count is over all tokens of all ranks, and lies where the row lies. Nothing here
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from vqscale.codes.rows import Rows, Table
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
+
+
+@dataclass
+class Statistics:
+    """Whether statistics for the eye are made: their passes over rows and all-reduces are for steps that log.
+
+    The same on all ranks, always. On unless a training loop switches it off; counting goes on either way.
+    """
+
+    on: bool = True
+
+
+statistics = Statistics()
 
 
 @torch.no_grad()

@@ -68,14 +68,18 @@ class Upkeep(nn.Module):
         return self.driven and self.config.init == "data" and int(self.steps) < self.config.warmup_steps
 
     @torch.no_grad()
-    def observe(self, x_ND: Tensor, ids_N: Tensor) -> None:
-        """Count the tokens of one forward pass; several may come before an `update` (accumulation)."""
+    def observe(self, x_ND: Tensor, ids_N: Tensor) -> Tensor | None:
+        """Count the tokens of one forward pass; several may come before an `update` (accumulation).
+
+        Returns the counts of these tokens, of all ranks, for the rows here; None where nobody drives.
+        """
         if not self.driven:
-            return
+            return None
         counts_k = tally.counts(ids_N, self.window.layout, self.mesh)
         self._counts_k = counts_k if self._counts_k is None else self._counts_k + counts_k
         self._latest_ND = x_ND.detach()
         self._tokens += len(x_ND) * self.mesh.world.size
+        return counts_k
 
     @torch.no_grad()
     def update(self, stepped: bool = True) -> Tensor:

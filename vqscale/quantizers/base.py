@@ -22,7 +22,8 @@ Renewed = tuple[nn.Parameter, Tensor]
 class Quantized:
     """z_ND goes to the decoder; `losses` are weighted, training adds their sum; `stats` are for the eye.
 
-    Losses are means over the tokens of this rank, or the same number on all ranks; stats likewise.
+    Losses are means over the tokens of this rank, or the same number on all ranks; stats likewise, those that cost
+    something only while `tally.statistics` is on.
     """
 
     z_ND: Tensor
@@ -122,8 +123,11 @@ def table_stats(
 ) -> dict[str, Tensor]:
     """usage, perplexity, dead (over all K; of the window in a driven training, else of these tokens), mean norms.
 
-    `norm_k` are the norms of codes that are not the rows. Two all-reduces of four numbers in all on the code axis.
+    `norm_k` are the norms of codes that are not the rows. Two all-reduces of four numbers in all on the code axis;
+    nothing at all where tally.statistics is off.
     """
+    if not tally.statistics.on:
+        return {}
     with torch.no_grad():
         if training and upkeep.driven:
             stats = upkeep.window.usage()

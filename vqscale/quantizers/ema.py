@@ -17,7 +17,7 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Renewed, TableQuantizer, full
+from vqscale.quantizers.base import Quantized, Renewed, TableQuantizer, full, table_stats
 from vqscale.quantizers.config import EMAConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 
@@ -43,18 +43,21 @@ class EMA(TableQuantizer):
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
         ids_N, _ = self.codebook.nearest(x_ND)
-        stats = self.watch(x_ND, ids_N)
+        seen_k = self.upkeep.observe(x_ND, ids_N) if self.training else None
+        stats = table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training)
         stats["saturation"] = x_ND.new_ones(())
         if self.passing:
             return Quantized(x_ND, ids_N, {}, stats)
         if self.training:
-            self._count(x_ND.detach(), ids_N)
+            self._count(x_ND.detach(), ids_N, seen_k)
         c_ND = self.codebook.lookup(ids_N)
         losses = {"commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND)}
         return Quantized(ESTIMATORS[self.config.gradient](x_ND, c_ND), ids_N, losses, stats)
 
-    def _count(self, x_ND: Tensor, ids_N: Tensor) -> None:
-        counts_k = tally.counts(ids_N, self.codebook.layout, self.mesh).to(x_ND.dtype)
+    def _count(self, x_ND: Tensor, ids_N: Tensor, seen_k: Tensor | None) -> None:
+        """Add these tokens to the counts and sums since the last step; `seen_k` are their counts, if known."""
+        seen_k = tally.counts(ids_N, self.codebook.layout, self.mesh) if seen_k is None else seen_k
+        counts_k = seen_k.to(x_ND.dtype)
         sums_kD = tally.sums(ids_N, x_ND, self.codebook.layout, self.mesh)
         old = self._new or (torch.zeros_like(counts_k), torch.zeros_like(sums_kD))
         self._new = (old[0] + counts_k, old[1] + sums_kD)

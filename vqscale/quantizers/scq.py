@@ -49,7 +49,7 @@ class SCQ(TableQuantizer):
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
         z_ND, shape, residual_N = self._combine(x_ND)
-        stats = self.watch(x_ND, shape.ids_N) | self._stats(shape, residual_N)
+        stats = self.watch(x_ND, shape.ids_N) | (self._stats(shape, residual_N) if tally.statistics.on else {})
         if self.passing:
             return Quantized(x_ND, shape.ids_N, {}, stats)
         losses = {"quantization": self.config.quantization_weight * F.mse_loss(z_ND, x_ND)}

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vqscale.codes import tally
 from vqscale.codes.rows import Rows, Table
 from vqscale.metrics.board import Board
 from vqscale.metrics.progress import Progress
@@ -29,7 +30,10 @@ T = TypeVar("T")
 
 
 class Watch:
-    """Where the time of steps goes: the whole, waiting for data, the code axis. The clock runs on logged steps only."""
+    """Where the time of steps goes: the whole, waiting for data, the code axis.
+
+    The clock runs, and statistics of codes are made, on logged steps only.
+    """
 
     def __init__(self) -> None:
         self._began = 0.0
@@ -38,7 +42,7 @@ class Watch:
         self.shares: list[float] = []
 
     def begin(self, log: bool) -> None:
-        clock.on = log
+        clock.on = tally.statistics.on = log
         self._began = time.perf_counter()
 
     def end(self, waited: float) -> None:
@@ -48,7 +52,7 @@ class Watch:
             codes = clock.take().get("codes", 0.0)
             self._logged = {"step_s": seconds, "code_axis_share": codes / max(seconds - waited, 1e-9)}
             self.shares.append(self._logged["code_axis_share"])
-        clock.on = False
+        clock.on, tally.statistics.on = False, True
 
     def logged(self) -> dict[str, float]:
         return self._logged
