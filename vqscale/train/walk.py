@@ -1,0 +1,139 @@
+"""What code does, counted and not timed: operations and bytes of every kernel of a forward and backward pass.
+
+Two walks. `network`: encoder and decoder on the meta device, one image, exact operations of products and convolutions
+and the bytes that all kernels read and write. `code_axis`: one small block of a real quantizer on the CPU, in units of
+tokens x codes, so that the cost model (cost.py) follows the code and cannot be older than it. Nothing here is a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from vqscale import quantizers
+from vqscale.nets.config import ConvConfig
+from vqscale.nets.conv import Decoder, Encoder
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel: operations of its products (0 for everything that is none), elements of each tensor in and out."""
+
+    name: str
+    operations: int
+    sizes: tuple[int, ...]  # bytes of every tensor that is read or written
+
+
+NOTHING = ("_unsafe_view", "empty", "empty_like", "new_empty", "new_empty_strided")
+
+
+class Walk(TorchDispatchMode):
+    """Records the kernels that run inside the block, those of backward passes included. Views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view and func._opname not in NOTHING:
+            # An operation in place (addmm_) does what its twin does, and only the twin is registered.
+            count = flop_registry.get(getattr(torch.ops.aten, func._opname.rstrip("_"), None))
+            operations = count(*args, **kwargs, out_val=out) if count else 0
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.kernels.append(Kernel(func._opname, operations, tuple(x.numel() * x.element_size() for x in tensors)))
+        return out
+
+    @property
+    def operations(self) -> int:
+        return sum(kernel.operations for kernel in self.kernels)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Encoder and decoder on one image: what an optimiser step's forward and backward pass do."""
+
+    forward: int
+    """operations of products and convolutions, a multiplication and an addition being two"""
+    backward: int
+    kernels: tuple[Kernel, ...]
+    """all of both passes, float32"""
+    parameters: int
+    tokens: int
+    """per image"""
+
+
+def network(config: ConvConfig, size: int, dim: int) -> Network:
+    """Walk the network of a tokenizer with latents of `dim` on one image of size x size pixels, on the meta device.
+
+    The two 1x1 convolutions around the quantizer count; losses on images do not.
+    """
+    side = size // config.stride
+    with torch.device("meta"):
+        encoder, decoder = Encoder(config), Decoder(config)
+        around = torch.nn.Conv2d(config.z_channels, dim, 1), torch.nn.Conv2d(dim, config.z_channels, 1)
+        images = torch.empty(1, config.in_channels, size, size)
+        latents = torch.empty(1, dim, side, side, requires_grad=True)
+    parts = [encoder, decoder, *around]
+    with Walk() as walk:
+        first, second = around[0](encoder(images)), decoder(around[1](latents))
+        forward = walk.operations
+        torch.autograd.backward([first, second], [torch.empty_like(first), torch.empty_like(second)])
+    return Network(
+        forward,
+        walk.operations - forward,
+        tuple(walk.kernels),
+        sum(p.numel() for part in parts for p in part.parameters()),
+        side * side,
+    )
+
+
+@dataclass(frozen=True)
+class CodeAxis:
+    """What one training step does per token and code."""
+
+    products: int
+    """matrix products of 2 N K D operations"""
+    passes: int
+    """reads and writes of a number per token and code, outside products"""
+    exponentials: int
+
+
+# Sizes that no other tensor of the pass has: what is tokens x codes is told by its number of elements.
+_TOKENS, _CODES, _DIM = 96, 160, 8
+
+
+def code_axis(settings: Mapping[str, Any]) -> CodeAxis:
+    """Count one driven training step of a quantizer with one table, given as its plain settings, in one block."""
+    small = {"num_codes": _CODES, "dim": _DIM, "revive_every": 0, "init": "normal"}
+    quantizer = quantizers.build({**settings, **small})
+    quantizer.train()
+    quantizer.begin()
+    x_ND = torch.randn(_TOKENS, _DIM, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with Walk() as walk:
+        out = quantizer(x_ND)
+        losses = torch.stack(list(out.losses.values())).sum()
+        torch.autograd.backward([out.z_ND, losses], [torch.ones_like(out.z_ND), None])
+    pairs, product = _TOKENS * _CODES, 2 * _TOKENS * _CODES * _DIM
+    return CodeAxis(
+        round(walk.operations / product),
+        sum(_passes(kernel, 4 * pairs) for kernel in walk.kernels if not kernel.operations),
+        sum(kernel.name in ("exp", "exp_") and 4 * pairs in kernel.sizes for kernel in walk.kernels),
+    )
+
+
+def _passes(kernel: Kernel, nbytes: int) -> int:
+    return sum(size == nbytes for size in kernel.sizes)
+
+
+def traffic(kernels: Iterable[Kernel]) -> int:
+    """Bytes that these kernels read and write."""
+    return sum(sum(kernel.sizes) for kernel in kernels)
