@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,18 @@ def frechet(a: Statistics, b: Statistics) -> float:
     tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2): no root of a product is taken, so covariances
     without full rank (fewer images than features) need nothing added to their diagonals and cost no digits.
     """
-    if a.dim != b.dim:
-        raise ValueError(
-            f"statistics of {a.dim} and of {b.dim} features cannot be compared: make both with the same network and "
-            "layer (2048 pooled features for FID, 2023 spatial ones for sFID)"
-        )
+    _check_dims(a.dim, b.dim, "two sets")
     crossed = torch.linalg.svdvals(_root(a.sigma_DD).T @ _root(b.sigma_DD)).sum()
     means = (a.mu_D - b.mu_D).square().sum()
     return max(float(means + a.sigma_DD.trace() + b.sigma_DD.trace() - 2 * crossed), 0.0)
+
+
+def _check_dims(dim: int, other: int, what: str) -> None:
+    if dim != other:
+        raise ValueError(
+            f"{what}: statistics of {dim} and of {other} features cannot be compared: make both with the same network "
+            "and layer (2048 pooled features for FID, 2023 spatial ones for sFID)"
+        )
 
 
 def _root(sigma_DD: Tensor) -> Tensor:
@@ -131,10 +135,11 @@ def save(path: Path | str, pool: Statistics, spatial: Statistics | None, facts: 
     os.replace(beside, path)
 
 
-def read(path: Path | str, facts: Mapping[str, Any] | None = None) -> Reference:
+def read(path: Path | str, facts: Mapping[str, Any] | None = None, dims: Sequence[int] = ()) -> Reference:
     """The statistics in an npz of ours, of ADM or of pytorch-fid; pool is None where there are only images (arr_0).
 
-    facts: those of the network that will be compared with it; a file made by another network is refused.
+    facts and dims (pooled, spatial) are those of the network that will be compared with it: a file by other weights,
+    or of another number of features, is refused. ValueError for it and for what is no such file.
     """
     path = Path(path)
     where = "give an npz with mu and sigma, as `tools/evaluate.py statistics` writes it, or a reference batch of ADM"
@@ -158,7 +163,11 @@ def read(path: Path | str, facts: Mapping[str, Any] | None = None) -> Reference:
             f"the statistics {path} were made by the network whose weights have sha256 {theirs[:12]}..., and here it "
             f"is {ours[:12]}...: give the same weights, or make the statistics again"
         )
-    return Reference(path, pool, _pair(path, arrays, "mu_s", "sigma_s", count), images, said)
+    spatial = _pair(path, arrays, "mu_s", "sigma_s", count)
+    for found, dim in zip((pool, spatial), dims, strict=False):
+        if found is not None:
+            _check_dims(dim, found.dim, str(path))
+    return Reference(path, pool, spatial, images, said)
 
 
 def _pair(path: Path, arrays: Mapping[str, Any], mu: str, sigma: str, count: int | None) -> Statistics | None:

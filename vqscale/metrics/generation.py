@@ -8,10 +8,11 @@ there. The network is an argument. Not here: what reconstructions are measured b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +28,19 @@ PART = 5000
 NEIGHBOURS = 3
 BLOCK = 2048
 
-# uint8 images (N, 3, H, W) -> pooled features (N, D), spatial features (N, E), logits (N, C); its `facts` say
-# whether its weights are the published ones, and their sha256
-Network = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+class Network(Protocol):
+    """uint8 images (N, 3, H, W) -> pooled features (N, D), spatial features (N, E), logits (N, C).
+
+    facts: sha256 of the weights, and whether they are the `published` ones. dims: (D, E, C).
+    """
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+    @property
+    def dims(self) -> tuple[int, int, int]: ...
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
+
 
 # The names of the field are for numbers by the published weights; all others compare with nobody's.
 OTHER_NAMES = {
@@ -142,25 +153,21 @@ def describe(
         raise ValueError(
             f"{images.path} has {len(images)} images for {world.size} processes: give more images, or start fewer"
         )
-    sums: tuple[Moments, Moments, InceptionScore] | None = None
-    points = []
+    pool, spatial = (Moments(dim, mesh.device) for dim in network.dims[:2])
+    score = InceptionScore(len(images), network.dims[2], mesh.device)
+    points, since = [], time.perf_counter()
     for first, part in images.batches(batch, world.rank, world.size):
+        waited = time.perf_counter() - since
         pool_ND, spatial_NE, logits_NC = network(part.to(mesh.device))
-        if sums is None:
-            pool, spatial = (Moments(x.shape[1], mesh.device) for x in (pool_ND, spatial_NE))
-            sums = pool, spatial, InceptionScore(len(images), logits_NC.shape[1], mesh.device)
-        sums[0].add(pool_ND)
-        sums[1].add(spatial_NE)
-        sums[2].add(logits_NC, first)
+        pool.add(pool_ND)
+        spatial.add(spatial_NE)
+        score.add(logits_NC, first)
         points.append(pool_ND)
         if progress is not None:
-            progress.advance(len(part) * world.size, 0.0)
-    assert sums is not None, "every rank has an image"
-    pool, spatial, score = sums
+            progress.advance(len(part) * world.size, waited)
+        since = time.perf_counter()
     points_ND = _whole(torch.cat(points), images, mesh)
-    return Described(
-        pool.statistics(world), spatial.statistics(world), points_ND, score.value(world), getattr(network, "facts", {})
-    )
+    return Described(pool.statistics(world), spatial.statistics(world), points_ND, score.value(world), network.facts)
 
 
 def _whole(part_ND: Tensor, images: SampleFile, mesh: Mesh) -> Tensor:
@@ -180,11 +187,10 @@ def read_reference(
     A batch of ADM states mu and sigma of the whole training set, while its 10,000 images serve precision and recall. A
     file without images gives no precision and recall, one without statistics those of its images.
     """
-    facts = getattr(network, "facts", {})
-    stated = fid.read(path, facts)
+    stated = fid.read(path, network.facts, network.dims)
     if not stated.images:
         assert stated.pool is not None, "a file without statistics has images"
-        return Described(stated.pool, stated.spatial, None, None, facts)
+        return Described(stated.pool, stated.spatial, None, None, network.facts)
     seen = describe(SampleFile(path), network, mesh, batch=batch, progress=progress)
     return replace(seen, pool=stated.pool or seen.pool, spatial=stated.spatial or seen.spatial)
 

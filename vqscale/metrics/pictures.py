@@ -18,6 +18,7 @@ from vqscale.metrics.reconstruction import to_bytes
 Picture = npt.NDArray[np.uint8]
 
 _CURVE_POINTS = 2000
+_LEAST_SIDE = 128  # smaller images are shown enlarged
 
 
 def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8, scale: int = 1) -> Picture:
@@ -39,6 +40,23 @@ def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8, scale: in
         picture[index // columns, 0, :, index % columns] = x[index]
         picture[index // columns, 1, :, index % columns] = y[index]
     return picture.reshape(rows * 2 * height, columns * width, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def tiles(images: Tensor, columns: int = 8, scale: int = 1) -> Picture:
+    """uint8 (B, 3, H, W) -> one picture of rows of `columns` images."""
+    x = images.permute(0, 2, 3, 1).cpu().numpy()
+    columns = min(columns, len(x))
+    rows = -(-len(x) // columns)
+    height, width = x.shape[1:3]
+    picture = np.zeros((rows, height, columns, width, 3), dtype=np.uint8)
+    for index, image in enumerate(x):
+        picture[index // columns, :, index % columns] = image
+    return picture.reshape(rows * height, columns * width, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def scale(height: int, width: int) -> int:
+    """How many times larger images of this size are shown, so that they can be looked at."""
+    return max(1, _LEAST_SIDE // max(height, width))
 
 
 def usage(counts: npt.ArrayLike | Tensor, title: str = "", num_codes: int | None = None) -> Picture:

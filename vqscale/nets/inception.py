@@ -136,8 +136,11 @@ def _mixed_7(channels: int, pool: Literal["average", "max"]) -> Mixed:
 class Inception(nn.Module):
     """uint8 images (N, 3, H, W) -> Features, in float32 on any device: no autocast, no TF32. Always in evaluation.
 
-    `facts` says which weights these are; `published` whether numbers made with them may bear the names of the field.
+    `facts` says which weights these are, and whether they are the published ones: only numbers made with those may
+    bear the names of the field. `dims` are the numbers of features.
     """
+
+    dims = (2048, SPATIAL * 17 * 17, 1008)
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,10 +172,6 @@ class Inception(nn.Module):
         """It judges and does not learn: statistics of a batch would make an image's features depend on its peers."""
         super().train(False)
         return self
-
-    @property
-    def published(self) -> bool:
-        return bool(self.facts["published"])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:

@@ -1,0 +1,298 @@
+#!/usr/bin/env python
+"""Measure a trained tokenizer on held-out images, or generated images against a reference; plain or under torchrun.
+
+    torchrun --nproc_per_node=8 tools/evaluate.py tokenizer RUN --shards 'val-{00..49}.tar' --inception FILE.pth
+    python tools/evaluate.py statistics OUT.npz --shards 'train-{000..999}.tar' --inception FILE.pth
+    python tools/evaluate.py samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
+
+tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
+statistics   mean and covariance of Inception's features, for --reference
+samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout)
+
+Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vqscale.data.config import ImagesConfig
+
+if TYPE_CHECKING:
+    from vqscale.data.images import Stream
+    from vqscale.metrics.progress import Progress
+    from vqscale.nets.inception import Inception
+    from vqscale.parallel.mesh import Mesh
+    from vqscale.train.score import Judges
+
+WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
+ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the numbers are there; 2, with the reason on stderr, when the input is wrong."""
+    args = _parser().parse_args(argv)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        _check(args)
+        told = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples}[args.command](args)
+    except (ValueError, OSError) as error:
+        # What is wrong with the input every rank finds, and one says it; a disk may be bad on one only.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if several:
+            os._exit(2)  # no farewell to the others: they may wait for this rank, and torchrun ends them
+        return 2
+    if several:
+        from vqscale.parallel.mesh import disconnect
+
+        disconnect()
+    if told:
+        print(told)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    tokenizer = commands.add_parser("tokenizer", help="reconstructions and use of codes of a trained tokenizer")
+    tokenizer.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder")
+    tokenizer.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
+    tokenizer.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    tokenizer.add_argument("--vgg", help="vgg16-397923af.pth, for LPIPS")
+    tokenizer.add_argument("--heads", help="linear heads of LPIPS 0.1 for VGG, for LPIPS")
+    tokenizer.add_argument("--vgg-sha256", default="397923af", help=ANY)
+    tokenizer.add_argument("--reference", help="statistics that rFID compares with (default: those of the originals)")
+    tokenizer.add_argument("--save-stats", help="npz for the statistics of the originals, a later --reference")
+    statistics = commands.add_parser("statistics", help="statistics of a data set, for --reference")
+    statistics.add_argument("out", metavar="OUT.npz")
+    samples = commands.add_parser("samples", help="generated images against a reference")
+    samples.add_argument("path", metavar="SAMPLES.npz", help="uint8 N x height x width x 3 under arr_0")
+    samples.add_argument("--reference", required=True, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
+    for images in (tokenizer, statistics):
+        images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
+        images.add_argument("--image-size", type=int, default=256, help="pixels of a side (default: %(default)s)")
+        images.add_argument("--workers", type=int, default=2, help="reading processes per rank (default: %(default)s)")
+    for command in (tokenizer, statistics, samples):
+        command.add_argument(
+            "--inception", required=command is not tokenizer, help="weights of FID's Inception, a path"
+        )
+        command.add_argument("--inception-sha256", default="6726825d", help=ANY)
+        command.add_argument("--batch", type=int, default=64, help="images of all processes at once (default: 64)")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    for command in (tokenizer, samples):
+        command.add_argument("--out", help="folder for result.json and a page")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ValueError for options that do not go together, all at once, before anything is opened."""
+    wrong = []
+    if args.command == "tokenizer":
+        if bool(args.vgg) != bool(args.heads):
+            wrong.append("LPIPS takes two files, and one was given: give --vgg and --heads, or neither")
+        wrong += [
+            f"--{name} is about features of Inception, and there is no --inception: give its weights"
+            for name, value in (("reference", args.reference), ("save-stats", args.save_stats))
+            if value and not args.inception
+        ]
+        if args.reference and args.save_stats:
+            wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
+    if args.batch < 1:
+        wrong.append(f"--batch is {args.batch}: give at least 1")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _mesh(args: argparse.Namespace) -> Mesh:
+    from vqscale.parallel.mesh import Mesh, connect, world_size
+    from vqscale.train.loop import pick_device
+
+    device = connect(pick_device(args.device))
+    codes, world = getattr(args, "codes", 1), world_size()
+    if codes < 1 or world % codes:
+        raise ValueError(f"--codes {codes} does not divide the {world} processes: change --codes or --nproc_per_node")
+    return Mesh(world // codes, codes, device=device)
+
+
+def _images(args: argparse.Namespace) -> ImagesConfig:
+    from vqscale.data import images
+
+    config = ImagesConfig(shards=args.shards, image_size=args.image_size, num_workers=args.workers)
+    problems = [message for _, message in config.problems()]
+    if problems:
+        raise ValueError("; ".join(problems))
+    images.prepare(config)
+    return config
+
+
+def _inception(args: argparse.Namespace, mesh: Mesh) -> Inception:
+    from vqscale.nets.inception import load
+
+    return load(args.inception, args.inception_sha256).to(mesh.device)
+
+
+def _progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
+    from vqscale.metrics.progress import Progress
+
+    return Progress(-(-images // args.batch), rank=mesh.world.rank, stream=sys.stderr)
+
+
+def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
+    from vqscale.metrics import fid
+    from vqscale.nets import lpips
+    from vqscale.train.score import Judges
+
+    inception = reference = distance = None
+    if args.inception:
+        inception = _inception(args, mesh)
+        if args.reference:
+            reference = fid.read(args.reference, inception.facts, inception.dims)
+            if reference.pool is None:
+                raise ValueError(
+                    f"--reference {args.reference} has images and no statistics: make some with "
+                    "`tools/evaluate.py statistics`"
+                )
+    if args.vgg:
+        expected = None if args.vgg_sha256 == "any" else args.vgg_sha256
+        distance = lpips.load(args.vgg, args.heads, vgg_sha256=expected).to(mesh.device)
+    published = args.vgg_sha256.startswith("397923af")
+    return Judges(inception, distance, "lpips" if published else "distance_other_vgg", reference)
+
+
+def _tokenizer(args: argparse.Namespace) -> str:
+    config = _images(args)
+    import torch
+
+    from vqscale.data.images import Stream
+    from vqscale.metrics import fid, pictures, report
+    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.tokenizer import Tokenizer
+    from vqscale.train import score
+
+    mesh = _mesh(args)
+    judges = _judges(args, mesh)
+    stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+    tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
+    tokenizer.grid(torch.empty(1, 3, args.image_size, args.image_size, device="meta"))  # refuses sides
+    progress = _progress(stream.num_samples, args, mesh)
+    found = score.score(tokenizer, stream, mesh, judges, progress)
+    progress.close()
+    fingerprint = tokenizer.fingerprint  # collective
+    if mesh.world.rank:
+        return ""
+    of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card}
+    protocol = {
+        "reconstructions": "from ids"
+        if tokenizer.quantizer.exact_decode
+        else "through the quantizer: no id says its z",
+        "psnr, ssim": "means over images, of 8-bit values; SSIM with a Gaussian window of 11 x 11, sigma 1.5",
+        "usage": f"share of the {found.num_codes} codes that these images hit at least once",
+        "lpips": "images in [-1, 1], reconstructions clamped and not rounded" if judges.lpips else None,
+        **report.judged_by(judges.inception, PREPROCESSING),
+        "reference": _reference(args.reference) if args.reference else "the originals",
+    }
+    result = _result(found.numbers, mesh, protocol, tokenizer=of, data=_data(config, stream))
+    result["notes"] = report.notes(found.numbers, judges.inception, found.broken)
+    if found.statistics is not None and args.save_stats:
+        fid.save(
+            args.save_stats,
+            *found.statistics,
+            {**report.judged_by(judges.inception, PREPROCESSING)["inception"], **result["data"]},
+        )
+    size = pictures.scale(args.image_size, args.image_size)
+    shown = {
+        "reconstructions below their originals": pictures.grid(found.originals, found.reconstructions, scale=size),
+        "usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes),
+    }
+    return report.tell(result, args.out, f"Tokenizer {args.path}", shown)
+
+
+def _statistics(args: argparse.Namespace) -> str:
+    config = _images(args)
+    from vqscale.data.images import Stream
+    from vqscale.metrics import fid, report
+    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.train import score
+
+    mesh = _mesh(args)
+    inception = _inception(args, mesh)
+    stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+    progress = _progress(stream.num_samples, args, mesh)
+    (pool, spatial), seen = score.statistics(stream, inception, mesh, progress)
+    progress.close()
+    if mesh.world.rank:
+        return ""
+    numbers = {"images": seen.images, "broken": seen.broken, "enlarged": seen.enlarged}
+    facts = {
+        **inception.facts,
+        **_result(numbers, mesh, report.judged_by(inception, PREPROCESSING), data=_data(config, stream)),
+    }
+    fid.save(args.out, pool, spatial, facts)
+    return f"{args.out}: statistics of {seen.images} images" + "".join(
+        f"\nnote: {note}" for note in report.notes(numbers, inception, seen.told)
+    )
+
+
+def _samples(args: argparse.Namespace) -> str:
+    from vqscale.metrics import generation, pictures, report
+    from vqscale.metrics.sample_file import SampleFile
+    from vqscale.nets.inception import PREPROCESSING
+
+    images = SampleFile(args.path)
+    mesh = _mesh(args)
+    inception = _inception(args, mesh)
+    progress = _progress(len(images), args, mesh)
+    batch = max(1, args.batch // mesh.world.size)
+    reference = generation.read_reference(args.reference, inception, mesh, batch=batch)
+    samples = generation.describe(images, inception, mesh, batch=batch, progress=progress)
+    progress.close()
+    if mesh.world.rank:
+        return ""
+    numbers = {**generation.compare(samples, reference), "images": len(images)}
+    protocol = {
+        "definitions": "guided-diffusion's evaluator; Inception score of parts of 5000; distances in float64",
+        **report.judged_by(inception, PREPROCESSING),
+        "reference": _reference(args.reference),
+        "reference images": 0 if reference.points_ND is None else len(reference.points_ND),
+    }
+    result = _result(numbers, mesh, protocol, samples={"file": args.path, "sha256": _sha256(args.path)})
+    result["notes"] = report.notes(numbers, inception, [])
+    _, some = next(images.batches(16))
+    picture = pictures.tiles(some, scale=pictures.scale(*some.shape[2:]))
+    return report.tell(result, args.out, f"Samples {args.path}", {"samples, the first": picture})
+
+
+def _reference(path: str) -> dict[str, str]:
+    return {"file": path, "sha256": _sha256(path)}
+
+
+def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:
+    crop = f"short side to {config.short_side}, {config.interpolation} with antialiasing, centre crop"
+    shards = config.shards if isinstance(config.shards, str) else list(config.shards)
+    return {"shards": shards, "image_size": config.image_size, "crop": crop, "fingerprint": stream.fingerprint}
+
+
+def _result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], **what: Any) -> dict[str, Any]:
+    """What is written: numbers, what they are of, how they were measured, by which code, on how many processes."""
+    from vqscale.train import folder
+
+    code = {"commit": folder.commit(), "versions": folder.versions(), "command": " ".join(sys.argv)}
+    return {"numbers": numbers, **what, "protocol": protocol, **code, "processes": mesh.world.size}
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
