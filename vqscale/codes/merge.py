@@ -5,6 +5,9 @@ A few numbers per token and collective; nothing here knows rows. With one proces
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,9 +17,10 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which products keep the precision of their operands, whatever the caller's autocast."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type  # devices that know no autocast (meta) need nothing
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def own(x_B: Tensor, axis: Axis) -> Tensor:

@@ -6,6 +6,8 @@ count is over all tokens of all ranks, and lies where the row lies. Nothing here
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,16 @@ class Statistics:
 
 
 statistics = Statistics()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without statistics inside."""
+    before, statistics.on = statistics.on, False
+    try:
+        yield
+    finally:
+        statistics.on = before
 
 
 @torch.no_grad()

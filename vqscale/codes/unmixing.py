@@ -91,6 +91,8 @@ def unmix(
 
 
 def _add_pairs(out: Gradients, x_BD: Tensor, keys: Keys, at: Pairs, dl_P: Tensor) -> None:
+    if not len(at):  # always so on a GPU, where the rest would wait for the device
+        return
     out.x_BD += at.mean(dl_P, keys.keys_kD)
     at.add_outer(dl_P, x_BD, out.keys_kD)
     if out.bias_k is not None:

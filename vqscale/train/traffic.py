@@ -1,23 +1,25 @@
 """What a rank sends in one tokenizer training step, by operation: the arithmetic of ops.count_bytes. No torch.
 
-N tokens of D numbers per rank and micro-batch, B = N M tokens of a code
-group, k rows of this rank, P replicated parameters, W = R M ranks (data R x codes M). A gather or a scatter sends
-its part (M - 1) times, an all-reduce 2 (M - 1) / M of the whole; fp32 numbers have 4 bytes, ids and counts 8.
+N tokens of D numbers per rank and micro-batch, B = N M tokens of a code group, k rows of this rank, P replicated
+parameters, W = R M ranks (data R x codes M). A gather or a scatter sends its part (M - 1) times, an all-reduce
+2 (M - 1) / M of the whole; fp32 numbers have 4 bytes, ids and counts 8.
 
     axis    operation                            collective            bytes of the part or the whole
     codes   tokens                               gather                4 N D
             best score, best id                  all-reduce            4 B, 8 B
-            softmax: top, sum and excess         all-reduce            4 B, 8 B         ibq
-            mean rows                            scatter               4 N D            ibq
-            sharp softmax: sum and excess        all-reduce            8 B              entropy
             ids, to be counted                   gather                8 N
-            ids, to be looked up; rows back      gather, scatter       8 N, 4 N D
-            gradient of the rows looked up       gather                4 N D            ibq, vq
-            gradient of mean rows, its shift     gather                4 N D, 4 N       ibq
+            softmax: sum and excess              all-reduce            8 B              ibq
+            mean rows and chosen rows            scatter               8 N D            ibq
+            their gradients, a shift             gather                8 N D + 4 N      ibq
             gradient of the tokens               scatter               4 N D            ibq
-            entropies: their gradient; means     gather; all-reduce    4 N; 4 B         entropy
+            sharp softmax: sum and excess        all-reduce            8 B              entropy
+            gradient of the entropies            (with the gradients)  4 N              entropy
+            means of the columns' gradient       all-reduce            4 B              entropy
             entropy of the mean, its gradient    all-reduce            4, 4             entropy
+            ids, to be looked up; rows back      gather, scatter       8 N, 4 N D       vq, ema
+            gradient of the rows looked up       gather                4 N D            vq
             sums of tokens for averages          gather, gather        8 N, 4 N D       ema
+            sum of their counts                  all-reduce            4                ema; once a step
             statistics, on logged steps          all-reduce            24, 4
     data    counts                               all-reduce            8 k
             mean probability, its gradient       all-reduce            4 k, 4 k         entropy
@@ -131,24 +133,22 @@ def _codes(work: Work, grid: Grid, logged: bool) -> Iterator[Message]:
     yield message("best score", "all_reduce", 4 * all_tokens)
     yield message("best id", "all_reduce", 8 * all_tokens)
     yield message("ids, to be counted", "gather", 8 * num)
-    yield message("ids, to be looked up", "gather", 8 * num)
-    yield message("rows looked up", "scatter", vectors)
-    if work.quantizer != "ema":
-        yield message("gradient of the rows looked up", "gather", vectors)
+    if work.quantizer == "ibq":
+        yield message("softmax: sum and excess", "all_reduce", 8 * all_tokens)
+        yield message("mean rows and chosen rows", "scatter", 2 * vectors)
+        yield message("their gradients, a shift", "gather", 2 * vectors + 4 * num * (2 if work.entropy else 1))
+        yield message("gradient of the tokens", "scatter", vectors)
     else:
+        yield message("ids, to be looked up", "gather", 8 * num)
+        yield message("rows looked up", "scatter", vectors)
+    if work.quantizer == "vq":
+        yield message("gradient of the rows looked up", "gather", vectors)
+    if work.quantizer == "ema":
         yield message("ids, for sums", "gather", 8 * num)
         yield message("tokens, for sums", "gather", vectors)
         yield Message("sum of the counts", "codes", "all_reduce", 4)
-    if work.quantizer == "ibq":
-        yield message("softmax: top", "all_reduce", 4 * all_tokens)
-        yield message("softmax: sum and excess", "all_reduce", 8 * all_tokens)
-        yield message("mean rows", "scatter", vectors)
-        yield message("gradient of mean rows", "gather", vectors)
-        yield message("shift of that gradient", "gather", 4 * num)
-        yield message("gradient of the tokens", "scatter", vectors)
     if work.entropy:
         yield message("sharp softmax: sum and excess", "all_reduce", 8 * all_tokens)
-        yield message("gradient of the entropies", "gather", 4 * num)
         yield message("means of the columns' gradient", "all_reduce", 4 * all_tokens)
         yield message("entropy of the mean", "all_reduce", 4)
         yield message("its gradient", "all_reduce", 4)
