@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqscale.codes.codebook import Codebook
+    from vqscale.codes.head import Head
     from vqscale.parallel.mesh import Mesh
     from vqscale.tokenizer import Tokenizer
 
-__all__ = ["Codebook", "Mesh", "Tokenizer"]
+__all__ = ["Codebook", "Head", "Mesh", "Tokenizer"]
 
 _HOMES = {
     "Codebook": "vqscale.codes.codebook",
+    "Head": "vqscale.codes.head",
     "Mesh": "vqscale.parallel.mesh",
     "Tokenizer": "vqscale.tokenizer",
 }
