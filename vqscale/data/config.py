@@ -1,5 +1,5 @@
-"""What a source of images is asked for, without torch: the config of data/images.py, read before anything heavy is
-imported.
+"""What a source of images, or of their ids, is asked for, without torch: the configs of data/images.py and
+data/tokens.py, read before anything heavy is imported.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
 """
@@ -9,6 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+Views = Literal["center", "flip", "ten_crop"]
+VIEWS: dict[Views, tuple[str, ...]] = {
+    "center": ("center",),
+    "flip": ("center", "center mirrored"),
+    "ten_crop": tuple(
+        f"{place}{mirrored}"
+        for mirrored in ("", " mirrored")
+        for place in ("center", "top left", "top right", "bottom left", "bottom right")
+    ),
+}
+"The views of an image that an encoding writes, in their order."
 
 
 @dataclass(frozen=True)
@@ -101,4 +113,28 @@ class ImagesConfig:
             yield (
                 "cache_gb",
                 f"cache_gb is {self.cache_gb}, but a cache must hold at least the shards in use: raise cache_gb",
+            )
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """A token cache: ids of images that tools/encode.py has encoded."""
+
+    path: str
+    "folder of the cache"
+    views: Literal["all", "first"] = "all"
+    "views that training draws from, one per sample and epoch; first = the centre alone; evaluation always takes it"
+    window_shards: int = 64
+    "storage shards whose samples are shuffled together; a rank holds its part of two windows in memory; 0 = all"
+    tokenizer: str | None = None
+    "fingerprint, or how it begins, that the tokenizer of the cache must have; null = not asked for"
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, message) of all that cannot be read, as far as one can say without looking at the disk."""
+        if not self.path:
+            yield "path", "path is empty, which names no cache: give the folder that tools/encode.py wrote"
+        if self.window_shards < 0:
+            yield (
+                "window_shards",
+                f"window_shards is {self.window_shards}, but must be at least 0 (all): raise window_shards",
             )

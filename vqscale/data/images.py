@@ -8,18 +8,14 @@ communicates; the training loop sums what is broken over the ranks.
 
 from __future__ import annotations
 
-import atexit
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from multiprocessing import RawValue
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vqscale.data import pixels
 from vqscale.data.config import ImagesConfig
@@ -27,14 +23,8 @@ from vqscale.data.index import Index, build
 from vqscale.data.make import make_missing
 from vqscale.data.order import Order, Sequential
 from vqscale.data.reader import Reader
+from vqscale.data.workers import read
 from vqscale.seed import derive
-
-_ending = RawValue("b", 0)  # this process is at its end: its workers may be terminated
-
-
-@atexit.register
-def _end() -> None:
-    _ending.value = 1
 
 
 def prepare(config: ImagesConfig) -> None:
@@ -61,6 +51,7 @@ class Batch:
     valid: Tensor  # (b,) bool; false only in evaluation: past the last sample, or broken
     numbers: Tensor  # (b,) int64: sample numbers in the data set; -1 past the last
     broken: list[str]  # `shard key: reason` for each sample that was replaced (training) or left out (evaluation)
+    enlarged: int = 0  # images whose short side had fewer pixels than the resize asks for
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader where there is a GPU, so that copies to it can be asynchronous."""
@@ -79,23 +70,24 @@ class _Samples(Dataset[Batch]):
         count, size = len(numbers), self.config.image_size
         images = torch.empty(count, 3, size, size)
         labels, chosen = torch.full((count,), -1), torch.full((count,), -1)
-        valid, keys, broken = torch.zeros(count, dtype=torch.bool), [""] * count, list[str]()
+        valid, keys, broken, enlarged = torch.zeros(count, dtype=torch.bool), [""] * count, list[str](), 0
         if self.reader.fetched and numbers[0] >= 0:
             self.reader.prepare(self.order.shards_of(numbers[0]), self.order.shards_of(numbers[0], ahead=1))
         for row, number in enumerate(numbers):
             if number >= 0:
-                sample, picture = self._take(number, broken)
+                sample, picture, small = self._take(number, broken)
                 chosen[row], keys[row] = sample, self.index.key(sample)
                 labels[row] = int(self.index.samples.labels[sample])
                 if picture is not None:
                     pixels.normalise(picture, images[row].numpy())
                     valid[row] = True
+                    enlarged += small
         images[~valid] = 0.0
-        return Batch(images, labels, keys, valid, chosen, broken)
+        return Batch(images, labels, keys, valid, chosen, broken, enlarged)
 
-    def _take(self, number: int, broken: list[str]) -> tuple[int, NDArray[np.uint8] | None]:
-        """(sample number, pixels) of a position of the order, or of the next good one; in evaluation (the sample,
-        None) if it is broken.
+    def _take(self, number: int, broken: list[str]) -> tuple[int, NDArray[np.uint8] | None, bool]:
+        """(sample number, pixels, was it too small) of a position of the order, or of the next good one; in evaluation
+        the pixels are None if it is broken.
         """
         epoch, wanted = self.order[number]
         train = isinstance(self.order, Order)
@@ -104,13 +96,15 @@ class _Samples(Dataset[Batch]):
         for further in range(self.config.max_broken + 1):
             _, sample = self.order[number + further]
             try:
-                return sample, pixels.augment(pixels.decode(self.reader.read(sample)), self.config, seed)
+                image = pixels.decode(self.reader.read(sample))
+                small = min(image.size) < self.config.short_side
+                return sample, pixels.augment(image, self.config, seed), small
             except Exception as error:  # a decoder may raise anything on damaged data
                 reason = f"{self.reader.describe(sample)}: {type(error).__name__}: {error}"
             if further == 0:
                 broken.append(reason)
             if not train:
-                return wanted, None
+                return wanted, None, False
         raise BrokenData(
             f"{self.config.max_broken + 1} samples in a row are broken, the last is {reason}; "
             f"max_broken = {self.config.max_broken} allows no more: repair or leave out the shard, or raise max_broken"
@@ -159,36 +153,14 @@ class Stream:
         """Training: endless, from sample number `consumed` of the run. Evaluation: from `consumed` to the last sample,
         each once, with as many batches on every rank; what lies past the last sample has valid = False.
         """
-        closing = RawValue("b", 0)
-        workers = self.config.num_workers
-        loader: DataLoader[Any] = DataLoader(
-            self._samples,
-            batch_sampler=_Numbers(self, consumed),
-            num_workers=workers,
-            collate_fn=_same,
-            multiprocessing_context="fork" if workers else None,  # they share `closing` with this process
-            worker_init_fn=_Quiet(closing) if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # torch draws a seed from it, and otherwise from the generator of the run
-        )
+        reading = read(self._samples, _Numbers(self, consumed), self.config.num_workers, self.rank, "data.num_workers")
         news = self.damage if consumed == 0 and self.rank == 0 else []  # once, so that a sum over ranks counts it once
-        reading = iter(loader)
         try:
             for batch in reading:
                 batch.broken[:0], news = news, []
                 yield batch
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed over a batch
-            if not workers or "in DataLoader worker process" in str(error):  # raised by it, not for want of it
-                raise
-            raise RuntimeError(
-                f"rank {self.rank} lost one of its {workers} reading processes ({error}): most often for want of "
-                "memory or of /dev/shm; lower data.num_workers or the batch, or give the job more"
-            ) from error
         finally:
-            closing.value = 1
-            if workers:
-                # torch ends them when the iterator is collected, which a traceback puts off to the end of the process
-                reading._shutdown_workers()  # type: ignore[attr-defined]
+            reading.close()
 
 
 class _Numbers:
@@ -205,25 +177,3 @@ class _Numbers:
             first = start + stream.rank * part
             yield [n if end is None or n < end else -1 for n in range(first, first + part)]
             start += stream.batch
-
-
-def _same(batch: Any) -> Any:
-    return batch
-
-
-class _Quiet:
-    """A worker lives until its stream closes: signals meant for the run (Slurm sends them to all processes) must not
-    end it before.
-    """
-
-    def __init__(self, closing: Any) -> None:
-        self.closing = closing
-
-    def __call__(self, worker: int) -> None:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._terminate)
-
-    def _terminate(self, number: int, frame: Any) -> None:
-        if self.closing.value or _ending.value:
-            raise SystemExit(0)

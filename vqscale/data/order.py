@@ -61,6 +61,12 @@ class Order:
         shards, _ = self._epoch(epoch)
         return [int(shard) for shard in shards[window * self.window : (window + 1) * self.window]]
 
+    def stretch(self, number: int) -> tuple[int, int, Ints]:
+        """The window that `number` is in: (epoch, the number of its first sample, all its sample numbers in order)."""
+        epoch, position = divmod(number, len(self))
+        window, start = self._locate(epoch, position)
+        return epoch, epoch * len(self) + start, self._window(epoch, window)
+
     def _epoch(self, epoch: int) -> tuple[Ints, Ints]:
         """(permuted shards, position at which each window begins)."""
         if epoch not in self._epochs:
@@ -105,6 +111,12 @@ class Sequential:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return 0, number
+
+    def stretch(self, number: int) -> tuple[int, int, Ints]:
+        """The shard that `number` is in, as in Order: (0, the number of its first sample, its sample numbers)."""
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        begin = int(self.ends[shard - 1]) if shard else 0
+        return 0, begin, np.arange(begin, int(self.ends[shard]), dtype=np.int64)
 
     def shards_of(self, number: int, ahead: int = 0) -> list[int]:
         """The shard that `number` is in, or the one `ahead` shards later; none past the end."""

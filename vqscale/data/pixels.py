@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from vqscale.data.config import ImagesConfig
+from vqscale.data.config import ImagesConfig, Views
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _LEVELS = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
@@ -63,6 +63,24 @@ def augment(image: Image.Image, config: ImagesConfig, seed: int | None) -> NDArr
     if seed is not None and config.flip and draw.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
+
+
+def views(image: Image.Image, config: ImagesConfig, kind: Views) -> NDArray[np.uint8]:
+    """uint8 (V, S, S, 3), the V views in the order of VIEWS[kind]: squares of the image with its short side at
+    short_side, no randomness. The first is the centre, as in evaluation.
+
+    `ten_crop` is LlamaGen's (extract_codes_c2i.py): the corners are those of the largest centred square.
+    """
+    size, short = config.image_size, config.short_side
+    image = resize_short(image, short, _FILTERS[config.interpolation])
+    places = [((image.width - size) // 2, (image.height - size) // 2)]
+    if kind == "ten_crop":
+        left, top, far = (image.width - short) // 2, (image.height - short) // 2, short - size
+        places += [(left, top), (left + far, top), (left, top + far), (left + far, top + far)]
+    pixels = np.asarray(image)
+    squares = [pixels[top : top + size, left : left + size] for left, top in places]
+    mirrored = [square[:, ::-1] for square in squares] if kind != "center" else []
+    return np.stack([*squares, *mirrored])
 
 
 def normalise(picture: NDArray[np.uint8], out: NDArray[np.float32]) -> None:

@@ -1,0 +1,164 @@
+"""Encode the images of WebDataset shards into a token cache: the ids that a prior is trained on.
+
+    python tools/encode.py runs/quickstart caches/shapes --shards 'runs/shards/train-{0000..0003}.tar' --views flip
+    torchrun --nproc_per_node=8 tools/encode.py TOKENIZER OUT --shards '/data/imagenet1k-train-{0000..1023}.tar'
+
+TOKENIZER is a run folder (its newest whole checkpoint, averaged weights where there are any), one of its checkpoints,
+or an exported folder. The same command continues an interrupted encoding, on any number of processes. TERM, USR1, USR2
+or a file STOP in OUT end it with status 75; what the storage shards hold that are finished is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqscale.data.config import VIEWS, ImagesConfig
+
+if TYPE_CHECKING:
+    from vqscale.train.encode import Outcome
+
+EXPLAINED = ("RunError", "CacheError", "CheckpointError")  # by name: their modules import torch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 done, 1 failed while encoding, 2 the user's input, 75 stopped on request."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(words)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        outcome = _encode(args, words, world)
+    except BaseException as error:
+        _tell(error, rank, world)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
+        if world > 1 and status != 2:
+            os._exit(status)  # no farewell to the others: they may wait for this rank; torchrun ends them
+        return status
+    from vqscale.train.encode import summary
+    from vqscale.train.folder import EXIT_STOPPED
+
+    if rank == 0:
+        print(summary(outcome, args.out, world), flush=True)
+    return EXIT_STOPPED if outcome.state == "stopped" else 0
+
+
+def _encode(args: argparse.Namespace, words: Sequence[str], world: int) -> Outcome:
+    shards = _images(args)
+    if world % args.codes:
+        raise ValueError(
+            f"--codes {args.codes} splits the codebook over {args.codes} processes, but {world} were started: "
+            "change --codes or --nproc_per_node"
+        )
+    from vqscale.data import images
+    from vqscale.data.views import Source
+    from vqscale.parallel.mesh import Mesh, connect, disconnect
+    from vqscale.tokenizer import Tokenizer
+    from vqscale.train import encode
+    from vqscale.train.loop import pick_device
+
+    images.prepare(shards)
+    device = pick_device(args.device)
+    connect(device, args.timeout_s)
+    try:
+        mesh = Mesh(world // args.codes, args.codes, device=None if device == "cuda" else device)
+        tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
+        size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
+        source = Source(_images(args, size), args.views)
+        command = shlex.join(["python", "tools/encode.py", *words])
+        options = encode.Options(args.batch, args.max_broken, args.storage, str(args.tokenizer), command)
+        outcome = encode.encode(tokenizer, source, args.out, mesh, options)
+    except ValueError:
+        disconnect()  # all ranks are here
+        raise
+    disconnect()
+    return outcome
+
+
+def _images(args: argparse.Namespace, size: int | None = None) -> ImagesConfig:
+    """The config of the images, of which only the shards count without a size; ValueError for options that do not go
+    together.
+    """
+    config = ImagesConfig(
+        tuple(args.shards), num_workers=args.workers, index_dir=args.index_dir, cache_dir=args.cache_dir
+    )
+    problems = []
+    if size is not None:
+        resize = args.resize or (int(size * 1.1) if args.views == "ten_crop" else size)
+        config = replace(config, image_size=size, resize=resize, crop="center", interpolation=args.interpolation)
+        if args.views == "ten_crop" and resize == size:
+            problems.append(f"--resize {resize} is the size of the images: the places of ten_crop are one; raise it")
+    problems += [message for _, message in config.problems()]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
+def _trained_size(path: Path, card: Mapping[str, Any]) -> int:
+    """The size of the images that a tokenizer was trained with; ValueError where its card does not say it."""
+    size = card.get("image_size")
+    if not size:
+        raise ValueError(f"{path} does not say for images of which size it was trained: give --image-size")
+    return int(size)
+
+
+def _tell(error: BaseException, rank: int, world: int) -> None:
+    """Print why this process ends: what all find is said once, everything unexpected with its traceback."""
+    who = f"[rank {rank} of {world}] " if world > 1 else ""
+    text = f"encode: {error}" if str(error) else f"encode: {type(error).__name__}"
+    if isinstance(error, ValueError):
+        if rank == 0:
+            print(text, file=sys.stderr)
+    elif isinstance(error, OSError) or type(error).__name__ in EXPLAINED:
+        print(who + text, file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print(f"{who}interrupted", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:  # torchrun prints it below its own report
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Any = parser.add_argument
+    add("tokenizer", type=Path, metavar="TOKENIZER", help="run folder, checkpoint, or exported folder")
+    add("out", type=Path, metavar="OUT", help="folder of the cache: new, or begun by the same command")
+    add("--shards", required=True, nargs="+", help="tar shards, as in data.train.shards of a config")
+    add("--image-size", type=_count, help="pixels of a side (default: what the run was trained with)")
+    add("--resize", type=_count, help="short side before the crop (default: image size; ten_crop: 1.1 of it)")
+    add("--views", choices=list(VIEWS), default="center", help="center, + mirrored, or five places, + mirrored")
+    add("--interpolation", choices=["bicubic", "bilinear"], default="bicubic", help="of the resize")
+    add("--weights", choices=["average", "parameters"], default="average", help="of a run (default: average)")
+    add("--batch", type=_count, default=64, help="pictures (images x views) of a step and process (default: 64)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
+    add("--codes", type=_count, default=1, help="processes that a codebook is split over (default: 1)")
+    add("--workers", type=int, default=2, help="reading processes per process (default: 2)")
+    add("--max-broken", type=int, default=100, help="broken images after which it ends with an error (default: 100)")
+    add("--storage", type=_count, default=0, help="images of a storage shard, the unit that is lost by a kill")
+    add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
+    add("--index-dir", help="where the list of samples is kept, as data.train.index_dir")
+    add("--cache-dir", help="where streamed shards are kept, as data.train.cache_dir")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of things, which begins at 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

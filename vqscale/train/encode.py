@@ -1,0 +1,254 @@
+"""Encoding a data set into a token cache: every image in all its views, on any number of processes, to be continued
+after any interruption.
+
+The storage shards that the ledger lacks are dealt out in rounds, one to each rank. All ranks take equal numbers of
+steps (short batches are filled up), so a codebook that is split over them is searched together, and what is said of
+stopping and of broken images is agreed on at every step. The images of a batch do not depend on the number of
+processes. Not here: what the ids are used for, and training.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from vqscale.data import tokens_write as writing
+from vqscale.data.lock import hold
+from vqscale.data.tokens_format import Card, Entries, storage_for
+from vqscale.data.views import Source, lists
+from vqscale.metrics.progress import Progress
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.train.folder import RunError, StopRequest, commit
+from vqscale.train.loop import timed
+
+T = TypeVar("T")
+
+
+class Encodes(Protocol):
+    """What is needed of a tokenizer; on a code axis `encode` and `fingerprint` are collective."""
+
+    quantizer: Any  # num_codes, num_ids
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to encode; nothing of it but `storage` is in the files."""
+
+    batch: int = 64  # pictures (images x views) of a step and process
+    max_broken: int = 100
+    storage: int = 0  # images of a storage shard of a new cache; 0 = by the number of images
+    tokenizer_path: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `encode` did in this start."""
+
+    state: str  # "encoded", "already" (it was finished before), "stopped"
+    card: Card
+    finished: int = 0  # storage shards that are finished
+    images: int = 0  # encoded in this start, by all ranks
+    seconds: float = 0.0
+    bytes: int = 0  # of ids on the disk
+    reason: str = ""  # of stopping
+
+
+def encode(tokenizer: Encodes, source: Source, folder: Path, mesh: Mesh, options: Options) -> Outcome:
+    """Make or continue the cache in `folder` until it is sealed, or until somebody asks to stop. Collective.
+
+    ValueError for what the user has to change, RunError and CacheError for what went wrong; on all ranks. An OSError
+    (a full disk) is raised on the rank that met it.
+    """
+    wanted = _card(tokenizer, source, mesh, options)
+    card = _first(lambda: writing.check(folder, wanted), mesh)
+    if card is not None:
+        return Outcome("already", card, card.num_shards)
+    try:
+        with ExitStack() as held:
+            card, entries = _first(lambda: _begin(folder, wanted, source, held), mesh)
+            return _finish(tokenizer, source, folder, card, entries, mesh, options)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise writing.CacheError(
+            f"the disk of {folder} is full ({error.strerror}): the storage shards that are finished stand; make room, "
+            "and the same command goes on with the next"
+        ) from error
+
+
+def _finish(
+    tokenizer: Encodes, source: Source, folder: Path, card: Card, entries: Entries, mesh: Mesh, options: Options
+) -> Outcome:
+    """Write what is missing, check everything, seal."""
+    stop = StopRequest(folder, mesh)
+    began = time.perf_counter()
+    images, written = _write_missing(tokenizer, source, folder, card, entries, mesh, options, stop)
+    for lines, _ in written:
+        entries |= lines
+    facts: dict[str, Any] = {"images": images, "seconds": time.perf_counter() - began, "finished": len(entries)}
+    stop.clear()
+    if len(entries) < card.num_shards:
+        return Outcome("stopped", card, reason=next(reason for _, reason in written if reason), **facts)
+    mine = range(mesh.world.rank, card.num_shards, mesh.world.size)
+    faults = ops.gather_objects(writing.verify(folder, card, entries, mine), mesh.world)
+    every = [fault for found in faults for fault in found]
+    card = _first(lambda: writing.seal(folder, card, entries, every), mesh)
+    return Outcome("encoded", card, bytes=sum(entry["bytes"] for entry in entries.values()), **facts)
+
+
+def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> Card:
+    """The card of a new cache of these images; one black image is encoded to learn the grid."""
+    config, index = source.config, source.index
+    black = torch.full((1, 3, config.image_size, config.image_size), -1.0, device=mesh.device)
+    shape = tuple(tokenizer.encode(black).shape[1:])
+    return Card(
+        tokenizer=tokenizer.fingerprint,
+        num_codes=int(tokenizer.quantizer.num_codes),
+        num_ids=int(shape[2]) if len(shape) > 2 else 1,
+        grid=(int(shape[0]), int(shape[1])),
+        views=source.views,
+        num_images=len(index),
+        source=index.fingerprint(),
+        image_size=config.image_size,
+        short_side=config.short_side,
+        interpolation=config.interpolation,
+        storage=options.storage or storage_for(len(index)),
+        shards=config.patterns,
+        tokenizer_path=options.tokenizer_path,
+        command=options.command,
+        commit=commit(),
+        damage=tuple(index.samples.damage),
+    )
+
+
+def _begin(folder: Path, wanted: Card, source: Source, held: ExitStack) -> tuple[Card, Entries]:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not held.enter_context(hold(folder / ".lock", wait=False)):
+        raise ValueError(
+            f"another process is writing the cache in {folder}: wait until it has ended, or give another folder"
+        )
+    return writing.begin(folder, wanted, source.index)
+
+
+def _write_missing(
+    tokenizer: Encodes,
+    source: Source,
+    folder: Path,
+    card: Card,
+    entries: Entries,
+    mesh: Mesh,
+    options: Options,
+    stop: StopRequest,
+) -> tuple[int, list[tuple[Entries, str]]]:
+    """Encode what the ledger lacks; (images encoded by all ranks, of each rank the ledger lines that it wrote and why
+    it was asked to stop).
+    """
+    rank, world = mesh.world.rank, mesh.world.size
+    missing = [shard for shard in range(card.num_shards) if shard not in entries]
+    rounds = -(-len(missing) // world)
+    mine = [*missing[rank::world], None][:rounds] if rounds else []
+    size = min(card.storage, max(1, options.batch // len(card.views)))  # images of a step
+    steps = -(-card.storage // size)
+    spans = [None if shard is None else card.span(shard) for shard in mine]
+    batches = timed(source.batches(lists(spans, card.storage, size), rank))
+    writer = writing.Writer(folder, card, rank)
+    progress = Progress(rounds * steps, rank=rank)
+    progress.say(
+        f"{card.num_images - sum(len(card.span(shard)) for shard in missing)} of {card.num_images} images are encoded"
+        f" already; {len(card.views)} views each, {len(missing)} storage shards to go on {world} processes"
+    )
+    broken_before = len(card.damage) + sum(len(entry["broken"]) for entry in entries.values())
+    images = total_broken = 0
+    for shard in mine:
+        ids, broken = writer.empty(), list[writing.Broken]()
+        for step in range(steps):
+            batch, waited = next(batches)
+            rows = step * size + batch.valid.nonzero().flatten()
+            if len(rows) or mesh.codes.size > 1:
+                found = tokenizer.encode(batch.images.flatten(0, 1).to(mesh.device, non_blocking=True)).cpu()
+                found = found.view(size, len(card.views), *card.ids_shape)
+                ids[rows.numpy()] = found[batch.valid].numpy()
+            broken += batch.broken
+            wants, met, done = _agree(mesh, stop.here(), len(batch.broken), len(rows))
+            images, total_broken = images + done, total_broken + met
+            progress.advance(done, waited)
+            _check_broken(total_broken + broken_before, broken, card, options)
+            if wants:
+                batches.close()
+                progress.close()
+                return images, ops.gather_objects((writer.entries, stop.reason), mesh.world)
+        if shard is not None:
+            writer.write(shard, ids, broken)
+    batches.close()
+    progress.close()
+    return images, ops.gather_objects((writer.entries, ""), mesh.world)
+
+
+def _agree(mesh: Mesh, stop: bool, broken: int, images: int) -> tuple[bool, int, int]:
+    """(does any rank want to stop, broken images, encoded images) of a step of all ranks."""
+    here = torch.tensor([float(stop), float(broken), float(images)], device=mesh.device)
+    wants, met, done = ops.sum_over(here, mesh.world).tolist()
+    return wants > 0, int(met), int(done)
+
+
+def _check_broken(total: int, here: list[writing.Broken], card: Card, options: Options) -> None:
+    if total > options.max_broken:
+        lines = [*card.damage[-3:], *(f"{key}: {reason}" for _, key, reason in here[-5:])]
+        raise RunError(
+            f"{total} images or shards are broken, --max-broken is {options.max_broken}: repair or leave out the "
+            "shards, or raise --max-broken; what is finished stands. Met here:"
+            + "".join(f"\n  {line}" for line in lines or ["none"])
+        )
+
+
+def _first(work: Callable[[], T], mesh: Mesh) -> T:
+    """What work() gives on rank 0, or raises there, on all ranks."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if mesh.world.rank == 0:
+        try:
+            outcome = (work(), None)
+        except (ValueError, OSError, writing.CacheError) as raised:
+            outcome = (None, raised)
+    result, error = ops.gather_objects(outcome, mesh.world)[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def summary(outcome: Outcome, folder: Path, world: int) -> str:
+    """The closing line."""
+    card = outcome.card
+    if outcome.state == "stopped":
+        return (
+            f"stopped by {outcome.reason}: {outcome.finished} of {card.num_shards} storage shards of {folder} are "
+            "finished; the same command goes on, on any number of processes"
+        )
+    views, (h, w) = len(card.views), card.grid
+    ids = (card.num_images - len(card.broken)) * views * h * w * card.num_ids
+    what = (
+        f"{card.num_images} images x {views} views x {h} x {w}{f' x {card.num_ids}' if card.num_ids > 1 else ''} ids "
+        f"of {card.num_codes} codes"
+    )
+    left_out = f"; {len(card.broken)} broken images are left out, see {folder}/card.json" if card.broken else ""
+    if outcome.state == "already":
+        return f"{folder} is finished already: {what}{left_out}"
+    rate = outcome.images / max(outcome.seconds, 1e-9)
+    return (
+        f"encoded {what} in {folder}; {outcome.images} images in {outcome.seconds:.1f} s with {world} processes, "
+        f"{rate:.1f} images/s, {outcome.bytes / max(ids, 1):.2f} bytes per id{left_out}"
+    )
