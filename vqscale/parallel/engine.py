@@ -56,6 +56,12 @@ class Dense(Protocol):
     def read(self) -> dict[str, Tensor]: ...
     def write(self, tensors: dict[str, Tensor], steps: int) -> None: ...
 
+    # The live values of what learns, for averages of weights: each rank may hold a part of each parameter.
+    def parts(self) -> dict[str, Tensor]: ...
+    def join(self, name: str, part: Tensor) -> Tensor: ...
+    def split(self, name: str, whole: Tensor) -> Tensor: ...
+    def put(self, name: str, whole: Tensor) -> None: ...
+
 
 def _dense(module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> Dense:
     if config.name == "torch":
@@ -70,7 +76,7 @@ class Engine:
 
     Making one is collective. All ranks start from rank 0's parameters and buffers, and from the first replica's rows.
     For every micro-batch: call the engine, `backward`, `step`; `module` stays usable for everything but a forward pass
-    that is trained through at stage 3.
+    that is trained through at stage 3. `dense` holds the parameters of `module`.
     """
 
     def __init__(
@@ -96,7 +102,7 @@ class Engine:
             group = {"params": list(self._learned.values()), "weight_decay": 0.0}
             self._rows_adam = adamw.AdamW([group], optim)
             self._rows_adam.prepare(self._learned.values())
-        self._dense = _dense(module, config, optim, mesh)
+        self.dense = _dense(module, config, optim, mesh)
         self._micro = self._boundaries = self._skipped = self._skipped_in_a_row = 0
 
     @property
@@ -119,11 +125,11 @@ class Engine:
 
     def __call__(self, *args: Any) -> Any:
         with self.autocast():
-            return self._dense.forward(*args)
+            return self.dense.forward(*args)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a mean over this rank's tokens, divided by the number of micro-batches."""
-        self._dense.backward(loss / self._config.accumulation)
+        self.dense.backward(loss / self._config.accumulation)
 
     def step(self) -> StepReport:
         """End a micro-batch; with the last one of a step, average, clip and step. Collective, the same on all ranks.
@@ -133,16 +139,16 @@ class Engine:
         lr = self.lr
         self._micro += 1
         if self._micro < self._config.accumulation:
-            self._dense.advance()
+            self.dense.advance()
             return StepReport(False, False, 0.0, lr)
         self._micro = 0
-        dense, rows = self._dense.gradients(), self._rows_gradients()
+        dense, rows = self.dense.gradients(), self._rows_gradients()
         norm = self._norm(dense, rows)
         finite = math.isfinite(norm)
         if finite and 0 < self._config.clip_norm < norm:
             for gradient in dense + rows:
                 gradient.mul_(self._config.clip_norm / norm)
-        self._dense.apply(lr, skip=not finite)
+        self.dense.apply(lr, skip=not finite)
         if self._rows_adam is not None and finite:
             self._rows_adam.set_rate(lr * self._optim.rows_lr_factor)
             self._rows_adam.step()
@@ -166,7 +172,7 @@ class Engine:
 
         In float64, where the square of a finite float32 stays finite and the order of summing does not show.
         """
-        parts = dense if not self._dense.whole or self.mesh.world.rank == 0 else []
+        parts = dense if not self.dense.whole or self.mesh.world.rank == 0 else []
         parts = parts + rows if self.mesh.data.rank == 0 else parts
         square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if parts:
@@ -197,7 +203,7 @@ class Engine:
         The same whatever the engine, the stage and the world; rows are this rank's slices. Between steps only.
         """
         assert self._micro == 0, f"{self._micro} micro-batches of a step are under way"
-        live = {**self._dense.read(), **{f"buffer/{name}": buffer for name, buffer in self._buffers.named()}}
+        live = {**self.dense.read(), **{f"buffer/{name}": buffer for name, buffer in self._buffers.named()}}
         replicated = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
         rows = {name: tensor.to("cpu", copy=True) for name, tensor in self._rows_tensors().items()}
         facts = {"boundaries": self._boundaries, "skipped": self._skipped, "in_a_row": self._skipped_in_a_row}
@@ -206,14 +212,14 @@ class Engine:
     @torch.no_grad()
     def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from what `state` gave, on this or any other engine, stage and world. Collective."""
-        mine, buffers = self._dense.read(), dict(self._buffers.named())
+        mine, buffers = self.dense.read(), dict(self._buffers.named())
         wanted = {**mine, **{f"buffer/{name}": buffer for name, buffer in buffers.items()}}
         _check(wanted, replicated, "replicated tensors")
         _check(self._rows_tensors(), rows, "rows")
         self._boundaries, self._skipped = int(facts["boundaries"]), int(facts["skipped"])
         self._skipped_in_a_row = int(facts["in_a_row"])
         steps = self._boundaries - self._skipped
-        self._dense.write({name: replicated[name] for name in mine}, steps)
+        self.dense.write({name: replicated[name] for name in mine}, steps)
         for name, buffer in buffers.items():
             buffer.copy_(replicated[f"buffer/{name}"])
         for name, tensor in self._rows_tensors().items():

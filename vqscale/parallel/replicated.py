@@ -68,6 +68,24 @@ class Replicated:
         """Take over what `read` gave, here or anywhere, after `steps` steps."""
         write_whole(self._module, self._parameters, self._adam, tensors, steps)
 
+    def parts(self) -> dict[str, Tensor]:
+        """The live values of what learns, as far as this rank holds them: here all. To be read, not changed."""
+        return {name: p.detach() for name, p in self._parameters.items()}
+
+    def join(self, name: str, part: Tensor) -> Tensor:
+        """The whole of what has the form of a part. Collective where parts are not whole."""
+        return part
+
+    def split(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a whole."""
+        return whole
+
+    @torch.no_grad()
+    def put(self, name: str, whole: Tensor) -> None:
+        """Other values for a parameter, to compute with until the next `put`; the optimiser does not see them, so that
+        the values it left must be back before the next step. Collective where parts are not whole."""
+        self._parameters[name].copy_(whole)
+
 
 def read_whole(module: nn.Module, trainable: dict[str, nn.Parameter], adam: adamw.AdamW | None) -> dict[str, Tensor]:
     """`read` where every rank holds whole parameters and moments."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqscale.parallel import adamw
+from vqscale.parallel import adamw, ops
 from vqscale.parallel.config import EngineConfig, OptimConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.replicated import read_whole, write_whole
@@ -92,7 +92,7 @@ class Zero:
     """
 
     def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
-        self._module, self._stage = module, config.zero_stage
+        self._module, self._stage, self._world = module, config.zero_stage, mesh.world
         self.whole = config.zero_stage == 0
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self._parameters:
@@ -179,6 +179,32 @@ class Zero:
                 put_moment(p, tensors[f"{key}/{name}"].to(p.device), key)
         self._adam.set_steps(steps)
 
+    def parts(self) -> dict[str, Tensor]:
+        """See replicated.py. At stage 3 a part is a share of the flattened parameter, the last one padded."""
+        live: dict[str, Any] = dict(self._parameters)
+        return {name: (p if self._stage < 3 else p.ds_tensor).detach() for name, p in live.items()}
+
+    def join(self, name: str, part: Tensor) -> Tensor:
+        if self._stage < 3:
+            return part
+        p: Any = self._parameters[name]
+        return ops.gather(part, self._world)[: p.ds_numel].view(p.ds_shape)
+
+    def split(self, name: str, whole: Tensor) -> Tensor:
+        return whole if self._stage < 3 else self._partition(self._parameters[name], whole)
+
+    @torch.no_grad()
+    def put(self, name: str, whole: Tensor) -> None:
+        p = self._parameters[name]
+        with self._whole(p, write=True):
+            p.copy_(whole)
+
+    def _partition(self, p: Any, value: Tensor) -> Tensor:
+        """Stage 3: this rank's share of the flattened value of a parameter, padded with zeros."""
+        part = p.ds_tensor.numel()
+        flat = torch.nn.functional.pad(value.flatten(), (0, part * self._world.size - value.numel()))
+        return flat[part * self._world.rank :][:part]
+
     def _whole(self, p: nn.Parameter, write: bool = False) -> AbstractContextManager[Any]:
         """The whole parameter inside the block; at stage 3 it is gathered, and with `write` rank 0's is kept."""
         if self._stage < 3:
@@ -190,9 +216,7 @@ class Zero:
 
     def _put_partition(self, p: Any, value: Tensor, key: str | None = None) -> None:
         """Stage 3: this rank's part of the fp32 parameter or a moment. DeepSpeed's own setter fails on padded parts."""
-        part = p.ds_tensor.numel()
-        flat = torch.nn.functional.pad(value.flatten(), (0, part * dist.get_world_size() - value.numel()))
-        mine = flat[part * dist.get_rank() :][:part]
+        mine = self._partition(p, value)
         if key is None:
             self._deepspeed.utils.safe_set_local_fp32_param(p, mine)
         else:

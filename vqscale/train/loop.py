@@ -7,10 +7,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -144,22 +144,48 @@ class Done:
         return replace(self, step=step, consumed=self.consumed + images, broken=self.broken + broken)
 
 
-def save(place: Path, done: Done, engine: Engine, tables: Mapping[str, Table], mesh: Mesh, keep: int) -> Path:
+class Kept(Protocol):
+    """State beside the engine's that belongs into the checkpoints of a run, all of it under NAME/."""
+
+    name: str
+
+    def row_names(self) -> list[str]: ...
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]: ...
+    def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None: ...
+
+
+def save(
+    place: Path,
+    done: Done,
+    engine: Engine,
+    tables: Mapping[str, Table],
+    mesh: Mesh,
+    keep: int,
+    more: Sequence[Kept] = (),
+) -> Path:
     """Write a checkpoint of everything under place/checkpoints; collective."""
     replicated, rows, engine_facts = engine.state()
     rows = {**rows, **table_rows(tables, learned=False)}
+    facts = {"done": asdict(done), "engine": engine_facts}
+    for kept in more:
+        its_replicated, its_rows, its_facts = kept.state()
+        replicated |= {f"{kept.name}/{name}": x for name, x in its_replicated.items()}
+        rows |= {f"{kept.name}/{name}": x for name, x in its_rows.items()}
+        facts |= {kept.name: its_facts} if its_facts else {}
     return checkpoint.save(
         place / "checkpoints",
         done.step,
         replicated=replicated,
         rows={name: (x.detach().cpu(), *_place(name, tables)) for name, x in rows.items()},
-        facts={"done": asdict(done), "engine": engine_facts},
+        facts=facts,
         mesh=mesh,
         keep=keep,
     )
 
 
-def resume(place: Path, engine: Engine, tables: Mapping[str, Table], data: str, mesh: Mesh) -> tuple[Done, list[str]]:
+def resume(
+    place: Path, engine: Engine, tables: Mapping[str, Table], data: str, mesh: Mesh, more: Sequence[Kept] = ()
+) -> tuple[Done, list[str]]:
     """Go on from the newest whole checkpoint, if there is one; (how far the run is, what to say). Collective.
 
     ValueError on all ranks when the data is not what the run was trained on, or when there are checkpoints and none of
@@ -175,7 +201,7 @@ def resume(place: Path, engine: Engine, tables: Mapping[str, Table], data: str, 
         )
     if newest is None:
         return Done(data=data), [f"a new run in {place} on {mesh.world.size} processes"]
-    done = Done(**load(newest, engine, tables)["done"])
+    done = Done(**load(newest, engine, tables, more)["done"])
     if done.data != data:
         raise ValueError(
             f"the run in {place} was trained on data with fingerprint {done.data}, data.train.shards now has {data}: "
@@ -210,16 +236,26 @@ def _layout(name: str, tables: Mapping[str, Table]) -> Rows:
     return tables[name.rpartition("/")[2].rpartition(".")[0]].layout
 
 
-def load(path: Path, engine: Engine, tables: Mapping[str, Table]) -> dict[str, Any]:
+def load(path: Path, engine: Engine, tables: Mapping[str, Table], more: Sequence[Kept] = ()) -> dict[str, Any]:
     """Bring everything back from a checkpoint of any number of ranks; returns its facts."""
     others = table_rows(tables, learned=False)
     wanted = {}
-    for name in [*engine.row_names(), *others]:
+    for name in [*engine.row_names(), *others, *(f"{kept.name}/{name}" for kept in more for name in kept.row_names())]:
         layout = _layout(name, tables)
         wanted[name] = (layout.start, layout.stop, layout.num_codes)
     state = checkpoint.load(path, rows=wanted)
-    engine.load(state.replicated, {name: state.rows[name] for name in engine.row_names()}, state.facts["engine"])
+    replicated = dict(state.replicated)
+    for kept in more:
+        its_rows = {name: state.rows[f"{kept.name}/{name}"] for name in kept.row_names()}
+        kept.load(_take_under(kept.name, replicated), its_rows, state.facts.get(kept.name, {}))
+    engine.load(replicated, {name: state.rows[name] for name in engine.row_names()}, state.facts["engine"])
     with torch.no_grad():
         for name, x in others.items():
             x.copy_(state.rows[name])
     return state.facts
+
+
+def _take_under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the tensors named PREFIX/... out of a dictionary, and give them by what follows."""
+    names = [name for name in tensors if name.startswith(f"{prefix}/")]
+    return {name.removeprefix(f"{prefix}/"): tensors.pop(name) for name in names}

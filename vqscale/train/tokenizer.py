@@ -11,6 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vqscale import losses
@@ -23,8 +24,10 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.tokenizer import Tokenizer
 from vqscale.train import folder, loop
+from vqscale.train.average import Average
 from vqscale.train.config import TokenizerConfig, TokenizerRun
 from vqscale.train.evaluate import evaluate
+from vqscale.train.game import Discriminator, Perceptual
 
 
 def build(config: TokenizerConfig, mesh: Mesh, seed: int) -> Tokenizer:
@@ -45,6 +48,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     run, place = config.run, Path(config.run.folder)
 
     # settle
+    perceptual = None if config.loss.perceptual is None else Perceptual(config.loss.perceptual, mesh)
     stream, held_out = open_streams(config, mesh)
     request = folder.StopRequest(place, mesh)
 
@@ -53,10 +57,14 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     tables = set_aside(tokenizer)
     quantizer = tokenizer.quantizer
     quantizer.begin()
+    last_weight = tokenizer.decoder.get_parameter("conv_out.weight")
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
+    average = Average(engine, config.average)
+    game = None if config.loss.adversarial is None else Discriminator(config.loss.adversarial, config, mesh)
+    kept: list[loop.Kept] = [average] if game is None else [average, game]
 
     # resume: nothing is written before it is known that the run goes on
-    done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh)
+    done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, kept)
     progress = Progress(run.steps, done.step, mesh.world.rank)
     ended = loop.finished(place, done, run.steps, mesh)
     if ended:
@@ -80,17 +88,40 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             recent.extend(batch.broken)
             images = batch.images.to(mesh.device, non_blocking=True)
             recon, quantized = engine(images)
+            playing, its_values = game if game is not None and game.plays(step) else None, dict[str, Tensor]()
+
+            # the discriminator, which steps first
+            if playing:
+                with playing.learning():
+                    real, fake = playing.engine(images), playing.engine(recon.detach())
+                    its_parts = playing.losses(real, fake)
+                    playing.engine.backward(torch.stack([*its_parts.values()]).sum())
+                    playing.step(real, fake)
+                its_values = {**its_parts, "real": real.mean(), "fake": fake.mean()}  # mean answers
+
+            # the tokenizer
             distance = losses.reconstruction(images, recon, config.loss.reconstruction)
+            parts: dict[str, Tensor] = {config.loss.reconstruction: distance}
             loss = config.loss.reconstruction_weight * distance
+            if perceptual:
+                with engine.autocast():
+                    parts["lpips"] = perceptual.distance(images, recon)
+                loss = loss + perceptual.weight * parts["lpips"]
+            if playing:
+                its_values["weight"], parts["adversarial"] = playing.judge(recon, loss, last_weight)
+                loss = loss + its_values["weight"] * parts["adversarial"]
             loss = loss + config.loss.quantizer_weight * sum(quantized.losses.values())
             engine.backward(loss)
             report = engine.step()
+
             if log:
-                parts = {config.loss.reconstruction: distance, **quantized.losses}
-                values = {"loss": loss, **_under("loss", parts), **_under("codes", quantized.stats)}
+                values = {"loss": loss, **_under("loss", {**parts, **quantized.losses})}
+                values |= _under("codes", quantized.stats) | _under("discriminator", its_values)
                 loop.add_share(means, values, 1 / config.engine.accumulation)
         for parameter, rows in quantizer.update(report.stepped):
             engine.forget(parameter, rows)
+            average.forget(parameter, rows)
+        average.update(step)
         watch.end(waited)
         progress.advance(config.data.batch, waited)
 
@@ -100,15 +131,18 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         if log:
             row = loop.mean_over_ranks(means, mesh)
             row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
+            if game is not None:
+                row |= _under("discriminator", game.numbers())
             board.scalars(step, row | _under("time", progress.rates() | watch.logged()))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
         if held_out is not None and (last or step % run.eval_every == 0):
             most = 0 if last else run.eval_images
-            scores = evaluate(engine, tokenizer, held_out, mesh, most=most, board=board, step=step)
+            with average.applied():
+                scores = evaluate(engine, tokenizer, held_out, mesh, most=most, board=board, step=step)
             board.scalars(step, _under("val", scores))
             progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
         if last or stop or step % run.checkpoint_every == 0:
-            loop.save(place, done, engine, tables, mesh, run.keep)
+            loop.save(place, done, engine, tables, mesh, run.keep, kept)
         if stop and not last:
             progress.say(
                 f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on"
@@ -119,7 +153,8 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     # close
     request.clear()
     if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
-        scores = evaluate(engine, tokenizer, held_out, mesh, most=0, board=board, step=done.step)
+        with average.applied():
+            scores = evaluate(engine, tokenizer, held_out, mesh, most=0, board=board, step=done.step)
     summary: dict[str, Any] = {"num_codes": quantizer.num_codes, **scores, **watch.summary(config.data.batch)}
     summary |= {"steps": done.step, "processes": mesh.world.size, "quantizer": config.tokenizer.quantizer.name}
     folder.write_summary(place, summary, mesh)
