@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "nets": BESIDE | {"codes"},
     "tokenizer_config": GROUND | {"quantizers", "nets"},
     "export": BESIDE | {"codes", "tokenizer_config"},
+    "published": BESIDE | {"nets", "tokenizer", "tokenizer_config", "export"},
     "saved": BESIDE | {"codes", "nets", "tokenizer_config", "export"},
     "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer_config", "saved", "export"},
     "priors": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer"},
