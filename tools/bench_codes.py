@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from bench_measure import Cost
 
 TIMEOUT_S = 6 * 3600.0
+FORMS = ("ours", "released", "dense")  # and the floor
 
 ABOUT = """\
 Search (Codebook.nearest) and one IBQ training step (forward with all losses, backward to the tokens and the rows),
-each in three forms that start from the same numbers and take turns:
+each in forms that start from the same numbers and take turns:
 
-  ours    vqscale, in blocks, the rows split over the processes
-  dense   the released form in plain torch, with its one-hot products and tensors of tokens x codes; its search is one
-          product and a maximum
-  floor   the matrix products alone that the result cannot do without, as torch.mm in blocks into one buffer: the
-          table names them
+  ours      vqscale, in blocks, the rows split over the processes
+  released  the training step in plain torch as the released code lays it out: images, codes in dimension 1
+  dense     the same on tokens in rows, which is kinder: one-hot products and tensors of tokens x codes, no copies into
+            another layout; its search is one product and a maximum
+  floor     the matrix products alone that the result cannot do without, as torch.mm in blocks into one buffer: the
+            table names them
 
 seconds is the median over the repeats, of the slowest process. Peak memory is of one process and beyond its inputs;
 the gradients of tokens and rows are in it. Sent bytes are of one process and one run, as a ring sends them.
@@ -178,9 +180,11 @@ def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str
             "peak_bytes": max(peaks, default=None),
             "sent_bytes": max(cost.sent_bytes for cost in costs),
         }
-    out["dense"]["sent_bytes"] = dense_bytes(setting)[work]
+    for name in ("released", "dense"):
+        if name in out:
+            out[name]["sent_bytes"] = dense_bytes(setting)[work]
     floor = {"seconds": out["floor"]["seconds"], "products": len(PRODUCTS[work])}
-    return {"ours": out["ours"], "dense": out["dense"], "floor": floor}
+    return {**{name: out[name] for name in FORMS if name in out}, "floor": floor}
 
 
 def machine(setting: Setting) -> dict[str, Any]:
@@ -221,18 +225,19 @@ def table(report: dict[str, Any]) -> str:
         f"{'with' if config['entropy'] else 'without'} entropy; {config['processes']} x {host['threads']} threads",
         f"{host.get('gpu') or host['cpu']}, {host['cores']} cores, torch {host['torch']}, commit {report['commit']}",
         "",
-        f"{'':15}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
+        f"{'':18}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
     ]
     for work in ("step", "search"):
         floor = report[work]["floor"]["seconds"]
-        for name in ("ours", "dense", "floor"):
-            row = report[work][name]
+        for name, row in report[work].items():
             ratio = None if row["seconds"] is None else row["seconds"] / floor
             memory = [None if row.get(key) is None else row[key] / 2**20 for key in ("peak_bytes", "sent_bytes")]
             cells = _cell(row["seconds"], 10, 4), _cell(ratio, 9, 2), *(_cell(value, 11, 2) for value in memory)
-            lines.append(f"{work:8}{name:7}{''.join(cells)}")
-        lines.append(f"{'':8}dense / ours: {_ratios(report[work])}")
-        lines.append(f"{'':8}floor: {row['products']} of 2 N K D operations: {', '.join(PRODUCTS[work])}")
+            lines.append(f"{work:8}{name:10}{''.join(cells)}")
+        lines += [f"{'':8}{name} / ours: {_ratios(report[work], name)}" for name in FORMS[1:] if name in report[work]]
+        lines.append(
+            f"{'':8}floor: {report[work]['floor']['products']} of 2 N K D operations: {', '.join(PRODUCTS[work])}"
+        )
     return "\n".join(lines)
 
 
@@ -240,11 +245,11 @@ def _cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
-def _ratios(work: dict[str, dict[str, Any]]) -> str:
-    """How many times more the dense form takes."""
+def _ratios(work: dict[str, dict[str, Any]], name: str) -> str:
+    """How many times more another form takes."""
     out = []
-    for key, name in (("seconds", "time"), ("peak_bytes", "memory"), ("sent_bytes", "bytes")):
-        ours, dense = work["ours"][key], work["dense"][key]
-        if ours and dense:
-            out.append(f"{dense / ours:.2f} x the {name}")
+    for key, what in (("seconds", "time"), ("peak_bytes", "memory"), ("sent_bytes", "bytes")):
+        ours, other = work["ours"].get(key), work[name].get(key)
+        if ours and other:
+            out.append(f"{other / ours:.2f} x the {what}")
     return ", ".join(out) or "not measured"

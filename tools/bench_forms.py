@@ -1,4 +1,4 @@
-"""The forms that `bench.py codes` compares, as functions without arguments: ours, the dense form, the floor.
+"""The forms that `bench.py codes` compares, as functions without arguments: ours, the dense ones, the floor.
 
 They start from the same rows, tokens and upstream gradient, so ours and the dense form return the same numbers; the
 floor returns nothing of use: it is the matrix products alone. Nothing here measures.
@@ -29,10 +29,10 @@ ENTROPY_WEIGHT, ENTROPY_TEMPERATURE = 0.05, 0.01  # of the released configuratio
 FLOOR_BLOCK = 2048, 4096  # tokens and rows that the floor multiplies at once; no other size measured faster
 
 # What remains when one-hot products are a gather and a scatter-add, all losses share one gradient of the logits, and
-# tokens x codes is not kept from forward to backward. Blocks that do not span all codes need more: mean rows, or
-# logits again for the mean probability.
+# tokens x codes is not kept from forward to backward. The mean rows are needed because a gradient of the logits is
+# centred by g . mean: only a form that holds all codes of a token at once can do without them, and no rank does.
 PRODUCTS = {
-    "step": ("logits x C^T", "logits again in the backward pass", "g C^T", "dx = dl C", "dC = dl^T x"),
+    "step": ("logits x C^T", "mean rows p C", "logits again in the backward pass", "g C^T", "dx = dl C", "dC = dl^T x"),
     "search": ("logits x C^T",),
 }
 
@@ -76,7 +76,8 @@ def dense_memory(setting: Setting) -> dict[str, int]:
 
 
 def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
-    """{"step": {"ours", "dense", "floor"}, "search": the same}; without "dense" where the setting leaves it out."""
+    """{"step": {"ours", "released", "dense", "floor"}, "search": {"ours", "dense", "floor"}}; without the dense forms
+    of a work that the setting leaves out."""
     dtype = getattr(torch, setting.dtype)
     generator = torch.Generator().manual_seed(derive("bench", mesh.codes.rank))
     draws = torch.randn(2, setting.tokens, setting.dim, generator=generator).to(mesh.device, dtype)
@@ -87,7 +88,8 @@ def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
         rows_KD = draw(Rows(setting.codes), setting.dim, "normal", _scale(setting), seed=0)
         rows_KD = rows_KD.to(mesh.device, dtype).requires_grad_()
         both = _dense(setting, x_ND, g_ND, rows_KD)
-        forms["step"] |= {"dense": both[0]} if "step" in setting.dense else {}
+        if "step" in setting.dense:
+            forms["step"] |= {"released": _released(setting, x_ND, g_ND, rows_KD), "dense": both[0]}
         forms["search"] |= {"dense": both[1]} if "search" in setting.dense else {}
     forms["step"]["floor"], forms["search"]["floor"] = _floor(setting, mesh, dtype)
     return forms
@@ -139,6 +141,21 @@ def _dense(setting: Setting, x_ND: Tensor, g_ND: Tensor, rows_KD: Tensor) -> tup
     return step, search
 
 
+def _released(setting: Setting, x_ND: Tensor, g_ND: Tensor, rows_KD: Tensor) -> Form:
+    """The same in the layout of the released code: images of 16 x 16 tokens, or one image if they do not divide."""
+    grid = (len(x_ND) // 256, 16, 16) if len(x_ND) % 256 == 0 else (1, len(x_ND), 1)
+
+    def step() -> tuple[Tensor, ...]:
+        temperature = ENTROPY_TEMPERATURE if setting.entropy else None
+        x_BDhw = x_ND.unflatten(0, grid).permute(0, 3, 1, 2).contiguous()
+        out = dense.released_ibq(x_BDhw, rows_KD, entropy_temperature=temperature)
+        loss = out.quantization if out.entropy is None else out.quantization + ENTROPY_WEIGHT * out.entropy
+        torch.autograd.backward([out.z_ND, loss], [g_ND, None])
+        return _take_gradients(x_ND, rows_KD)
+
+    return step
+
+
 def _take_gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
     """The gradients of the leaves, which then have none: the next step allocates its own."""
     gradients = []
@@ -169,6 +186,7 @@ def _floor(setting: Setting, mesh: Mesh, dtype: torch.dtype) -> tuple[Form, Form
             x, g, c = x_bD[:i], g_bD[:i], c_rD[:j]
             logits, gradient = l_br[: i * j].view(i, j), dl_br[: i * j].view(i, j)
             torch.mm(x, c.t(), out=logits)
+            torch.mm(logits, c, out=dx_bD[:i])
             torch.mm(x, c.t(), out=logits)
             torch.mm(g, c.t(), out=gradient)
             torch.mm(gradient, c, out=dx_bD[:i])

@@ -76,7 +76,7 @@ def published_ibq(
 ) -> Published:
     """The released IBQ step: 8 products with its backward pass, about 20 bytes per token and code, 34 with entropy.
 
-    The released code has 36 of them: it also copies three of its tokens x codes tensors into another layout.
+    On tokens in rows; `released_ibq` is the same in the layout of the released code.
 
     `quantization` is the three-term loss; `entropy` is the sample entropy minus the entropy of the mean probability,
     with the two offsets of 1e-5 that the released code has.
@@ -93,3 +93,28 @@ def published_ibq(
         mean_K = q_NK.mean(0)
         entropy = -(q_NK * logq_NK).sum(1).mean() + (mean_K * (mean_K + 1e-5).log()).sum()
     return Published(z_ND, h_NK.argmax(1), loss, entropy)
+
+
+def released_ibq(
+    x_BDhw: Tensor, rows_KD: Tensor, beta: float = 0.25, entropy_temperature: float | None = None
+) -> Published:
+    """`published_ibq` as the released code lays it out: images, codes in dimension 1, three copies into another layout.
+
+    Up to 24 bytes per token and code, 36 with entropy. z and ids are in the order of tokens, row after row.
+    """
+    l_BKhw = torch.einsum("bdhw,kd->bkhw", x_BDhw, rows_KD)
+    p_BKhw = F.softmax(l_BKhw, dim=1)
+    h_BKhw = torch.zeros_like(p_BKhw).scatter_(1, p_BKhw.argmax(1, keepdim=True), 1.0)
+    u_BKhw = h_BKhw - p_BKhw.detach() + p_BKhw
+    z_BDhw = torch.einsum("bkhw,kd->bdhw", u_BKhw, rows_KD)
+    hard_BDhw = torch.einsum("bkhw,kd->bdhw", h_BKhw, rows_KD)
+    loss = F.mse_loss(z_BDhw, x_BDhw) + F.mse_loss(hard_BDhw.detach(), x_BDhw)
+    loss = loss + beta * F.mse_loss(hard_BDhw, x_BDhw.detach())
+    entropy = None
+    if entropy_temperature is not None:
+        l_NK = l_BKhw.permute(0, 2, 3, 1).flatten(0, 2)
+        q_NK = F.softmax(l_NK / entropy_temperature, dim=1)
+        logq_NK = F.log_softmax(l_NK / entropy_temperature + 1e-5, dim=1)
+        mean_K = q_NK.mean(0)
+        entropy = -(q_NK * logq_NK).sum(1).mean() + (mean_K * (mean_K + 1e-5).log()).sum()
+    return Published(z_BDhw.permute(0, 2, 3, 1).flatten(0, 2), h_BKhw.argmax(1).flatten(), loss, entropy)
