@@ -1,0 +1,159 @@
+"""Exact search by screening: a bfloat16 product bounds all scores from above, float64 decides between the few left.
+
+`scan.best` is the plain form: one product in the rows' precision. Here the ids are those of float64 arithmetic on the given
+float32 numbers, the lowest among equals, for about half the time where bfloat16 products are fast. Local arithmetic:
+nothing here talks. Rows go in parts, tokens in blocks inside a part; for one of them:
+
+    1. upper bounds of all scores, 16 rows at a time reduced to their largest (a line), 16 lines to theirs (a group)
+    2. a token none of whose groups can hold a row better than its best so far is done with this part
+    3. the best row of the most promising line is scored exactly: a better best so far
+    4. all lines whose bound reaches it: the bounds of their rows again
+    5. all rows whose bound reaches it: scored exactly; the best wins, the lowest row among equals
+
+The row that float64 prefers is never dropped: its score is at least the best so far, its bound at least its score. If too
+many lines are left for a token (equal rows, rows that bfloat16 cannot tell apart), or numbers are so large that a
+bound may overflow, the part is scored in float64 for this token instead. Memory follows the budget and is never
+tokens x rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vqscale.codes import bounds
+from vqscale.codes.bounds import LINE, Form, Keys, Queries
+
+TOKEN_BLOCK = 2048
+GROUP = 16  # lines of a group
+PRODUCT = 2**21  # bounds that are computed at once: they stay in a cache
+MOST_LINES = 1 / 64  # of the lines of a part: with more left, a product in float64 is faster
+
+
+def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
+    """The highest score (float64) of each token over the rows of this rank and the lowest row that has it.
+
+    Without rows, and for a token that is not finite, the score is -inf and the row 0. Scores of `cosine` are times
+    |x|.
+    """
+    num, dim = x_BD.shape
+    score_B = x_BD.new_full((num,), -torch.inf, dtype=torch.float64)
+    row_B = torch.zeros(num, dtype=torch.int64, device=x_BD.device)
+    tokens = [slice(first, min(first + TOKEN_BLOCK, num)) for first in range(0, num, TOKEN_BLOCK)]
+    finite_B = x_BD.isfinite().all(1)
+    for start, stop in parts(len(form.rows_kD), dim, min(num, TOKEN_BLOCK), budget):
+        keys = bounds.make_keys(form, start, stop)
+        for some in tokens:
+            _Part(form, keys, x_BD[some], finite_B[some], score_B[some], row_B[some], budget).search()
+    return score_B, row_B
+
+
+def parts(num_rows: int, dim: int, num_tokens: int, budget: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose keys and lines take half of `budget`."""
+    row_bytes = 2 * (dim + bounds.EXTRA) + 2 * num_tokens // LINE
+    step = max(1, budget // (2 * row_bytes * LINE * GROUP)) * LINE * GROUP
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+class _Part:
+    """The search of a block of tokens in a part of the rows: raises their best so far in place."""
+
+    def __init__(
+        self, form: Form, keys: Keys, x_TD: Tensor, finite_T: Tensor, score_T: Tensor, row_T: Tensor, budget: int
+    ) -> None:
+        self.form, self.keys, self.x_TD, self.budget = form, keys, x_TD, budget
+        self.score_T, self.row_T = score_T, row_T
+        self.queries = bounds.make_queries(x_TD, keys)
+        self.plain_T = finite_T & ~self.queries.fits_T
+        self.screened_T = finite_T & self.queries.fits_T
+
+    def search(self) -> None:
+        line_LT = self._lines()
+        group_GT = line_LT.view(-1, GROUP, line_LT.shape[1]).amax(1)
+        least_T = bounds.lowest_bound(self.score_T, self.queries)
+        token_A = torch.nonzero(self.screened_T & (group_GT.amax(0) >= least_T)).squeeze(1)
+        if len(token_A):
+            everybody = len(token_A) == group_GT.shape[1]
+            group_GA = group_GT if everybody else group_GT[:, token_A]
+            self._raise_one(line_LT, group_GA.argmax(0), token_A)
+            self._raise_all(line_LT, group_GA, token_A)
+        for token in torch.nonzero(self.plain_T).squeeze(1).split(TOKEN_BLOCK):
+            self._raise_plainly(token)
+
+    def _lines(self) -> Tensor:
+        """The largest bound of each line, and -inf for lines that fill up the last group."""
+        num_tokens = len(self.x_TD)
+        lines = -(-self.keys.lines // GROUP) * GROUP
+        line_LT = self.queries.wide_TE.new_empty((lines, num_tokens))
+        line_LT[self.keys.lines :] = -torch.inf
+        step = max(1, min(self.keys.lines, PRODUCT // (LINE * num_tokens)))
+        buffer_rT = line_LT.new_empty((step * LINE, num_tokens))
+        for first in range(0, self.keys.lines, step):
+            last = min(first + step, self.keys.lines)
+            u_rT = buffer_rT[: (last - first) * LINE]
+            bounds.bounds(self.keys.wide_rE[first * LINE : last * LINE], self.queries.wide_TE, u_rT)
+            torch.amax(u_rT.view(-1, LINE, num_tokens), 1, out=line_LT[first:last])
+        return line_LT
+
+    def _raise_one(self, line_LT: Tensor, group_A: Tensor, token_A: Tensor) -> None:
+        """Score the row with the highest bound of each token's most promising line."""
+        line_AG = group_A[:, None] * GROUP + torch.arange(GROUP, device=group_A.device)
+        line_A = line_AG.gather(1, line_LT[line_AG, token_A[:, None]].argmax(1, keepdim=True)).squeeze(1)
+        for some in self._chunks(len(token_A)):
+            u_PL = self._row_bounds(line_A[some], token_A[some])
+            self._raise(line_A[some] * LINE + u_PL.argmax(1), token_A[some])
+
+    def _raise_all(self, line_LT: Tensor, group_GA: Tensor, token_A: Tensor) -> None:
+        """Score every row that may be better than the best so far, or equal and lower."""
+        least_T = bounds.lowest_bound(self.score_T, self.queries)
+        group_P, at_P = torch.nonzero(group_GA >= least_T[token_A], as_tuple=True)
+        most = GROUP + int(self.keys.lines * MOST_LINES)
+        crowded_A = torch.bincount(at_P, minlength=len(token_A)) > most
+        self.plain_T[token_A[crowded_A]] = True
+        kept_P = ~crowded_A[at_P]
+        group_P, token_P = group_P[kept_P], token_A[at_P[kept_P]]
+        line_PG = group_P[:, None] * GROUP + torch.arange(GROUP, device=group_P.device)
+        pair_Q, in_group_Q = torch.nonzero(line_LT[line_PG, token_P[:, None]] >= least_T[token_P, None], as_tuple=True)
+        line_Q, token_Q = line_PG[pair_Q, in_group_Q], token_P[pair_Q]
+        for some in self._chunks(len(line_Q)):
+            token_P = token_Q[some]
+            pair_R, in_line_R = torch.nonzero(
+                self._row_bounds(line_Q[some], token_P) >= least_T[token_P, None], as_tuple=True
+            )
+            self._raise(line_Q[some][pair_R] * LINE + in_line_R, token_P[pair_R])
+
+    def _chunks(self, num_lines: int) -> Iterator[slice]:
+        """Lines whose keys in bfloat16 and rows in float64 take a quarter of the budget."""
+        step = max(1, self.budget // (4 * LINE * 10 * self.keys.wide_rE.shape[1]))
+        for first in range(0, num_lines, step):
+            yield slice(first, first + step)
+
+    def _row_bounds(self, line_P: Tensor, token_P: Tensor) -> Tensor:
+        """The bounds of the rows of lines, each for one token: P x LINE."""
+        keys_PLE = self.keys.wide_rE.view(-1, LINE, self.keys.wide_rE.shape[1])[line_P]
+        return torch.bmm(keys_PLE, self.queries.wide_TE[token_P, :, None]).squeeze(2)
+
+    def _raise(self, row_P: Tensor, token_P: Tensor) -> None:
+        """Raise the best so far of tokens by exact scores of pairs; rows count from the start of this part."""
+        row_P = row_P.clamp(max=self.keys.stop - self.keys.start - 1) + self.keys.start
+        score_P = self.form.exact(self.x_TD[token_P], row_P)
+        top_T = self.score_T.scatter_reduce(0, token_P, score_P, "amax")
+        # The lowest row among equals: of the pairs, and of the best so far where it is still the best.
+        last = torch.iinfo(torch.int64).max
+        row_T = torch.where(self.score_T == top_T, self.row_T, last)
+        row_T.scatter_reduce_(0, token_P, torch.where(score_P == top_T[token_P], row_P, last), "amin")
+        self.score_T.copy_(top_T)
+        self.row_T.copy_(row_T)
+
+    def _raise_plainly(self, token_P: Tensor) -> None:
+        """The same for all rows of the part, in float64."""
+        step = max(LINE, self.budget // (32 * max(len(token_P), self.x_TD.shape[1])))
+        x_PD = self.x_TD[token_P]
+        for first in range(self.keys.start, self.keys.stop, step):
+            value_P, row_P = self.form.block(x_PD, slice(first, min(first + step, self.keys.stop))).max(dim=1)
+            better_P = value_P > self.score_T[token_P]
+            self.score_T[token_P[better_P]] = value_P[better_P]
+            self.row_T[token_P[better_P]] = row_P[better_P] + first
