@@ -59,13 +59,15 @@ def named(scores: Mapping[str, float], facts: Mapping[str, Any]) -> dict[str, fl
 
 
 class InceptionScore:
-    """exp of the mean divergence of p(class | image) from its mean, for each part of 5000 images; the mean over parts.
+    """exp of the mean divergence of p(class | image) from its mean, for each part of so many images; the mean of the parts.
 
     Sums by part are kept, so that images may come in any order and from any rank, under their numbers.
     """
 
-    def __init__(self, num_images: int, num_classes: int, device: torch.device | str = "cpu") -> None:
-        parts = -(-num_images // PART)
+    def __init__(
+        self, num_images: int, num_classes: int, device: torch.device | str = "cpu", *, part: int = PART
+    ) -> None:
+        self.part, parts = part, -(-num_images // part)
         self._sums = torch.zeros(parts, num_classes + 2, dtype=torch.float64, device=device)
 
     def add(self, logits_NC: Tensor, first: int) -> None:
@@ -73,7 +75,7 @@ class InceptionScore:
         log_NC = logits_NC.to(self._sums).log_softmax(1)
         p_NC = log_NC.exp()
         rows = torch.cat([p_NC, (p_NC * log_NC).sum(1, keepdim=True), torch.ones_like(p_NC[:, :1])], dim=1)
-        part_N = torch.arange(first, first + len(rows), device=rows.device) // PART
+        part_N = torch.arange(first, first + len(rows), device=rows.device) // self.part
         self._sums.index_add_(0, part_N, rows)
 
     def value(self, axis: Axis) -> float:

@@ -225,7 +225,9 @@ def load(path: Path | str, sha256: str = PUBLISHED) -> Inception:
     file is missing, another, damaged, or does not have exactly the 566 tensors.
     """
     state = read_state(path, what=WHAT, where=WHERE, sha256=None if sha256 == ANY else sha256)
-    inception = Inception()
+    with torch.device("meta"):  # no first values are drawn: every tensor comes from the file
+        inception = Inception()
+    inception.to_empty(device="cpu")
     load_strictly(inception, state, what=f"{WHAT} ({path})")
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
