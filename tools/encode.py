@@ -66,10 +66,9 @@ def _encode(args: argparse.Namespace, words: Sequence[str], world: int) -> Outco
     from vqscale.train.loop import pick_device
 
     images.prepare(shards)
-    device = pick_device(args.device)
-    connect(device, args.timeout_s)
+    device = connect(pick_device(args.device), args.timeout_s)
     try:
-        mesh = Mesh(world // args.codes, args.codes, device=None if device == "cuda" else device)
+        mesh = Mesh(world // args.codes, args.codes, device=device, timeout_s=args.timeout_s)
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
         size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
         source = Source(_images(args, size), args.views)

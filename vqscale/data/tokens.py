@@ -53,32 +53,24 @@ class Cache:
                 "tools/encode.py TOKENIZER FOLDER --shards PATTERN"
             )
         self.card = card
+        command = card.command or "tools/encode.py"
         seal = form.sealed(self.path)
         if seal is None:
             done = len(form.finished(self.path, card))
             raise ValueError(
                 f"the token cache in {self.path} is not finished: {done} of {card.num_shards} storage shards are "
-                f"there, and no seal; finish it with the command that began it, on any number of processes: "
-                f"{card.command or 'tools/encode.py'}"
+                f"there, and no seal; the command that began it finishes it, on any number of processes: {command}"
             )
-        self._check_files(seal["files"])
+        damage = form.damage(self.path, seal)
+        if damage:
+            raise ValueError(
+                f"the token cache in {self.path} is not what was sealed: {damage}; copy it again, or repair it with "
+                f"the command that made it: {command}"
+            )
         self.ids = form.open_ids(self.path)
         self.labels: Ints = zarr.open_array(str(self.path / "labels"), mode="r")[:]
         self._key_bytes = zarr.open_array(str(self.path / "key_bytes"), mode="r")[:]
         self._key_ends = zarr.open_array(str(self.path / "key_ends"), mode="r")[:]
-
-    def _check_files(self, files: dict[str, dict[str, Any]]) -> None:
-        """Sizes of all files, and the checksum of the card; the ids have checksums of their own, seen at reading."""
-        for name, entry in files.items():
-            path = self.path / name
-            size = path.stat().st_size if path.exists() else -1
-            whole = size == entry["bytes"]
-            if not whole or (name == "card.json" and _hash(path) != entry["sha256"]):
-                found = "is not there" if size < 0 else f"has {size} bytes" if not whole else "was changed"
-                raise ValueError(
-                    f"{path} {found}, but {entry['bytes']} bytes were sealed: copy the cache again, or remove its "
-                    f"manifest.json and repair it with the command that made it: {self.card.command}"
-                )
 
     def key(self, number: int) -> str:
         begin = int(self._key_ends[number - 1]) if number else 0
@@ -123,10 +115,6 @@ class Cache:
                 f"the token cache in {self.path} does not fit:\n  " + "\n  ".join(faults) + "\ngive the cache of this "
                 "tokenizer, or make it with tools/encode.py"
             )
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Stream:
@@ -249,7 +237,7 @@ class Stream:
         path = form.shard_file(self.cache.path, self.card, shard)
         return (
             f"{path} was damaged after the cache was sealed ({why}): copy the cache again, or remove this file and "
-            f"manifest.json and repair it with the command that made it: {self.card.command}"
+            f"repair the cache with the command that made it: {self.card.command}"
         )
 
 

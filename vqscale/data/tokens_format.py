@@ -15,6 +15,7 @@ int32 as small as packed bits) and have a checksum each, so that damage is an er
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -196,3 +197,19 @@ def sealed(folder: Path) -> Mapping[str, Any] | None:
         return manifest.read(folder)
     except ValueError:
         return None
+
+
+def damage(folder: Path, seal: Mapping[str, Any]) -> str:
+    """The first file that is not what was sealed, "" for none: sizes of all, the checksum of the card. The arrays have
+    checksums of their own, which are looked at where they are read.
+    """
+    for name, entry in seal["files"].items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is not there"
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes and not {entry['bytes']}"
+        if name == "card.json" and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            return f"{name} was changed"
+    return ""

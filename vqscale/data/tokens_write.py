@@ -36,8 +36,9 @@ class CacheError(RuntimeError):
 
 
 def check(folder: Path, wanted: Card) -> Card | None:
-    """The card of the finished cache in the folder, None if it is yet to be made or finished. ValueError where the
-    folder holds something else, or ids of other images or of another tokenizer. Writes nothing.
+    """The card of the finished cache in the folder, None if it is yet to be made, finished or repaired. Writes nothing.
+
+    ValueError where the folder holds something else, or ids of other images or of another tokenizer.
     """
     card = form.read_card(folder)
     if card is None:
@@ -49,7 +50,8 @@ def check(folder: Path, wanted: Card) -> Card | None:
             f"the cache in {folder} is another one:\n  " + "\n  ".join(different) + "\ngive a new folder, or the "
             "tokenizer, the images and the options that this cache was begun with"
         )
-    return card if form.sealed(folder) is not None else None
+    seal = form.sealed(folder)
+    return card if seal is not None and not form.damage(folder, seal) else None
 
 
 def _check_empty(folder: Path) -> None:
@@ -122,8 +124,9 @@ class Writer:
                 f"images {span.start} to {span.stop - 1} have {wrong}: the tokenizer gives ids that it does not have, "
                 "or none; nothing of these images was written"
             )
-        self._ids[span.start : span.stop] = ids.astype(self.card.dtype)
         path = form.shard_file(self.folder, self.card, shard)
+        path.unlink(missing_ok=True)  # damaged; where the array ends inside of it zarr would read it first
+        self._ids[span.start : span.stop] = ids.astype(self.card.dtype)
         sealed = manifest.seal(path)
         manifest.sync_folder(path.parent)
         entry = {"shard": shard, "images": [span.start, span.stop], **sealed, "broken": [list(line) for line in broken]}

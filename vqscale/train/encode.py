@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vqscale.data import tokens_write as writing
 from vqscale.data.lock import hold
 from vqscale.data.tokens_format import Card, Entries, storage_for
-from vqscale.data.views import Source, lists
+from vqscale.data.views import Source, ViewBatch, lists
 from vqscale.metrics.progress import Progress
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -95,20 +97,21 @@ def _finish(
     tokenizer: Encodes, source: Source, folder: Path, card: Card, entries: Entries, mesh: Mesh, options: Options
 ) -> Outcome:
     """Write what is missing, check everything, seal."""
-    stop = StopRequest(folder, mesh)
     began = time.perf_counter()
-    images, written = _write_missing(tokenizer, source, folder, card, entries, mesh, options, stop)
+    work = _Work(tokenizer, card, mesh, options, StopRequest(folder, mesh))
+    work.broken = len(card.damage) + sum(len(entry["broken"]) for entry in entries.values())
+    written = work.write_missing(source, folder, [shard for shard in range(card.num_shards) if shard not in entries])
     for lines, _ in written:
         entries |= lines
-    facts: dict[str, Any] = {"images": images, "seconds": time.perf_counter() - began, "finished": len(entries)}
-    stop.clear()
+    work.stop.clear()
+    outcome = Outcome("stopped", card, len(entries), work.images, time.perf_counter() - began)
     if len(entries) < card.num_shards:
-        return Outcome("stopped", card, reason=next(reason for _, reason in written if reason), **facts)
+        return replace(outcome, reason=next(reason for _, reason in written if reason))
     mine = range(mesh.world.rank, card.num_shards, mesh.world.size)
     faults = ops.gather_objects(writing.verify(folder, card, entries, mine), mesh.world)
     every = [fault for found in faults for fault in found]
     card = _first(lambda: writing.seal(folder, card, entries, every), mesh)
-    return Outcome("encoded", card, bytes=sum(entry["bytes"] for entry in entries.values()), **facts)
+    return replace(outcome, state="encoded", card=card, bytes=sum(entry["bytes"] for entry in entries.values()))
 
 
 def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> Card:
@@ -145,65 +148,70 @@ def _begin(folder: Path, wanted: Card, source: Source, held: ExitStack) -> tuple
     return writing.begin(folder, wanted, source.index)
 
 
-def _write_missing(
-    tokenizer: Encodes,
-    source: Source,
-    folder: Path,
-    card: Card,
-    entries: Entries,
-    mesh: Mesh,
-    options: Options,
-    stop: StopRequest,
-) -> tuple[int, list[tuple[Entries, str]]]:
-    """Encode what the ledger lacks; (images encoded by all ranks, of each rank the ledger lines that it wrote and why
-    it was asked to stop).
-    """
-    rank, world = mesh.world.rank, mesh.world.size
-    missing = [shard for shard in range(card.num_shards) if shard not in entries]
-    rounds = -(-len(missing) // world)
-    mine = [*missing[rank::world], None][:rounds] if rounds else []
-    size = min(card.storage, max(1, options.batch // len(card.views)))  # images of a step
-    steps = -(-card.storage // size)
-    spans = [None if shard is None else card.span(shard) for shard in mine]
-    batches = timed(source.batches(lists(spans, card.storage, size), rank))
-    writer = writing.Writer(folder, card, rank)
-    progress = Progress(rounds * steps, rank=rank)
-    progress.say(
-        f"{card.num_images - sum(len(card.span(shard)) for shard in missing)} of {card.num_images} images are encoded"
-        f" already; {len(card.views)} views each, {len(missing)} storage shards to go on {world} processes"
-    )
-    broken_before = len(card.damage) + sum(len(entry["broken"]) for entry in entries.values())
-    images = total_broken = 0
-    for shard in mine:
-        ids, broken = writer.empty(), list[writing.Broken]()
-        for step in range(steps):
+class _Work:
+    """The encoding of storage shards; `images` and `broken` count those of all ranks."""
+
+    def __init__(self, tokenizer: Encodes, card: Card, mesh: Mesh, options: Options, stop: StopRequest) -> None:
+        self.tokenizer, self.card, self.mesh, self.options, self.stop = tokenizer, card, mesh, options, stop
+        self.size = min(card.storage, max(1, options.batch // len(card.views)))  # images of a step
+        self.steps = -(-card.storage // self.size)  # of a storage shard, also of a last short one
+        self.images = self.broken = 0
+        self.stopped = False
+
+    def write_missing(self, source: Source, folder: Path, missing: list[int]) -> list[tuple[Entries, str]]:
+        """Encode and write these storage shards until all are written or a rank is asked to stop; of each rank the
+        lines of its ledger and why it stopped, if it did.
+        """
+        card, rank, world = self.card, self.mesh.world.rank, self.mesh.world.size
+        rounds = -(-len(missing) // world)
+        mine = [*missing[rank::world], None][:rounds]
+        spans = [None if shard is None else card.span(shard) for shard in mine]
+        writer = writing.Writer(folder, card, rank)
+        progress = Progress(rounds * self.steps, rank=rank)
+        there = card.num_images - sum(len(card.span(shard)) for shard in missing)
+        progress.say(
+            f"{there} of {card.num_images} images are encoded already; {len(card.views)} views of each, "
+            f"{len(missing)} storage shards to go on {world} processes"
+        )
+        batches = timed(source.batches(lists(spans, card.storage, self.size), rank))
+        try:
+            for shard in mine:
+                ids, broken, whole = self._encode(batches, writer.empty(), progress)
+                if whole and shard is not None:
+                    writer.write(shard, ids, broken)
+                if not whole or self.stopped:
+                    break
+        finally:
+            batches.close()
+            progress.close()
+        return ops.gather_objects((writer.entries, self.stop.reason), self.mesh.world)
+
+    def _encode(
+        self, batches: Iterator[tuple[ViewBatch, float]], ids: NDArray[np.int64], progress: Progress
+    ) -> tuple[NDArray[np.int64], list[writing.Broken], bool]:
+        """Fill `ids` with those of a storage shard; (ids, its broken images, whether it came to the end)."""
+        broken: list[writing.Broken] = []
+        for step in range(self.steps):
             batch, waited = next(batches)
-            rows = step * size + batch.valid.nonzero().flatten()
-            if len(rows) or mesh.codes.size > 1:
-                found = tokenizer.encode(batch.images.flatten(0, 1).to(mesh.device, non_blocking=True)).cpu()
-                found = found.view(size, len(card.views), *card.ids_shape)
-                ids[rows.numpy()] = found[batch.valid].numpy()
+            rows = step * self.size + batch.valid.nonzero().flatten().numpy()
+            if len(rows) or self.mesh.codes.size > 1:
+                pictures = batch.images.flatten(0, 1).to(self.mesh.device, non_blocking=True)
+                found = self.tokenizer.encode(pictures).cpu().unflatten(0, batch.images.shape[:2])
+                ids[rows] = found[batch.valid].numpy()
             broken += batch.broken
-            wants, met, done = _agree(mesh, stop.here(), len(batch.broken), len(rows))
-            images, total_broken = images + done, total_broken + met
+            done = self._agree(len(rows), len(batch.broken))
             progress.advance(done, waited)
-            _check_broken(total_broken + broken_before, broken, card, options)
-            if wants:
-                batches.close()
-                progress.close()
-                return images, ops.gather_objects((writer.entries, stop.reason), mesh.world)
-        if shard is not None:
-            writer.write(shard, ids, broken)
-    batches.close()
-    progress.close()
-    return images, ops.gather_objects((writer.entries, ""), mesh.world)
+            _check_broken(self.broken, broken, self.card, self.options)
+            if self.stopped:
+                return ids, broken, step == self.steps - 1
+        return ids, broken, True
 
-
-def _agree(mesh: Mesh, stop: bool, broken: int, images: int) -> tuple[bool, int, int]:
-    """(does any rank want to stop, broken images, encoded images) of a step of all ranks."""
-    here = torch.tensor([float(stop), float(broken), float(images)], device=mesh.device)
-    wants, met, done = ops.sum_over(here, mesh.world).tolist()
-    return wants > 0, int(met), int(done)
+    def _agree(self, images: int, broken: int) -> int:
+        """Add up over all ranks what a step has done and whether one of them is asked to stop; the images of it."""
+        here = torch.tensor([float(images), float(broken), float(self.stop.here())], device=self.mesh.device)
+        done, met, asked = ops.sum_over(here, self.mesh.world).tolist()
+        self.images, self.broken, self.stopped = self.images + int(done), self.broken + int(met), asked > 0
+        return int(done)
 
 
 def _check_broken(total: int, here: list[writing.Broken], card: Card, options: Options) -> None:

@@ -1,0 +1,334 @@
+"""The token cache: an exact order on any number of ranks, what is refused, what an interrupted writer leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import token_caches as caches
+import torch
+import zarr
+
+from vqscale import config as configuration
+from vqscale.data import tokens_format as form
+from vqscale.data import tokens_write as writing
+from vqscale.data.config import TokensConfig
+from vqscale.data.tokens import Cache, Stream, TokenBatch
+
+NUM, BROKEN = 31, (0, 5, 6, 30)  # a prime number of images; one storage shard begins, one ends with a broken one
+GOOD = [number for number in range(NUM) if number not in BROKEN]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished cache with broken images. Not to be changed."""
+    place = tmp_path_factory.mktemp("cache")
+    caches.write(place, NUM, BROKEN)
+    return place
+
+
+def config(folder, **others) -> TokensConfig:
+    return TokensConfig(**{"path": str(folder), "window_shards": 3, **others})
+
+
+def take(settings: TokensConfig, count: int, consumed: int = 0, world: int = 1, batch: int = 8) -> list[TokenBatch]:
+    """The next `count` global batches of training: those of all ranks, joined."""
+    streams = [Stream(settings, batch, rank, world, seed=3) for rank in range(world)]
+    steps = zip(*(islice(stream.batches(consumed), count) for stream in streams), strict=True)
+    return [join(parts) for parts in steps]
+
+
+def join(batches) -> TokenBatch:
+    parts = list(batches)
+    names = ("ids", "labels", "valid", "numbers", "views")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return TokenBatch(keys=[key for part in parts for key in part.keys], **joined)
+
+
+def same(one: list[TokenBatch], other: list[TokenBatch]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys == b.keys and all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a) if name != "keys")
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def right(batch: TokenBatch, card) -> bool:
+    """Every row has the ids, the label and the key of the image and the view that it says it has."""
+    rows = zip(batch.ids, batch.labels, batch.keys, batch.numbers.tolist(), batch.views.tolist(), strict=True)
+    return all(
+        np.array_equal(ids.numpy(), caches.known_ids(card, number)[view])
+        and label == number * 3 % caches.LABELS
+        and key == f"n{number}"
+        for ids, label, key, number, view in rows
+    )
+
+
+def test_every_image_once_an_epoch_with_its_ids_and_labels(folder):
+    stream = Stream(config(folder), 9, seed=3)
+    assert (stream.num_samples, stream.num_codes, stream.grid) == (27, 1 << 18, caches.GRID)
+    orders = []
+    for _ in range(2):
+        epochs = [join(islice(stream.batches(27 * epoch), 3)) for epoch in range(5)]
+        for epoch in epochs:
+            assert sorted(epoch.numbers.tolist()) == GOOD
+            assert epoch.valid.all()
+            assert right(epoch, stream.card)
+        orders.append([epoch.numbers.tolist() for epoch in epochs])
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in orders[0]}) == 5
+    other = Stream(config(folder), 9, seed=4)
+    assert next(iter(other.batches())).numbers.tolist() != orders[0][0][:9]
+
+
+def test_the_global_batch_is_the_same_on_any_number_of_ranks(folder):
+    alone = take(config(folder), 9)
+    for world in (2, 4, 8):
+        assert same(alone, take(config(folder), 9, world=world))
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_resuming_anywhere_is_as_if_never_stopped(folder, window):
+    settings = config(folder, window_shards=window)
+    whole = take(settings, 9)
+    for step, world in ((1, 1), (2, 2), (3, 4), (4, 2), (7, 1)):  # over two ends of epochs
+        assert same(whole[step : step + 4], take(settings, min(4, 9 - step), consumed=8 * step, world=world))
+
+
+def test_a_batch_larger_than_an_epoch(folder):
+    batch = take(config(folder), 1, batch=64, world=2)[0]
+    assert Counter(batch.numbers[:54].tolist()) == dict.fromkeys(GOOD, 2)
+    assert right(batch, caches.card(NUM))
+
+
+def test_consumed_may_be_any_number(folder):
+    """Another batch size after a resume leaves a remainder; the samples still come one after the other."""
+    whole = join(take(config(folder), 8)).numbers.tolist()
+    for world in (1, 2):
+        later = join(take(config(folder), 3, consumed=5, world=world, batch=10)).numbers.tolist()
+        assert later == whole[5:35]
+
+
+def test_views_are_drawn_evenly_and_first_is_the_centre(folder):
+    epochs = join(islice(Stream(config(folder), 27, seed=1).batches(), 30))
+    counts = Counter(epochs.views.tolist())
+    assert set(counts) == {0, 1, 2}
+    expected = 27 * 30 / 3
+    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 13.8  # one in a thousand exceeds it
+    for number in GOOD:  # each image by itself, and not all at once
+        assert set(epochs.views[epochs.numbers == number].tolist()) == {0, 1, 2}
+    assert all(len(set(epochs.views[start : start + 27].tolist())) == 3 for start in range(0, 270, 27))
+    assert take(config(folder, views="first"), 3)[0].views.sum() == 0
+    kinds = [join(take(config(folder, views=views), 4)).numbers.tolist() for views in ("all", "first")]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 5), (1, 27), (2, 8), (4, 32), (4, 4)])
+def test_evaluation_takes_each_image_once_in_order(folder, world, batch):
+    streams = [Stream(config(folder), batch, rank, world, train=False) for rank in range(world)]
+    for consumed in (0, batch, 27):
+        steps = list(zip(*(stream.batches(consumed) for stream in streams), strict=True))  # as many on every rank
+        assert len(steps) == -(-(27 - min(consumed, 27)) // batch)
+        if not steps:
+            continue
+        found = join(join(parts) for parts in steps)
+        assert found.numbers[found.valid].tolist() == GOOD[consumed:]
+        assert all(len(part.ids) == batch // world for parts in steps for part in parts)
+        assert found.views.sum() == 0
+        assert (found.numbers[~found.valid] == -1).all()
+        assert (found.labels[~found.valid] == -1).all()
+        assert right(TokenBatch(**{name: _only(x, found.valid) for name, x in vars(found).items()}), caches.card(NUM))
+
+
+def _only(values, valid):
+    return values[valid] if isinstance(values, torch.Tensor) else list(np.array(values)[valid.numpy()])
+
+
+def test_several_ids_at_a_position_and_very_many_codes(tmp_path):
+    card = caches.write(tmp_path, 9, num_ids=2, num_codes=1 << 40)
+    batch = next(iter(Stream(config(tmp_path), 4).batches()))
+    assert batch.ids.shape == (4, *caches.GRID, 2)
+    assert batch.ids.dtype == torch.int64
+    assert int(batch.ids.min()) > 1 << 39
+    assert right(batch, card)
+
+
+def test_the_arrays_on_the_disk(folder):
+    ids = zarr.open_array(str(folder / "ids"), mode="r")
+    assert (ids.shape, ids.dtype, ids.fill_value) == ((NUM, 3, *caches.GRID), np.int32, -1)
+    assert (ids.shards, ids.chunks) == ((4, 3, *caches.GRID), (4, 1, *caches.GRID))
+    text = (folder / "ids" / "zarr.json").read_text()
+    for word in ("blosc", "zstd", "bitshuffle", "crc32c"):
+        assert f'"{word}"' in text
+    assert np.all(ids[list(BROKEN)] == -1)
+    assert sorted(path.name for path in (folder / "ids").iterdir()) == sorted(
+        ["zarr.json", *(f"c.{shard}.0.0.0" for shard in range(8))]
+    )
+    assert Cache(folder).card.broken == tuple((number, f"n{number}", "torn") for number in BROKEN)
+
+
+def test_bitshuffle_makes_int32_as_small_as_packed_bits(tmp_path):
+    made, _ = writing.begin(
+        tmp_path, caches.card(512, views=("center",), grid=(16, 16), storage=512), caches.index(512)
+    )
+    writer = writing.Writer(tmp_path, made)
+    ids = np.random.default_rng(0).integers(0, 1 << 14, (512, 1, 16, 16))
+    writer.write(0, ids)
+    assert writer.entries[0]["bytes"] / ids.size < 14 / 8 * 1.02
+    assert np.array_equal(form.open_ids(tmp_path)[:], ids)
+
+
+def test_an_unfinished_cache_is_refused_with_the_command_that_finishes_it(tmp_path):
+    caches.write(tmp_path / "cache", seal=False)
+    with pytest.raises(ValueError, match=r"not finished: 7 of 8 storage shards.*: python tools/encode.py T OUT"):
+        Stream(config(tmp_path / "cache"), 8)
+    with pytest.raises(ValueError, match=r"no token cache in .*: change the path, or make one with tools/encode.py"):
+        Stream(config(tmp_path / "other"), 8)
+
+
+def test_a_cache_of_something_else_is_refused(folder):
+    with pytest.raises(ValueError) as refusal:
+        Cache(folder).expect(tokenizer="def456", num_codes=4096, grid=(16, 16), num_ids=2)
+    for words in ("fingerprint abc123", "has def456", "262144 codes, but expected are 4096", "[2, 3] rows", "[16, 16]"):
+        assert words in str(refusal.value)
+    with pytest.raises(ValueError, match="fingerprint abc123"):
+        Stream(config(folder, tokenizer="ab0"), 8)
+    Stream(config(folder, tokenizer="abc"), 8).cache.expect("abc123", 1 << 18, caches.GRID, 1)
+
+
+def test_a_batch_must_divide_by_the_ranks(folder):
+    with pytest.raises(ValueError, match=r"batch of 9 images does not divide by 2 processes: .* 8 or 10"):
+        Stream(config(folder), 9, 0, 2)
+
+
+def test_bad_configs_are_refused():
+    with pytest.raises(configuration.ConfigError, match="window_shards") as refusal:
+        configuration.parse(TokensConfig, {"path": "", "window_shards": -1})
+    assert "path is empty" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ids/c.2.0.0.0", lambda data: None, "ids/c.2.0.0.0 is not there"),
+        ("ids/c.2.0.0.0", lambda data: data[:-1], "ids/c.2.0.0.0 has .* bytes and not"),
+        ("labels/c.0", lambda data: data + b"x", "labels/c.0 has .* bytes and not"),
+        ("card.json", lambda data: data.replace(b"abc123", b"abc124"), "card.json was changed"),
+        ("card.json", lambda data: b"{}", "does not describe a token cache"),
+        ("manifest.json", lambda data: data[:-9], "not finished: 8 of 8"),
+    ],
+)
+def test_files_that_were_changed_are_found_at_opening(tmp_path, name, change, message):
+    caches.write(tmp_path)
+    new = change((tmp_path / name).read_bytes())
+    (tmp_path / name).unlink()
+    if new is not None:
+        (tmp_path / name).write_bytes(new)
+    with pytest.raises(ValueError, match=message):
+        Cache(tmp_path)
+
+
+def test_a_flipped_bit_is_an_error_and_never_a_wrong_id(tmp_path):
+    caches.write(tmp_path)
+    path = tmp_path / "ids" / "c.2.0.0.0"
+    content = bytearray(path.read_bytes())
+    content[20] ^= 4
+    path.write_bytes(bytes(content))
+    with pytest.raises(RuntimeError, match=r"ids/c\.2\.0\.0\.0 was damaged after the cache was sealed"):
+        list(Stream(config(tmp_path), 8, train=False).batches())
+
+
+def test_ids_that_are_no_codes_are_found_when_written_sealed_and_read(tmp_path):
+    card, _ = writing.begin(tmp_path, caches.card(NUM), caches.index(NUM))
+    writer = writing.Writer(tmp_path, card)
+    for wrong in (card.num_codes, -1, -2, (1 << 32) + 1):
+        ids = writer.empty()
+        ids[:] = 7
+        ids[2, 1, 1, 1] = wrong
+        with pytest.raises(writing.CacheError, match=r"images 4 to 7 have ids from .* where 0 to 262143 are codes"):
+            writer.write(1, ids)
+    assert not form.finished(tmp_path, card)
+    wide = writing.Writer(tmp_path, dataclasses.replace(card, num_codes=card.num_codes + 1))
+    for shard in range(card.num_shards):
+        ids = wide.empty()
+        ids[:] = card.num_codes if shard == 3 else 7
+        wide.write(shard, ids)
+    assert writing.verify(tmp_path, card, wide.entries, [2, 4]) == []
+    writing.seal(tmp_path, wide.card, wide.entries, [])
+    changed = Stream(config(tmp_path), 8, train=False)
+    changed.card = card
+    with pytest.raises(RuntimeError, match=r"c\.3\.0\.0\.0 was damaged .*262144, where 0 to 262143 are codes"):
+        list(changed.batches())
+    faults = writing.verify(tmp_path, card, wide.entries, range(card.num_shards))
+    assert len(faults) == 1
+    with pytest.raises(writing.CacheError, match=r"1 of the 8 storage shards .*c\.3\.0\.0\.0 has ids from 262144"):
+        writing.seal(tmp_path, card, wide.entries, faults)
+    assert 3 not in form.finished(tmp_path, card)
+
+
+def test_a_writer_goes_on_after_any_interruption(tmp_path):
+    whole = tmp_path / "whole"
+    caches.write(whole, NUM, BROKEN)
+    torn = tmp_path / "torn"
+    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM))
+    assert entries == {}
+    (torn / "labels" / "zarr.json").unlink()  # killed before all arrays were there
+    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM))
+    one, other = writing.Writer(torn, card, 0), writing.Writer(torn, card, 1)
+    for writer, shard in ((one, 0), (other, 1), (one, 2), (other, 7)):
+        caches.fill(writer, shard, BROKEN)
+    ledgers = sorted((torn / "ledger").iterdir())
+    assert len(ledgers) == 2
+    ledgers[0].write_text(ledgers[0].read_text() + '{"shard": 3, "by')  # the disk was full
+    (torn / "ids" / "c.4.0.0.abc.partial").write_text("left by a killed writer")
+    (torn / "ids" / "c.7.0.0.0").write_text("half")
+    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM))
+    assert sorted(entries) == [0, 1, 2]
+    writer = writing.Writer(torn, card)
+    for shard in (3, 4, 5, 6, 7):
+        caches.fill(writer, shard, BROKEN)
+    entries |= writer.entries
+    assert writing.verify(torn, card, entries, range(8)) == []
+    assert writing.seal(torn, card, entries, []).broken == Cache(whole).card.broken
+    files = [json.loads((place / "manifest.json").read_text())["files"] for place in (whole, torn)]
+    assert files[0] == files[1]
+    assert all((whole / name).read_bytes() == (torn / name).read_bytes() for name in files[0])
+    assert Cache(torn).fingerprint() == Cache(whole).fingerprint()
+
+
+def test_a_damaged_cache_is_repaired_like_an_unfinished_one(tmp_path):
+    before = caches.write(tmp_path)
+    assert writing.check(tmp_path, caches.card(NUM)) == before
+    (tmp_path / "ids" / "c.5.0.0.0").unlink()
+    assert writing.check(tmp_path, caches.card(NUM)) is None
+    card, entries = writing.begin(tmp_path, caches.card(NUM), caches.index(NUM))
+    assert sorted(entries) == [0, 1, 2, 3, 4, 6, 7]
+    writer = writing.Writer(tmp_path, card)
+    caches.fill(writer, 5)
+    writing.seal(tmp_path, card, entries | writer.entries, [])
+    assert writing.check(tmp_path, caches.card(NUM)) == before
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    caches.write(tmp_path / "cache", seal=False)
+    for change in ({"tokenizer": "def456"}, {"num_codes": 5}, {"grid": (16, 16)}, {"views": ("center",)}):
+        key, value = next(iter(change.items()))
+        with pytest.raises(ValueError, match=rf"{key}: .* there, .* now") as refusal:
+            writing.check(tmp_path / "cache", caches.card(NUM, **change))
+        assert str(value) in str(refusal.value)
+    assert writing.check(tmp_path / "cache", caches.card(NUM, storage=64)) is None  # that of the cache stays
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"notes holds thesis\.tex and no card\.json"):
+        writing.check(tmp_path / "notes", caches.card(NUM))
+    with pytest.raises(ValueError, match="is a file"):
+        writing.check(tmp_path / "notes" / "thesis.tex", caches.card(NUM))
+
+
+def test_the_size_of_storage_shards_follows_from_the_images_alone():
+    assert [form.storage_for(count) for count in (1, 4096, 4097, 10_000, 50_000, 1_281_167)] == [
+        64, 64, 128, 256, 1024, 1024
+    ]  # fmt: skip
