@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from vqscale import config as configuration
+from vqscale.codes.rows import set_aside
 from vqscale.train import study as studies
 from vqscale.train.config import Run
-from vqscale.train.plan import plan
+from vqscale.train.plan import plan, planned_mesh
 from vqscale.train.study import StudyConfig
+from vqscale.train.tokenizer import build
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "study")
@@ -28,12 +31,33 @@ def test_a_shipped_config_is_a_run(path, tmp_path):
     assert path.read_text().startswith("# "), "a config begins with what it reproduces and the command"
 
 
-def test_the_published_network_has_its_published_size():
-    path = ROOT / "configs" / "tokenizer" / "ibq_imagenet256_262144_reference.yaml"
-    parameters = plan(configuration.load(Run, path), 8).parameters
-    assert parameters["encoder"] == 46_752_256
-    assert parameters["decoder"] == 59_903_875
-    assert parameters["codebook"] == 2**18 * 256
+IBQ_NET = {"encoder": 46_752_256, "decoder": 59_903_875, "quant_conv": 65_792, "post_quant_conv": 65_792}
+# Of the names and shapes in tests/published.py, which test_magvit.py compares with the network.
+SIMVQ_NET = {"encoder": 24_282_496, "decoder": 39_851_907, "quant_conv": 0, "post_quant_conv": 0}
+SIZES = {
+    **{f"ibq_imagenet256_{K}": IBQ_NET | {"codebook": K * 256} for K in (1024, 8192, 16384, 262144)},
+    "ibq_imagenet256_262144_beyond": IBQ_NET | {"codebook": 2**18 * 256},
+    **{
+        f"simvq_imagenet128_{K}": SIMVQ_NET | {"codebook": K * 128, "quantizer": 128 * 128 + 128}
+        for K in (1024, 8192, 65536, 262144)
+    },
+    "vq_imagenet128": SIMVQ_NET | {"codebook": 65536 * 128},
+    # six channels in place of 128 between encoder and decoder
+    "fsq_imagenet128": {"encoder": 24_282_496 - 122 * 513, "decoder": 39_851_907 - 122 * 512 * 9, "codebook": 0},
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "tokenizer").glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_networks_have_their_published_size(path):
+    config = configuration.load(Run, path)
+    with torch.device("meta"):
+        tokenizer = build(config.tokenizer, planned_mesh(1, 1), 0)
+    tables = set_aside(tokenizer)
+    found = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
+    found["codebook"] = sum(p.numel() for table in tables.values() for p in table.parameters())
+    assert {name: found[name] for name in SIZES[path.stem]} == SIZES[path.stem]
+    for world in (8, 64):
+        config.check_world(world)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
