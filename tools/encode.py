@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vqscale.train.encode import Outcome
 
 EXPLAINED = ("RunError", "CacheError", "CheckpointError")  # by name: their modules import torch
+LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +120,8 @@ def _tell(error: BaseException, rank: int, world: int) -> None:
             print(text, file=sys.stderr)
     elif isinstance(error, OSError) or type(error).__name__ in EXPLAINED:
         print(who + text, file=sys.stderr)
+    elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        print(f"{who}encode: lost another rank; its own message says why", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print(f"{who}interrupted", file=sys.stderr)
     else:
