@@ -196,9 +196,11 @@ def _tokenizer(args: argparse.Namespace) -> str:
         else "through the quantizer: no id says its z",
         "psnr, ssim": "means over images, of 8-bit values; SSIM with a Gaussian window of 11 x 11, sigma 1.5",
         "usage": f"share of the {found.num_codes} codes that these images hit at least once",
-        "lpips": "images in [-1, 1], reconstructions clamped and not rounded" if judges.lpips else None,
+        "lpips": {"values": "clamped, not rounded", "vgg": _file(args.vgg), "heads": _file(args.heads)}
+        if args.vgg
+        else None,
         **report.judged_by(judges.inception, PREPROCESSING),
-        "reference": _reference(args.reference) if args.reference else "the originals",
+        "reference": _file(args.reference) if args.reference else "the originals",
     }
     result = _result(found.numbers, mesh, protocol, tokenizer=of, data=_data(config, stream))
     result["notes"] = report.notes(found.numbers, judges.inception, found.broken)
@@ -261,18 +263,19 @@ def _samples(args: argparse.Namespace) -> str:
     protocol = {
         "definitions": "guided-diffusion's evaluator; Inception score of parts of 5000; distances in float64",
         **report.judged_by(inception, PREPROCESSING),
-        "reference": _reference(args.reference),
+        "reference": _file(args.reference),
         "reference images": 0 if reference.points_ND is None else len(reference.points_ND),
     }
-    result = _result(numbers, mesh, protocol, samples={"file": args.path, "sha256": _sha256(args.path)})
+    result = _result(numbers, mesh, protocol, samples=_file(args.path))
     result["notes"] = report.notes(numbers, inception, [])
     _, some = next(images.batches(16))
     picture = pictures.tiles(some, scale=pictures.scale(*some.shape[2:]))
     return report.tell(result, args.out, f"Samples {args.path}", {"samples, the first": picture})
 
 
-def _reference(path: str) -> dict[str, str]:
-    return {"file": path, "sha256": _sha256(path)}
+def _file(path: str) -> dict[str, str]:
+    with open(path, "rb") as file:
+        return {"file": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:
@@ -287,11 +290,6 @@ def _result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], 
 
     code = {"commit": folder.commit(), "versions": folder.versions(), "command": " ".join(sys.argv)}
     return {"numbers": numbers, **what, "protocol": protocol, **code, "processes": mesh.world.size}
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
