@@ -2,9 +2,10 @@
 
     python tools/bench.py codes --tokens 1024 --codes 65536 --dim 256      search and one IBQ training step
     python tools/bench.py data  ...                                        the data stream
+    python tools/bench.py head  --codes 16384 65536 262144                 loss and sampling of a prior's head
 
-`bench.py codes --help` has the options of a subcommand. This file only dispatches: bench_codes.py and bench_data.py
-are the subcommands.
+`bench.py codes --help` has the options of a subcommand. This file only dispatches: bench_codes.py, bench_data.py
+and bench_head.py are the subcommands.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-SUBCOMMANDS = {"codes": "bench_codes", "data": "bench_data"}
+SUBCOMMANDS = {"codes": "bench_codes", "data": "bench_data", "head": "bench_head"}
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0 if argv else 2
     if argv[0] not in SUBCOMMANDS:
-        known = " or ".join(SUBCOMMANDS)
+        known = ", ".join(SUBCOMMANDS)
         print(f"bench.py: there is no subcommand {argv[0]!r}, the first argument: use {known}", file=sys.stderr)
         return 2
     status: int = import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])

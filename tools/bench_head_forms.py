@@ -1,0 +1,205 @@
+"""The forms that `bench.py head` compares, as functions without arguments, and their measurement.
+
+    loss      ours, ours in bf16 products, the dense form (F.cross_entropy of all logits), F.linear_cross_entropy of
+              torch in chunks, the torch_compile form of cut-cross-entropy, the floor (three products)
+    sample    ours, ours with top-p, the dense form (softmax of all logits, torch.multinomial)
+
+A loss returns (mean loss, gradient of h, gradient of the rows), a sample (ids_N,), the floor nothing of use. With M
+processes ours splits the K rows over them; the others are replicas with all K rows that do not talk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from bench_measure import Cost, alone, seconds
+from torch import Tensor
+
+from vqscale.codes import noise
+from vqscale.codes.config import Products
+from vqscale.codes.head import Head
+from vqscale.codes.rows import Rows, draw
+from vqscale.parallel.mesh import Mesh
+from vqscale.seed import derive
+
+Form = Callable[[], tuple[Tensor, ...]]
+LOSSES = ("ours", "bf16", "dense", "torch", "cce", "floor")
+SAMPLES = ("ours", "top-p", "dense")
+FLOOR_BLOCK = 2048, 4096  # tokens and rows that the floor multiplies at once
+PRODUCTS = ("logits h C^T", "dh = dl C", "dC = dl^T h")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, for one K. `tokens` and `drawn` (tokens that a sample draws at once) are per process."""
+
+    tokens: int
+    codes: int
+    dim: int
+    drawn: int = 64
+    processes: int = 1
+    device: str = "cpu"
+    repeats: int = 5
+    threads: int = 1
+    scan_mib: int = 64
+    losses: tuple[str, ...] = LOSSES
+    samples: tuple[str, ...] = SAMPLES
+
+
+def missing() -> dict[str, str]:
+    """The forms of a loss that cannot run here, and why."""
+    out = {}
+    if not hasattr(F, "linear_cross_entropy"):
+        out["torch"] = f"torch {torch.__version__} has no F.linear_cross_entropy, which 2.13 has"
+    try:
+        import_module("cut_cross_entropy")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        out["cce"] = f"cut-cross-entropy cannot be imported ({reason}): pip install cut-cross-entropy (needs triton)"
+    return out
+
+
+def dense_bytes(setting: Setting) -> int:
+    """What one process sends for a replica's loss: a ring all-reduce of the K x D gradient, which is not run."""
+    return 2 * (setting.processes - 1) * setting.codes * setting.dim * 4 // setting.processes
+
+
+def dense_memory(setting: Setting) -> int:
+    """Bytes that the dense loss needs at its peak, all processes together: logits, their log-softmax and gradient."""
+    return setting.processes * 4 * (3 * setting.tokens * setting.codes + 2 * setting.codes * setting.dim)
+
+
+def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
+    """{"loss": {form: cost}, "sample": {form: cost}} of this process. The same call on every process.
+
+    Each form runs once unmeasured (libraries load, torch.compile compiles), once by itself for memory and bytes, then
+    the forms take turns for `repeats` rounds.
+    """
+    torch.set_num_threads(setting.threads)
+    mesh = Mesh(codes=setting.processes, device=setting.device)
+    for some in build(replace(setting, tokens=8, codes=64, dim=8, drawn=8), mesh).values():
+        for form in some.values():
+            form()
+    costs: dict[str, dict[str, Cost]] = {}
+    for work, some in build(setting, mesh).items():
+        if "cce" in some:
+            some["cce"]()
+        costs[work] = {name: alone(form, mesh) for name, form in some.items()}
+        for _ in range(setting.repeats):
+            for name, form in some.items():
+                costs[work][name].seconds.append(seconds(form, mesh.device, mesh.codes))
+    return costs
+
+
+def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
+    """The forms that the setting names, by work and name, all from the same rows, tokens and targets."""
+    generator = torch.Generator().manual_seed(derive("bench", mesh.codes.rank))
+    h_ND = torch.randn(setting.tokens, setting.dim, generator=generator).to(mesh.device).requires_grad_()
+    targets_N = torch.randint(setting.codes, (setting.tokens,), generator=generator).to(mesh.device)
+    heads = {name: _head(setting, mesh, bf16=name == "bf16") for name in ("ours", "bf16") if name in setting.losses}
+    head = heads.get("ours") or _head(setting, mesh, bf16=False)
+    losses: dict[str, Form] = {name: _ours(each, h_ND, targets_N) for name, each in heads.items()}
+    rows_KD = _rows(setting, mesh)
+    for name, function in _functions().items():
+        if name in setting.losses:
+            losses[name] = _loss(function, h_ND, rows_KD, targets_N)
+    if "floor" in setting.losses:
+        losses["floor"] = _floor(setting, mesh)
+    samples = _samples(setting, head, h_ND.detach()[: setting.drawn], rows_KD.detach())
+    return {"loss": losses, "sample": {name: samples[name] for name in setting.samples}}
+
+
+def _scale(setting: Setting) -> float:
+    """Logits of unit variance."""
+    scale: float = setting.dim**-0.5
+    return scale
+
+
+def _rows(setting: Setting, mesh: Mesh) -> Tensor:
+    rows_KD = draw(Rows(setting.codes), setting.dim, "normal", _scale(setting), seed=0)
+    return rows_KD.to(mesh.device).requires_grad_()
+
+
+def _head(setting: Setting, mesh: Mesh, bf16: bool) -> Head:
+    products: Products = "bf16" if bf16 else "fp32"
+    head = Head(setting.codes, setting.dim, mesh, embedding="tied", products=products, scan_mib=setting.scan_mib)
+    head.rows.data = draw(head.layout, setting.dim, "normal", _scale(setting), seed=0).to(mesh.device)
+    return head
+
+
+def _functions() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Mean losses of (h, rows, targets)."""
+
+    def dense(h_ND: Tensor, rows_KD: Tensor, targets_N: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h_ND, rows_KD), targets_N)
+
+    def chunked(h_ND: Tensor, rows_KD: Tensor, targets_N: Tensor) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        loss: Tensor = F.linear_cross_entropy(h_ND, rows_KD, targets_N, options=options)
+        return loss
+
+    def cut(h_ND: Tensor, rows_KD: Tensor, targets_N: Tensor) -> Tensor:
+        loss: Tensor = import_module("cut_cross_entropy").linear_cross_entropy(
+            h_ND, rows_KD, targets_N, impl="torch_compile"
+        )
+        return loss
+
+    return {"dense": dense, "torch": chunked, "cce": cut}
+
+
+def _ours(head: Head, h_ND: Tensor, targets_N: Tensor) -> Form:
+    return _loss(lambda h, _, targets: head.loss(h, targets).mean(), h_ND, head.rows, targets_N)
+
+
+def _loss(function: Callable[[Tensor, Tensor, Tensor], Tensor], h_ND: Tensor, rows: Tensor, targets_N: Tensor) -> Form:
+    def form() -> tuple[Tensor, ...]:
+        loss = function(h_ND, rows, targets_N)
+        loss.backward()
+        assert h_ND.grad is not None
+        assert rows.grad is not None
+        out = loss.detach(), h_ND.grad, rows.grad
+        h_ND.grad = rows.grad = None
+        return out
+
+    return form
+
+
+def _samples(setting: Setting, head: Head, h_ND: Tensor, rows_KD: Tensor) -> dict[str, Form]:
+    keys_N = noise.keys(0, torch.arange(len(h_ND), device=h_ND.device))
+
+    def dense() -> tuple[Tensor, ...]:
+        return (torch.multinomial((h_ND @ rows_KD.t()).softmax(1), 1)[:, 0],)
+
+    return {
+        "ours": lambda: (head.sample(h_ND, keys_N),),
+        "top-p": lambda: (head.sample(h_ND, keys_N, top_p=0.9),),
+        "dense": dense,
+    }
+
+
+def _floor(setting: Setting, mesh: Mesh) -> Form:
+    """PRODUCTS alone, torch.mm in blocks into buffers that are used again."""
+    num_tokens, dim = setting.tokens * setting.processes, setting.dim
+    num_rows = Rows(setting.codes, mesh.codes.size, mesh.codes.rank).count
+    b, r = min(num_tokens, FLOOR_BLOCK[0]), min(num_rows, FLOOR_BLOCK[1])
+    x_bD, c_rD = torch.randn(b, dim, device=mesh.device), torch.randn(r, dim, device=mesh.device) * _scale(setting)
+    l_br, dx_bD, dc_rD = torch.empty(b * r, device=mesh.device), torch.empty_like(x_bD), torch.empty_like(c_rD)
+
+    def blocks() -> Iterator[tuple[int, int]]:
+        for token in range(0, num_tokens, b):
+            for row in range(0, num_rows, r):
+                yield min(b, num_tokens - token), min(r, num_rows - row)
+
+    def form() -> tuple[Tensor, ...]:
+        for i, j in blocks():
+            logits = l_br[: i * j].view(i, j)
+            torch.mm(x_bD[:i], c_rD[:j].t(), out=logits)
+            torch.mm(logits, c_rD[:j], out=dx_bD[:i])
+            torch.mm(logits.t(), x_bD[:i], out=dc_rD[:j])
+        return ()
+
+    return form
