@@ -16,7 +16,9 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.tokenizer import Tokenizer
+from vqscale.train.activations import activation_bytes
 from vqscale.train.config import TokenizerRun
+from vqscale.train.plan_judges import judges
 from vqscale.train.tokenizer import build
 
 MIB = 2**20
@@ -28,21 +30,6 @@ def planned_mesh(data: int, codes: int) -> Mesh:
     mesh.data, mesh.codes = Axis("data", data), Axis("codes", codes)
     mesh.world = Axis("world", data * codes)
     return mesh
-
-
-def activation_bytes(module: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that autograd keeps for a backward pass through module(x), parameters not counted. On the meta device."""
-    own = {id(parameter) for parameter in module.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(x)
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def _split(params: int, stage: int, world: int) -> int:
@@ -88,21 +75,24 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     dense = sum(parameters.values())
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
+    others = judges(config, images, world, dense, _learned(tables))
     per_token = config.engine.accumulation * _sent_per_token(config, dim, parameters["codebook"] > 0)
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
-        parameters,
+        parameters | others.parameters,
         {
             f"encoder, decoder ({_engine(config)})": _split(dense, stage, world),
             "rows, their gradients and moments": _rows_bytes(tables),
             f"activations of {images} images": _activations(tokenizer, images, side, config),
             "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
+            **others.memory,
         },
         {
             "data axis and ZeRO: gradients of encoder and decoder": 8 * dense * (world - 1) // world,
             "data axis: gradients of rows": 2 * 4 * (data - 1) * _learned(tables) // data,
             "code axis: tokens (does not grow with K)": 4 * tokens * per_token * (codes - 1),
+            **others.sent,
         },
     )
 

@@ -1,0 +1,66 @@
+"""What --dry-run says about LPIPS, the discriminator and the average of the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vqscale import config as configuration
+from vqscale.train.activations import activation_bytes
+from vqscale.train.config import Run
+from vqscale.train.plan import plan
+from vqscale.train.plan_judges import judges
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "configs" / "tokenizer" / "ibq_imagenet256_1024.yaml"
+# 4x4 convolutions 3 -> 64 -> 128 -> 256 -> 512 -> 1, biases in the first and the last, a scale and a shift per norm
+PATCHGAN = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 1 + 2 * (128 + 256 + 512)
+VGG, HEADS = 14_714_688, 64 + 128 + 256 + 512 + 512
+
+
+def test_published_judges():
+    config = configuration.load(Run, PUBLISHED)
+    found = judges(config, 2, world=4, dense=1000, rows=30)
+    assert found.parameters == {"discriminator": PATCHGAN, "LPIPS (frozen)": VGG + HEADS}
+    assert found.memory["discriminator"] == 4 * (2 * PATCHGAN + 2 * -(-PATCHGAN // 4))  # ZeRO 1 splits the moments
+    assert found.memory["LPIPS"] == 4 * (VGG + HEADS)
+    assert found.memory["average of the weights"] == 4 * 1030
+    assert list(found.sent.values()) == [8 * PATCHGAN * 3 // 4]
+    precise = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="fp32", zero_stage=3))
+    whole = judges(precise, 2, world=4, dense=1000, rows=30)
+    assert whole.memory["average of the weights"] == 4 * 280
+    for name in found.memory:
+        if name.startswith("activations"):
+            assert whole.memory[name] == pytest.approx(2 * found.memory[name], abs=1)
+    more = judges(config, 4, world=4, dense=1000, rows=30)
+    assert sum(v for k, v in more.memory.items() if "activations" in k) > 1.9 * sum(
+        v for k, v in found.memory.items() if "activations" in k
+    )
+
+
+def test_a_run_without_judges_costs_nothing_more():
+    config = configuration.load(Run, ROOT / "configs" / "quickstart" / "tokenizer.yaml")
+    found = judges(config, 2, world=4, dense=1000, rows=30)
+    assert not found.parameters
+    assert not found.memory
+    assert not found.sent
+
+
+def test_the_plan_shows_them():
+    text = plan(
+        configuration.load(Run, PUBLISHED, ["data.batch=8", "data.train.image_size=64", "data.val=null"]), 8
+    ).text()
+    for word in ("discriminator", "LPIPS (frozen)", "average of the weights", "activations of LPIPS, 1 images"):
+        assert word in text
+
+
+def test_activations_are_what_the_backward_pass_needs():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 2, 1))
+        image = torch.empty(2, 3, 8, 8)
+    # the image for the first weight; the output of the ReLU for its own gradient and for the last weight
+    assert activation_bytes(net, image) == 4 * (2 * 3 * 64 + 2 * 5 * 64)
