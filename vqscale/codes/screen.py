@@ -24,11 +24,9 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import bounds
-from vqscale.codes.bounds import LINE, Form, Keys, Queries
+from vqscale.codes.bounds import GROUP, LINE, Form, Keys
 
 TOKEN_BLOCK = 2048
-GROUP = 16  # lines of a group
-PRODUCT = 2**21  # bounds that are computed at once: they stay in a cache
 MOST_LINES = 1 / 64  # of the lines of a part: with more left, a product in float64 is faster
 
 
@@ -66,64 +64,55 @@ class _Part:
     ) -> None:
         self.form, self.keys, self.x_TD, self.budget = form, keys, x_TD, budget
         self.score_T, self.row_T = score_T, row_T
-        self.queries = bounds.make_queries(x_TD, keys)
+        self.queries = bounds.make_queries(x_TD, keys, score_T)
         self.plain_T = finite_T & ~self.queries.fits_T
         self.screened_T = finite_T & self.queries.fits_T
 
     def search(self) -> None:
-        line_LT = self._lines()
-        group_GT = line_LT.view(-1, GROUP, line_LT.shape[1]).amax(1)
-        least_T = bounds.lowest_bound(self.score_T, self.queries)
-        token_A = torch.nonzero(self.screened_T & (group_GT.amax(0) >= least_T)).squeeze(1)
+        line_LT = self.queries.wide_TE.new_empty((self.keys.lines, len(self.x_TD)))
+        bounds.top_of_lines(self.keys, self.queries, line_LT)
+        group_GT = bounds.top(line_LT.view(-1, GROUP, line_LT.shape[1]), 1)
+        least_T = self.queries.least(self.score_T)
+        token_A = torch.nonzero(self.screened_T & (bounds.top(group_GT, 0) >= least_T)).squeeze(1)
         if len(token_A):
-            everybody = len(token_A) == group_GT.shape[1]
-            group_GA = group_GT if everybody else group_GT[:, token_A]
-            self._raise_one(line_LT, group_GA.argmax(0), token_A)
-            self._raise_all(line_LT, group_GA, token_A)
-        for token in torch.nonzero(self.plain_T).squeeze(1).split(TOKEN_BLOCK):
-            self._raise_plainly(token)
+            group_GA = group_GT if len(token_A) == group_GT.shape[1] else group_GT[:, token_A]
+            seen_T = self._raise_in_one(line_LT, group_GA.argmax(0), token_A)
+            self._raise_in_all(line_LT, group_GA, token_A, seen_T)
+        for token_P in torch.nonzero(self.plain_T).squeeze(1).split(TOKEN_BLOCK):
+            self._raise_plainly(token_P)
 
-    def _lines(self) -> Tensor:
-        """The largest bound of each line, and -inf for lines that fill up the last group."""
-        num_tokens = len(self.x_TD)
-        lines = -(-self.keys.lines // GROUP) * GROUP
-        line_LT = self.queries.wide_TE.new_empty((lines, num_tokens))
-        line_LT[self.keys.lines :] = -torch.inf
-        step = max(1, min(self.keys.lines, PRODUCT // (LINE * num_tokens)))
-        buffer_rT = line_LT.new_empty((step * LINE, num_tokens))
-        for first in range(0, self.keys.lines, step):
-            last = min(first + step, self.keys.lines)
-            u_rT = buffer_rT[: (last - first) * LINE]
-            bounds.bounds(self.keys.wide_rE[first * LINE : last * LINE], self.queries.wide_TE, u_rT)
-            torch.amax(u_rT.view(-1, LINE, num_tokens), 1, out=line_LT[first:last])
-        return line_LT
+    def _raise_in_one(self, line_LT: Tensor, group_A: Tensor, token_A: Tensor) -> Tensor:
+        """Score the row with the highest bound in each token's most promising line, then what is left of that line.
 
-    def _raise_one(self, line_LT: Tensor, group_A: Tensor, token_A: Tensor) -> None:
-        """Score the row with the highest bound of each token's most promising line."""
+        Returns the line of each token, -1 for tokens without one.
+        """
         line_AG = group_A[:, None] * GROUP + torch.arange(GROUP, device=group_A.device)
         line_A = line_AG.gather(1, line_LT[line_AG, token_A[:, None]].argmax(1, keepdim=True)).squeeze(1)
         for some in self._chunks(len(token_A)):
-            u_PL = self._row_bounds(line_A[some], token_A[some])
-            self._raise(line_A[some] * LINE + u_PL.argmax(1), token_A[some])
+            line_P, token_P = line_A[some], token_A[some]
+            u_PL = bounds.in_lines(self.keys, self.queries, line_P, token_P)
+            first_P = u_PL.argmax(1)
+            self._raise(line_P * LINE + first_P, token_P)
+            rest_PL = u_PL >= self.queries.least(self.score_T)[token_P, None]
+            self._raise_some(rest_PL.scatter_(1, first_P[:, None], False), line_P, token_P)
+        seen_T = torch.full_like(self.row_T, -1)
+        return seen_T.index_copy_(0, token_A, line_A)
 
-    def _raise_all(self, line_LT: Tensor, group_GA: Tensor, token_A: Tensor) -> None:
-        """Score every row that may be better than the best so far, or equal and lower."""
-        least_T = bounds.lowest_bound(self.score_T, self.queries)
+    def _raise_in_all(self, line_LT: Tensor, group_GA: Tensor, token_A: Tensor, seen_T: Tensor) -> None:
+        """Score every row of other lines that may be better than the best so far, or equal and lower."""
+        least_T = self.queries.least(self.score_T)
         group_P, at_P = torch.nonzero(group_GA >= least_T[token_A], as_tuple=True)
-        most = GROUP + int(self.keys.lines * MOST_LINES)
-        crowded_A = torch.bincount(at_P, minlength=len(token_A)) > most
+        crowded_A = torch.bincount(at_P, minlength=len(token_A)) > GROUP + self.keys.lines * MOST_LINES
         self.plain_T[token_A[crowded_A]] = True
         kept_P = ~crowded_A[at_P]
         group_P, token_P = group_P[kept_P], token_A[at_P[kept_P]]
         line_PG = group_P[:, None] * GROUP + torch.arange(GROUP, device=group_P.device)
-        pair_Q, in_group_Q = torch.nonzero(line_LT[line_PG, token_P[:, None]] >= least_T[token_P, None], as_tuple=True)
+        left_PG = (line_LT[line_PG, token_P[:, None]] >= least_T[token_P, None]) & (line_PG != seen_T[token_P, None])
+        pair_Q, in_group_Q = torch.nonzero(left_PG, as_tuple=True)
         line_Q, token_Q = line_PG[pair_Q, in_group_Q], token_P[pair_Q]
         for some in self._chunks(len(line_Q)):
-            token_P = token_Q[some]
-            pair_R, in_line_R = torch.nonzero(
-                self._row_bounds(line_Q[some], token_P) >= least_T[token_P, None], as_tuple=True
-            )
-            self._raise(line_Q[some][pair_R] * LINE + in_line_R, token_P[pair_R])
+            u_PL = bounds.in_lines(self.keys, self.queries, line_Q[some], token_Q[some])
+            self._raise_some(u_PL >= least_T[token_Q[some], None], line_Q[some], token_Q[some])
 
     def _chunks(self, num_lines: int) -> Iterator[slice]:
         """Lines whose keys in bfloat16 and rows in float64 take a quarter of the budget."""
@@ -131,10 +120,10 @@ class _Part:
         for first in range(0, num_lines, step):
             yield slice(first, first + step)
 
-    def _row_bounds(self, line_P: Tensor, token_P: Tensor) -> Tensor:
-        """The bounds of the rows of lines, each for one token: P x LINE."""
-        keys_PLE = self.keys.wide_rE.view(-1, LINE, self.keys.wide_rE.shape[1])[line_P]
-        return torch.bmm(keys_PLE, self.queries.wide_TE[token_P, :, None]).squeeze(2)
+    def _raise_some(self, which_PL: Tensor, line_P: Tensor, token_P: Tensor) -> None:
+        pair_R, in_line_R = torch.nonzero(which_PL, as_tuple=True)
+        if len(pair_R):
+            self._raise(line_P[pair_R] * LINE + in_line_R, token_P[pair_R])
 
     def _raise(self, row_P: Tensor, token_P: Tensor) -> None:
         """Raise the best so far of tokens by exact scores of pairs; rows count from the start of this part."""
