@@ -205,7 +205,9 @@ def _run_config(file: Path, folder: Path) -> dict[str, Any]:
 def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """What the run folder says about the weights of a checkpoint; what it does not say is left out."""
     size = (asked.get("data") or {}).get("train", {}).get("image_size")
-    facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {weights}", "image_size": size}
+    kept = (asked.get("average") or {}).get("decay") != 0
+    taken = weights if kept else "parameters"
+    facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}", "image_size": size}
     commit, summary = run / "code" / "commit.txt", run / "summary.json"
     if commit.is_file():
         facts["commit"] = commit.read_text().strip()
