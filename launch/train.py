@@ -94,13 +94,20 @@ def _arguments(argv: list[str]) -> tuple[Path, list[str], bool, int | None]:
 
 
 def _check_machine(config: Run) -> str:
-    """Everything about this machine that can be wrong, before any process group: device, compiler, shards."""
+    """Everything about this machine that can be wrong, before any process group: device, compiler, weights,
+    shards."""
     from vqscale.data import images
     from vqscale.parallel.config import check_engine
-    from vqscale.train.loop import pick_device
+    from vqscale.train.loop import check_compiler, pick_device
 
     device = pick_device(config.run.device)
     check_engine(config.engine, device)
+    if config.run.compile:
+        check_compiler(device)
+    if config.loss.perceptual is not None:
+        from vqscale.nets import lpips
+
+        lpips.check(config.loss.perceptual.vgg, config.loss.perceptual.heads)
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         if source is not None:
             try:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqscale.nets.weights import load_strictly, read_state
+from vqscale.nets.weights import check_file, load_strictly, read_state
 
 # Channels of the convolutions of VGG16, each followed by a ReLU; a tap after each stage, and a pooling between stages.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 LEAST_SIDE = 16
+VGG, HEADS = "VGG16 of LPIPS", "linear heads of LPIPS"
 WHERE_VGG = (
     "get https://download.pytorch.org/models/vgg16-397923af.pth on a machine that may download, and give its path"
 )
@@ -96,13 +97,19 @@ def _unit(x: Tensor) -> Tensor:
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
 
+def check(vgg: Path | str, heads: Path | str) -> None:
+    """ValueError unless both files are there; reads neither."""
+    check_file(vgg, what=VGG, where=WHERE_VGG)
+    check_file(heads, what=HEADS, where=WHERE_HEADS)
+
+
 def load(
     vgg: Path | str, heads: Path | str, *, vgg_sha256: str | None = "397923af", heads_sha256: str | None = None
 ) -> LPIPS:
     """LPIPS with the weights of two files whose sha256 begin with these digits (None: any). ValueError if not."""
     lpips = LPIPS()
-    backbone = read_state(vgg, what="VGG16 of LPIPS", where=WHERE_VGG, sha256=vgg_sha256)
-    linear = read_state(heads, what="linear heads of LPIPS", where=WHERE_HEADS, sha256=heads_sha256)
+    backbone = read_state(vgg, what=VGG, where=WHERE_VGG, sha256=vgg_sha256)
+    linear = read_state(heads, what=HEADS, where=WHERE_HEADS, sha256=heads_sha256)
     used = {name: x for name, x in backbone.items() if not name.startswith("classifier.")}
     load_strictly(lpips, {**used, **linear}, what=f"LPIPS from {vgg} and {heads}")
     return lpips

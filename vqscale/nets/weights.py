@@ -26,11 +26,7 @@ def read_state(path: Path | str, *, what: str, where: str, sha256: str | None = 
     given hexadecimal digits; None checks nothing. ValueError for what is missing, damaged, or no dictionary of tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is no file" if path.exists() else "does not exist"
-        raise ValueError(f"{what}: {path} {found}, and nothing is downloaded at run time: {where}")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{what}: {path} ends in none of {', '.join(SUFFIXES)}, which tell how to read it: {where}")
+    check_file(path, what=what, where=where)
     if sha256 is not None:
         _check_hash(path, sha256.lower(), what, where)
     try:
@@ -46,6 +42,16 @@ def read_state(path: Path | str, *, what: str, where: str, sha256: str | None = 
     if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(f"{what}: {path} holds {_kind(found)} and not tensors by name: {where}")
     return {str(name): tensor for name, tensor in found.items()}
+
+
+def check_file(path: Path | str, *, what: str, where: str) -> None:
+    """ValueError where there is no such file, or none whose name tells how to read it. Reads nothing."""
+    path = Path(path)
+    if not path.is_file():
+        found = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"{what}: {path} {found}, and nothing is downloaded at run time: {where}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{what}: {path} ends in none of {', '.join(SUFFIXES)}, which tell how to read it: {where}")
 
 
 def _read(path: Path) -> Any:

@@ -5,6 +5,7 @@ in the files beside this one; each reads top to bottom, and what stands here has
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -71,6 +72,16 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "cpu"
+
+
+def check_compiler(device: str) -> None:
+    """ValueError where torch.compile would find no compiler: C++ for a CPU, C for what launches kernels on a GPU."""
+    names = [os.environ.get("CXX") or "g++"] if device == "cpu" else [os.environ.get("CC") or "gcc", "cc", "clang"]
+    if not any(shutil.which(name) for name in names):
+        raise ValueError(
+            f"run.compile needs a compiler at run time, and there is no {' or '.join(names)} on the PATH of this "
+            f"machine: install one, name it in {'CXX' if device == 'cpu' else 'CC'}, or use run.compile=false"
+        )
 
 
 def seed_step(seed: int, step: int, mesh: Mesh) -> None:

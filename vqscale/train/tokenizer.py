@@ -35,6 +35,16 @@ def build(config: TokenizerConfig, mesh: Mesh, seed: int) -> Tokenizer:
     return Tokenizer.from_config(config, mesh, seed)
 
 
+def compile_nets(tokenizer: Tokenizer, backend: str = "inductor") -> None:
+    """Compile encoder and decoder in place, at their first call; parameters keep their names."""
+    from torch._functorch import config as functorch
+
+    # By default a compiled backward pass writes over what it needs, and the adaptive weight asks for two.
+    functorch.donated_buffer = False
+    tokenizer.encoder.compile(backend=backend)
+    tokenizer.decoder.compile(backend=backend)
+
+
 def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[Stream, Stream | None]:
     """(training images, held-out images or None): what is wrong with the shards is said before a model is built."""
     batch = config.data.batch // config.engine.accumulation
@@ -59,6 +69,8 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     quantizer.begin()
     last_weight = tokenizer.decoder.get_parameter("conv_out.weight")
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
+    if run.compile:
+        compile_nets(tokenizer)
     average = Average(engine, config.average)
     game = None if config.loss.adversarial is None else Discriminator(config.loss.adversarial, config, mesh)
     kept: list[loop.Kept] = [average] if game is None else [average, game]
