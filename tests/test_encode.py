@@ -110,7 +110,7 @@ def at(target: str, number: int, on_rank: int, action, rank: int, changes) -> No
 
 
 AGREED = "vqscale.train.encode:_Work._agree"
-SEALED = "vqscale.parallel.manifest:seal"
+CARD = "vqscale.data.tokens_format:write_card"
 
 
 def encode(argv: list[str], ranks=None, world: int = 1, before=None) -> str:
@@ -210,10 +210,12 @@ def _full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk(place, whole, tmp_path):
+@pytest.mark.parametrize(("what", "call"), [(CARD, 1), ("vqscale.parallel.manifest:seal", 4), (CARD, 2)])
+def test_a_full_disk(place, whole, tmp_path, what, call):
+    """At the beginning, at a storage shard, at the end."""
     out = tmp_path / "cache"
     argv = words(place, out, "--views", "flip")
-    status, said = start(argv, partial(at, SEALED, 4, 0, _full))
+    status, said = start(argv, partial(at, what, call, 0, _full))
     assert status == 1
     assert f"the disk of {out} is full (No space left on device): the storage shards that are finished stand" in said
     assert "Traceback" not in said

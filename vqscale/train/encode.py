@@ -163,6 +163,8 @@ class _Work:
         lines of its ledger and why it stopped, if it did.
         """
         card, rank, world = self.card, self.mesh.world.rank, self.mesh.world.size
+        if not missing:  # killed before the seal
+            return [({}, "")]
         rounds = -(-len(missing) // world)
         mine = [*missing[rank::world], None][:rounds]
         spans = [None if shard is None else card.span(shard) for shard in mine]
