@@ -50,7 +50,8 @@ def write_run(folder: Path, tokenizer: Tokenizer, mesh=None, steps=(7,), average
     run = configuration.parse(
         TokenizerRun,
         {"data": {"train": {"shards": "x.tar", "image_size": 8}}, "run": {"folder": str(folder)}}
-        | {"tokenizer": configuration.to_dict(tokenizer.config)},
+        | {"tokenizer": configuration.to_dict(tokenizer.config)}
+        | {"average": {"decay": 0.0 if average is None else 0.9}},
     )
     tables = set_aside(tokenizer)
     learned, others = loop.table_rows(tables, learned=True), loop.table_rows(tables, learned=False)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 
+import jobs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -232,3 +233,18 @@ def test_without_torch_the_config_is_there():
     code = "import sys, vqscale, vqscale.tokenizer_config as t; t.TokenizerConfig(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert train_config.TokenizerConfig is TokenizerConfig
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_trained_run_gives_what_its_checkpoint_holds(tmp_path, tiny_shards):
+    """Names as training writes them, with an average, on two processes."""
+    run = jobs.finish(jobs.write_config(tmp_path, tiny_shards, "run.steps=4", "average.decay=0.5"), world=2)
+    tensors = jobs.tensors(run, 4)
+    for weights, prefix in (("average", "average/"), ("parameters", "parameter/")):
+        loaded = Tokenizer.load(run, weights=weights)
+        for name, entry in entries(loaded).items():
+            assert torch.equal(entry.tensor, tensors[("rows/" if entry.table else "") + prefix + name]), name
+    assert loaded.card["image_size"] == jobs.SIDE
+    assert loaded.card["metrics"]["steps"] == 4
+    assert not torch.equal(tensors["average/encoder.conv_in.weight"], tensors["parameter/encoder.conv_in.weight"])
