@@ -1,0 +1,371 @@
+"""The fused kernels against dense.py, in Triton's interpreter on a CPU, on the device where there is one.
+
+Forward and backward go through the functions of fused.py as soft.py calls them, with one process's merging done here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted import INTERPRETED
+from torch.utils._python_dispatch import TorchDispatchMode
+from whole import integers, normal
+
+pytest.importorskip("triton")
+
+from vqscale.codes import backend, dense, fused, fused_ops, fused_tiles, mixing
+from vqscale.codes.fused_tiles import Tile
+from vqscale.codes.mixing import BITS
+from vqscale.codes.scan import Keys
+from vqscale.codes.unmixing import Upstream
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SIMILARITIES = ["dot", "euclid", "cosine"]
+
+
+@pytest.fixture(autouse=True)
+def _several_programs(monkeypatch):
+    """Enough programs that every kernel splits its inner loop; few and large tiles, which an interpreter likes."""
+    monkeypatch.setattr(fused_tiles, "programs", lambda device: 3)
+    if INTERPRETED:
+        monkeypatch.setattr(fused_tiles, "FULL", (Tile(32, 64, 1, 1), Tile(16, 64, 1, 1)))
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def _make(num, codes, dim, similarity, scale=1.0, low=False):
+    """x, rows, and the queries and keys with their graphs: float64 numbers that float32, or bfloat16, holds exactly."""
+    kind = torch.bfloat16 if low else torch.float32
+    x = (scale * normal(num, dim, seed=1)).to(kind).double().to(DEVICE).requires_grad_()
+    rows = normal(codes, dim, seed=2).to(kind).double().to(DEVICE).requires_grad_()
+    if similarity == "cosine":
+        return x, rows, F.normalize(x, dim=1), Keys(F.normalize(rows, dim=1))
+    return x, rows, x, Keys(rows, -0.5 * rows.square().sum(1) if similarity == "euclid" else None)
+
+
+def _float(x):
+    return None if x is None else x.detach().float()
+
+
+def _fused(query, keys, rows, temperature, sharper, weights):
+    """Everything that a mixture says, and the gradients of queries, keys and bias for the upstream `weights`."""
+    x, given, values = _float(query), Keys(_float(keys.keys_kD), _float(keys.bias_k)), _float(rows)
+    if keys.keys_kD is rows:
+        values = given.keys_kD
+    mixed = fused.mix(x, given, values, temperature, sharper, len(rows), 0)
+    # The state is relative to the best score of the products, which is not the best score where they are rounded.
+    score = mixed.soft.top_B / mixed.scale
+    log, mean = mixed.soft.sum_B.log2(), mixed.sum_BD / mixed.soft.sum_B[:, None]
+    sharp_log = mixed.sharp.sum_B.log2()
+    entropy = (sharp_log - mixed.sharp.excess_B / mixed.sharp.sum_B) / BITS
+    columns = fused.column_sums(x, given, mixed, sharper, score, sharp_log, 0)
+    values_of = {
+        "score": mixed.score_B / temperature,
+        "lse": score / temperature + log / BITS,
+        "mean": mean,
+        "entropy": entropy,
+        "columns": columns,
+    }
+    w = {name: _float(weight) for name, weight in weights.items()}
+    shift = 0.0
+    if "mean" in w:
+        shift = shift + (w["mean"] * mean).sum(1)
+    if "lse" in w:
+        shift = shift - w["lse"]
+    column_mean = None
+    if "columns" in w:
+        column_mean = fused.row_means(x, given, mixed, sharper, score, sharp_log, w["columns"], 0)
+    up = Upstream(
+        score_B=score,
+        log_B=log,
+        mean_BD=w.get("mean"),
+        shift_B=shift if torch.is_tensor(shift) else None,
+        entropy_B=w.get("entropy"),
+        entropy_value_B=entropy,
+        columns_k=w.get("columns"),
+        columns_mean_B=column_mean,
+        sharp_log_B=sharp_log,
+    )
+    out = fused.unmix(x, given, values, mixed, up, temperature, sharper, 0)
+    assert (out.bias_k is None) == (keys.bias_k is None)
+    return mixed.row_B, values_of, out
+
+
+def _weights(num, codes, dim, used):
+    every = {
+        "mean": normal(num, dim, seed=3),
+        "lse": normal(num, seed=4),
+        "entropy": normal(num, seed=5),
+        "columns": normal(codes, seed=6),
+    }
+    return {name: every[name].to(DEVICE) for name in used.split()}
+
+
+def _near(got, expected, tolerance):
+    """Close, relative to the largest number."""
+    assert got.shape == expected.shape
+    got, expected = got.detach().double(), expected.detach().double()
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
+
+
+def _check(num, codes, dim, similarity, used, low, tolerance, temperature=0.7, entropy_temperature=0.2):
+    x, rows, query, keys = _make(num, codes, dim, similarity, dim**-0.5 * 2, low)
+    weights = _weights(num, codes, dim, used)
+    torch.set_float32_matmul_precision("medium" if low else "highest")
+    ids, values, out = _fused(query, keys, rows, temperature, temperature / entropy_temperature, weights)
+    truth = dense.mix(x, rows, similarity, temperature, entropy_temperature)
+    best, score = dense.nearest(_float(query).double(), _float(keys.keys_kD).double())
+    if similarity != "euclid":  # whose bias is rounded to float32 on its way
+        assert torch.equal(ids, best)
+        _near(values["score"], score / temperature, 1e-6)
+    _near(values["lse"], truth.lse_N, tolerance)
+    _near(values["mean"], truth.mean_ND, tolerance)
+    _near(values["entropy"], truth.entropy_N, tolerance)
+    _near(values["columns"], truth.columns_K, tolerance)
+    named = {"mean": truth.mean_ND, "lse": truth.lse_N, "entropy": truth.entropy_N, "columns": truth.columns_K}
+    loss = sum((named[name] * weight).sum() for name, weight in weights.items())
+    dx, drows = torch.autograd.grad(loss, (x, rows))
+    outputs, gradients = [query, keys.keys_kD], [out.x_BD, out.keys_kD]
+    if keys.bias_k is not None:
+        outputs, gradients = [*outputs, keys.bias_k], [*gradients, out.bias_k]
+    gradients = [gradient.double() for gradient in gradients]
+    got = torch.autograd.grad(outputs, (x, rows), gradients)
+    _near(got[0], dx, tolerance)
+    _near(got[1], drows, tolerance)
+
+
+ALL = "mean lse entropy columns"
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("low", [False, True])
+def test_values_and_gradients_are_the_dense_ones(similarity, low):
+    # bfloat16 rounds the unit rows of `cosine`, the upstream gradient, the probabilities and their gradient
+    _check(40, 203, 20, similarity, ALL, low, 2e-2 if low else 3e-5)
+
+
+@pytest.mark.parametrize("used", ["mean", "lse", "entropy", "columns"])
+def test_a_gradient_alone_is_the_dense_one(used):
+    _check(18, 70, 16, "euclid", used, False, 3e-5)
+
+
+@pytest.mark.parametrize(("num", "codes", "dim"), [(1, 1, 1), (3, 17, 5), (33, 64, 33)])
+def test_shapes_that_fill_no_tile(num, codes, dim):
+    _check(num, codes, dim, "dot", ALL, False, 3e-5)
+    _check(num, codes, dim, "dot", ALL, True, 2e-2)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_the_best_row_is_exact_where_bfloat16_cannot_tell(low):
+    torch.set_float32_matmul_precision("medium" if low else "highest")
+    # All rows round to nearly the same bfloat16 numbers; float64 decides.
+    rows = (normal(1, 24, seed=1) + 1e-4 * normal(300, 24, seed=2)).float().to(DEVICE)
+    x = normal(20, 24, seed=3).float().to(DEVICE)
+    ids, score = dense.nearest(x.double(), rows.double())
+    assert len(set(ids.tolist())) > 3
+    for got_score, got in (fused.best(x, Keys(rows), 0), _best_of_mix(x, rows)):
+        assert torch.equal(got, ids)
+        torch.testing.assert_close(got_score.double(), score, rtol=1e-6, atol=0.0)
+    if low:
+        rounded = (x.bfloat16().double() @ rows.bfloat16().double().t()).argmax(1)
+        assert not torch.equal(rounded, ids), "these rows would not show a search in bfloat16"
+
+
+def _best_of_mix(x, rows):
+    mixed = fused.mix(x, Keys(rows), rows, 1.0, None, len(rows), 0)
+    assert mixed.sharp is None
+    return mixed.score_B, mixed.row_B
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_ties_go_to_the_lowest_row(low):
+    torch.set_float32_matmul_precision("medium" if low else "highest")
+    some = integers(40, 6, seed=1)
+    rows = torch.cat([some, some.flip(0), some, some[:17]]).to(DEVICE)
+    bias = integers(40, seed=2)
+    bias = torch.cat([bias, bias.flip(0), bias, bias[:17]]).to(DEVICE)
+    x = integers(25, 6, seed=3).to(DEVICE)
+    x[7] = 0.0
+    l_nk = x @ rows.t() + bias
+    score, row = fused.best(x, Keys(rows, bias), 0)
+    assert torch.equal(row, l_nk.argmax(1))
+    assert torch.equal(score.float(), l_nk.amax(1))
+    # with one row, all equal, everything is in doubt
+    assert fused.best(x, Keys(rows[:1].expand(150, -1)), 0)[1].eq(0).all()
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_logits_of_ten_thousand(low):
+    x, rows, query, keys = _make(20, 90, 16, "dot", 600.0, low)
+    assert (x @ rows.t()).abs().max() > 1e4
+    torch.set_float32_matmul_precision("medium" if low else "highest")
+    ids, values, out = _fused(query, keys, rows, 1.0, 100.0, _weights(20, 90, 16, ALL))
+    truth = dense.mix(x, rows, "dot", 1.0, 0.01)
+    assert torch.equal(ids, dense.nearest(x, rows)[0])
+    _near(values["lse"], truth.lse_N, 1e-6)
+    _near(values["mean"], truth.mean_ND, 1e-2 if low else 1e-5)
+    # float32 holds such scores to 6e-4, which at this temperature is 6 per cent of a probability
+    _near(values["columns"], truth.columns_K, 0.1)
+    for part in (*values.values(), out.x_BD, out.keys_kD):
+        assert torch.isfinite(part).all()
+
+
+def test_numbers_near_the_end_of_float32():
+    rows = torch.tensor([[1e18, 0.0], [0.0, 1e18], [-1e18, 0.0]], device=DEVICE)
+    x = torch.tensor([[1e3, 0.0], [0.0, -1e3]], device=DEVICE)
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        mixed = fused.mix(x, Keys(rows), rows, 1.0, 100.0, 3, 0)
+        assert mixed.row_B.tolist() == [0, 0]
+        assert torch.isfinite(mixed.sum_BD).all()
+        torch.testing.assert_close(mixed.sharp.sum_B, torch.tensor([1.0, 2.0], device=DEVICE))
+    _, row = fused.best(x * 1e17, Keys(rows), 0)  # beyond float32: norms are infinite, float64 scores are not
+    assert row.tolist() == [0, 0]
+
+
+def test_a_token_that_is_not_a_number_stays_one_and_harms_no_other():
+    x = normal(20, 8, seed=1).float().to(DEVICE)
+    rows = normal(50, 8, seed=2).float().to(DEVICE)
+    bad = x.clone()
+    bad[3, 2] = torch.nan
+    good = torch.arange(20, device=DEVICE) != 3
+    score, row = fused.best(bad, Keys(rows), 0)
+    expected = fused.best(x, Keys(rows), 0)
+    assert int(row[3]) == 0
+    assert torch.equal(row[good], expected[1][good])
+    assert torch.equal(score[good], expected[0][good])
+    mixed, plain = (fused.mix(tokens, Keys(rows), rows, 1.0, 5.0, 50, 0) for tokens in (bad, x))
+    for got, alone in (
+        (mixed.soft.sum_B, plain.soft.sum_B),
+        (mixed.sharp.excess_B, plain.sharp.excess_B),
+        (mixed.sum_BD, plain.sum_BD),
+    ):
+        assert torch.isnan(got[3]).all()
+        assert torch.equal(got[good], alone[good])
+
+
+@pytest.mark.parametrize(("num", "codes"), [(5, 0), (0, 7)])
+def test_a_rank_without_rows_and_a_batch_without_tokens(num, codes):
+    x, rows = torch.ones(num, 8, device=DEVICE), torch.ones(codes, 8, device=DEVICE)
+    keys = Keys(rows, rows.sum(1))
+    blocks = backend.BLOCKS
+    got, expected = (side.mix(x, keys, rows, 0.5, 4.0, 7, 2**20) for side in (fused, blocks))
+    for name in ("row_B", "score_B", "sum_BD"):
+        assert torch.equal(getattr(got, name), getattr(expected, name))
+    assert torch.equal(got.soft.sum_B, expected.soft.sum_B)
+    assert torch.equal(got.sharp.sum_B, expected.sharp.sum_B)
+    assert torch.equal(got.soft.top_B < -1e29, torch.ones(num, dtype=torch.bool, device=DEVICE))
+    assert fused.best(x, keys, 0)[1].tolist() == [0] * num
+    zero = torch.zeros(num, device=DEVICE)
+    assert fused.column_sums(x, keys, got, 4.0, zero, zero, 0).tolist() == [0.0] * codes
+    assert fused.row_means(x, keys, got, 4.0, zero, zero, rows.sum(1), 0).tolist() == [0.0] * num
+    up = Upstream(score_B=zero, log_B=zero, mean_BD=x, shift_B=zero)
+    out = fused.unmix(x, keys, rows, got, up, 0.5, 4.0, 0)
+    assert [part.shape for part in (out.x_BD, out.keys_kD, out.bias_k)] == [x.shape, rows.shape, (codes,)]
+    assert not out.x_BD.any()
+    assert not out.keys_kD.any()
+
+
+def test_half_inputs_are_read_as_they_are():
+    x, rows = normal(20, 12, seed=1).bfloat16().to(DEVICE), normal(60, 12, seed=2).bfloat16().to(DEVICE)
+    mixed = fused.mix(x, Keys(rows), rows, 1.0, None, 60, 0)
+    truth = dense.mix(x.double(), rows.double())
+    assert torch.equal(mixed.row_B, dense.nearest(x.double(), rows.double())[0])
+    assert mixed.sum_BD.dtype == mixed.soft.sum_B.dtype == torch.float32
+    _near((mixed.soft.top_B + mixed.soft.sum_B.log2()) / BITS, truth.lse_N, 1e-5)
+    _near(mixed.sum_BD / mixed.soft.sum_B[:, None], truth.mean_ND, 1e-2)
+    up = Upstream(
+        score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), mean_BD=None, shift_B=-torch.ones(20, device=DEVICE)
+    )
+    out = fused.unmix(x, Keys(rows), rows, mixed, up, 1.0, 1.0, 0)
+    assert out.x_BD.dtype == out.keys_kD.dtype == torch.bfloat16
+    _near(out.x_BD, torch.softmax(x.double() @ rows.double().t(), 1) @ rows.double(), 1e-2)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes a host wait for the device: numbers read back, shapes that depend on data."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        assert not name.startswith(self.WAITS), f"{name} waits for the device"
+        if name.startswith("index"):
+            assert not any(torch.is_tensor(i) and i.dtype == torch.bool for i in args[1]), "a mask has a length"
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_operation_waits_for_the_device():
+    x, rows = torch.randn(20, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
+    bias, zero, numbers = rows.sum(1), torch.zeros(20, device=DEVICE), torch.zeros(7, 20, device=DEVICE)
+    plain = {name: getattr(fused_ops, name)._init_fn for name in ("best", "mix", "column_sums", "row_means", "unmix")}
+    with _NoWaiting():
+        for low in (False, True):
+            plain["best"](x, rows, bias, low)
+            plain["mix"](x, rows, bias, rows, 1.0, 5.0, low)
+            plain["column_sums"](x, rows, bias, 5.0, zero, zero, low)
+            plain["row_means"](x, rows, bias, 5.0, zero, zero, bias, low)
+            plain["unmix"](x, rows, bias, rows, numbers, x, bias, True, True, 1.0, 1.0, 5.0, low)
+        with pytest.raises(AssertionError, match="waits"):
+            zero.sum().item()
+        with pytest.raises(AssertionError, match=r"waits|length"):
+            zero[zero > 0]
+
+
+def test_operators_keep_their_promises():
+    x, rows = torch.randn(5, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(fused_ops.best, (x, rows, None, False), test_utils=checks)
+    torch.library.opcheck(fused_ops.mix, (x, rows, None, rows, 1.0, 5.0, False), test_utils=checks)
+    zero, numbers = torch.zeros(5, device=DEVICE), torch.zeros(7, 5, device=DEVICE)
+    torch.library.opcheck(fused_ops.column_sums, (x, rows, None, 1.0, zero, zero, False), test_utils=checks)
+    torch.library.opcheck(fused_ops.row_means, (x, rows, None, 1.0, zero, zero, rows[:, 0], False), test_utils=checks)
+    given = (x, rows, rows.sum(1), rows, numbers, x, None, True, False, 1.0, 1.0, 5.0, False)
+    torch.library.opcheck(fused_ops.unmix, given, test_utils=checks)
+
+
+def test_parts_cover_the_loop_and_none_is_empty():
+    for tiles in (1, 5, 32, 131, 132, 133, 2048):
+        for length in (1, 63, 64, 65, 1000, 262144):
+            num, per_part = fused_tiles.parts(tiles, length, 64, 132)
+            assert 1 <= num <= fused_tiles.MOST_PARTS
+            assert per_part % 64 == 0
+            assert (num - 1) * per_part < length <= num * per_part
+    # 4096 tokens in tiles of 128 on 132 processors: 4 parts fill 128 of them
+    assert fused_tiles.parts(32, 262144, 64, 132) == (4, 65536)
+
+
+def test_blocks_serve_a_cpu_whatever_torch_is_set_to():
+    torch.set_float32_matmul_precision("medium")
+    assert backend.pick(torch.zeros(2, 8)) is backend.BLOCKS
+    assert backend.BLOCKS.mix is mixing.mix
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_on_the_device_at_real_sizes(similarity, low, dim, monkeypatch):
+    monkeypatch.undo()
+    _check(1024, 16384 + 7, dim, similarity, ALL, low, 2e-2 if low else 1e-4)
+
+
+@pytest.mark.gpu
+def test_on_the_device_the_kernels_are_chosen_and_need_little():
+    x = torch.randn(4096, 256, device="cuda")
+    rows = torch.randn(262144, 256, device="cuda") / 16
+    assert backend.pick(x) is backend.BLOCKS
+    torch.set_float32_matmul_precision("medium")
+    assert backend.pick(x) is fused
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mixed = fused.mix(x, Keys(rows), rows, 1.0, 100.0, len(rows), 0)
+    zero = torch.zeros(4096, device="cuda")
+    up = Upstream(score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), mean_BD=x, shift_B=zero)
+    fused.unmix(x, Keys(rows), rows, mixed, up, 1.0, 100.0, 0)
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30
+    for first in range(0, 4096, 512):
+        ids = (x[first : first + 512].double() @ rows.double().t()).argmax(1)
+        assert torch.equal(mixed.row_B[first : first + 512], ids)
