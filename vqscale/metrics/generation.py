@@ -59,7 +59,7 @@ def named(scores: Mapping[str, float], facts: Mapping[str, Any]) -> dict[str, fl
 
 
 class InceptionScore:
-    """exp of the mean divergence of p(class | image) from its mean, for each part of so many images; the mean of the parts.
+    """exp of the mean divergence of p(class | image) from its mean, for each part of the images; their mean.
 
     Sums by part are kept, so that images may come in any order and from any rank, under their numbers.
     """
