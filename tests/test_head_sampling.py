@@ -8,7 +8,7 @@ import pytest
 import torch
 from whole import CODES, integers, mine, normal, put
 
-from vqscale.codes import dense_head, noise, sample
+from vqscale.codes import cut, dense_head, noise
 from vqscale.codes.head import Head
 from vqscale.codes.rows import Rows
 from vqscale.parallel.mesh import Axis, Mesh
@@ -106,14 +106,12 @@ def _kept(codes):
     """Which ids remain, for logits with very many ties, some of them across ranks."""
     mesh, out = Mesh(1, codes), {}
     layout = Rows(50, mesh.codes.size, mesh.codes.rank)
-    shard = sample.Shard(torch.empty(layout.count, 1), layout, mesh.codes, 2**20)
     for top_k, top_p in SETS:
-        for sample.CANDIDATES in (1024, 0):
+        for cut.CANDIDATES in (1024, 0):
             logits = integers(30, 50, seed=1, most=2)[:, layout.start : layout.stop].clone()
-            cut = sample.restrict(logits, sample.Rule(1.0, top_k, top_p), shard)
-            sample.apply_(logits, cut, mesh.codes)
-            out[top_k, top_p, sample.CANDIDATES] = logits
-    sample.CANDIDATES = 1024
+            cut.apply_(logits, cut.restrict(logits, top_k, top_p, 50, mesh.codes), mesh.codes)
+            out[top_k, top_p, cut.CANDIDATES] = logits
+    cut.CANDIDATES = 1024
     return out
 
 
@@ -158,13 +156,14 @@ def test_bisection_finds_numbers_of_every_size_to_the_bit(dtype):
     numbers = torch.tensor(
         [[-huge, -3.5, -tiny, -0.0, 0.0, tiny, 1.0, 1.0 + torch.finfo(dtype).eps, huge]], dtype=dtype
     )
-    order = sample._ordered(numbers)
-    assert torch.equal(sample._number(order, dtype), numbers)
+    order = cut._ordered(numbers)
+    assert torch.equal(cut._number(order, dtype), numbers)
     assert (order.diff() >= 0).all()
     assert (order.diff() > 0).sum() == 7
     for num in range(1, 10):
-        cut = sample._lowest(numbers, lambda v, num=num: (numbers > v[:, None]).sum(1) < num, Axis("codes"))
-        assert cut == numbers[0, 9 - num]
+        value, above = cut._lowest(numbers, None, torch.tensor([num]).double(), Axis("codes"))
+        assert value == numbers[0, 9 - num]
+        assert above == (numbers > value).sum()
 
 
 def test_guidance_of_one_is_no_guidance_and_of_zero_is_the_null_class():

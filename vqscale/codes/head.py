@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from vqscale.codes import head_scan, sample
-from vqscale.codes.codebook import SCAN_MIB, Codebook, full_precision
+from vqscale.codes.codebook import SCAN_MIB, Codebook
 from vqscale.codes.config import Embedding, HeadConfig, Products
+from vqscale.codes.merge import full_precision, own
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
@@ -189,12 +190,7 @@ class Head(nn.Module):
                 x_ND = x_ND + (scale - 1.0) * (x_ND - unguided_ND.to(self.rows.dtype))
             x_BD, keys_B = ops.gather(x_ND, self.axis), ops.gather(keys_N, self.axis)
             shard = sample.Shard(self.rows, self.layout, self.axis, self.outputs.budget)
-            return _own(sample.draw(x_BD, keys_B, shard, rule), self.axis)
-
-
-def _own(x_B: Tensor, axis: Axis) -> Tensor:
-    """This rank's part of a tensor over the tokens of the code group."""
-    return x_B.chunk(axis.size)[axis.rank] if len(x_B) else x_B
+            return own(sample.draw(x_BD, keys_B, shard, rule), self.axis)
 
 
 def _check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
@@ -250,7 +246,7 @@ class _Loss(torch.autograd.Function):
             loss_B -= plan.smoothing * (x_BD @ mean_D)
         ctx.plan = plan
         ctx.save_for_backward(h_BD, rows_kD, lse_B, counts_B, at.mine_B, at.local_B)
-        return _own(torch.where(counts_B, loss_B, 0.0), axis).clone()
+        return own(torch.where(counts_B, loss_B, 0.0), axis).clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
