@@ -64,6 +64,21 @@ def test_the_forms_compute_the_same(tool):
         assert ids.max() < 127
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
+def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
+    forms, measure = tool("bench_head_forms"), tool("bench_measure")
+    mesh, tokens, codes = Mesh(), 512, 16384
+    pairs = tokens * codes * 4
+    wanted = forms.Setting(tokens, codes, 8, drawn=tokens, scan_mib=4, losses=("ours", "bf16", "dense"))
+    built = forms.build(wanted, mesh)
+    peaks = {name: measure.alone(form, mesh).peak_bytes for name, form in built["loss"].items()}
+    assert peaks["ours"] < pairs / 2
+    assert peaks["bf16"] < pairs / 2
+    assert 2 * pairs < peaks["dense"] < forms.dense_memory(wanted)
+    for name in ("ours", "top-p"):
+        assert measure.alone(built["sample"][name], mesh).peak_bytes < pairs / 2
+
+
 def test_what_does_not_fit_or_is_not_there_is_left_out_and_said(tool, capsys, monkeypatch):
     head, forms = tool("bench_head"), tool("bench_head_forms")
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)

@@ -388,3 +388,19 @@ def test_a_head_on_the_meta_device_has_shapes_only():
         head = Head(2**40, 256, embedding="codebook", feature_dim=16)
     assert head.rows.is_meta
     assert head.inputs.rows.shape == (2**40, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("products", "loose"), [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_on_a_gpu(products, loose):
+    head = whole_head(70001, Mesh(), torch.float32, products=products).cuda()
+    h = normal(TOKENS, DIM, seed=2).float().cuda().requires_grad_()
+    targets = whole_targets(70001, -1).cuda()
+    loss = head.loss(h, targets, label_smoothing=0.1, z_loss=1e-3)
+    loss.mean().backward()
+    exact = normal(TOKENS, DIM, seed=2).requires_grad_()
+    rows = normal(70001, DIM, seed=70001).requires_grad_()
+    expected = dense_head.loss(exact, rows, targets.cpu(), label_smoothing=0.1, z_loss=1e-3)
+    expected.mean().backward()
+    for got, value in ((loss.detach(), expected.detach()), (h.grad, exact.grad), (head.rows.grad, rows.grad)):
+        assert (got.cpu().double() - value).norm() < loose * value.norm()

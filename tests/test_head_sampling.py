@@ -269,8 +269,20 @@ def test_gumbel_numbers_are_gumbel_in_the_tail_that_decides(dtype):
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"guidance": 2.0}, "guidance is 2.0, .* give unguided_ND"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Head(13, DIM).sample(torch.zeros(1, DIM), torch.zeros(1).long(), **options)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws():
+    keys = noise.keys(1, torch.arange(64))
+    assert torch.equal(noise.bits(keys.cuda(), 5, 5000).cpu(), noise.bits(keys, 5, 5000))
+    rows, h = normal(517, DIM, seed=1), normal(64, DIM, seed=2)
+    for temperature, top_k, top_p in RULES:
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        expected = head_of(rows).sample(h, keys, **options)
+        assert torch.equal(head_of(rows).cuda().sample(h.cuda(), keys.cuda(), **options).cpu(), expected)

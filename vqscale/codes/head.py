@@ -183,6 +183,11 @@ class Head(nn.Module):
         Products are float32 here. Memory is the blocks; with top-k or top-p one token's k logits at the least.
         """
         rule = sample.Rule(temperature, top_k, top_p)
+        if unguided_ND is None and not (isinstance(guidance, float | int) and guidance == 1):
+            raise ValueError(
+                f"guidance is {guidance}, an argument of sample, but there is nothing to guide away from: give "
+                "unguided_ND, the vectors of the null class, or leave guidance at 1"
+            )
         with clock.span("codes"), full_precision(h_ND):
             x_ND = h_ND.to(self.rows.dtype)
             if unguided_ND is not None:
