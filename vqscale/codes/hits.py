@@ -30,7 +30,6 @@ class Hits:
         count = self._layout.count if self.dense else 0
         self._counts = torch.zeros(count, dtype=torch.int64, device=mesh.device)
 
-    @torch.no_grad()
     def add(self, ids_N: Tensor) -> None:
         """Count the ids of this rank, as many as every other rank has; a negative id is nobody's. Collective."""
         if self.dense:
