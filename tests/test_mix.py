@@ -24,17 +24,20 @@ CASES = {
     "not divisible": (13, 2**26, 7, 2.0, 0.3),
     "many blocks of rows": (517, 1, 2048, 0.7, 0.05),
     "many blocks of both": (300, 200_000, 5, 1.0, 1.0),
+    "few pairs in every block": (1500, 1, 2048, 0.05, 0.02),
+    "few pairs in some blocks": (900, 1, 7, 0.2, 0.02),
 }
 SIMILARITIES = ["dot", "euclid", "cosine"]
 # Which outputs the loss uses: each alone, then all at once; the backward pass has a branch for every one.
-USED = ["mean", "lse", "entropy", "spread", "columns", "mean lse entropy spread columns"]
+USED = ["mean", "lse", "code", "entropy", "spread", "columns", "mean lse code entropy spread columns"]
 
 
-def _loss(used, mean_ND, lse_N, entropy_N, spread, columns, weights):
+def _loss(used, mean_ND, lse_N, code_ND, entropy_N, spread, columns, weights):
     weight_ND, weight_N, other_N = weights
     parts = {
         "mean": lambda: (mean_ND * weight_ND).sum(1).mean(),
         "lse": lambda: (lse_N * weight_N).mean(),
+        "code": lambda: (code_ND.square() * weight_ND).sum(1).mean(),
         "entropy": lambda: (entropy_N * other_N).mean(),
         "spread": lambda: 3.0 * spread,
         "columns": lambda: columns,
@@ -63,8 +66,9 @@ def _mix(data, codes):
                 spread = tally.entropy_of_mean(mixed.columns_k, len(x), mesh)
                 # sum_k weight_k columns_k: one term per rank, which adds up over the world to the term of all tokens
                 columns = (mixed.columns_k * weight_K[codebook.layout.start : codebook.layout.stop]).sum()
-                _loss(used, mixed.mean_ND, mixed.lse_N, mixed.entropy_N, spread, columns, weights).backward()
-                grads[used] = (x.grad, codebook.rows.grad)
+                parts = (mixed.mean_ND, mixed.lse_N, mixed.code_ND, mixed.entropy_N, spread, columns)
+                _loss(used, *parts, weights).backward()
+                grads[used] = [torch.zeros_like(t) if t.grad is None else t.grad for t in (x, codebook.rows)]
             values = (mixed.ids_N, mixed.score_N, mixed.mean_ND, mixed.lse_N, mixed.entropy_N, mixed.saturation_N)
             plain = codebook.mix(x, temperature)
             assert plain.entropy_N is plain.columns_k is None
@@ -97,8 +101,12 @@ def test_mix_is_the_dense_one_in_values_and_gradients(ranks, grid):
                 close(part[2], spread.detach())
             total = (mixed.columns_K * normal(num_codes, seed=14)).sum() / world
             for used in USED:
-                loss = _loss(used, mixed.mean_ND, mixed.lse_N, mixed.entropy_N, spread, total, _weights(lambda w: w))
+                parts = (mixed.mean_ND, mixed.lse_N, rows[ids], mixed.entropy_N, spread, total)
+                loss = _loss(used, *parts, _weights(lambda w: w))
                 grad_x, grad_rows = torch.autograd.grad(loss, (x, rows), retain_graph=True, allow_unused=True)
+                grad_x, grad_rows = (
+                    torch.zeros_like(leaf) if grad is None else grad for leaf, grad in ((x, grad_x), (rows, grad_rows))
+                )
                 grads = [part[3][used] for part in got]
                 close(torch.cat([grad[0] for grad in grads]) / world, grad_x)
                 close(engine_gradient([grad[1] for grad in grads], grid[1]), grad_rows)

@@ -1,9 +1,9 @@
 """The softmax of tokens over this rank's rows, in one blockwise pass. Local arithmetic; codebook.py merges the ranks.
 
-Logits are in bits, l_nj = (x_n . key_j + bias_j) / (T ln 2), so that probabilities are powers of two: exp2 is three times
-as fast as exp on a CPU. Between blocks stands the state of an online softmax: the maximum, the sum, the mean row. The
-best row is that of the scores themselves, before any factor: equal scores stay equal. Products of 2 B k D operations, with B tokens of the whole code
-group, k rows of this rank, D dimensions:
+Logits are in bits, l_nj = (x_n . key_j + bias_j) / (T ln 2), so that probabilities are powers of two: exp2 is three
+times as fast as exp on a CPU. Between blocks stands the state of an online softmax: the maximum, the sum, the mean row.
+The best row is that of the scores themselves, before any factor: equal scores stay equal. Products of 2 B k D
+operations, with B tokens of the whole code group, k rows of this rank, D dimensions:
 
     mix        2   logits, mean row               (+1, and +1 in the backward pass, where the second temperature
     unmix      4   logits, values, x, keys            is not served by pairs)
@@ -46,24 +46,22 @@ def exp2_(x: Tensor) -> Tensor:
 
 @dataclass
 class Softmax:
-    """The state of an online softmax, per token, relative to the highest logit so far; all in bits."""
+    """The state of an online softmax, per token, relative to the best score so far; in bits."""
 
-    top_B: Tensor
     sum_B: Tensor  # sum_j 2^(l_j - top)
     excess_B: Tensor  # sum_j 2^(l_j - top) (l_j - top): with the sum it gives the entropy
 
     @staticmethod
     def empty(x_BD: Tensor) -> Softmax:
-        num = len(x_BD)
-        return Softmax(x_BD.new_full((num,), LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num))
+        return Softmax(x_BD.new_zeros(len(x_BD)), x_BD.new_zeros(len(x_BD)))
 
-    def raise_top(self, tokens: slice, top_b: Tensor) -> Tensor:
-        """Make the state of `tokens` relative to a higher top; returns the factor that it was multiplied with."""
-        fall_b = self.top_B[tokens] - top_b
+    def fall(self, tokens: slice, fall_b: Tensor) -> Tensor:
+        """Make the state of `tokens` relative to a top that is -fall bits higher; returns the factor that it took."""
+        # Differences of tops, not tops: where logits are large their rounding would be that of the result.
+        fall_b = fall_b.clamp_min(-1e4)
         shrink_b = torch.exp2(fall_b)
         self.excess_B[tokens] = shrink_b * (self.excess_B[tokens] + fall_b * self.sum_B[tokens])
         self.sum_B[tokens] *= shrink_b
-        self.top_B[tokens] = top_b
         return shrink_b
 
 
@@ -125,8 +123,10 @@ def _pass(
         s_br = scan.scores(x_BD[tokens], keys, rows, buffer)
         peak_bL = scan.line_peaks(s_br)
         top_b = out.score_B[tokens]
+        before_b = top_b.clone()
         scan.raise_best(s_br, peak_bL, rows.start, top_b, out.row_B[tokens])
-        shrink_b = out.soft.raise_top(tokens, top_b * scale)
+        fall_b = (before_b - top_b) * scale
+        shrink_b = out.soft.fall(tokens, fall_b)
         out.sum_BD[tokens] *= shrink_b[:, None]
         if sharper is not None and sparse:
             found = pairs.find(s_br, peak_bL, top_b - low / sharper)
@@ -138,7 +138,7 @@ def _pass(
         # The best so far is the maximum so far: both softmaxes are kept relative to it.
         l_br = s_br.sub_(top_b[:, None]).mul_(scale)
         if sharper is not None and not sparse and out.sharp is not None:
-            _sharpen(l_br, out.sharp, tokens, top_b * scale, sharper, spare)
+            _sharpen(l_br, out.sharp, tokens, fall_b * sharper, sharper, spare)
         p_br = exp2_(l_br)
         out.soft.sum_B[tokens] += p_br.sum(1)
         out.sum_BD[tokens].addmm_(p_br, values_kD[rows])
@@ -171,9 +171,9 @@ def _few(
     return True
 
 
-def _sharpen(l_br: Tensor, sharp: Softmax, tokens: slice, top_b: Tensor, sharper: float, spare: scan.Buffer) -> None:
+def _sharpen(l_br: Tensor, sharp: Softmax, tokens: slice, fall_b: Tensor, sharper: float, spare: scan.Buffer) -> None:
     """Add a dense block to the second softmax; `l_br` is relative to the top, and is left as it is."""
-    sharp.raise_top(tokens, top_b * sharper)
+    sharp.fall(tokens, fall_b)
     q_br = torch.mul(l_br, sharper, out=spare.view(l_br, *l_br.shape))
     below_br = q_br.clone()
     exp2_(q_br)
@@ -186,18 +186,20 @@ def _sharp_state(found: Pairs, score_B: Tensor, scale: float, low: float) -> tup
     found = found.take((found.score_P < score_B[found.token_P] - low).logical_not_())
     below_P = (found.score_P - score_B[found.token_P]) * scale
     q_P = torch.exp2(below_P)
-    return found, Softmax(score_B * scale, found.sums(q_P), found.sums(q_P * below_P))
+    return found, Softmax(found.sums(q_P), found.sums(q_P * below_P))
 
 
-def column_sums(x_BD: Tensor, keys: Keys, mixed: Mixed, sharper: float, lse_B: Tensor, budget: int) -> Tensor:
-    """sum_n q_nj of the rows of this rank, q the softmax at T / sharper with the log-normaliser `lse_B` in bits."""
+def column_sums(
+    x_BD: Tensor, keys: Keys, mixed: Mixed, sharper: float, score_B: Tensor, log_B: Tensor, budget: int
+) -> Tensor:
+    """sum_n q_nj of the rows of this rank, q the softmax at T / sharper: log2 q = (score - best score) scale - log."""
     num_rows = len(keys.keys_kD)
     if mixed.sharp_few is not None:
-        return mixed.sharp_few.columns(_probability(mixed.sharp_few, mixed.scale * sharper, lse_B), num_rows)
+        return mixed.sharp_few.columns(_probability(mixed.sharp_few, mixed.scale * sharper, score_B, log_B), num_rows)
     out_k, buffer = x_BD.new_zeros(num_rows), scan.Buffer()
     for tokens, rows in scan.blocks(len(x_BD), num_rows, x_BD.element_size(), scan.block_budget(x_BD, budget)):
-        l_br = scan.scores(x_BD[tokens], keys, rows, buffer, mixed.scale * sharper)
-        out_k[rows] += exp2_(l_br.sub_(lse_B[tokens, None])).sum(0)
+        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, mixed.scale * sharper)
+        out_k[rows] += exp2_(l_br.sub_(log_B[tokens, None])).sum(0)
     return out_k
 
 
@@ -206,20 +208,28 @@ def row_means(
     keys: Keys,
     mixed: Mixed,
     sharper: float,
-    lse_B: Tensor,
+    score_B: Tensor,
+    log_B: Tensor,
     weight_k: Tensor,
     budget: int,
 ) -> Tensor:
     """sum_j q_nj weight_j over the rows of this rank, with q as in `column_sums`: B numbers."""
     if mixed.sharp_few is not None:
         few = mixed.sharp_few
-        return few.sums(_probability(few, mixed.scale * sharper, lse_B) * weight_k[few.row_P])
+        return few.sums(_probability(few, mixed.scale * sharper, score_B, log_B) * weight_k[few.row_P])
     out_B, buffer = x_BD.new_zeros(len(x_BD)), scan.Buffer()
     for tokens, rows in scan.blocks(len(x_BD), len(weight_k), x_BD.element_size(), scan.block_budget(x_BD, budget)):
-        l_br = scan.scores(x_BD[tokens], keys, rows, buffer, mixed.scale * sharper)
-        out_B[tokens] += exp2_(l_br.sub_(lse_B[tokens, None])) @ weight_k[rows]
+        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, mixed.scale * sharper)
+        out_B[tokens] += exp2_(l_br.sub_(log_B[tokens, None])) @ weight_k[rows]
     return out_B
 
 
-def _probability(found: Pairs, scale: float, lse_B: Tensor) -> Tensor:
-    return torch.exp2(found.score_P * scale - lse_B[found.token_P])
+def relative(
+    x_BD: Tensor, keys: Keys, tokens: slice, rows: slice, buffer: scan.Buffer, score_B: Tensor, scale: float
+) -> Tensor:
+    """scale * (score - best score) of a block, in the buffer."""
+    return scan.scores(x_BD[tokens], keys, rows, buffer).sub_(score_B[tokens, None]).mul_(scale)
+
+
+def _probability(found: Pairs, scale: float, score_B: Tensor, log_B: Tensor) -> Tensor:
+    return torch.exp2((found.score_P - score_B[found.token_P]) * scale - log_B[found.token_P])

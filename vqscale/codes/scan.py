@@ -64,15 +64,12 @@ class Buffer:
         return self._flat[: tokens * rows].view(tokens, rows)
 
 
-def scores(x_bD: Tensor, keys: Keys, rows: slice, buffer: Buffer, scale: float = 1.0) -> Tensor:
-    """scale * (x . keys + bias) for a block of rows, in the buffer; the scale costs nothing inside the product."""
+def scores(x_bD: Tensor, keys: Keys, rows: slice, buffer: Buffer) -> Tensor:
+    """x . keys + bias for a block of rows, in the buffer."""
     keys_rD = keys.keys_kD[rows]
     out_br = buffer.view(x_bD, len(x_bD), len(keys_rD))
-    if scale == 1.0:
-        torch.mm(x_bD, keys_rD.t(), out=out_br)
-    else:
-        torch.addmm(out_br, x_bD, keys_rD.t(), beta=0, alpha=scale, out=out_br)
-    return out_br if keys.bias_k is None else out_br.add_(keys.bias_k[rows], alpha=scale)
+    torch.mm(x_bD, keys_rD.t(), out=out_br)
+    return out_br if keys.bias_k is None else out_br.add_(keys.bias_k[rows])
 
 
 def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:

@@ -71,25 +71,27 @@ class _Mix(torch.autograd.Function):
         x_BD = ops.gather(x_ND, axis)
         mixed = mixing.mix(x_BD, keys, rows_kD, temperature, sharper, layout.num_codes, plan.budget)
         ids_B, score_B = merge_best(mixed.score_B, mixed.row_B, layout, axis)
-        top_B = score_B * mixed.scale
-        lse_B, _, share_B = merge_softmax(mixed.soft, top_B, axis)
+        fall_B = (mixed.score_B - score_B) * mixed.scale
+        log_B, _, share_B = merge_softmax(mixed.soft, fall_B, axis)
         code_BD = _mine(rows_kD, ids_B, plan)
         # Mean rows and chosen rows go home together.
         mean_ND, code_ND = _home([mixed.sum_BD * share_B[:, None], code_BD], axis)
-        own_ids_N, own_score_N, own_lse_N = (own(part_B, axis).clone() for part_B in (ids_B, score_B, lse_B))
-        outputs = [own_ids_N, own_score_N / temperature, own_lse_N / BITS, mean_ND, code_ND]
-        sharp_lse_B = entropy_B = None
+        own_ids_N, own_score_N, own_log_N = (
+            own(part_B, axis) for part_B in (ids_B, score_B / temperature, log_B / BITS)
+        )
+        outputs = [own_ids_N.clone(), own_score_N.clone(), own_score_N + own_log_N, mean_ND, code_ND]
+        sharp_log_B = entropy_B = None
         if mixed.sharp is not None and sharper is not None:
-            sharp_lse_B, bits_B, _ = merge_softmax(mixed.sharp, top_B * sharper, axis)
+            sharp_log_B, bits_B, _ = merge_softmax(mixed.sharp, fall_B * sharper, axis)
             entropy_B = bits_B / BITS
-            columns_k = mixing.column_sums(x_BD, keys, mixed, sharper, sharp_lse_B, plan.budget)
+            columns_k = mixing.column_sums(x_BD, keys, mixed, sharper, score_B, sharp_log_B, plan.budget)
             outputs += [own(entropy_B, axis).clone(), columns_k]
         ctx.mark_non_differentiable(outputs[0], outputs[1])
         ctx.set_materialize_grads(False)
         # What the lists hold are numbers without gradient; the tensors of autograd go through save_for_backward.
         ctx.plan, ctx.mixed = plan, mixed
         mixed.sum_BD = x_BD.new_empty(0)
-        ctx.save_for_backward(x_BD, rows_kD, keys_kD, ids_B, mean_ND, lse_B, sharp_lse_B, entropy_B)
+        ctx.save_for_backward(x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, sharp_log_B, entropy_B)
         return tuple(outputs)
 
     @staticmethod
@@ -108,7 +110,7 @@ def _backward(
     g_columns_k: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, rows and keys. Which gradients are absent is the same on all ranks: the losses are."""
-    x_BD, rows_kD, keys_kD, ids_B, mean_ND, lse_B, sharp_lse_B, entropy_B = ctx.saved_tensors
+    x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, sharp_log_B, entropy_B = ctx.saved_tensors
     plan, mixed, keys = ctx.plan, ctx.mixed, _keys(rows_kD, keys_kD, ctx.plan)
     shift_N = None
     if g_mean_ND is not None:
@@ -118,9 +120,9 @@ def _backward(
     mean_BD, code_BD, shift_B, entropy_g_B = _from_home([g_mean_ND, g_code_ND, shift_N, g_entropy_N], plan.axis)
     columns_mean_B = None
     if g_columns_k is not None:
-        part_B = mixing.row_means(x_BD, keys, mixed, plan.sharper, sharp_lse_B, g_columns_k, plan.budget)
+        part_B = mixing.row_means(x_BD, keys, mixed, plan.sharper, score_B, sharp_log_B, g_columns_k, plan.budget)
         columns_mean_B = ops.sum_over(part_B, plan.axis)
-    up = Upstream(mean_BD, shift_B, lse_B, entropy_g_B, entropy_B, g_columns_k, columns_mean_B, sharp_lse_B)
+    up = Upstream(score_B, log_B, mean_BD, shift_B, entropy_g_B, entropy_B, g_columns_k, columns_mean_B, sharp_log_B)
     out = unmix(x_BD, keys, rows_kD, mixed, up, plan.temperature, plan.sharper or 1.0, plan.budget)
     dx_ND = ops.scatter_sum(out.x_BD, plan.axis)
     drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD)

@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import scan
-from vqscale.codes.mixing import Mixed, exp2_
+from vqscale.codes.mixing import Mixed, exp2_, relative
 from vqscale.codes.pairs import Pairs
 from vqscale.codes.scan import Keys
 
 
 @dataclass
 class Upstream:
-    """Gradients that arrive, for all B tokens; every field may be absent. Log-normalisers are in bits."""
+    """Gradients that arrive, for all B tokens, and what the ranks know together of the softmaxes."""
 
-    mean_BD: Tensor | None  # of the mean row
-    shift_B: Tensor | None  # g_mean . mean - g_lse: what the softmax's centring subtracts
-    lse_B: Tensor  # log-normaliser at T
+    score_B: Tensor  # the best score over all K
+    log_B: Tensor  # log2 of the sum at T, relative to the best
+    mean_BD: Tensor | None = None  # gradient of the mean row
+    shift_B: Tensor | None = None  # g_mean . mean - g_lse: what the softmax's centring subtracts
     entropy_B: Tensor | None = None  # gradient of the entropies
     entropy_value_B: Tensor | None = None  # the entropies, in nats
     columns_k: Tensor | None = None  # gradient of the column sums
     columns_mean_B: Tensor | None = None  # sum_j q_nj columns_j over all K
-    sharp_lse_B: Tensor | None = None
+    sharp_log_B: Tensor | None = None  # as log_B, at T / sharper
 
     @property
     def sharp(self) -> bool:
@@ -65,15 +66,16 @@ def unmix(
         None if keys.bias_k is None else torch.zeros_like(keys.bias_k),
     )
     in_blocks = up.sharp and mixed.sharp_few is None
-    # The factor 1 / T of dl goes into what is small: tokens, not blocks.
-    g_BD = None if up.mean_BD is None else up.mean_BD / temperature
-    shift_B = None if up.shift_B is None else up.shift_B / temperature
+    # The normaliser of p and the factor 1 / T of dl go into what is small: tokens, not blocks.
+    factor_B = torch.exp2(-up.log_B) / temperature
+    g_BD = None if up.mean_BD is None else up.mean_BD * factor_B[:, None]
+    shift_B = None if up.shift_B is None else up.shift_B * factor_B
     if shift_B is not None or in_blocks:
         spare, buffer = scan.Buffer(), scan.Buffer()
         for tokens, rows in mixed.dense:
-            l_br = scan.scores(x_BD[tokens], keys, rows, buffer, mixed.scale)
+            l_br = relative(x_BD, keys, tokens, rows, buffer, up.score_B, mixed.scale)
             dq_br = _sharp_block(l_br, up, tokens, rows, sharper, sharper / temperature) if in_blocks else None
-            dl_br = _soft_block(l_br, g_BD, shift_B, values_kD[rows], up.lse_B, tokens, spare)
+            dl_br = _soft_block(l_br, g_BD, shift_B, values_kD[rows], tokens, spare)
             dl_br = dq_br if dl_br is None else dl_br if dq_br is None else dl_br.add_(dq_br)
             assert dl_br is not None
             out.x_BD[tokens].addmm_(dl_br, keys.keys_kD[rows])
@@ -82,7 +84,7 @@ def unmix(
                 out.bias_k[rows] += dl_br.sum(0)
         if shift_B is not None and mixed.few is not None:
             few = mixed.few
-            p_P = torch.exp2(few.score_P * mixed.scale - up.lse_B[few.token_P])
+            p_P = torch.exp2((few.score_P - up.score_B[few.token_P]) * mixed.scale)
             u_P = 0.0 if g_BD is None else few.dot(g_BD, values_kD)
             _add_pairs(out, x_BD, keys, few, p_P * (u_P - shift_B[few.token_P]))
     if up.sharp and mixed.sharp_few is not None:
@@ -104,14 +106,16 @@ def _soft_block(
     g_BD: Tensor | None,
     shift_B: Tensor | None,
     values_rD: Tensor,
-    lse_B: Tensor,
     tokens: slice,
     spare: scan.Buffer,
 ) -> Tensor | None:
-    """p o (g . value - shift), which takes the place of the logits or of the spare buffer; None without a shift."""
+    """p o (g . value - shift), which takes the place of the logits or of the spare buffer; None without a shift.
+
+    g and the shift have the normaliser of p in them.
+    """
     if shift_B is None:
         return None
-    p_br = exp2_(l_br.sub_(lse_B[tokens, None]))
+    p_br = exp2_(l_br)
     if g_BD is None:
         return p_br.mul_(-shift_B[tokens, None])
     u_br = torch.mm(g_BD[tokens], values_rD.t(), out=spare.view(l_br, *l_br.shape))
@@ -120,8 +124,8 @@ def _soft_block(
 
 def _sharp_block(l_br: Tensor, up: Upstream, tokens: slice, rows: slice, sharper: float, factor: float) -> Tensor:
     """factor * q o (columns - columns_mean - g_H (log q + H)) of a dense block; the logits are left as they are."""
-    assert up.sharp_lse_B is not None
-    logq_br = l_br * sharper - up.sharp_lse_B[tokens, None]
+    assert up.sharp_log_B is not None
+    logq_br = l_br * sharper - up.sharp_log_B[tokens, None]
     q_br = exp2_(logq_br.clone())
     if up.entropy_B is None:
         dq_br = logq_br.zero_()
@@ -139,8 +143,9 @@ def _sharp_pairs(mixed: Mixed, up: Upstream, sharper: float, factor: float) -> T
     """The same for pairs."""
     at = mixed.sharp_few
     assert at is not None
-    assert up.sharp_lse_B is not None
-    logq_P = at.score_P * (mixed.scale * sharper) - up.sharp_lse_B[at.token_P]
+    assert up.sharp_log_B is not None
+    below_P = (at.score_P - up.score_B[at.token_P]) * (mixed.scale * sharper)
+    logq_P = below_P - up.sharp_log_B[at.token_P]
     dq_P = torch.zeros_like(logq_P)
     if up.entropy_B is not None:
         assert up.entropy_value_B is not None
