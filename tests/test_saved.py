@@ -203,7 +203,7 @@ def test_the_same_on_one_two_and_four_processes(ranks, tmp_path):
     tokenizer.save(tmp_path / "one")
     ids = tokenizer.encode(images())
     for world in (2, 4):
-        for found in ranks(world, on_ranks, tmp_path / "many", tmp_path / "one"):
+        for found in ranks(world, on_ranks, tmp_path / "many", tmp_path / "one", timeout_s=180.0):
             assert found[0] == found[1] == tokenizer.fingerprint
             assert torch.equal(found[2], ids)
             torch.testing.assert_close(found[3], tokenizer.decode(ids))
@@ -214,17 +214,21 @@ def test_the_same_on_one_two_and_four_processes(ranks, tmp_path):
     same(tokenizer, Tokenizer.load(tmp_path / "run"))  # written by two processes
 
 
-def refused_everywhere(path):
+def refused_everywhere(path, file):
+    mesh = Mesh(codes=2)
     with pytest.raises(ValueError) as caught:
-        Tokenizer.load(path, mesh=Mesh(codes=2))
+        Tokenizer.load(path, mesh=mesh)
+    with pytest.raises(RuntimeError, match="NotADirectoryError"):
+        small(mesh).save(file / "out")  # only rank 0 writes, and so only it sees what is wrong
     return str(caught.value)
 
 
 @pytest.mark.dist
-def test_what_cannot_be_loaded_is_an_error_on_all_ranks(ranks, tmp_path):
+def test_what_cannot_be_loaded_or_saved_is_an_error_on_all_ranks(ranks, tmp_path):
+    (tmp_path / "file").write_text("")
     for path in (tmp_path / "nothing", write_run(tmp_path / "run", small())):
         (path / "checkpoints" / "0000000007" / "manifest.json").unlink(missing_ok=True)
-        one, two = ranks(2, refused_everywhere, path)
+        one, two = ranks(2, refused_everywhere, path, tmp_path / "file", timeout_s=180.0)
         assert one == two
         assert str(path) in one
 
