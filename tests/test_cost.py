@@ -64,7 +64,7 @@ def _sent(data, codes):
 @pytest.mark.dist
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_bytes_of_a_step_are_those_of_the_formulas(ranks, grid):
-    for answers in ranks(4, _sent, *grid):
+    for answers in ranks(4, _sent, *grid, timeout_s=240.0):
         for index, (sent, rank, parameters) in enumerate(answers):
             case, (revive, logged) = CASES[index // len(STEPS)], STEPS[index % len(STEPS)]
             work = Work(

@@ -6,7 +6,7 @@ Seconds are operations over achievable rates, one after the other: nothing overl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vqscale.train.machines import Machine
@@ -39,7 +39,6 @@ def memory(work: Work, grid: Grid) -> dict[str, int]:
     table = 4 * here * work.dim
     learned = work.quantizer != "ema"
     stage = work.zero_stage if work.engine == "deepspeed" else 0
-    half = 2 if work.precision == "bf16" else 1
     return {
         "rows": table,
         "gradients of rows (two terms being added)" if learned else "sums of tokens, being added": 2 * table,
@@ -50,7 +49,7 @@ def memory(work: Work, grid: Grid) -> dict[str, int]:
         "tokens for dead codes": 2 * 4 * candidates(work, grid) * work.dim if work.revive_every else 0,
         "blocks of the scan": work.scan_mib * 2**20,
         "replicated parameters, gradients, moments": split_bytes(work.parameters, stage, grid.world),
-        "activations of the network": work.images * work.activations // half,
+        "activations of the network": work.images * work.activations,
     }
 
 
@@ -63,6 +62,8 @@ class Step:
     memory: dict[str, int]
     sent: dict[str, int]
     products: int
+    images: int
+    """per rank and step"""
     fits: bool
 
     CODES = ("code axis: products", "code axis: elementwise", "code axis: rows", "communication: codes")
@@ -78,7 +79,11 @@ class Step:
 
 
 def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: Network | None = None) -> Step:
-    """One step on one rank of the grid: seconds by part, bytes of memory, bytes sent by axis."""
+    """One step on one rank of the grid: seconds by part, bytes of memory, bytes sent by axis.
+
+    `axis` is the walk over blocks (walk.code_axis).
+    """
+    axis = on_machine(axis, work, machine)
     every = [*messages(work, grid), *revival(work, grid)]
     bandwidth = machine.memory_gb_per_s * 1e9
     here, group = rows(work, grid), work.tokens * grid.codes
@@ -88,7 +93,7 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
     counted = products(work, grid, axis)
     seconds = {
         "network": work.accumulation * work.images * network_seconds(network, machine, work.precision),
-        "code axis: products": counted / (machine.tflops[work.codes_precision] * 1e12),
+        "code axis: products": counted / (codes_rate(work, machine) * 1e12),
         "code axis: elementwise": pairs * (4 * axis.passes / bandwidth + axis.exponentials / machine.exp_per_s),
         # norms, zeros, two gradients summed: about ten passes over the rows, twelve over the tokens of the group
         "code axis: rows": 4 * work.dim * work.accumulation * (10 * here + 12 * group) / bandwidth,
@@ -104,7 +109,30 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
         )
     held = memory(work, grid)
     fits = sum(held.values()) <= 0.9 * machine.memory_gib * GIB
-    return Step(grid, seconds, held, sent(every, grid), counted, fits)
+    return Step(grid, seconds, held, sent(every, grid), counted, work.images * work.accumulation, fits)
+
+
+def has_kernels(work: Work, machine: Machine) -> bool:
+    """The products on the code axis are those of fused GPU kernels: the choice of codes/backend.py."""
+    return work.codes_precision == "medium" and machine.kernels > 0 and work.dim <= 256
+
+
+def codes_rate(work: Work, machine: Machine) -> float:
+    """1e12 operations per second of products on the code axis."""
+    rate = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[work.codes_precision]]
+    return rate * machine.kernels if has_kernels(work, machine) else rate
+
+
+def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:
+    """What is done per token and code there: `axis`, the walk over blocks, or what codes/fused.py says of itself.
+
+    Tiles never leave the chip; the backward pass makes logits and values twice, for x and for the keys.
+    """
+    if not has_kernels(work, machine):
+        return axis
+    if work.quantizer != "ibq":
+        return replace(axis, products=1, passes=0, exponentials=0)
+    return replace(axis, products=8 + 2 * work.entropy, passes=0, exponentials=3 + 5 * work.entropy)
 
 
 def network_seconds(network: Network | None, machine: Machine, precision: str) -> float:

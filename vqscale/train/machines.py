@@ -46,6 +46,8 @@ class Machine:
     """GPUs of a node"""
     convolutions: float = 0.6
     """what convolutions reach of the rate of products"""
+    kernels: float = 0.6
+    """what the fused kernels of the code axis reach of it; 0 where there are none"""
     measured: Mapping[Kind, Wire] = field(default_factory=dict)
     """wires by kind of collective where they were measured; they go before inside and between"""
 

@@ -1,5 +1,7 @@
 """What a run would cost, without running it: the model on the meta device, arithmetic for the rest. No process group.
 
+`plan` is what --dry-run prints, of one grid; `workload` is a run as the cost model (cost.py) sees it, for any grid.
+
 Memory is parameters, gradients and Adam's two moments as the ZeRO stage splits them, the rows of one rank, the
 activations that autograd keeps for one micro-batch (counted by building the graph on meta tensors), and the blocks of
 the scan. Not counted: the allocator's overhead, workspaces of convolutions, the communication library.
@@ -14,12 +16,17 @@ from torch import nn
 
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
+from vqscale.config import to_dict
 from vqscale.parallel.mesh import Axis, Mesh
+from vqscale.quantizers.config import EMAConfig, IBQConfig, VQConfig
 from vqscale.tokenizer import Tokenizer
 from vqscale.train.activations import activation_bytes
 from vqscale.train.config import TokenizerRun
+from vqscale.train.cost import split_bytes
 from vqscale.train.plan_judges import judges
 from vqscale.train.tokenizer import build
+from vqscale.train.traffic import KNOWN, Grid, Work, messages, revival, sent
+from vqscale.train.walk import CodeAxis, Network, code_axis, network
 
 MIB = 2**20
 
@@ -30,15 +37,6 @@ def planned_mesh(data: int, codes: int) -> Mesh:
     mesh.data, mesh.codes = Axis("data", data), Axis("codes", codes)
     mesh.world = Axis("world", data * codes)
     return mesh
-
-
-def _split(params: int, stage: int, world: int) -> int:
-    """Bytes of fp32 parameters, gradients and two moments on one rank at a ZeRO stage."""
-    part = -(-params // world)
-    moments = part if stage >= 1 else params
-    gradients = part if stage >= 2 else params
-    weights = part if stage >= 3 else params
-    return 4 * (weights + gradients + 2 * moments)
 
 
 @dataclass(frozen=True)
@@ -75,33 +73,79 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     dense = sum(parameters.values())
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
+    step = work(config, images, tokens, dim, dense)
     others = judges(config, images, world, dense, _learned(tables))
-    per_token = config.engine.accumulation * _sent_per_token(config, dim, parameters["codebook"] > 0)
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
         parameters | others.parameters,
         {
-            f"encoder, decoder ({_engine(config)})": _split(dense, stage, world),
+            f"encoder, decoder ({_engine(config)})": split_bytes(dense, stage, world),
             "rows, their gradients and moments": _rows_bytes(tables),
             f"activations of {images} images": _activations(tokenizer, images, side, config),
             "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
             **others.memory,
         },
-        {
-            "data axis and ZeRO: gradients of encoder and decoder": 8 * dense * (world - 1) // world,
-            "data axis: gradients of rows": 2 * 4 * (data - 1) * _learned(tables) // data,
-            "code axis: tokens (does not grow with K)": 4 * tokens * per_token * (codes - 1),
-            **others.sent,
-        },
+        _sent(step, Grid(data, codes), _learned(tables), parameters["codebook"] > 0) | others.sent,
     )
 
 
-def _sent_per_token(config: TokenizerRun, dim: int, table: bool) -> int:
-    """Numbers of 4 bytes. Without a table an id (8 bytes), and log-odds with their gradient if there are entropies."""
-    if table:
-        return 6 * dim + 10
-    return 2 + (2 * dim if getattr(config.tokenizer.quantizer, "entropy_weight", 0) else 0)
+def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: int, activations: int = 0) -> Work:
+    """A step of a run in the terms of the cost model; `activations` are bytes of one image."""
+    quantizer, engine = config.tokenizer.quantizer, config.engine
+    return Work(
+        codes=getattr(quantizer, "num_codes", 1),
+        dim=dim,
+        tokens=tokens,
+        quantizer=quantizer.name,
+        entropy=bool(getattr(quantizer, "entropy_weight", 0)),
+        accumulation=engine.accumulation,
+        parameters=parameters,
+        engine=engine.name,
+        zero_stage=engine.zero_stage,
+        scan_mib=getattr(quantizer, "scan_mib", 0),
+        revive_every=getattr(quantizer, "revive_every", 0),
+        revive_most=getattr(quantizer, "revive_most", None),
+        images=images,
+        activations=activations,
+        precision=engine.precision,
+    )
+
+
+def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis]:
+    """(a step with `images` per rank and micro-batch, its network, its code axis) of a run with one learned table."""
+    quantizer, net = config.tokenizer.quantizer, config.tokenizer.net
+    if not isinstance(quantizer, VQConfig | EMAConfig | IBQConfig):
+        raise ValueError(
+            f"the cost model knows the quantizers {', '.join(KNOWN)}, and tokenizer.quantizer.name is "
+            f"{quantizer.name}: give one of these, or use launch/train.py --dry-run for what it costs on one grid"
+        )
+    found = network(net, config.data.train.image_size, quantizer.dim)
+    with torch.device("meta"):
+        tokenizer = build(config.tokenizer, planned_mesh(1, 1), config.run.seed)
+    side = config.data.train.image_size // net.stride
+    kept = _activations(tokenizer, 1, side, config)
+    tokens = images * found.tokens
+    axis = code_axis(to_dict(quantizer))
+    return work(config, images, tokens, quantizer.dim, found.parameters, kept), found, axis
+
+
+def _sent(step: Work, grid: Grid, learned: int, table: bool) -> dict[str, int]:
+    if step.quantizer in KNOWN:
+        found = sent([*messages(step, grid), *revival(step, grid)], grid)
+    else:
+        # Without a table an id (8 bytes), and log-odds with their gradient if there are entropies; with one, roughly.
+        numbers = 6 * step.dim + 10 if table else 2 + (2 * step.dim if step.entropy else 0)
+        found = {
+            "world": 8 * step.parameters * (grid.world - 1) // grid.world,
+            "data": 2 * 4 * (grid.data - 1) * learned // grid.data,
+            "codes": step.accumulation * 4 * step.tokens * numbers * (grid.codes - 1),
+        }
+    return {
+        "data axis and ZeRO: gradients of encoder and decoder": found["world"],
+        "data axis: gradients of rows": found["data"],
+        "code axis: tokens (does not grow with K)": found["codes"],
+    }
 
 
 def _engine(config: TokenizerRun) -> str:

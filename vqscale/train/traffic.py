@@ -64,7 +64,9 @@ class Work:
     activations: int = 0
     """bytes that autograd keeps of the network for one image"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    codes_precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """of the network"""
+    codes_precision: Literal["highest", "high", "medium"] = "highest"
+    """of products on the code axis, as torch.set_float32_matmul_precision calls it: float32, TF32, bfloat16"""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vqscale import quantizers
+from vqscale import nets, quantizers
 from vqscale.codes import tally
-from vqscale.nets.config import ConvConfig
-from vqscale.nets.conv import Decoder, Encoder
+from vqscale.nets.config import NetConfig
 from vqscale.parallel.mesh import Mesh
 
 
@@ -73,20 +72,18 @@ class Network:
     """per image"""
 
 
-def network(config: ConvConfig, size: int, dim: int) -> Network:
+def network(config: NetConfig, size: int, dim: int) -> Network:
     """Walk the network of a tokenizer with latents of `dim` on one image of size x size pixels, on the meta device.
 
-    The two 1x1 convolutions around the quantizer count; losses on images do not.
+    The convolutions around the quantizer count; losses on images do not.
     """
     side = size // config.stride
     with torch.device("meta"):
-        encoder, decoder = Encoder(config), Decoder(config)
-        around = torch.nn.Conv2d(config.z_channels, dim, 1), torch.nn.Conv2d(dim, config.z_channels, 1)
+        parts = nets.build(config, dim)
         images = torch.empty(1, config.in_channels, size, size)
         latents = torch.empty(1, dim, side, side, requires_grad=True)
-    parts = [encoder, decoder, *around]
     with Walk() as walk:
-        first, second = around[0](encoder(images)), decoder(around[1](latents))
+        first, second = parts.quant_conv(parts.encoder(images)), parts.decoder(parts.post_quant_conv(latents))
         forward = walk.operations
         torch.autograd.backward([first, second], [torch.empty_like(first), torch.empty_like(second)])
     return Network(

@@ -1,0 +1,80 @@
+"""tools/plan.py: what it prints of a small run, what it refuses, that its check finds bytes and operations equal."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [str(ROOT / "configs" / "quickstart" / "tokenizer.yaml"), "--gpus", "1,4", "--images", "8"]
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("plan")
+
+
+def _json(plan, capsys, *words):
+    assert plan.main([*SMALL, "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_split_of_every_world_is_predicted(plan, capsys):
+    found = _json(plan, capsys)
+    assert [(step["data"], step["codes"]) for step in found["steps"]] == [(1, 1), (4, 1), (2, 2), (1, 4)]
+    alone, *others = found["steps"]
+    assert alone["sent"] == {"codes": 0, "data": 0, "world": 0}
+    assert alone["rows"] == 4096
+    assert alone["step_s"] == pytest.approx(sum(alone["seconds"].values()))
+    assert {step["products"] for step in found["steps"]} == {alone["products"]}  # tokens per GPU stay
+    assert alone["products"] == found["code_axis"]["products"] * 2 * 8 * 64 * 4096 * 16
+    assert others[-1]["rows"] == 1024
+
+
+def test_a_fixed_batch_divides_the_work(plan, capsys):
+    words = [SMALL[0], "--gpus", "1,3,4", "--batch", "32", "--json"]
+    assert plan.main(words) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [step["images_per_gpu"] for step in steps] == [32, 8, 8, 8]  # three do not divide 32
+    assert steps[-1]["products"] * 4 == steps[0]["products"]
+
+
+def test_the_answer_turns_with_the_precision_and_the_size(plan, capsys):
+    assert plan.main([*SMALL, "--codes", "1048576"]) == 0
+    much = capsys.readouterr().out
+    assert "K = 1,048,576 at most 10% of the step on 1 GPUs? no" in much
+    assert "mesh.codes=" in much
+    assert plan.main([*SMALL, "--codes", "256", "--precision", "medium"]) == 0
+    assert "K = 256 at most 10% of the step on 1 GPUs? yes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "1,x"], "--gpus takes numbers of GPUs"),
+        (["--codes", "0"], "codes is 0 and must be at least 1; it comes from --codes"),
+        (["--tokens", "65"], "--images and --tokens say the same thing twice"),
+        (["tokenizer.quantizer={name: lfq}"], "the cost model knows the quantizers ibq, vq, ema"),
+        (["other.yaml"], "there is one CONFIG"),
+    ],
+)
+def test_what_is_refused_says_why(plan, capsys, words, message):
+    assert plan.main([*SMALL, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.dist
+def test_the_check_finds_bytes_and_operations_equal(plan, capsys, monkeypatch):
+    plan_check = importlib.import_module("plan_check")
+    monkeypatch.setattr(plan_check, "ROUNDS", 1)
+    monkeypatch.setattr(plan_check, "SIZES", ((16, 128, 8),))
+    monkeypatch.setattr(plan_check, "PROCESSES", (1, 2))
+    assert plan.main(["--check", "--json"]) == 0
+    alone, two = json.loads(capsys.readouterr().out)
+    assert two["gflop_counted"] == alone["gflop_counted"] / 2
+    assert two["bytes_counted"] == two["bytes_predicted"] > 0 == alone["bytes_counted"]
+    assert alone["seconds_predicted"] > 0 < two["seconds_measured"]
