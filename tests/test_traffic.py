@@ -74,7 +74,7 @@ def test_replicas_exchange_columns_and_counts(ranks):
 @pytest.mark.dist
 def test_searching_sends_tokens_and_ids(ranks):
     for sent in ranks(2, _searched):
-        vectors, numbers = TOKENS * DIM * 4, TOKENS * (4 + 8) * 2
+        vectors, numbers = TOKENS * DIM * 4, TOKENS * (8 + 8) * 2  # scores in float64
         assert sent == ({"codes": vectors + numbers}, {"codes": TOKENS * 8 + vectors})
 
 

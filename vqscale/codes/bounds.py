@@ -1,7 +1,7 @@
 """Upper bounds of scores from one bfloat16 product. What `screen` ranks rows by; it finds nothing by itself.
 
-The score of token x and code c is x . c, x . c - |c|^2 / 2, x . c / |c| or x . c + bias (`Form`). Take the mean m of the
-rows of a part out, so that rows that lie close together far from the origin stay apart in bfloat16:
+The score of token x and code c is x . c, x . c - |c|^2 / 2, x . c / |c| or x . c + bias (`Form`). Take the mean m of
+the rows of a part out, so that rows that lie close together far from the origin stay apart in bfloat16:
 
     score = q . r + beta + base        with base a number of the token
 
@@ -18,16 +18,16 @@ where the norms of what rounding took away, |q - q'| and |r - r'|, are measured 
 float32, in any order and with any fused steps, is off by at most gamma = E 2^-23 times the sum of their sizes (2^-24
 suffices), and that sum is at most |q'| |r'| + |beta| + the terms below. So
 
-    score - base  <=  U  =  q' . r' + beta (1 + gamma) + (|q - q'| + gamma |q'|) |r| + |q'| |r - r'|
+    score - base  <=  U  =  q' . r' + beta + gamma |beta| + (|q - q'| + gamma |q'|) |r| + |q'| |r - r'|
 
-and U + h is a product too: of the queries (q', 1, 1, |q - q'| + gamma |q'|, |q'|, h in two parts) and the keys (r', beta
-in two parts, |r|, |r - r'|, 1, 1). The norms are rounded up by 2^-7, which also pays for the sums among them. The bounds
-are per token and per row: a few rows that are much longer than the others make the bounds of no other row wider. TINY
-pays for squares and products that underflow.
+and U + h is a product too: of the queries (q', 1, 1, |q - q'| + gamma |q'|, |q'|, h in two parts) and the keys (r',
+beta + gamma |beta| in two parts, |r|, |r - r'|, 1, 1). The norms are made larger by 2^-7 before they are rounded, which
+also pays for the sums among them. The bounds are per token and per row: a few rows that are much longer than the others
+make the bounds of no other row wider. TINY pays for squares and products that underflow.
 
 The product rounds its result u to bfloat16 once more, by at most 2^-8 |u|. So the shift h of a token is chosen to bring
-the bounds that matter close above zero: h is minus the score to beat, or, while there is none, more than any |U|. Then a
-row can reach the score to beat only if its u is positive, and positive bfloat16 numbers are ordered like their bits:
+the bounds that matter close above zero: h is minus the score to beat, or, while there is none, more than any |U|. Then
+a row can reach the score to beat only if its u is positive, and positive bfloat16 numbers are ordered like their bits:
 `top_of_lines` is a maximum of int16, several times as fast on a CPU.
 """
 
@@ -181,13 +181,15 @@ def make_queries(x_TD: Tensor, keys: Keys, score_T: Tensor) -> Queries:
     square = mean_D.square().sum()
     base_T = x_TD @ mean_D + (-0.5 * square if keys.centred else keys.mean_bias)
     most_T = 1.25 * (norm_T.double() * keys.longest + keys.steepest) + TINY
+    size_T = (x_TD.norm(dim=1) + keys.longest) * (square.sqrt() + keys.longest) + keys.steepest + abs(keys.mean_bias)
+    slack_T = 2**-48 * (dim + 8) * (size_T + base_T.abs()) + TINY
+    # Above zero by more than everything that is uncertain about it.
     beat_T = score_T - base_T
-    shift_T = torch.where(score_T.isfinite(), (2**-12 + 8 * gamma) * beat_T.abs() - beat_T + 8 * TINY, most_T)
+    shift_T = torch.where(score_T.isfinite(), (2**-12 + 8 * gamma) * beat_T.abs() - beat_T + 4 * slack_T, most_T)
     wide_TE[:, dim + 4] = shift_T
     wide_TE[:, dim + 5] = shift_T - wide_TE[:, dim + 4]
     shift_T = wide_TE[:, dim + 4 :].double().sum(1)
-    size_T = (x_TD.norm(dim=1) + keys.longest) * (square.sqrt() + keys.longest) + keys.steepest + abs(keys.mean_bias)
-    slack_T = 2**-48 * (dim + 8) * (size_T + base_T.abs()) + 2 * gamma * shift_T.abs() + TINY
+    slack_T += 2 * gamma * shift_T.abs()
     return Queries(wide_TE, base_T, shift_T, slack_T, (most_T < ROOM) & (shift_T.abs() < ROOM))
 
 

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.codes import scan, soft
+from vqscale.codes import scan, screen, soft
+from vqscale.codes.bounds import Form
 from vqscale.codes.config import Similarity, TableConfig
 from vqscale.codes.merge import full_precision, merge_best, own
 from vqscale.codes.rows import Init, Rows, Table, draw
@@ -95,13 +96,23 @@ class Codebook(Table):
     def nearest(self, x_ND: Tensor, keys: scan.Keys | None = None) -> tuple[Tensor, Tensor]:
         """(ids_N int64, score_N): the code with the highest similarity, the lowest id among equals. No gradient.
 
-        `keys` replaces those of the similarity, for codes that are not the rows themselves.
+        `keys` replaces those of the similarity, for codes that are not the rows themselves. Where `screen` serves, the
+        ids are those of float64 arithmetic on the given float32 numbers. A token that is not finite takes an id that
+        exists, and its score is not a number.
         """
         with clock.span("codes"), full_precision(x_ND):
-            x_BD = ops.gather(self.queries(x_ND), self.axis)
-            score_B, row_B = scan.best(x_BD, keys or self.keys(), self.budget)
-            ids_B, top_B = merge_best(score_B, row_B, self.layout, self.axis)
-            return own(ids_B, self.axis), own(top_B, self.axis)
+            x_ND = x_ND.to(self.rows.dtype) if keys is None else self.queries(x_ND)
+            form = Form(self.rows, self.similarity) if keys is None else Form(keys.keys_kD, "dot", keys.bias_k)
+            x_BD = ops.gather(x_ND, self.axis)
+            if screen.serves(x_BD, form):
+                score_B, row_B = screen.best(x_BD, form, self.budget)
+            else:
+                q_BD = self.queries(x_BD) if keys is None else x_BD
+                score_B, row_B = scan.best(q_BD, keys or self.keys(), self.budget)
+            # In float64, so that two ranks' best codes are told apart as two codes of one rank are.
+            ids_B, top_B = merge_best(score_B.double(), row_B, self.layout, self.axis)
+            score_N = own(top_B, self.axis).to(x_ND.dtype)
+            return own(ids_B, self.axis), score_N.masked_fill(~x_ND.isfinite().all(1), torch.nan)
 
     def lookup(self, ids_N: Tensor) -> Tensor:
         """The rows of ids, z_ND, from whichever ranks own them; the gradient goes to the rows."""

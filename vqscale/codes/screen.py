@@ -1,17 +1,17 @@
 """Exact search by screening: a bfloat16 product bounds all scores from above, float64 decides between the few left.
 
-`scan.best` is the plain form: one product in the rows' precision. Here the ids are those of float64 arithmetic on the given
-float32 numbers, the lowest among equals, for about half the time where bfloat16 products are fast. Local arithmetic:
-nothing here talks. Rows go in parts, tokens in blocks inside a part; for one of them:
+`scan.best` is the plain form: one product in the rows' precision. Here the ids are those of float64 arithmetic on the
+given float32 numbers, the lowest among equals, for about half the time where bfloat16 products are fast. Local
+arithmetic: nothing here talks. Rows go in parts, tokens in blocks inside a part; for one of them:
 
     1. upper bounds of all scores, 16 rows at a time reduced to their largest (a line), 16 lines to theirs (a group)
     2. a token none of whose groups can hold a row better than its best so far is done with this part
-    3. the best row of the most promising line is scored exactly: a better best so far
+    3. the row with the highest bound of the most promising line is scored exactly: a better best so far
     4. all lines whose bound reaches it: the bounds of their rows again
     5. all rows whose bound reaches it: scored exactly; the best wins, the lowest row among equals
 
-The row that float64 prefers is never dropped: its score is at least the best so far, its bound at least its score. If too
-many lines are left for a token (equal rows, rows that bfloat16 cannot tell apart), or numbers are so large that a
+The row that float64 prefers is never dropped: its score is at least the best so far, its bound at least its score. If
+too many groups are left for a token (equal rows, rows that bfloat16 cannot tell apart), or numbers are so large that a
 bound may overflow, the part is scored in float64 for this token instead. Memory follows the budget and is never
 tokens x rows.
 """
@@ -19,6 +19,7 @@ tokens x rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,14 +28,39 @@ from vqscale.codes import bounds
 from vqscale.codes.bounds import GROUP, LINE, Form, Keys
 
 TOKEN_BLOCK = 2048
+LEAST_TOKENS, LEAST_ROWS, LEAST_PAIRS = 64, 4096, 2**22
+DIMS = 32, 4096
 MOST_LINES = 1 / 64  # of the lines of a part: with more left, a product in float64 is faster
+
+
+def serves(x_BD: Tensor, form: Form) -> bool:
+    """Whether screening is the faster exact search for these tokens and rows; the one place that decides.
+
+    It is on a CPU with bfloat16 products (AVX512-BF16 or AMX), in float32, from a size on at which the product is most
+    of the work. A GPU searches plainly: nothing was measured there.
+    """
+    rows_kD = form.rows_kD
+    if x_BD.device.type != "cpu" or not x_BD.dtype == rows_kD.dtype == torch.float32:
+        return False
+    pairs = len(x_BD) * len(rows_kD)
+    large = len(x_BD) >= LEAST_TOKENS and len(rows_kD) >= LEAST_ROWS and pairs >= LEAST_PAIRS
+    return large and DIMS[0] <= x_BD.shape[1] <= DIMS[1] and _fast_bfloat16()
+
+
+def _fast_bfloat16() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and _has_bfloat16()
+
+
+@cache
+def _has_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
     """The highest score (float64) of each token over the rows of this rank and the lowest row that has it.
 
-    Without rows, and for a token that is not finite, the score is -inf and the row 0. Scores of `cosine` are times
-    |x|.
+    Without rows, and for a token that is not finite, the score is -inf and the row 0. A part of the rows in which a
+    number is not finite is searched in float64, where a score that is not a number is passed over.
     """
     num, dim = x_BD.shape
     score_B = x_BD.new_full((num,), -torch.inf, dtype=torch.float64)
@@ -45,6 +71,8 @@ def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
         keys = bounds.make_keys(form, start, stop)
         for some in tokens:
             _Part(form, keys, x_BD[some], finite_B[some], score_B[some], row_B[some], budget).search()
+    if form.similarity == "cosine":
+        score_B /= torch.linalg.vector_norm(x_BD, dim=1, dtype=torch.float64).clamp_min_(1e-12)
     return score_B, row_B
 
 
@@ -142,7 +170,8 @@ class _Part:
         step = max(LINE, self.budget // (32 * max(len(token_P), self.x_TD.shape[1])))
         x_PD = self.x_TD[token_P]
         for first in range(self.keys.start, self.keys.stop, step):
-            value_P, row_P = self.form.block(x_PD, slice(first, min(first + step, self.keys.stop))).max(dim=1)
+            score_Pr = self.form.block(x_PD, slice(first, min(first + step, self.keys.stop)))
+            value_P, row_P = score_Pr.nan_to_num_(-torch.inf, torch.inf, -torch.inf).max(dim=1)
             better_P = value_P > self.score_T[token_P]
             self.score_T[token_P[better_P]] = value_P[better_P]
             self.row_T[token_P[better_P]] = row_P[better_P] + first
