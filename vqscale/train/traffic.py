@@ -6,7 +6,7 @@ parameters, W = R M ranks (data R x codes M). A gather or a scatter sends its pa
 
     axis    operation                            collective            bytes of the part or the whole
     codes   tokens                               gather                4 N D
-            best score, best id                  all-reduce            4 B, 8 B
+            best score, best id                  all-reduce            4 B, 8 B         8 B, 8 B without a softmax
             ids, to be counted                   gather                8 N
             softmax: sum and excess              all-reduce            8 B              ibq
             mean rows and chosen rows            scatter               8 N D            ibq
@@ -132,7 +132,7 @@ def _codes(work: Work, grid: Grid, logged: bool) -> Iterator[Message]:
         return Message(what, "codes", kind, part, often)
 
     yield message("tokens", "gather", vectors)
-    yield message("best score", "all_reduce", 4 * all_tokens)
+    yield message("best score", "all_reduce", (4 if work.quantizer == "ibq" else 8) * all_tokens)
     yield message("best id", "all_reduce", 8 * all_tokens)
     yield message("ids, to be counted", "gather", 8 * num)
     if work.quantizer == "ibq":
