@@ -7,7 +7,7 @@
 A run as for launch/train.py; without one, configs/tokenizer/ibq_imagenet256_262144.yaml. For every number of GPUs: the
 split data x codes with the shortest predicted step, what it holds, sends and takes, and the smallest code axis that
 fits. The formulas: bytes in vqscale/train/traffic.py, seconds and memory in vqscale/train/cost.py. They do not know
-losses on images (LPIPS), a discriminator, or waiting for data.
+waiting for data, nor what the discriminator sends.
 
 --check measures here: rates of this machine and real steps of the code axis on 1, 2 and 4 processes, predicted beside
 measured.
@@ -165,7 +165,7 @@ def best(some: Iterable[Step]) -> Step:
 
 
 def _table(steps: dict[int, list[Step]], every: bool) -> list[str]:
-    head = ["GPUs", "data x codes", "GiB", "step ms", "network", "products", "elementw.", "rows", "optim."]
+    head = ["GPUs", "data x codes", "GiB", "step ms", "network", "judges", "products", "elementw.", "rows", "optim."]
     head += ["comm codes", "data", "world", "codes %", "MiB codes", "data", "world", "images/s"]
     table = [head]
     for world, some in steps.items():
@@ -175,7 +175,7 @@ def _table(steps: dict[int, list[Step]], every: bool) -> list[str]:
             sent = [f"{value / 2**20:.1f}" for value in step.sent.values()]
             held = f"{sum(step.memory.values()) / GIB:.1f}" + ("" if step.fits else " !")
             rate = world * step.images / step.total
-            parts = [ms["network"], ms["products"], ms["elementwise"], ms["rows"], ms["optimiser"]]
+            parts = [ms["network"], ms["judges"], ms["products"], ms["elementwise"], ms["rows"], ms["optimiser"]]
             split = f"{step.grid.data} x {step.grid.codes}"
             share = f"{100 * step.code_axis / step.total:.1f}"
             table.append(

@@ -6,6 +6,7 @@ Seconds are operations over achievable rates, one after the other: nothing overl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from vqscale.train.machines import Machine
 from vqscale.train.traffic import Grid, Work, candidates, messages, revival, rows, sent
 
 if TYPE_CHECKING:
-    from vqscale.train.walk import CodeAxis, Network
+    from vqscale.train.walk import CodeAxis, Kernel, Network
 
 GIB = 2**30
 
@@ -49,7 +50,8 @@ def memory(work: Work, grid: Grid) -> dict[str, int]:
         "tokens for dead codes": 2 * 4 * candidates(work, grid) * work.dim if work.revive_every else 0,
         "blocks of the scan": work.scan_mib * 2**20,
         "replicated parameters, gradients, moments": split_bytes(work.parameters, stage, grid.world),
-        "activations of the network": work.images * work.activations,
+        "activations": work.images * work.activations,
+        "LPIPS, discriminator, average of the weights": work.beside + (table if work.averaged else 0),
     }
 
 
@@ -87,12 +89,14 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
     every = [*messages(work, grid), *revival(work, grid)]
     bandwidth = machine.memory_gb_per_s * 1e9
     here, group = rows(work, grid), work.tokens * grid.codes
+    images = work.images * work.accumulation
     pairs = work.accumulation * group * here
     stage = work.zero_stage if work.engine == "deepspeed" else 0
     dense = work.parameters if stage == 0 else -(-work.parameters // grid.world)
     counted = products(work, grid, axis)
     seconds = {
-        "network": work.accumulation * work.images * network_seconds(network, machine, work.precision),
+        "network": images * kernel_seconds(() if network is None else network.kernels, machine, work.precision),
+        "judges": images * kernel_seconds(() if network is None else network.judges, machine, work.precision),
         "code axis: products": counted / (codes_rate(work, machine) * 1e12),
         "code axis: elementwise": pairs * (4 * axis.passes / bandwidth + axis.exponentials / machine.exp_per_s),
         # norms, zeros, two gradients summed: about ten passes over the rows, twelve over the tokens of the group
@@ -109,7 +113,7 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
         )
     held = memory(work, grid)
     fits = sum(held.values()) <= 0.9 * machine.memory_gib * GIB
-    return Step(grid, seconds, held, sent(every, grid), counted, work.images * work.accumulation, fits)
+    return Step(grid, seconds, held, sent(every, grid), counted, images, fits)
 
 
 def has_kernels(work: Work, machine: Machine) -> bool:
@@ -135,17 +139,15 @@ def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:
     return replace(axis, products=8 + 2 * work.entropy, passes=0, exponentials=3 + 5 * work.entropy)
 
 
-def network_seconds(network: Network | None, machine: Machine, precision: str) -> float:
-    """Forward and backward of one image: each kernel takes the longer of its operations and its bytes.
+def kernel_seconds(kernels: Iterable[Kernel], machine: Machine, precision: str) -> float:
+    """One after the other, each the longer of its operations and its bytes.
 
     Under bf16 products and convolutions read and write half the bytes; norms and activations stay float32.
     """
-    if network is None:
-        return 0.0
     rate, bandwidth = machine.tflops[precision] * 1e12 * machine.convolutions, machine.memory_gb_per_s * 1e9
     half = 2 if precision == "bf16" else 1
     total = 0.0
-    for kernel in network.kernels:
+    for kernel in kernels:
         moved = sum(kernel.sizes) / (half if kernel.operations else 1)
         total += max(kernel.operations / rate, moved / bandwidth)
     return total

@@ -9,7 +9,7 @@ the scan. Not counted: the allocator's overhead, workspaces of convolutions, the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -90,8 +90,8 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     )
 
 
-def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: int, activations: int = 0) -> Work:
-    """A step of a run in the terms of the cost model; `activations` are bytes of one image."""
+def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: int) -> Work:
+    """A step of a run in the terms of the cost model, without memory beside what the grid decides."""
     quantizer, engine = config.tokenizer.quantizer, config.engine
     return Work(
         codes=getattr(quantizer, "num_codes", 1),
@@ -107,7 +107,6 @@ def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: i
         revive_every=getattr(quantizer, "revive_every", 0),
         revive_most=getattr(quantizer, "revive_most", None),
         images=images,
-        activations=activations,
         precision=engine.precision,
     )
 
@@ -120,14 +119,22 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
             f"the cost model knows the quantizers {', '.join(KNOWN)}, and tokenizer.quantizer.name is "
             f"{quantizer.name}: give one of these, or use launch/train.py --dry-run for what it costs on one grid"
         )
-    found = network(net, config.data.train.image_size, quantizer.dim)
+    found = network(net, config.data.train.image_size, quantizer.dim, config.loss)
     with torch.device("meta"):
         tokenizer = build(config.tokenizer, planned_mesh(1, 1), config.run.seed)
     side = config.data.train.image_size // net.stride
     kept = _activations(tokenizer, 1, side, config)
     tokens = images * found.tokens
     axis = code_axis(to_dict(quantizer))
-    return work(config, images, tokens, quantizer.dim, found.parameters, kept), found, axis
+    others = judges(config, 1, 1, found.parameters, 0).memory
+    graphs = sum(nbytes for name, nbytes in others.items() if name.startswith("activations"))
+    step = replace(
+        work(config, images, tokens, quantizer.dim, found.parameters),
+        activations=kept + graphs,
+        beside=sum(others.values()) - graphs,
+        averaged=config.average.decay > 0,
+    )
+    return step, found, axis
 
 
 def _sent(step: Work, grid: Grid, learned: int, table: bool) -> dict[str, int]:

@@ -62,7 +62,11 @@ class Work:
     images: int = 0
     """per rank and micro-batch; 0 is a step without a network"""
     activations: int = 0
-    """bytes that autograd keeps of the network for one image"""
+    """bytes that autograd keeps for one image, of the network and of what judges it"""
+    beside: int = 0
+    """bytes of what judges, and of the average of the replicated weights"""
+    averaged: bool = False
+    """there is an average of the weights, and so of the rows"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """of the network"""
     codes_precision: Literal["highest", "high", "medium"] = "highest"

@@ -20,7 +20,10 @@ from torch.utils.flop_counter import flop_registry
 from vqscale import nets, quantizers
 from vqscale.codes import tally
 from vqscale.nets.config import NetConfig
+from vqscale.nets.lpips import LPIPS
+from vqscale.nets.patchgan import PatchGAN
 from vqscale.parallel.mesh import Mesh
+from vqscale.train.config import LossConfig
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ class Network:
     parameters: int
     tokens: int
     """per image"""
+    judges: tuple[Kernel, ...] = ()
+    """of LPIPS and the discriminator"""
 
 
-def network(config: NetConfig, size: int, dim: int) -> Network:
+def network(config: NetConfig, size: int, dim: int, loss: LossConfig | None = None) -> Network:
     """Walk the network of a tokenizer with latents of `dim` on one image of size x size pixels, on the meta device.
 
-    The convolutions around the quantizer count; losses on images do not.
+    The convolutions around the quantizer count; with `loss`, so do LPIPS and the discriminator, apart.
     """
     side = size // config.stride
     with torch.device("meta"):
@@ -92,7 +97,25 @@ def network(config: NetConfig, size: int, dim: int) -> Network:
         tuple(walk.kernels),
         sum(p.numel() for part in parts for p in part.parameters()),
         side * side,
+        () if loss is None else judges(loss, size),
     )
+
+
+def judges(loss: LossConfig, size: int) -> tuple[Kernel, ...]:
+    """The kernels of LPIPS and the discriminator on one image: its own step on image and reconstruction, then both
+    judge the reconstruction, forward and back to it. An adaptive weight's extra gradients do not count."""
+    with torch.device("meta"):
+        image, recon = torch.empty(1, 3, size, size), torch.empty(1, 3, size, size, requires_grad=True)
+        lpips = None if loss.perceptual is None else LPIPS()
+        judge = None if loss.adversarial is None else PatchGAN(loss.adversarial.net)
+    with Walk() as walk:
+        if lpips is not None:
+            lpips(image, recon).sum().backward()
+        if judge is not None:
+            (judge(image).mean() + judge(recon.detach()).mean()).backward()
+            judge.requires_grad_(False)
+            judge(recon).mean().backward()
+    return tuple(walk.kernels)
 
 
 @dataclass(frozen=True)
