@@ -20,9 +20,10 @@ def _pairs(num_tokens=5, num_rows=9):
     return Pairs(token, row, normal(len(token), seed=2), num_tokens)
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
-def test_found_is_every_score_above_the_floor_in_order(columns):
-    score, floor = normal(7, columns, seed=1), normal(7, seed=2)
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200, 2000])
+@pytest.mark.parametrize("above", [0.0, 3.0])
+def test_found_is_every_score_above_the_floor_in_order(columns, above):
+    score, floor = normal(7, columns, seed=1), normal(7, seed=2) + above
     token, row, value = pairs.find(score, scan.line_peaks(score), floor)
     expected = (score >= floor[:, None]).nonzero()
     assert torch.equal(torch.stack([token, row], 1), expected)
@@ -64,10 +65,10 @@ def test_no_pairs_at_all():
 
 
 def test_a_list_is_bounded_by_its_tokens():
-    found = (torch.zeros(pairs.PER_TOKEN, dtype=torch.int64), torch.arange(pairs.PER_TOKEN), torch.zeros(64))
+    found = (torch.zeros(pairs.PER_TOKEN, dtype=torch.int64), torch.arange(pairs.PER_TOKEN), torch.zeros(pairs.PER_TOKEN))
     collector = Collector(1)
     assert collector.add(found, 0, 0)
-    assert not collector.add(found, 0, 64)
+    assert not collector.add(found, 0, pairs.PER_TOKEN)
     assert collector.full
     assert len(collector.close(torch.zeros(1))) == pairs.PER_TOKEN
 

@@ -31,8 +31,8 @@ from vqscale.codes.pairs import Collector, Pairs
 from vqscale.codes.scan import LOWEST, Keys
 
 BITS = 1.0 / math.log(2.0)  # bits per nat
-SPARSE_LINES = 8  # a block in which more than one line in 8 has a high logit is dense,
-SPARSE_PAIRS = 32  # and so is one in which more than one logit in 32 is high: a pair costs about 20 dense ones
+SPARSE_LINES = 0.75  # a block in which a larger share of the lines has a high logit is dense at once,
+SPARSE_PAIRS = 1 / 32  # and so is one with a larger share of high logits: a pair costs about 20 dense ones
 LOWEST_BITS = {torch.float32: -126.0, torch.float64: -1022.0}
 
 
@@ -159,10 +159,10 @@ def _few(
     values_kD: Tensor,
 ) -> bool:
     """Do a block by its pairs, if they are few; False if it must be done densely."""
-    if int((peak_bL < floor_b[:, None]).sum()) * SPARSE_LINES < peak_bL.numel() * (SPARSE_LINES - 1):
+    if int((peak_bL < floor_b[:, None]).sum()) < (1.0 - SPARSE_LINES) * peak_bL.numel():
         return False
     found = pairs.find(s_br, peak_bL, floor_b)
-    if len(found[0]) * SPARSE_PAIRS > s_br.numel() or not few.add(found, tokens.start, rows.start):
+    if len(found[0]) > SPARSE_PAIRS * s_br.numel() or not few.add(found, tokens.start, rows.start):
         return False
     here = Pairs(*found, num_tokens=len(s_br))
     p_P = torch.exp2((here.score_P - out.score_B[tokens][here.token_P]) * out.scale)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vqscale.codes.scan import LINE
 
-PER_TOKEN = 64  # pairs that a list may hold on average, so that its memory grows with the tokens alone
+PER_TOKEN = 512  # pairs that a list may hold on average, so that its memory grows with the tokens alone
+SOME_LINES = 8  # where more than one line in 8 is high, the whole block is searched and not its lines
 ROWS_AT_ONCE = 8192  # rows whose gradient is in flight while it is added
 
 
@@ -33,7 +34,11 @@ def find(l_br: Tensor, peak_bL: Tensor, floor_b: Tensor) -> tuple[Tensor, Tensor
 
     What is not a number is not below: it is found, so that it reaches the result.
     """
-    token_H, line_H = (peak_bL < floor_b[:, None]).logical_not_().nonzero(as_tuple=True)
+    high_bL = (peak_bL < floor_b[:, None]).logical_not_()
+    if int(high_bL.sum()) * SOME_LINES > high_bL.numel():
+        token_P, row_P = (l_br < floor_b[:, None]).logical_not_().nonzero(as_tuple=True)
+        return token_P, row_P, l_br[token_P, row_P]
+    token_H, line_H = high_bL.nonzero(as_tuple=True)
     column_HL = line_H[:, None] * LINE + torch.arange(LINE, device=l_br.device)
     inside_HL = column_HL < l_br.shape[1]
     column_HL.clamp_(max=l_br.shape[1] - 1)
