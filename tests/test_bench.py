@@ -168,6 +168,7 @@ def test_peak_bytes_of_a_known_allocation(tool):
     [
         (["codes", "--tokens", "0"], "tokens is 0 and must be at least 1; it comes from --tokens: give 1 or more"),
         (["codes", "--codes", "-5", "--dim", "0"], "codes is -5 and must be at least 1"),
+        (["codes", "--spread", "0"], "spread is 0.0 and must be a positive number; it comes from --spread"),
         (["codes", "--scan-mib", "0"], "it comes from --scan-mib"),
         (["codes", "--max-dense-gib", "nan"], "the limit of the dense form is nan GiB"),
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),

@@ -62,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
     out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
     out.add_argument("--threads", type=int, help="threads of each process (cores / processes)")
+    out.add_argument(
+        "--spread",
+        type=float,
+        default=1.0,
+        help="standard deviation of the logits: 1 is a soft assignment; the published initialisation has 16 (1)",
+    )
     out.add_argument("--scan-mib", type=int, default=64, help="memory of our blocks, MiB per process (64)")
     out.add_argument(
         "--max-dense-gib",
@@ -80,6 +86,8 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
         if value is not None and value < 1:
             flag = "--" + key.replace("_", "-")
             yield f"{key} is {value} and must be at least 1; it comes from {flag}: give 1 or more"
+    if not 0 < args.spread < float("inf"):
+        yield f"spread is {args.spread} and must be a positive number; it comes from --spread: give 1, or 16"
     if not args.max_dense_gib >= 0:
         yield (
             f"the limit of the dense form is {args.max_dense_gib} GiB and must not be negative; it comes from "
@@ -140,6 +148,7 @@ def settle(args: argparse.Namespace) -> Setting:
         repeats=args.repeats,
         threads=args.threads or max(1, cores() // args.processes),
         scan_mib=args.scan_mib,
+        spread=args.spread,
     )
     kept = []
     for work, need in dense_memory(setting).items():
@@ -222,7 +231,8 @@ def table(report: dict[str, Any]) -> str:
     config, host = report["config"], report["machine"]
     lines = [
         f"{config['tokens']} tokens per process, {config['codes']} codes x {config['dim']}, {config['dtype']}, "
-        f"{'with' if config['entropy'] else 'without'} entropy; {config['processes']} x {host['threads']} threads",
+        f"{'with' if config['entropy'] else 'without'} entropy, spread {config['spread']:g}; "
+        f"{config['processes']} x {host['threads']} threads",
         f"{host.get('gpu') or host['cpu']}, {host['cores']} cores, torch {host['torch']}, commit {report['commit']}",
         "",
         f"{'':18}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",

@@ -51,6 +51,7 @@ class Setting:
     repeats: int = 5
     threads: int = 1
     scan_mib: int = 64
+    spread: float = 1.0
     dense: tuple[str, ...] = ("step", "search")
 
     @property
@@ -96,8 +97,8 @@ def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
 
 
 def _scale(setting: Setting) -> float:
-    """Rows of about unit length: logits of unit variance, a softmax that is neither flat nor saturated."""
-    scale: float = setting.dim**-0.5
+    """Rows that give logits of standard deviation `spread` with tokens N(0, 1)."""
+    scale: float = setting.spread * setting.dim**-0.5
     return scale
 
 
