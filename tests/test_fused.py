@@ -55,8 +55,7 @@ def _fused(query, keys, rows, temperature, sharper, weights):
     if keys.keys_kD is rows:
         values = given.keys_kD
     mixed = fused.mix(x, given, values, temperature, sharper, len(rows), 0)
-    # The state is relative to the best score of the products, which is not the best score where they are rounded.
-    score = mixed.soft.top_B / mixed.scale
+    score = mixed.score_B
     log, mean = mixed.soft.sum_B.log2(), mixed.sum_BD / mixed.soft.sum_B[:, None]
     sharp_log = mixed.sharp.sum_B.log2()
     entropy = (sharp_log - mixed.sharp.excess_B / mixed.sharp.sum_B) / BITS
@@ -256,7 +255,6 @@ def test_a_rank_without_rows_and_a_batch_without_tokens(num, codes):
         assert torch.equal(getattr(got, name), getattr(expected, name))
     assert torch.equal(got.soft.sum_B, expected.soft.sum_B)
     assert torch.equal(got.sharp.sum_B, expected.sharp.sum_B)
-    assert torch.equal(got.soft.top_B < -1e29, torch.ones(num, dtype=torch.bool, device=DEVICE))
     assert fused.best(x, keys, 0)[1].tolist() == [0] * num
     zero = torch.zeros(num, device=DEVICE)
     assert fused.column_sums(x, keys, got, 4.0, zero, zero, 0).tolist() == [0.0] * codes
@@ -274,7 +272,7 @@ def test_half_inputs_are_read_as_they_are():
     truth = dense.mix(x.double(), rows.double())
     assert torch.equal(mixed.row_B, dense.nearest(x.double(), rows.double())[0])
     assert mixed.sum_BD.dtype == mixed.soft.sum_B.dtype == torch.float32
-    _near((mixed.soft.top_B + mixed.soft.sum_B.log2()) / BITS, truth.lse_N, 1e-5)
+    _near(mixed.score_B + mixed.soft.sum_B.log2() / BITS, truth.lse_N, 1e-5)
     _near(mixed.sum_BD / mixed.soft.sum_B[:, None], truth.mean_ND, 1e-2)
     up = Upstream(
         score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), mean_BD=None, shift_B=-torch.ones(20, device=DEVICE)
@@ -356,9 +354,10 @@ def test_on_the_device_at_real_sizes(similarity, low, dim, monkeypatch):
 def test_on_the_device_the_kernels_are_chosen_and_need_little():
     x = torch.randn(4096, 256, device="cuda")
     rows = torch.randn(262144, 256, device="cuda") / 16
-    assert backend.pick(x) is backend.BLOCKS
+    assert backend.pick(x).mix is mixing.mix
+    assert backend.pick(x).best is backend.pick(x.bfloat16()).best is fused.best
     torch.set_float32_matmul_precision("medium")
-    assert backend.pick(x) is fused
+    assert backend.pick(x).mix is fused.mix
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     mixed = fused.mix(x, Keys(rows), rows, 1.0, 100.0, len(rows), 0)

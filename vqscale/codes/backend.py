@@ -5,49 +5,57 @@ Nothing is computed here. Both have the same signatures, and dense.py judges bot
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqscale.codes import mixing, scan, unmixing
+from vqscale.codes.fused_launch import wants_bfloat16
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
 LEAST_CAPABILITY = (8, 0)  # of the device: products of bfloat16
-
-BLOCKS = SimpleNamespace(
-    best=scan.best,
-    mix=mixing.mix,
-    column_sums=mixing.column_sums,
-    row_means=mixing.row_means,
-    unmix=unmixing.unmix,
-)
+HAS_TRITON = find_spec("triton") is not None  # the extra `gpu`
 
 
-def pick(x_BD: Tensor) -> Any:
-    """`best`, `mix`, `column_sums`, `row_means` and `unmix` for tokens on x's device, in x's type.
+@dataclass(frozen=True)
+class Passes:
+    """Functions with the signatures that scan, mixing and unmixing give them."""
 
-    Fused kernels where products of bfloat16 are wanted (x is bfloat16, or float32 with
-    torch.set_float32_matmul_precision("medium")) and can be had: a CUDA device of capability 8.0, Triton, at most 256
-    dimensions. Blocks in plain torch elsewhere, in the precision that torch is set to.
+    best: Any
+    mix: Any
+    column_sums: Any
+    row_means: Any
+    unmix: Any
+
+
+BLOCKS = Passes(scan.best, mixing.mix, mixing.column_sums, mixing.row_means, unmixing.unmix)
+
+
+def pick(x_BD: Tensor) -> Passes:
+    """The passes for tokens on x's device, in x's type.
+
+    With a CUDA device of capability 8.0, Triton and at most 256 dimensions the search is fused: it is exact in any
+    precision. The others are fused where products of bfloat16 are wanted: x is bfloat16, or float32 with
+    torch.set_float32_matmul_precision("medium"). Elsewhere blocks in plain torch, in the precision torch is set to.
     """
-    fused = _fused() if _wanted(x_BD) else None
-    return BLOCKS if fused is None else fused
-
-
-def _wanted(x_BD: Tensor) -> bool:
-    if not x_BD.is_cuda or x_BD.shape[1] > MOST_DIM:
-        return False
-    low = x_BD.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-    return (low or x_BD.dtype == torch.bfloat16) and torch.cuda.get_device_capability(x_BD.device) >= LEAST_CAPABILITY
-
-
-def _fused() -> ModuleType | None:
-    """The kernels, or None without Triton (the extra `gpu`)."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+    if not (x_BD.is_cuda and HAS_TRITON and _fits(x_BD)):
+        return BLOCKS
     from vqscale.codes import fused
 
-    return fused
+    if x_BD.dtype == torch.bfloat16 or wants_bfloat16():
+        return Passes(fused.best, fused.mix, fused.column_sums, fused.row_means, fused.unmix)
+    return Passes(fused.best, mixing.mix, mixing.column_sums, mixing.row_means, unmixing.unmix)
+
+
+def _fits(x_BD: Tensor) -> bool:
+    if x_BD.dtype not in (torch.float32, torch.bfloat16) or x_BD.shape[1] > MOST_DIM:
+        return False
+    return _capability(x_BD.device) >= LEAST_CAPABILITY
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

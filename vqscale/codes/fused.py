@@ -10,10 +10,10 @@ token sums (16 x tokens x D floats at most). Products of 2 B k D operations:
     row_means    1   logits
     unmix        6   logits and values twice, once for the gradient of x and once for that of the keys; unmixing has 4
 
-The operands of the products are bfloat16 with torch.set_float32_matmul_precision("medium"), or if x and the keys are;
-else float32, without tensor cores, which is there to judge the kernels by: backend.py does not choose it. Sums, powers
-and the state of the softmax are float32 in both. At 256 dimensions and logits of unit variance bfloat16 moves the
-log-normaliser by 4e-4; at temperature 0.01 it moves the entropies, 0.06 in the mean, by 0.02 (root mean square).
+The operands of the products are bfloat16 in `best`, elsewhere with torch.set_float32_matmul_precision("medium") or if x
+and the keys are; else float32 without tensor cores, by which the kernels are judged: backend.py does not choose it.
+Sums, powers and the state of the softmax are float32 in both. At 256 dimensions and logits of unit variance bfloat16
+moves entropies at temperature 0.01, which are 0.06 in the mean, by 0.02 (root mean square).
 
 Ids do not depend on it: they are the arg max of the float64 scores of the given numbers. For that the kernels keep the
 best score of every chunk of codes, and score again, in float64, every chunk that the error bound of its peak does not
@@ -33,19 +33,38 @@ Every kernel is compared with dense.py in Triton's interpreter and compiles for 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from vqscale.codes import fused_ops as ops
+from vqscale.codes.fused_launch import wants_bfloat16
 from vqscale.codes.mixing import BITS, Mixed, Softmax
 from vqscale.codes.scan import Keys
 from vqscale.codes.unmixing import Gradients, Upstream
 
 
 def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:
-    """The highest score of each token over the rows of this rank, float64, and the lowest row that has it."""
-    score_B, row_B = ops.best(x_BD, keys.keys_kD, keys.bias_k, low())
+    """The highest score of each token over the rows of this rank, float64, and the lowest row that has it.
+
+    Exact, so its products are bfloat16 whatever torch is set to.
+    """
+    score_B, row_B = ops.best(x_BD, keys.keys_kD, keys.bias_k, True)
     return score_B, row_B
+
+
+@dataclass
+class FusedMixed(Mixed):
+    """The softmax is one of the products' scores plus `gain_B`, a shift per token that makes the best of them exact."""
+
+    gain_B: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+def _top(mixed: Mixed, score_B: Tensor) -> Tensor:
+    """The best score over all K, as the products of this rank see it."""
+    assert isinstance(mixed, FusedMixed)
+    return score_B - mixed.gain_B
 
 
 def mix(
@@ -53,11 +72,14 @@ def mix(
 ) -> Mixed:
     """One pass, as mixing.mix. The best row is exact; the softmax is that of the products' precision, in float32."""
     scale = BITS / temperature
-    score_B, row_B, state_4B, sum_BD = ops.mix(x_BD, keys.keys_kD, keys.bias_k, values_kD, scale, sharper, low())
+    score_B, row_B, state_4B, sum_BD = ops.mix(
+        x_BD, keys.keys_kD, keys.bias_k, values_kD, scale, sharper, wants_bfloat16()
+    )
     top_B, sum_B, sharp_sum_B, excess_B = state_4B.unbind(0)
-    soft = Softmax(top_B * scale, sum_B, torch.zeros_like(sum_B))
-    sharp = None if sharper is None else Softmax(top_B * scale * sharper, sharp_sum_B, excess_B)
-    return Mixed(row_B, score_B.to(sum_BD.dtype), soft, sum_BD, sharp, scale=scale)
+    soft = Softmax(sum_B, torch.zeros_like(sum_B))
+    sharp = None if sharper is None else Softmax(sharp_sum_B, excess_B)
+    score_B = score_B.to(top_B.dtype)
+    return FusedMixed(row_B, score_B, soft, sum_BD, sharp, scale=scale, gain_B=score_B - top_B)
 
 
 def column_sums(
@@ -65,7 +87,9 @@ def column_sums(
 ) -> Tensor:
     """sum_n q_nj of the rows of this rank, as mixing.column_sums: k numbers."""
     scale = mixed.scale * sharper
-    out_k: Tensor = ops.column_sums(x_BD, keys.keys_kD, keys.bias_k, scale, score_B, log_B, low())
+    out_k: Tensor = ops.column_sums(
+        x_BD, keys.keys_kD, keys.bias_k, scale, _top(mixed, score_B), log_B, wants_bfloat16()
+    )
     return out_k
 
 
@@ -81,7 +105,9 @@ def row_means(
 ) -> Tensor:
     """sum_j q_nj weight_j over the rows of this rank, as mixing.row_means: B numbers."""
     scale = mixed.scale * sharper
-    out_B: Tensor = ops.row_means(x_BD, keys.keys_kD, keys.bias_k, scale, score_B, log_B, weight_k, low())
+    out_B: Tensor = ops.row_means(
+        x_BD, keys.keys_kD, keys.bias_k, scale, _top(mixed, score_B), log_B, weight_k, wants_bfloat16()
+    )
     return out_B
 
 
@@ -98,7 +124,7 @@ def unmix(
     """The backward pass, as unmixing.unmix; gradients come in the types of x and the keys."""
     zero_B = torch.zeros_like(up.log_B)
     sharp = (up.sharp_log_B, up.entropy_B, up.entropy_value_B, up.columns_mean_B)
-    numbers = (up.score_B, up.log_B, up.shift_B, *sharp)
+    numbers = (_top(mixed, up.score_B), up.log_B, up.shift_B, *sharp)
     numbers_7B = torch.stack([zero_B if part_B is None else part_B for part_B in numbers])
     dx_BD, dkeys_kD, dbias_k = ops.unmix(
         x_BD,
@@ -113,11 +139,6 @@ def unmix(
         mixed.scale,
         1.0 / temperature,
         sharper,
-        low(),
+        wants_bfloat16(),
     )
     return Gradients(dx_BD, dkeys_kD, None if keys.bias_k is None else dbias_k)
-
-
-def low() -> bool:
-    """Products of bfloat16 rather than float32, as torch is set."""
-    return torch.get_float32_matmul_precision() == "medium"
