@@ -8,6 +8,7 @@
     --help       this text and every key with its type, default and meaning
     --dry-run    check everything, print parameters, memory per rank and bytes per step, and start nothing
     --world N    with --dry-run: plan for N processes
+    --profile    trace 3 steps into the run folder's profile/ (run.profile_steps=3)
 
 The same command continues a run from its newest whole checkpoint, on any number of processes. TERM, USR1, USR2, or a
 file STOP in the run folder make it save and leave with exit status 75. The environment variable
@@ -82,6 +83,8 @@ def _arguments(argv: list[str]) -> tuple[Path, list[str], bool, int | None]:
             raise ValueError(f"--world takes a number of processes, with --dry-run; found {number}: use --world 8")
         planned = int(number)
         del words[at : at + 2]
+    if "--profile" in words:
+        words[words.index("--profile")] = "run.profile_steps=3"
     unknown = [word for word in words if word.startswith("-")]
     overrides = [word for word in words if OVERRIDE.match(word)]
     files = [word for word in words if word not in overrides and not word.startswith("-")]

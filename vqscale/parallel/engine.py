@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vqscale.parallel import adamw, ops
 from vqscale.parallel.buffers import Buffers
+from vqscale.parallel.clock import clock
 from vqscale.parallel.config import EngineConfig, OptimConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.replicated import Replicated
@@ -123,14 +124,17 @@ class Engine:
         """The precision of the forward pass, for calls that do not go through the engine."""
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
 
+    @clock.span("forward")
     def __call__(self, *args: Any) -> Any:
         with self.autocast():
             return self.dense.forward(*args)
 
+    @clock.span("backward")
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a mean over this rank's tokens, divided by the number of micro-batches."""
         self.dense.backward(loss / self._config.accumulation)
 
+    @clock.span("step")
     def step(self) -> StepReport:
         """End a micro-batch; with the last one of a step, average, clip and step. Collective, the same on all ranks.
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis
 
 # torch 2.13 renames the two collectives on tensors; the new names are not in all versions that we run with.
@@ -55,7 +56,8 @@ def _nbytes(x: Tensor) -> int:
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:
     x = x.contiguous()
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x, group=axis.group)
+    with clock.span("communication"):
+        dist.all_gather_into_tensor(out, x, group=axis.group)
     _count(axis, (axis.size - 1) * _nbytes(x))
     return out
 
@@ -64,14 +66,16 @@ def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} rows do not divide by the {axis.size} ranks of {axis.name}"
     x = x.contiguous()
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x, group=axis.group)
+    with clock.span("communication"):
+        dist.reduce_scatter_tensor(out, x, group=axis.group)
     _count(axis, (axis.size - 1) * _nbytes(out))
     return out
 
 
 def _all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, op=op, group=axis.group)
+    with clock.span("communication"):
+        dist.all_reduce(out, op=op, group=axis.group)
     _count(axis, 2 * (axis.size - 1) * _nbytes(out) // axis.size)
     return out
 

@@ -34,6 +34,8 @@ class RunConfig:
     """steps between checkpoints; the last step always saves"""
     keep: int = 2
     """newest checkpoints that are kept"""
+    profile_steps: int = 0
+    """steps that rank 0 traces after 3 steps of every start, to the run folder's profile/; 0 is off"""
     compile: bool = False
     """compile encoder and decoder (torch.compile): minutes at the start, faster steps; needs a C++ compiler"""
 
@@ -43,6 +45,8 @@ class RunConfig:
                 yield key, f"{key} is {getattr(self, key)}: use at least {least}"
         if self.eval_images < 0:
             yield "eval_images", f"eval_images is {self.eval_images}: use 0 (all) or more"
+        if self.profile_steps < 0:
+            yield "profile_steps", f"profile_steps is {self.profile_steps}: use 0 (no trace) or more"
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ FREE_TO_CHANGE = (
     "run.eval_images",
     "run.checkpoint_every",
     "run.keep",
+    "run.profile_steps",
     "run.compile",
     "loss.perceptual.vgg:",
     "loss.perceptual.heads:",

@@ -94,7 +94,8 @@ def timed(batches: Iterator[T]) -> Generator[tuple[T, float], None, None]:
     while True:
         start = time.perf_counter()
         try:
-            item = next(batches)
+            with clock.span("data"):
+                item = next(batches)
         except StopIteration:
             return
         yield item, time.perf_counter() - start

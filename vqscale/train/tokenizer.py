@@ -28,6 +28,7 @@ from vqscale.train.average import Average
 from vqscale.train.config import TokenizerConfig, TokenizerRun
 from vqscale.train.evaluate import evaluate
 from vqscale.train.game import Discriminator, Perceptual
+from vqscale.train.profile import Trace
 
 
 def build(config: TokenizerConfig, mesh: Mesh, seed: int) -> Tokenizer:
@@ -89,10 +90,12 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     # loop
     watch, recent, scores = loop.Watch(), deque[str](maxlen=5), dict[str, float]()
     batches = loop.timed(stream.batches(done.consumed))
+    trace = Trace(place, run.profile_steps, mesh)
     for step in range(done.step + 1, run.steps + 1):
         last, log = step == run.steps, step % run.log_every == 0 or step == run.steps
         loop.seed_step(run.seed, step, mesh)
         watch.begin(log)
+        trace.begin()
         waited, broken, means = 0.0, 0, dict[str, Tensor]()
         for _ in range(config.engine.accumulation):
             batch, seconds = next(batches)
@@ -135,6 +138,8 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             average.forget(parameter, rows)
         average.update(step)
         watch.end(waited)
+        for note in trace.end():
+            progress.say(note)
         progress.advance(config.data.batch, waited)
 
         stop, broken = loop.agree(mesh, request.here(), broken)
