@@ -60,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--processes", type=int, default=1, help="M, processes that share the codebook, CPU only (1)")
     out.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of tokens and rows (float32)")
     out.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
+    out.add_argument(
+        "--products",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="what ours and the floor multiply in; bf16 is for --device cuda, where the dense form then takes tf32 (fp32)",
+    )
     out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
     out.add_argument("--threads", type=int, help="threads of each process (cores / processes)")
     out.add_argument(
@@ -92,6 +98,11 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
         yield (
             f"the limit of the dense form is {args.max_dense_gib} GiB and must not be negative; it comes from "
             "--max-dense-gib: give 0 to leave the dense form out"
+        )
+    if args.products == "bf16" and not (args.device == "cuda" and args.dtype == "float32"):
+        yield (
+            f"products in bf16 are those of float32 numbers on a GPU, but --device is {args.device} and --dtype is "
+            f"{args.dtype}; it comes from --products: give --products fp32, or --device cuda --dtype float32"
         )
     if args.device == "cuda" and args.processes > 1:
         yield (
@@ -149,6 +160,7 @@ def settle(args: argparse.Namespace) -> Setting:
         threads=args.threads or max(1, cores() // args.processes),
         scan_mib=args.scan_mib,
         spread=args.spread,
+        products=args.products,
     )
     kept = []
     for work, need in dense_memory(setting).items():
@@ -231,6 +243,7 @@ def table(report: dict[str, Any]) -> str:
     config, host = report["config"], report["machine"]
     lines = [
         f"{config['tokens']} tokens per process, {config['codes']} codes x {config['dim']}, {config['dtype']}, "
+        f"products {config['products']}, "
         f"{'with' if config['entropy'] else 'without'} entropy, spread {config['spread']:g}; "
         f"{config['processes']} x {host['threads']} threads",
         f"{host.get('gpu') or host['cpu']}, {host['cores']} cores, torch {host['torch']}, commit {report['commit']}",

@@ -52,6 +52,7 @@ class Setting:
     threads: int = 1
     scan_mib: int = 64
     spread: float = 1.0
+    products: str = "fp32"  # bf16: of ours, as torch.set_float32_matmul_precision("medium"), and of the floor
     dense: tuple[str, ...] = ("step", "search")
 
     @property
@@ -171,6 +172,7 @@ def _floor(setting: Setting, mesh: Mesh, dtype: torch.dtype) -> tuple[Form, Form
     """The products of PRODUCTS alone, torch.mm in blocks into buffers that are used again."""
     num_tokens, dim = setting.tokens * setting.processes, setting.dim
     num_rows = Rows(setting.codes, mesh.codes.size, mesh.codes.rank).count
+    dtype = torch.bfloat16 if setting.products == "bf16" else dtype
     b, r = min(num_tokens, FLOOR_BLOCK[0]), min(num_rows, FLOOR_BLOCK[1])
     x_bD, g_bD = torch.randn(2, b, dim, device=mesh.device, dtype=dtype)
     c_rD = torch.randn(r, dim, device=mesh.device, dtype=dtype) * _scale(setting)

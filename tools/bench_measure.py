@@ -37,6 +37,7 @@ def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
     rounds, so that what else happens on the machine happens to all of them.
     """
     torch.set_num_threads(setting.threads)
+    torch.set_float32_matmul_precision("medium" if setting.products == "bf16" else "highest")
     mesh = Mesh(codes=setting.processes, device=setting.device)
     _load_code(setting, mesh)
     forms = build(setting, mesh)
