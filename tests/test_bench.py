@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -36,13 +37,18 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
+HAS_FAISS = importlib.util.find_spec("faiss") is not None
+
+
 def check_shape(report: dict, processes: int) -> None:
     assert set(report) == {"step", "search", "machine", "commit", "command", "config"}
     for work in ("step", "search"):
-        names = ("ours", "released", "dense") if work == "step" else ("ours", "dense")
-        assert set(names) | {"floor"} <= set(report[work])
-        for name in names:
+        names = ("ours", "released", "dense") if work == "step" else ("ours", "dense", "bf16")
+        assert set(report[work]) == {*names, "floor"} | ({"faiss"} if work == "search" and HAS_FAISS else set())
+        for name in report[work].keys() - {"floor"}:
             cost = report[work][name]
+            if name in ("dense", "faiss") and work == "search":
+                assert cost.pop("same_ids") == 1.0
             assert set(cost) == {"seconds", "peak_bytes", "sent_bytes"}
             assert cost["seconds"] > 0
             assert cost["peak_bytes"] >= 0
@@ -75,6 +81,27 @@ def test_sent_bytes_of_two_processes():
     assert report["step"]["dense"]["sent_bytes"] == K * D * 4
     # Tokens out, mean rows and codes back, the gradients of all three; less than 20 numbers per token; statistics.
     assert 6 * N * D * 4 < report["step"]["ours"]["sent_bytes"] < 6 * N * D * 4 + 2 * N * 20 * 4 + 256
+
+
+@pytest.mark.dist
+def test_a_search_alone():
+    done = bench("codes", *SMALL, "--work", "search")
+    assert ("faiss is left out: faiss is not installed" in done.stderr) == (not HAS_FAISS)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    forms = ["ours", "dense", *(["faiss"] if HAS_FAISS else []), "bf16", "floor"]
+    assert [row[1] for row in rows if row[:1] == ["search"]] == forms
+    assert not any(row[:1] == ["step"] for row in rows)
+    assert "100.00% of the ids are ours" in done.stdout
+
+
+def test_no_faiss_on_other_numbers(tool, capsys):
+    codes = tool("bench_codes")
+    setting = codes.settle(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "search"]))
+    assert "faiss is left out: it searches in float32 on a CPU, not in float64 on cpu" in capsys.readouterr().err
+    assert set(tool("bench_measure").measure(setting)["search"]) == {"ours", "dense", "floor"}
+    # nothing is said of a work that is not measured
+    codes.settle(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "step", "--max-dense-gib", "8"]))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_dense_form_over_the_limit_is_left_out(tool, capsys):
@@ -138,6 +165,7 @@ def test_products_of_the_dense_form_and_the_floor(tool, entropy, monkeypatch):
     assert counted["step", "dense"] == counted["step", "released"] == 8
     assert counted["step", "floor"] == len(forms.PRODUCTS["step"])
     assert counted["search", "dense"] == counted["search", "floor"] == len(forms.PRODUCTS["search"])
+    assert counted["search", "bf16"] == len(forms.PRODUCTS["search"])
     # Ours needs what the floor needs; with few pairs at the entropy's temperature, that is all.
     assert counted["step", "ours"] == counted["step", "floor"]
 

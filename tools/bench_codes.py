@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from bench_measure import Cost
 
 TIMEOUT_S = 6 * 3600.0
-FORMS = ("ours", "released", "dense")  # and the floor
+FORMS = ("ours", "released", "dense", "faiss", "bf16")  # and the floor
+WORKS = ("step", "search")
 
 ABOUT = """\
 Search (Codebook.nearest) and one IBQ training step (forward with all losses, backward to the tokens and the rows),
@@ -34,6 +35,8 @@ each in forms that start from the same numbers and take turns:
   released  the training step in plain torch as the released code lays it out: images, codes in dimension 1
   dense     the same on tokens in rows, which is kinder: one-hot products and tensors of tokens x codes, no copies into
             another layout; its search is one product and a maximum
+  faiss     search only: IndexFlatIP of faiss-cpu with the same rows and threads; building it is not timed
+  bf16      search only: the product in bfloat16 alone, which a search by screening cannot do without
   floor     the matrix products alone that the result cannot do without, as torch.mm in blocks into one buffer: the
             table names them
 
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--tokens", type=int, default=1024, help="N, tokens per process (1024)")
     out.add_argument("--codes", type=int, default=65536, help="K, all codes (65536)")
     out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
+    out.add_argument("--work", choices=(*WORKS, "both"), default="both", help="what is measured (both)")
     out.add_argument("--entropy", action="store_true", help="with the entropy loss, temperature 0.01 as released")
     out.add_argument("--processes", type=int, default=1, help="M, processes that share the codebook, CPU only (1)")
     out.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of tokens and rows (float32)")
@@ -146,6 +150,7 @@ def main(argv: list[str]) -> int:
 
 def settle(args: argparse.Namespace) -> Setting:
     """What will be measured; says on stderr which dense forms are left out, and why."""
+    import bench_search
     from bench_forms import Setting, dense_memory
 
     setting = Setting(
@@ -161,22 +166,27 @@ def settle(args: argparse.Namespace) -> Setting:
         scan_mib=args.scan_mib,
         spread=args.spread,
         products=args.products,
+        works=WORKS if args.work == "both" else (args.work,),
     )
+    for name, why in bench_search.missing(setting).items() if "search" in setting.works else ():
+        print(f"bench.py codes: {name} is left out: {why}", file=sys.stderr)
     kept = []
     for work, need in dense_memory(setting).items():
         if need <= args.max_dense_gib * 2**30:
             kept.append(work)
+            continue
+        if work not in setting.works:
             continue
         print(
             f"bench.py codes: the dense {work} is left out: it needs about {need / 2**20:.1f} MiB, more than the "
             f"{args.max_dense_gib:g} GiB of --max-dense-gib",
             file=sys.stderr,
         )
-    return replace(setting, dense=tuple(kept))
+    return replace(setting, dense=tuple(work for work in kept if work in setting.works))
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Measure on all processes and merge: {"step": {"ours", "dense", "floor"}, "search": the same}."""
+    """Measure on all processes and merge: {"step": {"ours", "dense", "floor", ...}, "search": the same}."""
     from bench_measure import measure
 
     if setting.device == "cuda":
@@ -185,7 +195,7 @@ def run(setting: Setting) -> dict[str, Any]:
         from vqscale.parallel import spawn
 
         ranks = spawn.run(measure, setting.processes, setting, timeout_s=TIMEOUT_S)
-    return {work: merge([rank[work] for rank in ranks], work, setting) for work in ("step", "search")}
+    return {work: merge([rank[work] for rank in ranks], work, setting) for work in setting.works}
 
 
 def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str, dict[str, Any]]:
@@ -201,6 +211,8 @@ def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str
             "peak_bytes": max(peaks, default=None),
             "sent_bytes": max(cost.sent_bytes for cost in costs),
         }
+        if costs[0].same_ids is not None:
+            out[name]["same_ids"] = sum(cost.same_ids or 0.0 for cost in costs) / len(costs)
     for name in ("released", "dense"):
         if name in out:
             out[name]["sent_bytes"] = dense_bytes(setting)[work]
@@ -250,7 +262,7 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{'':18}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
     ]
-    for work in ("step", "search"):
+    for work in config["works"]:
         floor = report[work]["floor"]["seconds"]
         for name, row in report[work].items():
             ratio = None if row["seconds"] is None else row["seconds"] / floor
@@ -275,4 +287,6 @@ def _ratios(work: dict[str, dict[str, Any]], name: str) -> str:
         ours, other = work["ours"].get(key), work[name].get(key)
         if ours and other:
             out.append(f"{other / ours:.2f} x the {what}")
+    if "same_ids" in work[name]:
+        out.append(f"{work[name]['same_ids']:.2%} of the ids are ours")
     return ", ".join(out) or "not measured"

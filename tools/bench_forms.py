@@ -1,5 +1,7 @@
 """The forms that `bench.py codes` compares, as functions without arguments: ours, the dense ones, the floor.
 
+Those of a search alone (FAISS, a product in bfloat16) are in bench_search.py.
+
 They start from the same rows, tokens and upstream gradient, so ours and the dense form return the same numbers; the
 floor returns nothing of use: it is the matrix products alone. Nothing here measures.
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import bench_search
 import torch
 from torch import Tensor
 
@@ -39,7 +42,10 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured. `tokens` is per process; `dense` names the works of which the dense form is run too."""
+    """What is measured. `tokens` is per process; `dense` names the works of which the dense form is run too.
+
+    `works` are run; of a work that is not, nothing is built but what it shares with the others.
+    """
 
     tokens: int
     codes: int
@@ -54,6 +60,7 @@ class Setting:
     spread: float = 1.0
     products: str = "fp32"  # bf16: of ours, as torch.set_float32_matmul_precision("medium"), and of the floor
     dense: tuple[str, ...] = ("step", "search")
+    works: tuple[str, ...] = ("step", "search")
 
     @property
     def item_bytes(self) -> int:
@@ -78,23 +85,28 @@ def dense_memory(setting: Setting) -> dict[str, int]:
 
 
 def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
-    """{"step": {"ours", "released", "dense", "floor"}, "search": {"ours", "dense", "floor"}}; without the dense forms
-    of a work that the setting leaves out."""
+    """{"step": {"ours", "released", "dense", "floor"}, "search": {"ours", "dense", "faiss", "bf16", "floor"}} of the
+    works of the setting; without the dense forms that it leaves out, and without what cannot be had here."""
     dtype = getattr(torch, setting.dtype)
     generator = torch.Generator().manual_seed(derive("bench", mesh.codes.rank))
     draws = torch.randn(2, setting.tokens, setting.dim, generator=generator).to(mesh.device, dtype)
     x_ND, g_ND = draws[0].clone().requires_grad_(), draws[1] / setting.tokens
     forms = {"step": {}, "search": {}}  # type: dict[str, dict[str, Form]]
     forms["step"]["ours"], forms["search"]["ours"] = _ours(setting, mesh, x_ND, g_ND)
+
+    def whole() -> Tensor:
+        return draw(Rows(setting.codes), setting.dim, "normal", _scale(setting), seed=0)
+
     if setting.dense:
-        rows_KD = draw(Rows(setting.codes), setting.dim, "normal", _scale(setting), seed=0)
-        rows_KD = rows_KD.to(mesh.device, dtype).requires_grad_()
+        rows_KD = whole().to(mesh.device, dtype).requires_grad_()
         both = _dense(setting, x_ND, g_ND, rows_KD)
         if "step" in setting.dense:
             forms["step"] |= {"released": _released(setting, x_ND, g_ND, rows_KD), "dense": both[0]}
         forms["search"] |= {"dense": both[1]} if "search" in setting.dense else {}
+    if "search" in setting.works:
+        forms["search"] |= bench_search.forms(setting, mesh, x_ND, whole)
     forms["step"]["floor"], forms["search"]["floor"] = _floor(setting, mesh, dtype)
-    return forms
+    return {work: forms[work] for work in setting.works}
 
 
 def _scale(setting: Setting) -> float:

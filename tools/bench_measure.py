@@ -28,6 +28,7 @@ class Cost:
     seconds: list[float]  # one per repeat
     peak_bytes: int | None = None  # None where the kernel does not count
     sent_bytes: int = 0
+    same_ids: float | None = None  # of a search: the share of tokens for which it finds what ours finds
 
 
 def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
@@ -42,6 +43,10 @@ def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
     _load_code(setting, mesh)
     forms = build(setting, mesh)
     costs = {work: {name: alone(form, mesh) for name, form in some.items()} for work, some in forms.items()}
+    if "search" in forms:
+        (ours_N,) = forms["search"]["ours"]()
+        for name in forms["search"].keys() & {"dense", "faiss"}:
+            costs["search"][name].same_ids = float((forms["search"][name]()[0] == ours_N).double().mean())
     for work, some in forms.items():
         for _ in range(setting.repeats):
             for name, form in some.items():
@@ -51,7 +56,7 @@ def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
 
 def _load_code(setting: Setting, mesh: Mesh) -> None:
     """Run every form on a few tokens: libraries load, threads start, and neither is taken for the memory of a form."""
-    small = replace(setting, tokens=8, codes=64, dim=8, dense=("step", "search"))
+    small = replace(setting, tokens=8, codes=64, dim=8, dense=setting.works)
     for some in build(small, mesh).values():
         for form in some.values():
             form()
