@@ -44,9 +44,9 @@ def _formula(codes):
     number, ident = 4, 8
     # x to all, mean rows back, chosen rows back; their gradients to all, the gradient of x back, that of chosen rows
     vectors = 6 * TOKENS * DIM * number * once
-    # forward: best score, best id, top logit, two numbers of each of two softmaxes; the ids for counts, stats or rows
-    merged = 2 * TOKENS * (number + ident + number + 2 * number + 2 * number) * once
-    ids = 2 * TOKENS * ident * once
+    # forward: best score, best id, two numbers of each of two softmaxes; the ids, to be counted
+    merged = 2 * TOKENS * (number + ident + 2 * number + 2 * number) * once
+    ids = TOKENS * ident * once
     # backward: the mean of the columns' gradient (all-reduce), two numbers per token that arrive from above (gather)
     returned = (2 * TOKENS * number + 2 * TOKENS * number) * once
     # usage (three float64), the norm of the rows, the entropy of the mean and its gradient: single numbers
