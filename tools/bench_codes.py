@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "--products",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="what ours and the floor multiply in; bf16 is for --device cuda, where the dense form then takes tf32 (fp32)",
+        help="what ours and the floor multiply in; bf16 is for --device cuda, dense then takes tf32 (fp32)",
     )
     out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
     out.add_argument("--threads", type=int, help="threads of each process (cores / processes)")
