@@ -1,0 +1,242 @@
+"""Drawing images from a prior: the same on any number of processes and after any interruption, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jobs import at_call, hear
+from PIL import Image
+from saved_runs import small
+
+from vqscale.metrics.sample_file import SampleFile
+from vqscale.parallel.mesh import Mesh
+from vqscale.parallel.spawn import RankError
+from vqscale.seed import derive
+from vqscale.train import folder as run_folder
+from vqscale.train import sample_folder
+from vqscale.train.sample import Settings, check, parse_classes, sample, summary, warnings
+
+CODES, GRID = 13, (4, 4)
+
+
+class Rule:
+    """A prior of which every id is known: a function of the seed, the image's number, its class and the position."""
+
+    num_codes, num_classes = CODES, 5
+
+    def __init__(self, made_by: str | None = None, class_dropout: float = 0.1) -> None:
+        self.card = {"tokenizer": made_by} if made_by else {}
+        self.class_dropout = class_dropout
+        self.fingerprint = "f00d"
+        self.asked: list[dict] = []
+
+    def sample(self, condition_B, *, numbers_B, seed=0, guidance=1.0, **settings):
+        self.asked.append({"numbers": numbers_B.tolist(), "seed": seed, "guidance": guidance, **settings})
+        wanted = zip(numbers_B.tolist(), condition_B.tolist(), strict=True)
+        rows = [[derive(seed, n, c, at, str(guidance)) % CODES for at in range(16)] for n, c in wanted]
+        return torch.tensor(rows).view(-1, *GRID)
+
+
+def settings(**others) -> Settings:
+    return Settings(**({"num_images": 23, "classes": (1, 4, 0), "batch": 4, "guidance": 1.5, "seed": 3} | others))
+
+
+def draw(folder: Path, codes: int = 1, before=None, **others):
+    """What `sample` answered in this process, which may be one of several."""
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", "0"))
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    mesh = Mesh(world // codes, codes)
+    handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
+    try:
+        with pytest.MonkeyPatch.context() as changes:
+            if before is not None:
+                before(rank, changes)
+            return sample(Rule(), small(mesh), folder, mesh, settings(**others))
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def at(target: str, number: int, on_rank: int, action, rank: int, changes) -> None:
+    """For `before`: an action on one rank before the number-th call of module:Class.method."""
+    module, _, path = target.partition(":")
+    owner = __import__(module, fromlist=["x"])
+    for part in path.split(".")[:-1]:
+        owner = getattr(owner, part)
+    changes.setattr(owner, path.split(".")[-1], getattr(owner, path.split(".")[-1]))  # put back afterwards
+    at_call(target, number, action, on_rank, rank)
+
+
+MAKE = "vqscale.train.sample:_Work.make_batch"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The samples made by one process to which nothing happened."""
+    out = tmp_path_factory.mktemp("whole") / "samples"
+    assert draw(out).state == "sampled"
+    return out
+
+
+def test_what_is_drawn_are_the_decoded_ids_of_every_image(whole):
+    with np.load(whole / "samples.npz") as file:
+        images, labels, ids = file["arr_0"], file["arr_1"], file["ids"]
+    assert labels.tolist() == [(1, 4, 0)[n % 3] for n in range(23)]
+    for number in range(23):
+        rule = [derive(3, number, (1, 4, 0)[number % 3], at, "1.5") % CODES for at in range(16)]
+        assert ids[number].flatten().tolist() == rule
+    pixels = small().decode(torch.from_numpy(ids)).clamp(-1, 1)
+    expected = ((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert images.dtype == np.uint8 and images.shape == (23, 8, 8, 3)
+    assert np.abs(images.astype(int) - expected).max() <= 1  # other batches, other rounding
+    assert len(np.unique(images)) > 50
+    assert sorted(path.name for path in whole.iterdir()) == [".lock", "grid.png", "sample.json", "samples.npz"]
+
+
+def test_the_file_is_what_evaluators_read(whole):
+    file = SampleFile(whole / "samples.npz")
+    with np.load(whole / "samples.npz") as arrays:
+        assert arrays.files[:2] == ["arr_0", "arr_1"]
+        together = torch.cat([part for _, part in file.batches(5)]).permute(0, 2, 3, 1)
+        np.testing.assert_array_equal(together, arrays["arr_0"])
+
+
+def test_the_folder_says_what_it_is(whole):
+    facts = json.loads((whole / "sample.json").read_text())
+    assert facts["state"] == "done" and facts["settings"]["guidance"] == 1.5
+    assert facts["prior"]["fingerprint"] == "f00d" and facts["tokenizer"]["fingerprint"] == small().fingerprint
+    assert facts["made"]["images"] == 23 and facts["made"]["images_per_s"] > 0 and facts["made"]["processes"] == 1
+
+
+def test_the_grid_has_a_row_for_every_class(whole):
+    with np.load(whole / "samples.npz") as file:
+        images = file["arr_0"]
+    drawn = np.asarray(Image.open(whole / "grid.png"))
+    assert drawn.shape == (3 * 8 * 16, 7 * 8 * 16, 3)  # 23 images of 3 classes: 7 of each at least; 16 pixels a pixel
+    for row in range(3):
+        for column in range(7):
+            tile = drawn[row * 128 : row * 128 + 128 : 16, column * 128 : column * 128 + 128 : 16]
+            np.testing.assert_array_equal(tile, images[column * 3 + row])
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "shape"), [(2, 3, (2, 1)), (3, 3, (3, 1)), (5, 3, (3, 1)), (6, 3, (3, 2))]
+)
+def test_grids_of_few_images_have_no_holes(tmp_path, count, classes, shape):
+    facts = {"settings": {"num_images": count, "classes": list(range(classes)), "batch": 2}}
+    (tmp_path / "parts").mkdir()
+    for batch in range(-(-count // 2)):
+        part = np.full((min(2, count - 2 * batch), 128, 128, 3), 200, np.uint8)
+        sample_folder.write_part(tmp_path, batch, part, np.zeros(len(part), int), np.zeros((len(part), 1, 1), int))
+    parts = [sample_folder.part(tmp_path, batch) for batch in range(-(-count // 2))]
+    picture = sample_folder.grid(parts, facts["settings"])
+    assert picture.shape == (128 * shape[0], 128 * shape[1], 3) and (picture == 200).all()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("world", "codes"), [(2, 1), (2, 2), (3, 1)])
+def test_any_number_of_processes_draws_the_same(whole, tmp_path, ranks, world, codes):
+    answers = ranks(world, draw, tmp_path / "out", codes)
+    assert [answer.state for answer in answers] == ["sampled"] * world
+    if codes == 1:
+        assert (tmp_path / "out" / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    with np.load(tmp_path / "out" / "samples.npz") as mine, np.load(whole / "samples.npz") as theirs:
+        np.testing.assert_array_equal(mine["ids"], theirs["ids"])
+        assert np.abs(mine["arr_0"].astype(int) - theirs["arr_0"]).max() <= 1
+
+
+@pytest.mark.dist
+def test_stopped_on_two_processes_and_continued_on_one(whole, tmp_path, ranks):
+    stop = partial(at, MAKE, 2, 1, partial(hear, signal.SIGUSR1))
+    first, _ = ranks(2, draw, tmp_path, 1, stop)
+    assert (first.state, first.reason, first.missing, first.images) == ("stopped", "SIGUSR1", 2, 16)
+    assert "2 batches are missing" in summary(first, tmp_path, settings(), 2)
+    assert len(list((tmp_path / "parts").iterdir())) == 4 and not (tmp_path / "samples.npz").exists()
+    (tmp_path / "parts" / "000001.tmp").write_bytes(b"half")
+    again = draw(tmp_path)
+    assert (again.state, again.images) == ("sampled", 7)
+    assert (tmp_path / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    assert draw(tmp_path).state == "already"
+
+
+def test_a_file_stop_is_heard_and_a_damaged_batch_made_again(whole, tmp_path):
+    stop = partial(at, MAKE, 3, 0, lambda: (tmp_path / "STOP").touch())
+    assert draw(tmp_path, before=stop).reason == "the file STOP"
+    assert not (tmp_path / "STOP").exists()
+    part = sample_folder.part(tmp_path, 1)
+    part.write_bytes(part.read_bytes()[:-200])
+    with pytest.raises(run_folder.RunError, match=r"000001.npz was damaged .* the same command makes it again"):
+        draw(tmp_path)
+    assert draw(tmp_path).images == 4
+    assert (tmp_path / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+
+
+def test_other_settings_are_refused_and_may_overwrite(tmp_path):
+    draw(tmp_path)
+    with pytest.raises(ValueError, match=r"holds other samples .*\n  settings.guidance is 2.0, and was 1.5\ngive"):
+        draw(tmp_path, guidance=2.0)
+    other = Rule()
+    other.fingerprint = "beef"
+    with pytest.raises(ValueError, match='prior.fingerprint is "beef", and was "f00d"'):
+        sample(other, small(), tmp_path, Mesh(), settings())
+    before = (tmp_path / "samples.npz").read_bytes()
+    done = sample(Rule(), small(), tmp_path, Mesh(), settings(guidance=2.0), overwrite=True)
+    assert done.images == 23 and (tmp_path / "samples.npz").read_bytes() != before
+
+
+@pytest.mark.dist
+def test_refusals_reach_all_ranks(tmp_path, ranks):
+    draw(tmp_path)
+    with pytest.raises(RankError, match=r"ValueError: .*holds other samples"):
+        ranks(2, _other, tmp_path, timeout_s=20.0)
+
+
+def _other(folder):
+    return draw(folder, seed=9)
+
+
+def test_settings_reach_the_prior(tmp_path):
+    rule = Rule()
+    asked = settings(temperature=0.9, top_k=7, top_p=0.8, schedule="cosine", cached=False, num_images=6)
+    sample(rule, small(), tmp_path, Mesh(), asked)
+    assert [call["numbers"] for call in rule.asked] == [[0, 1, 2, 3], [4, 5]]
+    expected = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "schedule": "cosine", "cached": False, "seed": 3}
+    assert all(call.items() >= expected.items() for call in rule.asked)
+
+
+def test_what_does_not_go_together_is_refused():
+    tokenizer = small()
+    check(Rule(tokenizer.fingerprint), tokenizer, settings())
+    with pytest.raises(ValueError, match=f"fingerprint abc, and the one given has {tokenizer.fingerprint}"):
+        check(Rule("abc"), tokenizer, settings())
+    more = Rule()
+    more.num_codes = 14
+    with pytest.raises(ValueError, match="the prior has 14 codes and the tokenizer 13"):
+        check(more, tokenizer, settings())
+    with pytest.raises(ValueError, match=r"class 5, 9 is none of the prior's \(0 .. 4\): change --classes"):
+        check(Rule(), tokenizer, settings(classes=(5, 1, 9)))
+    with pytest.raises(ValueError, match="list of classes is empty"):
+        check(Rule(), tokenizer, settings(classes=()))
+    wrong = settings(num_images=0, temperature=-1, top_p=0, guidance=-1, schedule="step", classes=(1, 1))
+    with pytest.raises(ValueError, match=r"num_images is 0.*class 1 .*twice.*schedule is step.*top_p is 0"):
+        check(Rule(), tokenizer, wrong)
+
+
+def test_classes_are_numbers_and_ranges():
+    assert parse_classes("0,5, 10-12") == (0, 5, 10, 11, 12)
+    for text, why in ((",", "names no class"), ("5-3", "'5-3'"), ("cat", "'cat'"), ("-1", "'-1'")):
+        with pytest.raises(ValueError, match=why):
+            parse_classes(text)
+
+
+def test_guidance_without_a_null_class_is_warned_of():
+    assert warnings(Rule(), settings(), 0.1) == [] == warnings(Rule(), settings(guidance=1.0), 0.0)
+    assert "which this prior was never shown" in warnings(Rule(), settings(), 0.0)[0]

@@ -1,0 +1,76 @@
+"""How the processes of a tool end, well or not: what fails on one rank is raised on all or ends them all, and said once.
+
+Status 0 is done, 1 failed on the way, 2 the user's input, 75 stopped on request, 130 interrupted. Not here: training,
+whose ends are told in launch/train.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+
+T = TypeVar("T")
+EXPLAINED = ("RunError", "CacheError", "CheckpointError")  # by name: their modules are not needed for this
+LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
+
+
+def first(work: Callable[[], T], mesh: Mesh) -> T:
+    """What work() gives on rank 0, or raises there, on all ranks. Collective."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if mesh.world.rank == 0:
+        try:
+            outcome = (work(), None)
+        except (ValueError, OSError, RuntimeError) as raised:
+            outcome = (None, raised)
+    result, error = ops.gather_objects(outcome, mesh.world)[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def tell(tool: str, error: BaseException) -> int:
+    """Print why this process ends: what all ranks find is said once, what is unexpected with its traceback. Returns the
+    status.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    who = f"[rank {rank} of {world}] " if world > 1 else ""
+    text = f"{tool}: {error}" if str(error) else f"{tool}: {type(error).__name__}"
+    if isinstance(error, ValueError):
+        if rank == 0:
+            print(text, file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"{who}{text}: a disk is full; make room, and the same command goes on", file=sys.stderr)
+    elif isinstance(error, OSError) or type(error).__name__ in EXPLAINED:
+        print(who + text, file=sys.stderr)
+    elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        print(f"{who}{tool}: lost another rank; its own message says why", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print(f"{who}interrupted", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:  # torchrun prints it below its own report
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
+
+
+def leave(status: int) -> int:
+    """The status to return; where there are other ranks a failure ends this process at once, because they may wait for
+    it, and torchrun ends them.
+    """
+    if status not in (0, 2, 75) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(status)
+    return status
