@@ -27,6 +27,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name == "quantizers":
-        return import_module("vqscale.quantizers")
+    if name in ("quantizers", "priors"):
+        return import_module(f"vqscale.{name}")
     raise AttributeError(f"module 'vqscale' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")

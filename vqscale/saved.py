@@ -1,11 +1,11 @@
-"""Find a trained tokenizer on disk and read it: a run folder, one of its checkpoint folders, or an exported folder.
+"""Find a trained model on disk and read it: a run folder, one of its checkpoint folders, or an exported folder.
 
     RUN/                            run.yaml says what it is; its newest whole checkpoint has the weights
     RUN/checkpoints/0000001000/     that checkpoint: replicated tensors and rows by global number
-    EXPORTED/                       model.safetensors and card.json, as export.py writes them
+    EXPORTED/                       model.safetensors and card.json, as export.py writes them (tokenizers)
 
 Everything is checked before it is used: checksums (by rank 0), names and shapes. A rank reads its own rows only. Not
-here: what a tokenizer is, and how it is built (tokenizer.py), and weights of other projects (tools).
+here: what a tokenizer or a prior is, and how it is built, and weights of other projects (tools).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ NOT_FACTS = ("format", "version", "fingerprint", "config", "weights")
 
 @dataclass(frozen=True)
 class Saved:
-    """A tokenizer on disk: how to build it, what is known of it, and `fill`, which puts its weights into the built."""
+    """A model on disk: how to build it, what is known of it, and `fill`, which puts its weights into the built."""
 
     path: Path
-    config: TokenizerConfig
+    config: Any
     card: dict[str, Any]
     _read: Callable[[Mapping[str, Entry]], dict[str, Tensor]]
 
@@ -52,8 +52,13 @@ class Saved:
                 entry.tensor.copy_(tensors[name])
 
 
-def find(path: str | Path, mesh: Mesh, weights: Weights = "average") -> Saved:
-    """What lies at `path`, its checksums verified; collective. ValueError on all ranks if any cannot use it."""
+def find(
+    path: str | Path, mesh: Mesh, weights: Weights = "average", task: str = "tokenizer", schema: Any = TokenizerConfig
+) -> Saved:
+    """What lies at `path`, its checksums verified; collective. ValueError on all ranks if any cannot use it.
+
+    `task` is that of the run, the model's key in its config, and `schema` the type of what stands there.
+    """
     path = Path(path)
     if weights not in ("average", "parameters"):
         raise ValueError(f"weights are {weights!r}, and a checkpoint has 'average' and 'parameters': give one of them")
@@ -61,7 +66,17 @@ def find(path: str | Path, mesh: Mesh, weights: Weights = "average") -> Saved:
     verified = ops.gather_objects(_attempt(lambda: _verified(path) if first else None), mesh.world)[0]
     found = _result(verified)
     assert found is not None
-    return _together(lambda: _exported(found) if (found / CARD).is_file() else _trained(found, weights), mesh)
+    return _together(lambda: _read(found, weights, task, schema), mesh)
+
+
+def _read(found: Path, weights: Weights, task: str, schema: Any) -> Saved:
+    if not (found / CARD).is_file():
+        return _trained(found, weights, task, schema)
+    if task != "tokenizer":
+        raise ValueError(
+            f"{found} is an exported tokenizer, and not a {task}: give the folder of a run that trained one"
+        )
+    return _exported(found)
 
 
 def _verified(path: Path) -> Path:
@@ -157,11 +172,11 @@ def _exported(folder: Path) -> Saved:
     return Saved(folder, config, facts, read)
 
 
-def _trained(folder: Path, weights: Weights) -> Saved:
+def _trained(folder: Path, weights: Weights, task: str, schema: Any) -> Saved:
     """A checkpoint: its run.yaml is two folders up."""
     run = folder.absolute().parent.parent
-    asked = _run_config(run / "run.yaml", folder)
-    config = configuration.parse(TokenizerConfig, asked["tokenizer"], source=f"{run / 'run.yaml'}: tokenizer")
+    asked = _run_config(run / "run.yaml", folder, task)
+    config = configuration.parse(schema, asked[task], source=f"{run / 'run.yaml'}: {task}")
     order = ("average/", "parameter/", "") if weights == "average" else ("parameter/", "")
 
     def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -185,7 +200,7 @@ def _trained(folder: Path, weights: Weights) -> Saved:
     return Saved(folder, config, _facts_of_run(run, folder, asked, weights), read)
 
 
-def _run_config(file: Path, folder: Path) -> dict[str, Any]:
+def _run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
     try:
         asked = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError) as error:
@@ -194,10 +209,10 @@ def _run_config(file: Path, folder: Path) -> dict[str, Any]:
             "checkpoint is loaded where it lies, in RUN/checkpoints with RUN/run.yaml"
         ) from None
     task = asked.get("task") if isinstance(asked, dict) else None
-    if task != "tokenizer" or "tokenizer" not in asked:
+    if task != wanted or wanted not in asked:
         raise ValueError(
-            f"{file} is the config of task {task!r}, and a tokenizer comes from a run with task "
-            "'tokenizer': give the folder of such a run"
+            f"{file} is the config of task {task!r}, and a {wanted} comes from a run with task {wanted!r}: give the "
+            "folder of such a run"
         )
     return dict(asked)
 

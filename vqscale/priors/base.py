@@ -1,0 +1,182 @@
+"""What every prior has: the interface, its vocabulary and classes, guidance, and how a trained one is found on disk.
+
+A prior is called with this rank's images and talks to nobody; its head does (codes/head.py). All ranks of a code group
+have the same number of images. Not here: how ids are modelled (one file each), and training (train/prior.py).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from vqscale import saved
+from vqscale.codes import noise
+from vqscale.codes.head import Head
+from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.transformer import Classes
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Axis, Mesh
+from vqscale.priors.config import IdsConfig, PriorConfig
+from vqscale.seed import derive
+
+Schedule = Literal["constant", "linear", "cosine"]
+NOBODY = torch.iinfo(torch.int64).min  # what the head ignores, so that -1 is an error like any other wrong id
+
+
+@dataclass
+class Modelled:
+    """What a prior says of a batch of ids."""
+
+    loss: Tensor  # to be minimised: a mean over this rank's tokens
+    nats_B: Tensor  # of each image, the mean nats of a token; no gradient. In evaluation mode the loss is their mean
+    parts: dict[str, Tensor] = field(default_factory=dict)  # of the loss, by name
+    stats: dict[str, Tensor] = field(default_factory=dict)  # for the eye
+
+
+class Prior(nn.Module, ABC):
+    """A distribution of ids (B, h, w) given a class, -1 for none. `card` has what is known of where weights come from.
+
+    Label smoothing, z_loss, dropout and the dropping of classes act in training mode only.
+    """
+
+    def __init__(self, config: IdsConfig, net: TransformerConfig, mesh: Mesh | None, seed: int) -> None:
+        super().__init__()
+        self.mesh = mesh or Mesh()
+        self.ids_config = config
+        self.card: dict[str, Any] = {}
+        chosen = derive(seed, "ids")
+        self.head = Head.from_config(
+            config.head, config.num_codes, net.width, self.mesh, seed=chosen, feature_dim=config.feature_dim
+        )
+        self.classes = Classes(config.num_classes, net)
+
+    @abstractmethod
+    def loss(self, ids_Bhw: Tensor, condition_B: Tensor, keys_B: Tensor | None = None) -> Modelled:
+        """The loss of ids int64 (B, h, w), every one of 0 .. K - 1, given classes -1 .. C - 1; collective.
+
+        keys_B (noise.keys) decide what is random per image (dropped classes), on any number of ranks alike; without
+        them torch's generator does.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        condition_B: Tensor,
+        *,
+        numbers_B: Tensor,
+        grid: tuple[int, int] | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: float = 1.0,
+        schedule: Schedule = "constant",
+        cached: bool = True,
+    ) -> Tensor:
+        """Draw ids (B, h, w) for classes; collective, no gradient, in evaluation mode.
+
+        numbers_B number the images over all ranks: (seed, number) decides an image, on any number of ranks and in any
+        batch, up to ties within rounding. Guidance s changes logits to u + s (c - u), u those of the null class, over
+        the positions as `guidance_scales` says; 1 is none and costs nothing. Then temperature, top-k, top-p, as
+        Head.sample. `cached` False computes every position from the beginning: slow, and the definition.
+        """
+
+    def forward(self, ids_Bhw: Tensor, condition_B: Tensor, keys_B: Tensor | None = None) -> Modelled:
+        return self.loss(ids_Bhw, condition_B, keys_B)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, mesh: Mesh | None = None, weights: Literal["average", "parameters"] = "average"
+    ) -> Prior:
+        """The trained prior of a run folder (its newest whole checkpoint) or of one of its checkpoint folders; in
+        evaluation mode, on the mesh's device.
+
+        `weights` "average" takes the moving averages of a checkpoint, or the parameters where it has none. With a mesh
+        it is collective, and a rank reads only its own rows. ValueError on all ranks for what cannot be loaded.
+        """
+        from vqscale import priors
+
+        mesh = mesh or Mesh()
+        source = saved.find(path, mesh, weights, task="prior", schema=PriorConfig)
+        with torch.random.fork_rng(devices=[]):
+            prior = priors.build(source.config, mesh)
+        source.fill(prior, mesh)
+        prior.card = source.card
+        return prior.eval()
+
+    def checked(self, ids_Bhw: Tensor) -> Tensor:
+        """ids as they are; ValueError where they are not those of an image of the config's grid."""
+        grid = tuple(ids_Bhw.shape[1:])
+        if grid != tuple(self.ids_config.grid):
+            raise ValueError(
+                f"ids have the shape {list(ids_Bhw.shape)}, images x rows x columns, but this prior is one of "
+                f"{' x '.join(map(str, self.ids_config.grid))} ids (grid, in its config): give ids of that grid, or "
+                "build a prior of another"
+            )
+        return ids_Bhw
+
+    def labels(self, condition_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
+        """Classes as the network sees them, -1 for the null class: in training some are dropped. Collective on a CPU.
+
+        ValueError on all ranks of the code group for labels outside -1 .. C - 1.
+        """
+        labels_B = condition_B.to(torch.int64)
+        check_labels(labels_B, self.ids_config.num_classes, self.mesh.codes)
+        if not self.training or not self.ids_config.class_dropout:
+            return labels_B
+        if keys_B is None:
+            keys_B = torch.randint(2**62, labels_B.shape, device=labels_B.device)
+        dropped_B = noise.uniform(keys_B, 0, 1)[:, 0] < self.ids_config.class_dropout
+        return torch.where(dropped_B, -1, labels_B)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Self]:
+        """Evaluation mode inside, and whatever it was before afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            yield self
+        finally:
+            self.train(training)
+
+
+def check_labels(labels_B: Tensor, num_classes: int, axis: Axis) -> None:
+    """ValueError on every rank of the axis when any has a label outside -1 .. num_classes - 1.
+
+    On a GPU the check waits for nobody and fails inside the device.
+    """
+    if labels_B.device.type != "cpu":
+        if labels_B.device.type != "meta":
+            inside = ((labels_B >= -1) & (labels_B < num_classes)).all()
+            torch._assert_async(inside, f"classes must be in -1 .. {num_classes - 1}")
+        return
+    found = torch.stack([-labels_B.min(), labels_B.max()]) if len(labels_B) else torch.tensor([1, -1])
+    least, most = ops.max_over(found, axis).tolist()
+    if -least < -1 or most >= num_classes:
+        raise ValueError(
+            f"classes must be in -1 (none) .. {num_classes - 1}, for num_classes is {num_classes} in the prior's "
+            f"config, but they go from {-least} to {most}: give other classes, or train with as many as there are"
+        )
+
+
+def guidance_scales(scale: float, schedule: Schedule, steps: int) -> list[float]:
+    """The scale at each of `steps` positions: the same at all, or from 1 at the first to `scale` at the last.
+
+    linear   1 + (scale - 1) i / (steps - 1)         cosine   1 + (scale - 1) (1 - cos(pi i / (steps - 1))) / 2
+    """
+    ramps = {
+        "constant": lambda t: 1.0,
+        "linear": lambda t: t,
+        "cosine": lambda t: (1.0 - math.cos(math.pi * t)) / 2.0,
+    }
+    if schedule not in ramps:
+        raise ValueError(f"schedule is {schedule!r}, an argument of sample: choose one of {', '.join(ramps)}")
+    return [1.0 + (scale - 1.0) * ramps[schedule](i / max(1, steps - 1)) for i in range(steps)]
