@@ -95,7 +95,8 @@ def test_what_is_drawn_are_the_decoded_ids_of_every_image(whole):
         assert ids[number].flatten().tolist() == rule
     pixels = small().decode(torch.from_numpy(ids)).clamp(-1, 1)
     expected = ((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
-    assert images.dtype == np.uint8 and images.shape == (23, 8, 8, 3)
+    assert images.dtype == np.uint8
+    assert images.shape == (23, 8, 8, 3)
     assert np.abs(images.astype(int) - expected).max() <= 1  # other batches, other rounding
     assert len(np.unique(images)) > 50
     assert sorted(path.name for path in whole.iterdir()) == [".lock", "grid.png", "sample.json", "samples.npz"]
@@ -111,9 +112,13 @@ def test_the_file_is_what_evaluators_read(whole):
 
 def test_the_folder_says_what_it_is(whole):
     facts = json.loads((whole / "sample.json").read_text())
-    assert facts["state"] == "done" and facts["settings"]["guidance"] == 1.5
-    assert facts["prior"]["fingerprint"] == "f00d" and facts["tokenizer"]["fingerprint"] == small().fingerprint
-    assert facts["made"]["images"] == 23 and facts["made"]["images_per_s"] > 0 and facts["made"]["processes"] == 1
+    assert facts["state"] == "done"
+    assert facts["settings"]["guidance"] == 1.5
+    assert facts["prior"]["fingerprint"] == "f00d"
+    assert facts["tokenizer"]["fingerprint"] == small().fingerprint
+    assert facts["made"]["images"] == 23
+    assert facts["made"]["images_per_s"] > 0
+    assert facts["made"]["processes"] == 1
 
 
 def test_the_grid_has_a_row_for_every_class(whole):
@@ -138,7 +143,8 @@ def test_grids_of_few_images_have_no_holes(tmp_path, count, classes, shape):
         sample_folder.write_part(tmp_path, batch, part, np.zeros(len(part), int), np.zeros((len(part), 1, 1), int))
     parts = [sample_folder.part(tmp_path, batch) for batch in range(-(-count // 2))]
     picture = sample_folder.grid(parts, facts["settings"])
-    assert picture.shape == (128 * shape[0], 128 * shape[1], 3) and (picture == 200).all()
+    assert picture.shape == (128 * shape[0], 128 * shape[1], 3)
+    assert (picture == 200).all()
 
 
 @pytest.mark.dist
@@ -159,7 +165,8 @@ def test_stopped_on_two_processes_and_continued_on_one(whole, tmp_path, ranks):
     first, _ = ranks(2, draw, tmp_path, 1, stop)
     assert (first.state, first.reason, first.missing, first.images) == ("stopped", "SIGUSR1", 2, 16)
     assert "2 batches are missing" in summary(first, tmp_path, settings(), 2)
-    assert len(list((tmp_path / "parts").iterdir())) == 4 and not (tmp_path / "samples.npz").exists()
+    assert len(list((tmp_path / "parts").iterdir())) == 4
+    assert not (tmp_path / "samples.npz").exists()
     (tmp_path / "parts" / "000001.tmp").write_bytes(b"half")
     again = draw(tmp_path)
     assert (again.state, again.images) == ("sampled", 7)
@@ -185,11 +192,12 @@ def test_other_settings_are_refused_and_may_overwrite(tmp_path):
         draw(tmp_path, guidance=2.0)
     other = Rule()
     other.fingerprint = "beef"
-    with pytest.raises(ValueError, match='prior.fingerprint is "beef", and was "f00d"'):
+    with pytest.raises(ValueError, match=r'prior.fingerprint is "beef", and was "f00d"'):
         sample(other, small(), tmp_path, Mesh(), settings())
     before = (tmp_path / "samples.npz").read_bytes()
     done = sample(Rule(), small(), tmp_path, Mesh(), settings(guidance=2.0), overwrite=True)
-    assert done.images == 23 and (tmp_path / "samples.npz").read_bytes() != before
+    assert done.images == 23
+    assert (tmp_path / "samples.npz").read_bytes() != before
 
 
 @pytest.mark.dist

@@ -1,4 +1,4 @@
-"""How the processes of a tool end, well or not: what fails on one rank is raised on all or ends them all, and said once.
+"""How the processes of a tool end, well or not: what fails on one rank ends them all, and is said once.
 
 Status 0 is done, 1 failed on the way, 2 the user's input, 75 stopped on request, 130 interrupted. Not here: training,
 whose ends are told in launch/train.py.

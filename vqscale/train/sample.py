@@ -224,7 +224,7 @@ class _Work:
         self.stop = StopRequest(folder, mesh)
 
     def make(self, missing: Sequence[int]) -> Outcome:
-        """Draw and write these batches until all are there or a rank is asked to stop; the same answer on every rank."""
+        """Draw and write these batches until all are there or a rank is asked to stop; the same on every rank."""
         rank, world = self.mesh.world.rank, self.mesh.world.size
         rounds = -(-len(missing) // world)
         bar = Progress(rounds, rank=rank if self.progress else 1)

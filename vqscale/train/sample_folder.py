@@ -2,7 +2,7 @@
 
 OUT/sample.json       settings, prior, tokenizer, commit, speed; "state" is begun or done
 OUT/parts/000012.npz  images, labels and ids of batch 12, until all are there
-OUT/samples.npz       arr_0 uint8 (N, height, width, 3) and arr_1 int64 (N,) labels, as ADM's evaluator reads them, and ids
+OUT/samples.npz       arr_0 uint8 (N, height, width, 3), arr_1 int64 labels (N,), as ADM's evaluator reads them; and ids
 OUT/grid.png          the first images of every class, a row each
 
 Every file appears by a rename, so whatever is there is whole. Nothing here knows ranks or networks.
