@@ -5,6 +5,11 @@ Forward and backward go through the functions of fused.py as soft.py calls them,
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,7 @@ from vqscale.codes.mixing import BITS
 from vqscale.codes.scan import Keys
 from vqscale.codes.unmixing import Upstream
 
+ROOT = Path(__file__).parent.parent
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIMILARITIES = ["dot", "euclid", "cosine"]
 
@@ -339,6 +345,16 @@ def test_blocks_serve_a_cpu_whatever_torch_is_set_to():
     torch.set_float32_matmul_precision("medium")
     assert backend.pick(torch.zeros(2, 8)) is backend.BLOCKS
     assert backend.BLOCKS.mix is mixing.mix
+
+
+def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(ROOT / "tools" / "kernels.py"), "--only", "row_means", "--dim", "64"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernel, *_, products = done.stdout.splitlines()[1].split()
+    assert kernel == "row_means_kernel"
+    assert int(products) > 0, "no product of warp groups: the tensor cores of sm_90 would be idle"
 
 
 @pytest.mark.gpu
