@@ -10,6 +10,7 @@ import torch
 
 from vqscale import quantizers
 from vqscale.codes import mixing
+from vqscale.parallel.clock import clock
 
 TABLE = {"num_codes": 40, "dim": 6}
 CASES = {
@@ -26,16 +27,18 @@ CASES = {
 
 
 @pytest.fixture
-def _dense_blocks(monkeypatch):
+def _as_on_a_gpu(monkeypatch):
     """The blocks of mixing.py as a GPU has them; on a CPU it reads on the host which blocks are sparse."""
     whole = mixing._pass
     monkeypatch.setattr(mixing, "_pass", lambda *args, **_: whole(*args[:7], sparse=False))
+    monkeypatch.setattr(clock, "on", True)
     torch._dynamo.reset()
     yield
+    clock.take()
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("_dense_blocks")
+@pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize(("case", "training"), [*((case, True) for case in CASES), ("vq", False), ("ema", False)])
 def test_one_graph(case, training):
     quantizer = quantizers.build(CASES[case], seed=0).train(training)
