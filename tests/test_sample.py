@@ -246,5 +246,5 @@ def test_classes_are_numbers_and_ranges():
 
 
 def test_guidance_without_a_null_class_is_warned_of():
-    assert warnings(Rule(), settings(), 0.1) == [] == warnings(Rule(), settings(guidance=1.0), 0.0)
-    assert "which this prior was never shown" in warnings(Rule(), settings(), 0.0)[0]
+    assert warnings(Rule(), settings()) == [] == warnings(Rule(class_dropout=0.0), settings(guidance=1.0))
+    assert "which this prior was never shown" in warnings(Rule(class_dropout=0.0), settings())[0]

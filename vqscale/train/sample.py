@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vqscale.data.lock import hold
 from vqscale.metrics.progress import Progress
@@ -28,30 +27,11 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.train import ending, sample_folder
 from vqscale.train.folder import StopRequest, commit, versions
 
-Schedule = Literal["constant", "linear", "cosine"]
+if TYPE_CHECKING:
+    from vqscale.priors.base import Prior, Schedule
+    from vqscale.tokenizer import Tokenizer
+
 SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
-
-
-class Draws(Protocol):
-    """What is needed of a prior; with its codes on several ranks `sample` and `fingerprint` are collective."""
-
-    num_codes: int
-    num_classes: int
-    card: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str: ...
-    def sample(self, condition_B: Tensor, *, numbers_B: Tensor, **settings: Any) -> Tensor: ...
-
-
-class Decodes(Protocol):
-    """What is needed of a tokenizer."""
-
-    quantizer: Any  # num_codes
-
-    @property
-    def fingerprint(self) -> str: ...
-    def decode(self, ids: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +104,7 @@ def parse_classes(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def check(prior: Draws, tokenizer: Decodes, settings: Settings) -> None:
+def check(prior: Prior, tokenizer: Tokenizer, settings: Settings) -> None:
     """ValueError with all that does not go together; the same on every rank. Collective."""
     faults = settings.problems()
     codes, made_by, mine = int(tokenizer.quantizer.num_codes), prior.card.get("tokenizer"), tokenizer.fingerprint
@@ -147,13 +127,18 @@ def check(prior: Draws, tokenizer: Decodes, settings: Settings) -> None:
         raise ValueError("; ".join(faults))
 
 
-def warnings(prior: Draws, settings: Settings, class_dropout: float | None) -> list[str]:
+def classes_of(prior: Prior, text: str | None) -> tuple[int, ...]:
+    """The classes of a list such as `0,5,10-19`, or all of the prior without one; a prior without classes has -1."""
+    return tuple(range(prior.num_classes)) or (-1,) if text is None else parse_classes(text)
+
+
+def warnings(prior: Prior, settings: Settings) -> list[str]:
     """What follows from settings that are allowed and hardly meant."""
     if settings.guidance == 1:
         return []
     if prior.num_classes == 0:
         return [f"guidance {settings.guidance} does nothing: the prior has no classes to guide to"]
-    if class_dropout == 0:
+    if prior.class_dropout == 0:
         return [
             f"guidance {settings.guidance} leads away from the null class, which this prior was never shown (its class "
             "dropout is 0), so its answers there are noise and images get worse, not clearer: use guidance 1, or train "
@@ -163,8 +148,8 @@ def warnings(prior: Draws, settings: Settings, class_dropout: float | None) -> l
 
 
 def sample(
-    prior: Draws,
-    tokenizer: Decodes,
+    prior: Prior,
+    tokenizer: Tokenizer,
     folder: Path,
     mesh: Mesh,
     settings: Settings,
@@ -201,7 +186,7 @@ def _begin(folder: Path, facts: Mapping[str, Any], overwrite: bool, held: ExitSt
     return sample_folder.begin(folder, facts, overwrite)
 
 
-def _facts(prior: Draws, tokenizer: Decodes, settings: Settings, about: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(prior: Prior, tokenizer: Tokenizer, settings: Settings, about: Mapping[str, Any]) -> dict[str, Any]:
     """What sample.json says; collective."""
     return {
         "settings": {**asdict(settings), "classes": list(settings.classes)},
@@ -217,7 +202,7 @@ class _Work:
     """The drawing of batches."""
 
     def __init__(
-        self, prior: Draws, tokenizer: Decodes, folder: Path, mesh: Mesh, settings: Settings, progress: bool
+        self, prior: Prior, tokenizer: Tokenizer, folder: Path, mesh: Mesh, settings: Settings, progress: bool
     ) -> None:
         self.prior, self.tokenizer, self.folder = prior, tokenizer, folder
         self.mesh, self.settings, self.progress = mesh, settings, progress

@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Measure a prior under several sampling settings: FID, Inception score, sFID, precision and recall against guidance.
+
+    python tools/sweep.py PRIOR TOKENIZER OUT --guidance 1,1.5,2 --temperature 0.9,1.0 \\
+        --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
+
+Every combination of the lists draws --num-images images (tools/sample.py says how) and measures them (tools/evaluate.py
+samples says how). OUT gets sweep.json, sweep.csv and sweep.png, written again after every setting; a setting that is
+measured is not measured again, so the same command goes on, on any number of processes. The whole table is kept: the
+best of many settings, chosen on the very reference, is not a number to publish without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from vqscale.parallel.mesh import Mesh
+    from vqscale.train.sample import Settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 done, 1 failed on the way, 2 the user's input, 75 stopped on request."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(words)
+    from vqscale.train import ending
+
+    try:
+        return _sweep(args, words)
+    except BaseException as error:
+        return ending.leave(ending.tell("sweep", error))
+
+
+def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
+    from vqscale.parallel.mesh import Mesh, connect, disconnect
+    from vqscale.train.folder import EXIT_STOPPED
+    from vqscale.train.loop import pick_device
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = connect(pick_device(args.device), args.timeout_s)
+    try:
+        mesh = Mesh(world, device=device, timeout_s=args.timeout_s)
+        told, stopped = _measure(args, words, mesh)
+    finally:
+        if isinstance(sys.exception(), ValueError | None):  # all ranks are here
+            disconnect()
+    if mesh.world.rank == 0:
+        print(told, flush=True)
+    return EXIT_STOPPED if stopped else 0
+
+
+def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[str, bool]:
+    from vqscale.metrics import generation
+    from vqscale.metrics import sweep as written
+    from vqscale.nets.inception import load
+    from vqscale.priors.base import Prior
+    from vqscale.tokenizer import Tokenizer
+    from vqscale.train import sample, sweep
+
+    warnings.filterwarnings("ignore", message="guidance is")  # said below, once
+    prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
+    tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
+    every = _settings(args, sample.classes_of(prior, args.classes))
+    sample.check(prior, tokenizer, every[0])  # before Inception looks at anything
+    if mesh.world.rank == 0:
+        for line in dict.fromkeys(line for one in every for line in sample.warnings(prior, one)):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    network = load(args.inception, args.inception_sha256).to(mesh.device)
+    reference = generation.read_reference(args.reference, network, mesh)
+    judge = sweep.Judge(network, reference, {"inception": dict(network.facts), "reference": _file(args.reference)})
+    about = {"command": shlex.join(["python", "tools/sweep.py", *words])}
+    rows, stopped = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
+    left = f"\nstopped after {len(rows)} of {len(every)} settings: the same command goes on" if stopped else ""
+    return f"{written.table(rows)}\n{args.out}: sweep.json, sweep.csv, sweep.png{left}", stopped
+
+
+def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Settings]:
+    from vqscale.train import sweep
+    from vqscale.train.sample import Settings
+
+    base = Settings(num_images=args.num_images, classes=classes, seed=args.seed, batch=args.batch)
+    dials = {"schedule": args.schedule, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return sweep.settings(base, {**dials, "guidance": args.guidance})
+
+
+def _file(path: str) -> dict[str, str]:
+    with open(path, "rb") as file:
+        return {"file": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Any = parser.add_argument
+    add("prior", type=Path, metavar="PRIOR", help="run folder or checkpoint of a prior")
+    add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")
+    add("out", type=Path, metavar="OUT", help="folder of the table: new, or begun by the same command")
+    add("--reference", required=True, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
+    add("--inception", required=True, help="weights of FID's Inception, a path")
+    add("--inception-sha256", default="6726825d", help='how its sha256 begins; "any" takes every file')
+    add("--guidance", type=_numbers, default=[1.0], help="scales, such as 1,1.5,2 (default: 1)")
+    add("--temperature", type=_numbers, default=[1.0], help="temperatures (default: 1)")
+    add("--top-k", type=_counts, default=[0], help="likeliest ids to draw from; 0 is all (default)")
+    add("--top-p", type=_numbers, default=[1.0], help="shares of the likeliest ids (default: 1)")
+    add("--schedule", type=_words, default=["constant"], help="constant, linear, cosine, or several")
+    add("--num-images", type=int, default=50_000, help="images of every setting (default: 50000, as is published)")
+    add("--classes", help="numbers and ranges such as 0,5,10-19, which take turns (default: all)")
+    add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
+    add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
+    add("--weights", choices=["average", "parameters"], default="average", help="of runs (default: average)")
+    add("--keep", action="store_true", help="keep samples.npz of every setting")
+    add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
+    return parser
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in _words(text)]
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
