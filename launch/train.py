@@ -12,7 +12,8 @@
 
 The same command continues a run from its newest whole checkpoint, on any number of processes. TERM, USR1, USR2, or a
 file STOP in the run folder make it save and leave with exit status 75. The environment variable
-VQSCALE_SUBMIT_SCRIPT names a script (of SLURM, say) of which the run folder keeps a copy.
+VQSCALE_SUBMIT_SCRIPT names a script (of SLURM, say) of which the run folder keeps a copy; VQSCALE_STATUS_FILE a file
+that gets the exit status, which torchrun does not pass on. Jobs of SLURM: launch/slurm/train.sbatch.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vqscale import config as configuration
 from vqscale.train import folder
-from vqscale.train.config import Run
+from vqscale.train.config import Run, TokenizerRun
+
+if TYPE_CHECKING:
+    from vqscale.parallel.mesh import Mesh
 
 OVERRIDE = re.compile(r"[^/]*=")  # a path may have an equals sign in it, after a slash
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "tokenizer.yaml"
@@ -50,9 +55,7 @@ def main(argv: list[str]) -> int:
         config.check_world(planned or world)
         if dry:
             if rank == 0:
-                from vqscale.train.plan import plan
-
-                print(plan(config, planned or world).text())
+                print(_plan(config, planned or world))
             return 0
         folder.check(config)
         device = _check_machine(config)
@@ -96,10 +99,19 @@ def _arguments(argv: list[str]) -> tuple[Path, list[str], bool, int | None]:
     return Path(files[0]) if files else DEFAULT, overrides, dry, planned
 
 
+def _plan(config: Run, world: int) -> str:
+    if config.task == "prior":
+        from vqscale.train.plan_prior import plan as plan_prior
+
+        return plan_prior(config, world).text()
+    from vqscale.train.plan import plan
+
+    return plan(config, world).text()
+
+
 def _check_machine(config: Run) -> str:
     """Everything about this machine that can be wrong, before any process group: device, compiler, weights,
-    shards."""
-    from vqscale.data import images
+    shards or caches."""
     from vqscale.parallel.config import check_engine
     from vqscale.train.loop import check_compiler, pick_device
 
@@ -107,6 +119,18 @@ def _check_machine(config: Run) -> str:
     check_engine(config.engine, device)
     if config.run.compile:
         check_compiler(device)
+    if config.task == "prior":
+        from vqscale.train.prior import open_streams
+
+        open_streams(config)
+    else:
+        _check_images(config)
+    return device
+
+
+def _check_images(config: TokenizerRun) -> None:
+    from vqscale.data import images
+
     if config.loss.perceptual is not None:
         from vqscale.nets import lpips
 
@@ -118,19 +142,27 @@ def _check_machine(config: Run) -> str:
             except (ValueError, OSError) as error:
                 kind = ValueError if isinstance(error, ValueError) else OSError
                 raise kind(f"{key}: {error}") from error
-    return device
 
 
 def _run(config: Run, device: str) -> int:
     from vqscale.parallel.mesh import Mesh, connect, disconnect, world_size
-    from vqscale.train.tokenizer import train
 
     connect(device, config.engine.timeout_s)
     data, codes = config.mesh.resolve(world_size())
     mesh = Mesh(data, codes, device=None if device == "cuda" else device, timeout_s=config.engine.timeout_s)
-    summary = train(config, mesh)
+    summary = _train(config, mesh)
     disconnect()
     return 0 if summary is not None else folder.EXIT_STOPPED
+
+
+def _train(config: Run, mesh: Mesh) -> dict[str, Any] | None:
+    if config.task == "prior":
+        from vqscale.train import prior
+
+        return prior.train(config, mesh)
+    from vqscale.train import tokenizer
+
+    return tokenizer.train(config, mesh)
 
 
 def _tell(error: BaseException, rank: int, world: int) -> None:
@@ -165,5 +197,14 @@ def _leave_word(text: str) -> None:
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
+def _leave_status(status: int) -> None:
+    """Tell whoever started torchrun the status of rank 0: torchrun itself answers 1 for every status but 0."""
+    path = os.environ.get("VQSCALE_STATUS_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(f"{status}\n")
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    _leave_status(status)
+    sys.exit(status)

@@ -3,6 +3,7 @@
 
     python tools/study.py STUDY.yaml [key=value ...]     e.g. jobs=1 folder=runs/other seeds=[0,1]
     --dry-run    print the plan with parameters and memory of each run, and start nothing
+    --prepare    write the config of each run, print their paths, and start nothing (for launch/slurm/array.sbatch)
     --help       this text and every key of a study
 
 Interrupted (Ctrl-C, TERM), it lets the runs save and leaves; the same command goes on. A run that fails is recorded and
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\nKeys:\n{configuration.describe(StudyConfig)}")
         return 0 if argv else 2
     try:
-        words = [word for word in argv if word != "--dry-run"]
+        words = [word for word in argv if word not in ("--dry-run", "--prepare")]
         files = [Path(word) for word in words if "=" not in word]
         if len(files) != 1:
             raise ValueError(f"give one STUDY.yaml, found {len(files)}: see tools/study.py --help")
@@ -166,6 +167,9 @@ def main(argv: list[str]) -> int:
             print_plan(study, members)
             return 0
         studies.settle(study, members)
+        if "--prepare" in argv:
+            print("\n".join(str(member.file(study)) for member in members))
+            return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,207 @@
+"""The SLURM scripts: what they start and when they requeue, with a made srun and scontrol, and on a real cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jobs
+import pytest
+import slurm
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "launch" / "slurm").iterdir())
+
+# srun runs its command here and passes signals on; torchrun writes down what it was given, ends as it is told to, or
+# waits for USR1, which the agent itself must sleep through; scontrol knows one node and the state of one job.
+SRUN = """
+import os, signal, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+child = subprocess.Popen(command, env={**os.environ, "SLURMD_NODENAME": "n1"})
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: child.send_signal(number))
+sys.exit(child.wait())
+"""
+TORCHRUN = """
+import os, signal, sys, time
+from pathlib import Path
+assert all(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM))
+here = Path(os.environ["FAKES"])
+submitted = Path(os.environ["VQSCALE_SUBMIT_SCRIPT"]).read_text()
+(here / "torchrun").write_text("\\n".join([submitted.splitlines()[1], *sys.argv[1:]]))
+told = os.environ["TOLD"]
+if told == "wait":
+    heard = []
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    (here / "waiting").touch()
+    while not heard:
+        time.sleep(0.01)
+    told = "75"
+if told != "killed":
+    Path(os.environ["VQSCALE_STATUS_FILE"]).write_text(told + "\\n")
+sys.exit(told != "0")
+"""
+SCONTROL = """
+import os, sys
+from pathlib import Path
+if sys.argv[1:3] == ["show", "job"]:
+    print(f"JobId=7 JobName=x\\n   JobState={os.environ['STATE']} Reason=None")
+elif sys.argv[1:3] == ["show", "node"]:
+    print(f"NodeName={sys.argv[3]} NodeAddr=10.0.0.1 NodeHostName=here")
+elif sys.argv[1:3] == ["show", "hostnames"]:
+    print("n1\\nn2")
+else:
+    Path(os.environ["FAKES"], "scontrol").write_text(" ".join(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(script, *words, TOLD=..., ...): the script as a job of SLURM 7 in a checkout of its own."""
+    checkout, fakes = tmp_path / "checkout", tmp_path / "fakes"
+    _checkout(checkout)
+    fakes.mkdir()
+    for name, text in (("srun", SRUN), ("torchrun", TORCHRUN), ("scontrol", SCONTROL)):
+        (fakes / f"{name}.py").write_text(text)
+        (fakes / "bin").mkdir(exist_ok=True)
+        (fakes / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {fakes / name}.py "$@"\n')
+        (fakes / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "8"}
+    job |= {"SLURM_SUBMIT_DIR": str(checkout), "FAKES": str(fakes), "STATE": "RUNNING", "VQSCALE_PROCESSES": "4"}
+    job["PATH"] = f"{fakes / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def begin(script, *words, **more):
+        command = ["bash", str(ROOT / "launch" / "slurm" / script), *words]
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("VQSCALE_")}
+        return fakes, subprocess.Popen(
+            command, env={**kept, **job, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return begin
+
+
+def _checkout(place):
+    place.mkdir()
+    (place / "launch").symlink_to(ROOT / "launch")
+
+
+def _ended(process):
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_it_is_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "launch/slurm" in script.read_text() or script.name == "job.sh"
+
+
+def test_the_run_is_started_on_every_node(start):
+    fakes, process = start("train.sbatch", "some.yaml", "run.folder=a folder", TOLD="0")
+    status, out = _ended(process)
+    assert status == 0, out
+    first, *words = (fakes / "torchrun").read_text().splitlines()
+    assert first.startswith("# One run as one job")  # the script that was submitted is kept for the run folder
+    assert words[-3:] == ["launch/train.py", "some.yaml", "run.folder=a folder"]
+    for word in ("--nnodes=2", "--nproc_per_node=4", "--rdzv-endpoint=10.0.0.1:20007", "--rdzv-id=7-0"):
+        assert word in words
+    assert "--local-addr=10.0.0.1" in words
+    assert not (fakes / "scontrol").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "state", "count", "status", "requeued"),
+    [
+        ("75", "RUNNING", "0", 0, True),
+        ("75", "COMPLETING", "0", 0, False),  # scancel
+        ("75", "RUNNING", "3", 0, False),  # no restarts left
+        ("2", "RUNNING", "0", 1, False),
+        ("killed", "RUNNING", "0", 1, False),
+    ],
+)
+def test_only_a_run_that_was_asked_to_stop_is_requeued(start, told, state, count, status, requeued):
+    more = {"TOLD": told, "STATE": state, "SLURM_RESTART_COUNT": count, "VQSCALE_MAX_RESTARTS": "3"}
+    fakes, process = start("train.sbatch", "some.yaml", **more)
+    found, out = _ended(process)
+    assert found == status, out
+    assert (fakes / "scontrol").exists() == requeued, out
+    if requeued:
+        assert (fakes / "scontrol").read_text() == "requeue 7"
+
+
+def test_usr1_reaches_the_workers_and_requeues(start):
+    fakes, process = start("train.sbatch", "some.yaml", TOLD="wait")
+    jobs.wait_for((fakes / "waiting").exists)
+    process.send_signal(signal.SIGUSR1)
+    status, out = _ended(process)
+    assert status == 0, out
+    assert (fakes / "scontrol").read_text() == "requeue 7"
+
+
+def test_a_task_of_an_array_takes_its_line(start, tmp_path):
+    (tmp_path / "list.txt").write_text("a.yaml\nb.yaml\n")
+    more = {"TOLD": "0", "SLURM_ARRAY_TASK_ID": "1"}
+    fakes, process = start("array.sbatch", str(tmp_path / "list.txt"), "run.steps=3", **more)
+    assert _ended(process)[0] == 0
+    assert (fakes / "torchrun").read_text().splitlines()[-2:] == ["b.yaml", "run.steps=3"]
+    fakes, process = start("array.sbatch", str(tmp_path / "list.txt"), **{**more, "SLURM_ARRAY_TASK_ID": "2"})
+    status, out = _ended(process)
+    assert status == 2
+    assert "no line for task 2, counted from 0: change --array" in out
+
+
+@pytest.mark.slow
+def test_a_study_is_prepared_for_an_array(tmp_path, tiny_shards):
+    jobs.write_config(tmp_path, tiny_shards)
+    (tmp_path / "study.yaml").write_text(
+        textwrap.dedent(f"""\
+        base: run.yaml
+        folder: {tmp_path / "study"}
+        dials: [{{name: steps, key: run.steps, values: [1, 2]}}]
+        """)
+    )
+    command = [sys.executable, str(ROOT / "tools" / "study.py"), str(tmp_path / "study.yaml"), "--prepare"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(listed) == 2
+    assert all(Path(line).is_file() for line in listed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not slurm.available(), reason="no SLURM here, or not root")
+def test_a_real_slurm_requeues_on_usr1_and_not_on_scancel(tmp_path, tiny_shards):
+    config = jobs.write_config(tmp_path, tiny_shards, "run.steps=1000000", "run.eval_every=1000000", "run.keep=2")
+    _checkout(tmp_path / "checkout")
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    with slurm.cluster(tmp_path / "slurm") as environment:
+        environment |= {"VQSCALE_PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        script = ROOT / "launch" / "slurm" / "train.sbatch"
+        command = ["sbatch", "--parsable", f"--output={log}", str(script), str(config)]
+        job = subprocess.run(
+            command, cwd=tmp_path / "checkout", env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+        def said(text, times=1):
+            return lambda: log.exists() and log.read_text().count(text) >= times
+
+        jobs.wait_for(lambda: (run / "metrics.jsonl").exists() and jobs.rows(run), 120.0)
+        slurm.ask(environment, "scancel", "--batch", "--signal=USR1", job)
+        jobs.wait_for(said("requeue"), 120.0)
+        jobs.wait_for(said("going on after step"), 120.0)
+        assert "asked to stop (SIGUSR1" in log.read_text()
+        assert (run / "code" / "submit.sbatch").read_text() == script.read_text()
+        before = len(jobs.rows(run))
+        jobs.wait_for(lambda: len(jobs.rows(run)) > before, 120.0)
+        slurm.ask(environment, "scancel", job)
+        jobs.wait_for(lambda: "CANCELLED" in slurm.ask(environment, "scontrol", "show", "job", job), 120.0)
+        jobs.wait_for(lambda: not slurm.ask(environment, "squeue", "-h"), 120.0)
+    assert "start 1] " in log.read_text()
+    assert log.read_text().count("going on after step") == 1
+    steps = [row["step"] for row in jobs.rows(run)]
+    assert steps == list(range(1, len(steps) + 1))  # no step twice, none left out
