@@ -41,6 +41,7 @@ _forks = mp.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
         "vqscale.train.tokenizer",
+        "vqscale.train.prior",
         "torch._dynamo",
         "torch.utils.tensorboard",
         "matplotlib.figure",
@@ -73,6 +74,7 @@ def write_config(folder: Path, shards: Path, *overrides: str) -> Path:
     """
     images = {"image_size": SIDE, "num_workers": 0, "index_dir": str(shards / "index")}
     config = {
+        "task": "tokenizer",
         "run": {"folder": str(folder / "run"), "steps": 8, "log_every": 1, "eval_every": 4, "eval_images": 8}
         | {"checkpoint_every": 2, "keep": 10, "seed": 3, "device": "cpu"},
         "data": {

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "published": BESIDE | {"nets", "tokenizer", "tokenizer_config", "export"},
     "saved": BESIDE | {"codes", "nets", "tokenizer_config", "export"},
     "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer_config", "saved", "export"},
-    "priors": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer", "saved"},
+    "priors": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer", "saved", "export"},
 }
 TOP = {"train", "__init__"}  # these may import everything below them
 

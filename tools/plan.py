@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vqscale import config as configuration
-from vqscale.train.config import Run
+from vqscale.train.config import TokenizerRun
 from vqscale.train.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
 from vqscale.train.machines import MACHINES, Machine
 from vqscale.train.traffic import Work, grids, rows
@@ -117,7 +117,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     return {"text": "\n".join(lines), "json": found}
 
 
-def _run(args: argparse.Namespace) -> Run:
+def _run(args: argparse.Namespace) -> TokenizerRun:
     files = [word for word in args.words if "=" not in word] + ([str(args.config)] if args.config else [])
     if len(files) > 1:
         raise ValueError(f"there is one CONFIG, found {', '.join(files)}: give one")
@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> Run:
     changes = [word for word in args.words if "=" in word]
     changes += [f"tokenizer.quantizer.num_codes={args.codes}"] if args.codes else []
     changes += [f"tokenizer.quantizer.dim={args.dim}"] if args.dim else []
-    return configuration.load(Run, Path(files[0]) if files else DEFAULT, changes)
+    return configuration.load(TokenizerRun, Path(files[0]) if files else DEFAULT, changes)
 
 
 def _worlds(text: str) -> list[int]:

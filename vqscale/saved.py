@@ -223,7 +223,9 @@ def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: We
     kept = (asked.get("average") or {}).get("decay") != 0
     taken = weights if kept else "parameters"
     facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}", "image_size": size}
-    commit, summary = run / "code" / "commit.txt", run / "summary.json"
+    commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
+    if tokens.is_file():  # of a prior: the tokenizer that its ids are of, by fingerprint
+        facts |= json.loads(tokens.read_text())
     if commit.is_file():
         facts["commit"] = commit.read_text().strip()
     if summary.is_file():

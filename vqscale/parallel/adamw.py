@@ -45,10 +45,15 @@ class AdamW(torch.optim.AdamW):
 
 
 def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of a module in two groups: matrices, which decay, and the rest, which does not."""
+    """The trainable parameters of a module in two groups: matrices, which decay, and the rest, which does not.
+
+    An embedding is a row per thing and no matrix: a row that a batch does not have would decay all the same.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    matrices = {id(p) for p in trainable if p.ndim >= 2} - tables
     split = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in matrices], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
     ]
     return [group for group in split if group["params"]]

@@ -83,7 +83,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate. Weight decay acts on matrices only: not on biases, norms or codebook rows."""
+    """AdamW and its learning rate. Weight decay acts on matrices: not on biases, norms, embeddings, codebook rows."""
 
     lr: float = 1e-4
     """peak learning rate, reached at the end of the warm-up"""
@@ -93,7 +93,7 @@ class OptimConfig:
     """added to the root of the second moment"""
     weight_decay: float = 0.0
     """decoupled decay of matrices"""
-    schedule: Literal["constant", "cosine", "steps"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear", "steps"] = "cosine"
     """what the learning rate does after the warm-up"""
     warmup_steps: int = 0
     """steps of linear growth before the schedule"""
@@ -102,7 +102,9 @@ class OptimConfig:
     drop_factor: float = 0.1
     """for schedule steps: see drop_steps"""
     final_factor: float = 0.0
-    """for schedule cosine: the last step has lr * final_factor"""
+    """for schedules cosine and linear: the last step has lr * final_factor"""
+    flat_share: float = 0.0
+    """for schedule linear: so large a share of the steps after the warm-up still has lr"""
     rows_lr_factor: float = 1.0
     """codebook rows learn at lr times this"""
 
@@ -113,6 +115,8 @@ class OptimConfig:
         for key in ("weight_decay", "warmup_steps", "final_factor", "rows_lr_factor"):
             if getattr(self, key) < 0:
                 yield key, f"{key} must not be negative, but it is {getattr(self, key)}: use 0 or more"
+        if not 0 <= self.flat_share < 1:
+            yield "flat_share", f"flat_share is {self.flat_share}, a share of the steps: use 0 to below 1"
         if not all(0 <= beta < 1 for beta in self.betas):
             yield "betas", f"a decay lies in [0, 1), but betas are {list(self.betas)}: bring both into that range"
         if (self.schedule == "steps") != bool(self.drop_steps):

@@ -36,3 +36,11 @@ def build(config: Mapping[str, Any] | PriorConfig, mesh: Mesh | None = None, *, 
     torch.manual_seed(derive(seed, "prior"))
     prior: Prior = getattr(import_module(module), name)(config, mesh, seed=seed)
     return prior
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Prior":
+        from vqscale.priors.base import Prior
+
+        return Prior
+    raise AttributeError(f"module 'vqscale.priors' has no attribute {name!r}; it has Prior, PRIORS and build")

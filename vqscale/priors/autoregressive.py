@@ -22,9 +22,10 @@ from vqscale.seed import derive
 class Autoregressive(Prior):
     """One id after the other. See Prior for what is collective and what is random."""
 
+    config: AutoregressiveConfig
+
     def __init__(self, config: AutoregressiveConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.net, mesh, seed)
-        self.config = config
         self.net = Transformer(config.net)
         if not torch.empty(0).is_meta:
             self.to(self.mesh.device)

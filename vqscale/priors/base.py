@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vqscale import saved
+from vqscale import export, saved
 from vqscale.codes import noise
 from vqscale.codes.head import Head
 from vqscale.nets.config_transformer import TransformerConfig
@@ -50,13 +50,34 @@ class Prior(nn.Module, ABC):
     def __init__(self, config: IdsConfig, net: TransformerConfig, mesh: Mesh | None, seed: int) -> None:
         super().__init__()
         self.mesh = mesh or Mesh()
-        self.ids_config = config
+        self.config = config
         self.card: dict[str, Any] = {}
         chosen = derive(seed, "ids")
         self.head = Head.from_config(
             config.head, config.num_codes, net.width, self.mesh, seed=chosen, feature_dim=config.feature_dim
         )
         self.classes = Classes(config.num_classes, net)
+
+    @property
+    def num_codes(self) -> int:
+        return self.config.num_codes
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def class_dropout(self) -> float:
+        """Share of images that were trained with the null class; where it is 0, guidance has nothing to go by."""
+        return self.config.class_dropout
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the config and every parameter with all rows, the same on any number of ranks; hexadecimal.
+
+        Computed when asked; collective on the code axis.
+        """
+        return export.fingerprint(self, self.config)
 
     @abstractmethod
     def loss(self, ids_Bhw: Tensor, condition_B: Tensor, keys_B: Tensor | None = None) -> Modelled:
@@ -115,10 +136,10 @@ class Prior(nn.Module, ABC):
     def checked(self, ids_Bhw: Tensor) -> Tensor:
         """ids as they are; ValueError where they are not those of an image of the config's grid."""
         grid = tuple(ids_Bhw.shape[1:])
-        if grid != tuple(self.ids_config.grid):
+        if grid != tuple(self.config.grid):
             raise ValueError(
                 f"ids have the shape {list(ids_Bhw.shape)}, images x rows x columns, but this prior is one of "
-                f"{' x '.join(map(str, self.ids_config.grid))} ids (grid, in its config): give ids of that grid, or "
+                f"{' x '.join(map(str, self.config.grid))} ids (grid, in its config): give ids of that grid, or "
                 "build a prior of another"
             )
         return ids_Bhw
@@ -129,12 +150,12 @@ class Prior(nn.Module, ABC):
         ValueError on all ranks of the code group for labels outside -1 .. C - 1.
         """
         labels_B = condition_B.to(torch.int64)
-        check_labels(labels_B, self.ids_config.num_classes, self.mesh.codes)
-        if not self.training or not self.ids_config.class_dropout:
+        check_labels(labels_B, self.config.num_classes, self.mesh.codes)
+        if not self.training or not self.config.class_dropout:
             return labels_B
         if keys_B is None:
             keys_B = torch.randint(2**62, labels_B.shape, device=labels_B.device)
-        dropped_B = noise.uniform(keys_B, 0, 1)[:, 0] < self.ids_config.class_dropout
+        dropped_B = noise.uniform(keys_B, 0, 1)[:, 0] < self.config.class_dropout
         return torch.where(dropped_B, -1, labels_B)
 
     @contextmanager

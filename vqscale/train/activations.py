@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def activation_bytes(module: nn.Module, *inputs: Tensor) -> int:
+def activation_bytes(module: nn.Module, *inputs: Any) -> int:
     """Bytes kept for a backward pass through module(*inputs), parameters not counted. On the meta device."""
     own = {id(parameter) for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}

@@ -10,43 +10,8 @@ from vqscale.data.config import ImagesConfig
 from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
 from vqscale.tokenizer_config import TokenizerConfig
 from vqscale.train.config_losses import AverageConfig, LossConfig
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives, how long it is, and how often it speaks."""
-
-    folder: str
-    """the run folder: metrics, samples, checkpoints, and the resolved config"""
-    steps: int = 1000
-    """optimiser steps in all"""
-    seed: int = 0
-    """everything random in the run follows from it"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU per process where there are GPUs"""
-    log_every: int = 10
-    """steps between rows of metrics.jsonl and TensorBoard"""
-    eval_every: int = 1000
-    """steps between evaluations on data.val; the last step always evaluates"""
-    eval_images: int = 0
-    """images of data.val that evaluations before the last one look at; 0 is all"""
-    checkpoint_every: int = 1000
-    """steps between checkpoints; the last step always saves"""
-    keep: int = 2
-    """newest checkpoints that are kept"""
-    profile_steps: int = 0
-    """steps that rank 0 traces after 3 steps of every start, to the run folder's profile/; 0 is off"""
-    compile: bool = False
-    """compile encoder and decoder (torch.compile): minutes at the start, faster steps; needs a C++ compiler"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        for key, least in (("steps", 1), ("log_every", 1), ("eval_every", 1), ("checkpoint_every", 1), ("keep", 1)):
-            if getattr(self, key) < least:
-                yield key, f"{key} is {getattr(self, key)}: use at least {least}"
-        if self.eval_images < 0:
-            yield "eval_images", f"eval_images is {self.eval_images}: use 0 (all) or more"
-        if self.profile_steps < 0:
-            yield "profile_steps", f"profile_steps is {self.profile_steps}: use 0 (no trace) or more"
+from vqscale.train.config_prior import PriorRun
+from vqscale.train.config_run import RunConfig, check_batch
 
 
 @dataclass(frozen=True)
@@ -136,20 +101,13 @@ class TokenizerRun:
     def check_world(self, world: int) -> None:
         """ValueError when this run does not fit `world` processes."""
         self.mesh.resolve(world)
-        parts = world * self.engine.accumulation
-        if self.data.batch % parts:
-            raise ValueError(
-                f"data.batch {self.data.batch} does not divide by {world} processes x accumulation "
-                f"{self.engine.accumulation} = {parts}: change data.batch (nearest that divide: "
-                f"{self.data.batch // parts * parts or parts} and {(self.data.batch // parts + 1) * parts}), "
-                "engine.accumulation or --nproc_per_node"
-            )
+        check_batch(self.data.batch, self.engine.accumulation, world)
 
 
 LEAST_PERCEPTUAL = 16
 
 # A run is one of these; `task` tells which.
-Run = TokenizerRun
+Run = TokenizerRun | PriorRun
 
 # What may change when a run goes on: none of these changes what is computed, only where, how fast and how often.
 FREE_TO_CHANGE = (
@@ -172,6 +130,10 @@ FREE_TO_CHANGE = (
     "loss.perceptual.heads:",
     "tokenizer.net.checkpointing",
     "tokenizer.quantizer.scan_mib",
+    "prior.net.checkpointing",
+    "prior.head.scan_mib",
+    "tokenizer:",
+    "data.train.path",
     "data.train.shards",
     "data.train.num_workers",
     "data.train.max_broken",

@@ -4,6 +4,7 @@ run.yaml         the resolved config, itself a valid config
 code/            commit, diff, versions.json, the command, the submit script under SLURM
 metrics.jsonl    one JSON object per logged step        tb/  TensorBoard        samples/  pictures
 checkpoints/     NNNNNNNNNN/ per saved step             summary.json  when the run is done
+tokens.json      of a prior: which cache, and whose ids
 STOP             made by hand: the run saves and leaves at the next step
 """
 
@@ -15,6 +16,7 @@ import platform
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -125,6 +127,12 @@ def _git() -> tuple[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
+
+
+def write_note(folder: Path, name: str, facts: Mapping[str, Any], mesh: Mesh) -> None:
+    """Rank 0 writes FOLDER/NAME in one step: what the run found, for those who read the folder."""
+    if mesh.world.rank == 0:
+        _replace(folder / name, json.dumps(facts, indent=1) + "\n")
 
 
 def write_summary(folder: Path, summary: dict[str, Any], mesh: Mesh) -> None:

@@ -123,6 +123,11 @@ def add_share(sums: dict[str, Tensor], values: Mapping[str, Tensor], share: floa
         sums[name] = share * value.detach() + sums.get(name, 0.0)
 
 
+def under(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """The values under PREFIX/NAME."""
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
 def mean_over_ranks(values: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
     """The mean of each named number over all ranks. One all-reduce; every rank has the same names."""
     names = sorted(values)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale import config as configuration
-from vqscale.train.config import Run
+from vqscale.train.config import TokenizerRun
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Member:
 
     name: str
     labels: dict[str, str]
-    config: Run
+    config: TokenizerRun
 
     def file(self, study: StudyConfig) -> Path:
         return Path(study.folder) / "configs" / f"{self.name}.yaml"
@@ -124,7 +124,7 @@ def expand(study: StudyConfig, path: Path) -> list[Member]:
         overrides = [*study.set, *(line for _, lines in combination for line in lines)]
         overrides.append(f"run.folder={Path(study.folder) / 'runs' / name}")
         try:
-            config: Run = configuration.load(Run, base, overrides)
+            config: TokenizerRun = configuration.load(TokenizerRun, base, overrides)
             config.check_world(study.processes)
         except ValueError as error:
             problems.append(f"{path}: {name} ({', '.join(f'{k} {v}' for k, v in labels.items())}): {error}")
@@ -147,7 +147,7 @@ def settle(study: StudyConfig, members: Iterable[Member]) -> None:
         file = member.file(study)
         if not file.exists():
             continue
-        old: Run = configuration.load(Run, file)
+        old: TokenizerRun = configuration.load(TokenizerRun, file)
         changed = configuration.differences(configuration.to_dict(old), configuration.to_dict(member.config))
         if changed:
             raise ValueError(

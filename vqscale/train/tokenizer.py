@@ -130,8 +130,8 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             report = engine.step()
 
             if log:
-                values = {"loss": loss, **_under("loss", {**parts, **quantized.losses})}
-                values |= _under("codes", quantized.stats) | _under("discriminator", its_values)
+                values = {"loss": loss, **loop.under("loss", {**parts, **quantized.losses})}
+                values |= loop.under("codes", quantized.stats) | loop.under("discriminator", its_values)
                 loop.add_share(means, values, 1 / config.engine.accumulation)
         for parameter, rows in quantizer.update(report.stepped):
             engine.forget(parameter, rows)
@@ -149,14 +149,14 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             row = loop.mean_over_ranks(means, mesh)
             row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
             if game is not None:
-                row |= _under("discriminator", game.numbers())
-            board.scalars(step, row | _under("time", progress.rates() | watch.logged()))
+                row |= loop.under("discriminator", game.numbers())
+            board.scalars(step, row | loop.under("time", progress.rates() | watch.logged()))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
         if held_out is not None and (last or step % run.eval_every == 0):
             most = 0 if last else run.eval_images
             with average.applied():
                 scores = evaluate(engine, tokenizer, held_out, mesh, most=most, board=board, step=step)
-            board.scalars(step, _under("val", scores))
+            board.scalars(step, loop.under("val", scores))
             progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
         if last or stop or step % run.checkpoint_every == 0:
             loop.save(place, done, engine, tables, mesh, run.keep, kept)
@@ -179,7 +179,3 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
 
 
 SHOWN = ("loss", "codes/usage", "codes/perplexity")
-
-
-def _under(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}

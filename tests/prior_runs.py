@@ -1,0 +1,81 @@
+"""Whole runs of priors for tests: token caches whose ids follow from the class, and a tiny config. See jobs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import token_caches
+import yaml
+
+from vqscale.data import tokens_format as form
+from vqscale.data import tokens_write as writing
+
+CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER = 37, (2, 3), 24, 10, "f00d" * 16
+
+
+def write_cache(folder: Path, num_images: int, seed: int, **others) -> Path:
+    """A sealed cache of two views; an image has codes around seven times its label, and some noise."""
+    settings = {"grid": GRID, "num_codes": CODES, "views": ("center", "center mirrored"), "storage": 4}
+    card = token_caches.card(num_images, **(settings | {"tokenizer": TOKENIZER} | others))
+    index = token_caches.index(num_images)
+    made, _ = writing.begin(folder, card, index)
+    writer = writing.Writer(folder, made)
+    random = np.random.default_rng(seed)
+    for shard in range(made.num_shards):
+        ids, span = writer.empty(), made.span(shard)
+        noise = random.integers(0, 5, size=ids.shape)
+        ids[: len(span)] = (
+            np.array([number * 3 % token_caches.LABELS for number in span]).reshape(-1, *[1] * (ids.ndim - 1)) * 7
+            + noise[: len(span)]
+        )
+        writer.write(shard, ids, [])
+    assert writing.verify(folder, made, writer.entries, range(made.num_shards)) == []
+    assert form.sealed(folder) is None
+    writing.seal(folder, made, writer.entries, [])
+    return folder
+
+
+def write_caches(folder: Path) -> Path:
+    """train and val of one tokenizer; returns the folder."""
+    write_cache(folder / "train", NUM_TRAIN, 1)
+    write_cache(folder / "val", NUM_VAL, 2)
+    return folder
+
+
+def write_config(folder: Path, caches: Path, *overrides: str) -> Path:
+    """FOLDER/run.yaml of a run in FOLDER/run on the caches; K does not divide by the processes, an epoch is 3 steps."""
+    config = {
+        "task": "prior",
+        "run": {"folder": str(folder / "run"), "steps": 8, "log_every": 1, "eval_every": 4, "eval_images": 8}
+        | {"checkpoint_every": 2, "keep": 10, "seed": 3, "device": "cpu"},
+        "data": {
+            "batch": 8,
+            "train": {"path": str(caches / "train"), "window_shards": 2},
+            "val": {"path": str(caches / "val")},
+        },
+        "prior": {
+            "num_codes": CODES,
+            "grid": list(GRID),
+            "num_classes": token_caches.LABELS,
+            "class_dropout": 0.3,
+            "label_smoothing": 0.1,
+            "z_loss": 1e-3,
+            "net": {"width": 16, "num_layers": 2, "num_heads": 2, "ffn_multiple": 16, "adaln": True}
+            | {"dropout_token": 0.0, "dropout_residual": 0.0, "dropout_ffn": 0.0},
+        },
+        "average": {"decay": 0.9},
+        "optim": {"lr": 1e-2, "warmup_steps": 2, "eps": 1e-4, "weight_decay": 0.05, "schedule": "linear"},
+        "engine": {"name": "torch", "timeout_s": 60},
+    }
+    for text in overrides:
+        key, _, value = text.partition("=")
+        *above, last = key.split(".")
+        place = config
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = yaml.safe_load(value)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

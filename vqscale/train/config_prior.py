@@ -1,0 +1,74 @@
+"""The settings of a run that trains a prior, as frozen dataclasses that mirror the YAML. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqscale.data.config import TokensConfig
+from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
+from vqscale.priors.config import AutoregressiveConfig, PriorConfig
+from vqscale.train.config_losses import AverageConfig
+from vqscale.train.config_run import RunConfig, check_batch
+
+
+@dataclass(frozen=True)
+class TokenDataConfig:
+    """The ids that are trained on and measured on."""
+
+    train: TokensConfig
+    """token cache of the training images"""
+    val: TokensConfig | None = None
+    """token cache of held-out images, of the same tokenizer; null measures nothing"""
+    batch: int = 256
+    """images per optimiser step, over all processes and micro-batches"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.batch < 1:
+            yield "batch", f"batch is {self.batch}: use at least 1"
+
+
+@dataclass(frozen=True)
+class PriorRun:
+    """Train a prior over the ids of a token cache."""
+
+    data: TokenDataConfig
+    """ids"""
+    run: RunConfig
+    """folder, length, seed, rhythm"""
+    task: Literal["prior"] = "prior"
+    """what is trained"""
+    prior: PriorConfig = field(default_factory=AutoregressiveConfig)
+    """the model"""
+    tokenizer: str | None = None
+    """folder of the tokenizer, with prior.head.embedding: codebook, whose frozen vectors embed the ids"""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """moving average of the weights"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """optimiser and learning rate"""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed or plain torch, precision, clipping"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """how the processes are laid out"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if (self.tokenizer is None) == (self.prior.head.embedding == "codebook"):
+            yield (
+                "tokenizer",
+                f"tokenizer is {self.tokenizer} with prior.head.embedding: {self.prior.head.embedding}; give the "
+                "folder of the tokenizer with embedding: codebook, and null with the others",
+            )
+        if self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
+            for key, on in (("run.compile", self.run.compile),):
+                if on:
+                    yield (
+                        key,
+                        f"{key} does not go with engine.zero_stage 3, which takes parameters away between the layers "
+                        f"of a network: use a stage up to 2, or {key}: false",
+                    )
+
+    def check_world(self, world: int) -> None:
+        """ValueError when this run does not fit `world` processes."""
+        self.mesh.resolve(world)
+        check_batch(self.data.batch, self.engine.accumulation, world)

@@ -1,0 +1,200 @@
+"""Train a prior over the ids of a token cache: settle, build, resume, loop, close.
+
+Every rank runs these lines with its own images; the order of a step is that of tokenizer.py, with one player. Numbers
+to compare a loss with, in nats per id: `uniform`, log K, is knowing nothing; `unigram`, the entropy of how often the
+held-out ids occur, is knowing this and nothing of their images.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqscale import priors
+from vqscale.codes import noise
+from vqscale.codes.hits import Hits
+from vqscale.codes.rows import set_aside
+from vqscale.data.tokens import Stream
+from vqscale.metrics.board import Board
+from vqscale.metrics.progress import Progress
+from vqscale.nets.transformer import Block
+from vqscale.parallel import ops
+from vqscale.parallel.engine import Engine
+from vqscale.parallel.mesh import Mesh
+from vqscale.priors.base import Prior
+from vqscale.seed import derive
+from vqscale.tokenizer import Tokenizer
+from vqscale.train import folder, loop
+from vqscale.train.average import Average
+from vqscale.train.config_prior import PriorRun
+from vqscale.train.profile import Trace
+
+LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
+
+
+def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[Stream, Stream | None]:
+    """(training ids, held-out ids or None). ValueError where a cache cannot be read or is not what the prior is for."""
+    batch = config.data.batch // config.engine.accumulation
+    stream = Stream(config.data.train, batch, rank, world, seed=derive(config.run.seed, "data"))
+    held_out = None if config.data.val is None else Stream(config.data.val, batch, rank, world, train=False)
+    for each in (stream, held_out):
+        if each is None:
+            continue
+        made_by = None if each is stream else stream.tokenizer_fingerprint
+        each.cache.expect(made_by, config.prior.num_codes, config.prior.grid, 1)
+        most = int(each.cache.labels.max(initial=-1))
+        if most >= config.prior.num_classes:
+            raise ValueError(
+                f"the token cache in {each.config.path} has labels up to {most}, and prior.num_classes is "
+                f"{config.prior.num_classes}: use at least prior.num_classes={most + 1}"
+            )
+    return stream, held_out
+
+
+def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
+    """Give the head the vectors of the codes of the tokenizer in `path`, which must be the one that the ids are of."""
+    tokenizer = Tokenizer.load(path, mesh=mesh)
+    if tokenizer.fingerprint != made_by:
+        raise ValueError(
+            f"the tokenizer in {path} has the fingerprint {tokenizer.fingerprint}, and the ids of data.train were made "
+            f"by the one with {made_by}: give that tokenizer, or encode a cache with this one"
+        )
+    prior.head.set_features(tokenizer.quantizer.decode)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int) -> dict[str, float]:
+    """Scores over a cache, each image once, the same on every rank: loss (mean nats of an id, given the class),
+    perplexity, and of the ids themselves unigram, uniform (see above) and usage. Collective.
+
+    `most` images at most are looked at, 0 is all.
+    """
+    hits, sums = Hits(prior.num_codes, mesh), torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    with prior.evaluating():
+        for number, batch in enumerate(stream.batches()):
+            if most and number * stream.batch >= most:
+                break
+            ids, valid_B = batch.ids.to(mesh.device), batch.valid.to(mesh.device)
+            nats_B = engine(ids, batch.labels.to(mesh.device)).nats_B.double()
+            sums += torch.stack([(nats_B * valid_B).sum(), valid_B.sum().double()])
+            hits.add(torch.where(valid_B[:, None, None], ids, -1).flatten())
+    nats, images = ops.sum_over(sums, mesh.world).tolist()
+    found = {name: x.item() for name, x in hits.usage().items()}
+    scores = {"loss": nats / images, "perplexity": perplexity(nats / images), "images": images}
+    floors = {"unigram": math.log(found["perplexity"]), "uniform": math.log(prior.num_codes)}
+    return scores | floors | {"usage": found["usage"]}
+
+
+def perplexity(nats: float) -> float:
+    return math.exp(min(nats, LARGEST_EXPONENT))
+
+
+def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
+    """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
+    run, place, batch_size = config.run, Path(config.run.folder), config.data.batch
+    mine = batch_size // config.engine.accumulation // mesh.world.size
+
+    # settle
+    stream, held_out = open_streams(config, mesh.world.rank, mesh.world.size)
+    request = folder.StopRequest(place, mesh)
+
+    # build
+    prior = priors.build(config.prior, mesh, seed=derive(run.seed, "model"))
+    tables = set_aside(prior)
+    if config.tokenizer is not None:
+        take_features(prior, config.tokenizer, stream.tokenizer_fingerprint, mesh)
+    engine = Engine(prior, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
+    if run.compile:
+        for part in [part for part in prior.modules() if isinstance(part, Block)]:
+            part.compile()
+    average = Average(engine, config.average)
+
+    # resume: nothing is written before it is known that the run goes on
+    done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, [average])
+    progress = Progress(run.steps, done.step, mesh.world.rank)
+    ended = loop.finished(place, done, run.steps, mesh)
+    if ended:
+        progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
+        return ended
+    for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
+        progress.say(note)
+    folder.write_note(place, "tokens.json", whose(stream), mesh)
+    board = Board(place, mesh.world.rank, done.step)
+
+    # loop
+    watch, scores = loop.Watch(), dict[str, float]()
+    batches = loop.timed(stream.batches(done.consumed))
+    trace = Trace(place, run.profile_steps, mesh)
+    for step in range(done.step + 1, run.steps + 1):
+        last, log = step == run.steps, step % run.log_every == 0 or step == run.steps
+        loop.seed_step(run.seed, step, mesh)
+        watch.begin(log)
+        trace.begin()
+        waited, means = 0.0, dict[str, Tensor]()
+        for micro in range(config.engine.accumulation):
+            batch, seconds = next(batches)
+            waited += seconds
+            ids, labels = batch.ids.to(mesh.device), batch.labels.to(mesh.device)
+            # What is random per image follows from its place in the global batch, on any number of processes.
+            places = torch.arange(mine, device=mesh.device) + mesh.world.rank * mine
+            keys = noise.keys(derive(run.seed, "condition"), step, micro, places)
+            modelled = engine(ids, labels, keys)
+            engine.backward(modelled.loss)
+            report = engine.step()
+            if log:
+                values = {"loss": modelled.loss} | loop.under("loss", modelled.parts) | modelled.stats
+                loop.add_share(means, values, 1 / config.engine.accumulation)
+        average.update(step)
+        watch.end(waited)
+        for note in trace.end():
+            progress.say(note)
+        progress.advance(batch_size, waited)
+
+        stop, _ = loop.agree(mesh, request.here(), 0)
+        done = done.after(step, batch_size, 0)
+        if log:
+            row = loop.mean_over_ranks(means, mesh)
+            row |= {"perplexity": perplexity(row["loss"]), "lr": report.lr}
+            row |= {"grad_norm": report.grad_norm, "skipped": engine.skipped}
+            rates = progress.rates()
+            rates["tokens_per_s"] = rates["images_per_s"] * config.prior.num_tokens
+            board.scalars(step, row | loop.under("time", rates | watch.logged()))
+            progress.show({name: row[name] for name in ("loss", "perplexity")})
+        if held_out is not None and (last or step % run.eval_every == 0):
+            with average.applied():
+                scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images)
+            board.scalars(step, loop.under("val", scores))
+            progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+        if last or stop or step % run.checkpoint_every == 0:
+            loop.save(place, done, engine, tables, mesh, run.keep, [average])
+        if stop and not last:
+            progress.say(
+                f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on"
+            )
+            request.clear()
+            return loop.close(batches, board, progress, None)
+
+    # close
+    request.clear()
+    if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
+        with average.applied():
+            scores = evaluate(engine, prior, held_out, mesh, 0)
+    summary: dict[str, Any] = {"num_codes": prior.num_codes, **scores, **watch.summary(batch_size)}
+    if "images_per_s" in summary:
+        summary["tokens_per_s"] = summary["images_per_s"] * config.prior.num_tokens
+    summary |= {"steps": done.step, "processes": mesh.world.size, "prior": config.prior.name}
+    folder.write_summary(place, summary, mesh)
+    return loop.close(batches, board, progress, summary)
+
+
+def whose(stream: Stream) -> dict[str, Any]:
+    """Which cache a prior was trained on, and the tokenizer of its ids, by fingerprint."""
+    card = stream.card
+    return {"tokenizer": card.tokenizer, "tokenizer_path": card.tokenizer_path} | {
+        "tokens": {"path": stream.config.path, "fingerprint": stream.fingerprint, "num_images": card.num_images}
+    }
