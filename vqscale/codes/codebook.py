@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.codes import scan, screen, soft
+from vqscale.codes import backend, scan, screen, soft
 from vqscale.codes.bounds import Form
 from vqscale.codes.config import Similarity, TableConfig
 from vqscale.codes.merge import full_precision, merge_best, own
@@ -108,7 +108,7 @@ class Codebook(Table):
                 score_B, row_B = screen.best(x_BD, form, self.budget)
             else:
                 q_BD = self.queries(x_BD) if keys is None else x_BD
-                score_B, row_B = scan.best(q_BD, keys or self.keys(), self.budget)
+                score_B, row_B = backend.pick(q_BD).best(q_BD, keys or self.keys(), self.budget)
             # In float64, so that two ranks' best codes are told apart as two codes of one rank are.
             ids_B, top_B = merge_best(score_B.double(), row_B, self.layout, self.axis)
             score_N = own(top_B, self.axis).to(x_ND.dtype)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqscale.codes import mixing
+from vqscale.codes import backend
 from vqscale.codes.merge import full_precision, merge_best, merge_softmax, own
 from vqscale.codes.mixing import BITS
 from vqscale.codes.rows import Rows
 from vqscale.codes.scan import Keys
-from vqscale.codes.unmixing import Gradients, Upstream, unmix
+from vqscale.codes.unmixing import Gradients, Upstream
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis
@@ -69,7 +69,8 @@ class _Mix(torch.autograd.Function):
         axis, layout, temperature, sharper = plan.axis, plan.layout, plan.temperature, plan.sharper
         keys = _keys(rows_kD, keys_kD, plan)
         x_BD = ops.gather(x_ND, axis)
-        mixed = mixing.mix(x_BD, keys, rows_kD, temperature, sharper, layout.num_codes, plan.budget)
+        passes = backend.pick(x_BD)
+        mixed = passes.mix(x_BD, keys, rows_kD, temperature, sharper, layout.num_codes, plan.budget)
         ids_B, score_B = merge_best(mixed.score_B, mixed.row_B, layout, axis)
         fall_B = (mixed.score_B - score_B) * mixed.scale
         log_B, _, share_B = merge_softmax(mixed.soft, fall_B, axis)
@@ -84,12 +85,12 @@ class _Mix(torch.autograd.Function):
         if mixed.sharp is not None and sharper is not None:
             sharp_log_B, bits_B, _ = merge_softmax(mixed.sharp, fall_B * sharper, axis)
             entropy_B = bits_B / BITS
-            columns_k = mixing.column_sums(x_BD, keys, mixed, sharper, score_B, sharp_log_B, plan.budget)
+            columns_k = passes.column_sums(x_BD, keys, mixed, sharper, score_B, sharp_log_B, plan.budget)
             outputs += [own(entropy_B, axis).clone(), columns_k]
         ctx.mark_non_differentiable(outputs[0], outputs[1])
         ctx.set_materialize_grads(False)
         # What the lists hold are numbers without gradient; the tensors of autograd go through save_for_backward.
-        ctx.plan, ctx.mixed = plan, mixed
+        ctx.plan, ctx.mixed, ctx.passes = plan, mixed, passes
         mixed.sum_BD = x_BD.new_empty(0)
         ctx.save_for_backward(x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, sharp_log_B, entropy_B)
         return tuple(outputs)
@@ -120,10 +121,10 @@ def _backward(
     mean_BD, code_BD, shift_B, entropy_g_B = _from_home([g_mean_ND, g_code_ND, shift_N, g_entropy_N], plan.axis)
     columns_mean_B = None
     if g_columns_k is not None:
-        part_B = mixing.row_means(x_BD, keys, mixed, plan.sharper, score_B, sharp_log_B, g_columns_k, plan.budget)
+        part_B = ctx.passes.row_means(x_BD, keys, mixed, plan.sharper, score_B, sharp_log_B, g_columns_k, plan.budget)
         columns_mean_B = ops.sum_over(part_B, plan.axis)
     up = Upstream(score_B, log_B, mean_BD, shift_B, entropy_g_B, entropy_B, g_columns_k, columns_mean_B, sharp_log_B)
-    out = unmix(x_BD, keys, rows_kD, mixed, up, plan.temperature, plan.sharper or 1.0, plan.budget)
+    out = ctx.passes.unmix(x_BD, keys, rows_kD, mixed, up, plan.temperature, plan.sharper or 1.0, plan.budget)
     dx_ND = ops.scatter_sum(out.x_BD, plan.axis)
     drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD)
     if code_BD is not None and len(rows_kD):
