@@ -120,7 +120,7 @@ def test_bounds_are_narrow():
     """At most a hundredth of |x| |c| above the score, so that few rows are left: wide bounds would hide mistakes."""
     x, rows = f32(50, 256, seed=1), f32(500, 256, seed=2)
     form = Form(rows)
-    exact = form.block(x, slice(0, 500))
+    exact = x.double() @ rows.double().t()
     keys = bounds.make_keys(form, 0, 500)
     queries = bounds.make_queries(x, keys, exact.amax(1))
     u = (keys.wide_rE.double() @ queries.wide_TE.double().t()).t()[:, :500]
@@ -157,6 +157,34 @@ def test_ties_go_to_the_lowest(similarity):
     first = torch.stack([(many == some[j]).all(1).nonzero()[0, 0] for j in range(50)])
     assert torch.equal(ids, first[right])
     assert torch.isfinite(score).all()
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("distinct", [1, 10])
+def test_rows_that_are_there_thousands_of_times(similarity, distinct, monkeypatch):
+    """Too many rows are left: all is scored in float64, where the order of a sum must not decide between equal rows."""
+    plain = []
+    whole = Form.between
+    monkeypatch.setattr(Form, "between", lambda form, x, rows: plain.append(len(x)) or whole(form, x, rows))
+    some, x = f32(distinct, 40, seed=7), f32(70, 40, seed=8)
+    x[5] = 0
+    found = screen.best(x, Form(some.repeat(8192 // distinct, 1), similarity), 2**25)
+    assert max(plain) >= 60
+    score, ids = found
+    assert torch.equal(ids, expected(x, Form(some, similarity))[0])
+    right = expected(x, Form(some, similarity))[1]
+    torch.testing.assert_close(score, right, rtol=1e-10, atol=1e-12)
+
+
+def test_limits_of_float64_products():
+    x, rows = f32(30, 50, seed=1).double(), f32(2000, 50, seed=2)
+    bias = f32(2000, seed=3)
+    for form in (Form(rows), Form(rows, "euclid"), Form(rows, "cosine"), Form(rows, "dot", bias)):
+        low, high = form.between(x, slice(100, 1100))
+        exact = form.exact(x.repeat_interleave(1000, 0), torch.arange(100, 1100).repeat(30)).view(30, 1000)
+        assert (low <= exact).all()
+        assert (exact <= high).all()
+        assert (high - low).max() < 1e-11
 
 
 @pytest.mark.parametrize("step", [2.0**-9, 2.0**-16, 2.0**-22])
@@ -283,9 +311,10 @@ def test_any_number_of_ranks_finds_the_same(ranks, codes):
 
 def test_who_is_served(monkeypatch):
     monkeypatch.setattr(screen, "_fast_bfloat16", lambda: True)
-    x, rows = torch.empty(1024, 256), torch.empty(16384, 256)
+    x, rows = torch.empty(2048, 256), torch.empty(8192, 256)
     assert screen.serves(x, Form(rows))
-    assert not screen.serves(x[:8], Form(rows))
+    assert not screen.serves(x[:200], Form(rows.expand(100, -1, -1).flatten(0, 1)))
+    assert not screen.serves(x[:1024], Form(rows))
     assert not screen.serves(x, Form(rows[:256]))
     assert not screen.serves(x[:, :4], Form(rows[:, :4]))
     assert not screen.serves(x.double(), Form(rows.double()))

@@ -73,15 +73,27 @@ class Form:
             score_P /= c_PD.norm(dim=1).clamp_min_(1e-12)
         return score_P if self.bias_k is None else score_P + self.bias_k[row_P].double()
 
-    def block(self, x_BD: Tensor, rows: slice) -> Tensor:
-        """The scores of tokens and a slice of rows as one product in float64."""
+    def between(self, x_BD: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Limits of the scores of tokens (float64) and a slice of rows, by one product in float64, B x r each.
+
+        A product sums in an order that depends on the place: of equal rows one may seem better. Rows that are not
+        finite are below everything.
+        """
         c_rD = self.rows_kD[rows].double()
         if self.similarity == "cosine":
             c_rD = F.normalize(c_rD, dim=1)
-        score_Br = x_BD.double() @ c_rD.t()
+        score_Br, norm_r = x_BD @ c_rD.t(), c_rD.norm(dim=1)
+        more_r = torch.zeros_like(norm_r)
         if self.similarity == "euclid":
-            score_Br -= 0.5 * c_rD.square().sum(1)
-        return score_Br if self.bias_k is None else score_Br.add_(self.bias_k[rows].double())
+            more_r = 0.5 * norm_r.square()
+            score_Br -= more_r
+        if self.bias_k is not None:
+            score_Br += self.bias_k[rows].double()
+            more_r = self.bias_k[rows].double().abs()
+        error_Br = torch.addmm(more_r, x_BD.norm(dim=1, keepdim=True), norm_r[None])
+        error_Br.mul_(2**-51 * (c_rD.shape[1] + 8)).nan_to_num_(0.0, 0.0)
+        score_Br.nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
+        return score_Br - error_Br, error_Br.add_(score_Br)
 
 
 @dataclass(frozen=True)
@@ -118,12 +130,19 @@ class Queries:
         return (least_T - 2**-7 * least_T.abs()).float()
 
 
-def make_keys(form: Form, start: int, stop: int) -> Keys:
-    """The keys of some rows; `stop` is after `start`."""
+def key_size(num_rows: int, dim: int) -> int:
+    """How many numbers the keys of some rows have."""
+    return -(-num_rows // (LINE * GROUP)) * LINE * GROUP * (dim + EXTRA)
+
+
+def make_keys(form: Form, start: int, stop: int, buffer: Tensor | None = None) -> Keys:
+    """The keys of some rows (at least one), in `buffer` if there is one: flat, bfloat16, `key_size` numbers."""
     rows_rD = form.rows_kD[start:stop]
     num, dim = rows_rD.shape
-    whole = LINE * GROUP
-    wide_rE = rows_rD.new_empty((-(-num // whole) * whole, dim + EXTRA), dtype=torch.bfloat16)
+    size = key_size(num, dim)
+    if buffer is None:
+        buffer = rows_rD.new_empty(size, dtype=torch.bfloat16)
+    wide_rE = buffer[:size].view(-1, dim + EXTRA)
     mean_D, mean_bias = _mean(form, rows_rD), 0.0
     bias_r = None
     if form.bias_k is not None:

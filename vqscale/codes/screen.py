@@ -28,7 +28,7 @@ from vqscale.codes import bounds
 from vqscale.codes.bounds import GROUP, LINE, Form, Keys
 
 TOKEN_BLOCK = 2048
-LEAST_TOKENS, LEAST_ROWS, LEAST_PAIRS = 64, 4096, 2**22
+LEAST_TOKENS, LEAST_ROWS, LEAST_PAIRS = 256, 8192, 2**24  # with fewer, plain measured faster
 DIMS = 32, 4096
 MOST_LINES = 1 / 64  # of the lines of a part: with more left, a product in float64 is faster
 
@@ -67,10 +67,15 @@ def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
     row_B = torch.zeros(num, dtype=torch.int64, device=x_BD.device)
     tokens = [slice(first, min(first + TOKEN_BLOCK, num)) for first in range(0, num, TOKEN_BLOCK)]
     finite_B = x_BD.isfinite().all(1)
-    for start, stop in parts(len(form.rows_kD), dim, min(num, TOKEN_BLOCK), budget):
-        keys = bounds.make_keys(form, start, stop)
+    ranges = list(parts(len(form.rows_kD), dim, min(num, TOKEN_BLOCK), budget))
+    size = max((bounds.key_size(stop - start, dim) for start, stop in ranges), default=0)
+    memory = x_BD.new_empty(size, dtype=torch.bfloat16)
+    lines = x_BD.new_empty(size // (dim + bounds.EXTRA) // LINE * min(num, TOKEN_BLOCK), dtype=torch.bfloat16)
+    for start, stop in ranges:
+        keys = bounds.make_keys(form, start, stop, memory)
         for some in tokens:
-            _Part(form, keys, x_BD[some], finite_B[some], score_B[some], row_B[some], budget).search()
+            line_LT = lines[: keys.lines * (some.stop - some.start)].view(keys.lines, -1)
+            _Part(form, keys, x_BD[some], finite_B[some], score_B[some], row_B[some], budget).search(line_LT)
     if form.similarity == "cosine":
         score_B /= torch.linalg.vector_norm(x_BD, dim=1, dtype=torch.float64).clamp_min_(1e-12)
     return score_B, row_B
@@ -92,12 +97,13 @@ class _Part:
     ) -> None:
         self.form, self.keys, self.x_TD, self.budget = form, keys, x_TD, budget
         self.score_T, self.row_T = score_T, row_T
+        self.before_T, self.row_before_T = score_T.clone(), row_T.clone()
         self.queries = bounds.make_queries(x_TD, keys, score_T)
         self.plain_T = finite_T & ~self.queries.fits_T
         self.screened_T = finite_T & self.queries.fits_T
 
-    def search(self) -> None:
-        line_LT = self.queries.wide_TE.new_empty((self.keys.lines, len(self.x_TD)))
+    def search(self, line_LT: Tensor) -> None:
+        """Raise the best so far; `line_LT` is memory for the bounds of all lines."""
         bounds.top_of_lines(self.keys, self.queries, line_LT)
         group_GT = bounds.top(line_LT.view(-1, GROUP, line_LT.shape[1]), 1)
         least_T = self.queries.least(self.score_T)
@@ -166,12 +172,20 @@ class _Part:
         self.row_T.copy_(row_T)
 
     def _raise_plainly(self, token_P: Tensor) -> None:
-        """The same for all rows of the part, in float64."""
-        step = max(LINE, self.budget // (32 * max(len(token_P), self.x_TD.shape[1])))
-        x_PD = self.x_TD[token_P]
+        """The same by products in float64 with all rows of the part. Scores closer than its rounding are equal."""
+        x_PD = self.x_TD[token_P].double()
+        high_P = x_PD.new_full((len(x_PD),), -torch.inf)
+        row_P = torch.zeros_like(token_P)
+        step = max(LINE, self.budget // (64 * max(len(token_P), x_PD.shape[1])))
         for first in range(self.keys.start, self.keys.stop, step):
-            score_Pr = self.form.block(x_PD, slice(first, min(first + step, self.keys.stop)))
-            value_P, row_P = score_Pr.nan_to_num_(-torch.inf, torch.inf, -torch.inf).max(dim=1)
-            better_P = value_P > self.score_T[token_P]
-            self.score_T[token_P[better_P]] = value_P[better_P]
-            self.row_T[token_P[better_P]] = row_P[better_P] + first
+            low_Pr, high_Pr = self.form.between(x_PD, slice(first, min(first + step, self.keys.stop)))
+            top_P = low_Pr.amax(1)
+            lowest_P = (high_Pr >= top_P[:, None]).byte().argmax(1)
+            better_P = top_P > high_P
+            high_P = torch.where(better_P, high_Pr.gather(1, lowest_P[:, None]).squeeze(1), high_P)
+            row_P = torch.where(better_P, lowest_P + first, row_P)
+        # What screening has found in this part meanwhile may be an equal row with a higher number: begin again.
+        score_P, before_P = self.form.exact(self.x_TD[token_P], row_P), self.before_T[token_P]
+        better_P = score_P > before_P
+        self.score_T[token_P] = torch.where(better_P, score_P, before_P)
+        self.row_T[token_P] = torch.where(better_P, row_P, self.row_before_T[token_P])
