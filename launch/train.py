@@ -147,9 +147,9 @@ def _check_images(config: TokenizerRun) -> None:
 def _run(config: Run, device: str) -> int:
     from vqscale.parallel.mesh import Mesh, connect, disconnect, world_size
 
-    connect(device, config.engine.timeout_s)
+    here = connect(device, config.engine.timeout_s)
     data, codes = config.mesh.resolve(world_size())
-    mesh = Mesh(data, codes, device=None if device == "cuda" else device, timeout_s=config.engine.timeout_s)
+    mesh = Mesh(data, codes, device=here, timeout_s=config.engine.timeout_s)
     summary = _train(config, mesh)
     disconnect()
     return 0 if summary is not None else folder.EXIT_STOPPED
