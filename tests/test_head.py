@@ -245,6 +245,27 @@ def test_a_tied_table_gets_the_gradients_of_both_uses():
     close(head.rows.grad, rows.grad)
 
 
+def _rows_of_features(codes):
+    """Output rows that begin as the vectors of the codes, twice as large."""
+    head = Head(13, 64, Mesh(1, codes), embedding="codebook", feature_dim=4, output_scale=2.0, seed=5)
+    head.set_features(lambda ids: whole_features()[ids])
+    return head.rows.detach()
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_output_rows_may_begin_as_the_vectors_of_the_codes(ranks, codes):
+    rows = table(ranks(codes, _rows_of_features, codes), codes)
+    close(rows, _rows_of_features(1), 1e-6)  # the root mean square is summed in another order
+    features = whole_features() / whole_features().square().mean().sqrt()
+    map_FD = torch.linalg.lstsq(features, rows.double()).solution
+    torch.testing.assert_close(features @ map_FD, rows.double(), atol=1e-5, rtol=0)  # a linear map of them
+    angles = torch.cosine_similarity(rows[:, None], rows[None], dim=2) - torch.cosine_similarity(
+        features[:, None], features[None], dim=2
+    )
+    assert angles.abs().max() < 0.5  # which hardly turns them against each other
+    assert rows.norm(dim=1).mean() == pytest.approx(2.0 * features.norm(dim=1).mean().item(), rel=0.15)
+
+
 def _first_rows(codes):
     head = Head(2500, 3, Mesh(1, codes), seed=9)
     tied = Head(2500, 3, Mesh(1, codes), embedding="tied", init_scale=0.5, seed=9)
@@ -379,8 +400,8 @@ def test_a_head_is_made_from_its_settings():
     assert (head.embedding, head.products, head.outputs.budget) == ("codebook", "bf16", 3 * 2**20)
     assert head.map.weight.shape == (DIM, 4)
     assert not hasattr(Head.from_config(HeadConfig(), 13, DIM, Mesh(), seed=1, feature_dim=4), "map")
-    problems = dict(HeadConfig(init_scale=-1.0, scan_mib=0).problems())
-    assert set(problems) == {"init_scale", "scan_mib"}
+    problems = dict(HeadConfig(init_scale=-1.0, output_scale=0.5, scan_mib=0).problems())
+    assert set(problems) == {"init_scale", "output_scale", "scan_mib"}
 
 
 def test_a_head_on_the_meta_device_has_shapes_only():

@@ -42,7 +42,9 @@ class Head(nn.Module):
         rows       a table of its own, drawn N(0, init_scale^2); the output rows begin at zero (loss log K exactly)
         tied       the output rows themselves, drawn N(0, init_scale^2)
         codebook   the frozen vector of its code, `feature_dim` numbers, through a learned linear map; give the vectors
-                   to `set_features`. The output rows begin at zero
+                   to `set_features`. The output rows begin at zero or, with output_scale, as the same vectors in a
+                   random frame of D dimensions, times output_scale: codes that are alike then begin with like logits,
+                   which a short training does not find out by itself
 
     `outputs` and `inputs` are Tables: set_aside takes them from the module, and the linear map stays in it. Arithmetic
     is in the type of the rows (float32) whatever the autocast; `products: bf16` multiplies tokens with rows in bf16 and
@@ -58,6 +60,7 @@ class Head(nn.Module):
         embedding: Embedding = "rows",
         feature_dim: int | None = None,
         init_scale: float = 0.02,
+        output_scale: float = 0.0,
         products: Products = "fp32",
         seed: int = 0,
         scan_mib: int = SCAN_MIB,
@@ -71,6 +74,7 @@ class Head(nn.Module):
         mesh = mesh or Mesh()
         self.num_codes, self.dim, self.products = num_codes, dim, products
         self.embedding: Embedding = embedding
+        self.output_scale, self._frame_seed = output_scale, derive(seed, "head", "frame")
 
         def table(name: str, width: int, scale: float, learned: bool = True) -> Codebook:
             chosen = derive(seed, "head", name)
@@ -128,6 +132,10 @@ class Head(nn.Module):
             here.copy_(values[: len(here)])
         square = ops.sum_over(rows_kF.double().square().sum(), self.axis)
         rows_kF.div_((square / (self.num_codes * self.inputs.dim)).sqrt().clamp(min=1e-30))
+        if self.output_scale:
+            drawn = torch.Generator().manual_seed(self._frame_seed)
+            frame_FD = torch.randn(self.inputs.dim, self.dim, generator=drawn) / self.dim**0.5
+            self.outputs.rows.copy_(self.output_scale * rows_kF @ frame_FD.to(rows_kF))
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids of any shape -> vectors, (*shape, D) in the type of the rows; the id -1 is nobody: zeros. Collective.
