@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from vqscale import config as configuration
+from vqscale import priors
 from vqscale.codes.rows import set_aside
 from vqscale.train import study as studies
 from vqscale.train.config import Run
 from vqscale.train.plan import plan, planned_mesh
+from vqscale.train.plan_prior import plan as plan_prior
 from vqscale.train.study import StudyConfig
 from vqscale.train.tokenizer import build
 
@@ -23,7 +25,7 @@ STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_shipped_config_is_a_run(path, tmp_path):
     config = configuration.load(Run, path)
-    costs = plan(config, config.mesh.codes or 2)
+    costs = (plan_prior if config.task == "prior" else plan)(config, config.mesh.codes or 2)
     assert sum(costs.parameters.values()) > 0
     copy = tmp_path / "run.yaml"
     copy.write_text(configuration.dump(config))
@@ -57,6 +59,34 @@ def test_published_networks_have_their_published_size(path):
     found["codebook"] = sum(p.numel() for table in tables.values() for p in table.parameters())
     assert {name: found[name] for name in SIZES[path.stem]} == SIZES[path.stem]
     for world in (8, 64):
+        config.check_world(world)
+
+
+# Parameters in millions, as published for K = 16384; the two tables have 2 x width x K of them.
+PRIOR_SIZES = {"ibq_B": 343.0, "ibq_L": 649.6, "ibq_XL": 1076.1, "ibq_XXL": 2063.3} | {
+    "llamagen_B": 111,
+    "llamagen_L": 343,
+    "llamagen_XL": 775,
+    "llamagen_XXL": 1.4e3,
+    "llamagen_3B": 3.1e3,
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "prior").glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_priors_have_their_published_size(path):
+    config = configuration.load(Run, path)
+    with torch.device("meta"):
+        prior = priors.build(config.prior, planned_mesh(1, 1))
+    millions = sum(p.numel() for p in prior.parameters()) / 1e6
+    name, _, _ = path.stem.partition("_262144")
+    if config.prior.num_codes == 2**18:
+        assert path.stem.endswith("_262144")
+        assert f"{millions:.1f} M parameters" in path.read_text().replace("\n# ", " ")
+        millions -= 2 * config.prior.net.width * (2**18 - 2**14) / 1e6
+    size = PRIOR_SIZES[name]
+    printed = 100 if size >= 1e3 and name.startswith("llamagen") else 0.1 if name.startswith("ibq") else 1
+    assert round(millions / printed) == round(size / printed)
+    for world in (8, 32, 64):
         config.check_world(world)
 
 

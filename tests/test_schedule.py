@@ -33,6 +33,12 @@ def test_cosine_of_a_run_shorter_than_its_warm_up_is_defined():
     assert learning_rate(0, OptimConfig(lr=1.0, schedule="cosine"), 1) == 1.0
 
 
+def test_linear_stays_and_then_falls_straight():
+    config = OptimConfig(lr=2.0, schedule="linear", warmup_steps=10, flat_share=0.2, final_factor=0.1)
+    rates = [learning_rate(s, config, 111) for s in (9, 10, 30, 70, 110, 500)]
+    assert rates == pytest.approx([2.0 * 10 / 11, 2.0, 2.0, 2.0 * 0.55, 0.2, 0.2])
+
+
 def test_steps_drop_at_their_step():
     config = OptimConfig(lr=1.0, schedule="steps", drop_steps=(5, 8), drop_factor=0.5, warmup_steps=2)
     assert [learning_rate(s, config, 10) for s in (1, 2, 4, 5, 7, 8, 99)] == pytest.approx(
