@@ -1,0 +1,134 @@
+"""Sweeps of sampling settings: each measured once, the whole table kept, on one and two processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from judges import Small
+from saved_runs import small
+from test_sample import Rule
+
+from vqscale.metrics import generation
+from vqscale.metrics import sweep as written
+from vqscale.metrics.sample_file import SampleFile
+from vqscale.parallel.mesh import Mesh
+from vqscale.train import sweep
+from vqscale.train.sample import Settings
+
+BASE = Settings(num_images=12, classes=(0, 1, 2), batch=4)
+DIALS = {"temperature": [0.9, 1.0], "guidance": [1.0, 1.5, 2.0]}
+
+
+def references(folder):
+    """Images that samples are compared with, made once."""
+    path = folder / "reference.npz"
+    if not path.exists():
+        np.savez(path, np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
+    return path
+
+
+def run(folder, dials=DIALS, tokenizer_seed=1, keep=False, published=False):
+    torch.set_num_threads(1)
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    mesh, network = Mesh(world), Small(published)
+    reference = generation.read_reference(references(folder), network, mesh)
+    judge = sweep.Judge(network, reference, {"inception": dict(network.facts), "reference": {"sha256": "r"}})
+    rule = Rule()
+    every = sweep.settings(BASE, dials)
+    tokenizer = small(mesh, tokenizer_seed)
+    rows, stopped = sweep.sweep(rule, tokenizer, judge, folder / "out", mesh, every, about={"command": "x"}, keep=keep)
+    assert not stopped
+    return rows, len(rule.asked)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    rows, batches = run(folder, keep=True)
+    assert batches == 6 * 3
+    return folder, rows
+
+
+def test_every_combination_has_the_scores_of_its_samples(whole):
+    folder, rows = whole
+    assert [(row["temperature"], row["guidance"]) for row in rows] == [(t, g) for t in (0.9, 1) for g in (1, 1.5, 2)]
+    network = Small()
+    reference = generation.read_reference(folder / "reference.npz", network, Mesh())
+    for row in rows:
+        place = folder / "out" / f"guidance{row['guidance']:g}-temperature{row['temperature']:g}"
+        seen = generation.describe(SampleFile(place / "samples.npz"), network, Mesh())
+        for key, value in generation.compare(seen, reference).items():
+            assert row[key] == pytest.approx(value, rel=1e-9), key
+    assert len({row["distance_other_inception"] for row in rows}) == 3  # the stand-in does not hear of temperature
+
+
+def test_the_table_is_kept_whole(whole):
+    folder, rows = whole
+    table = json.loads((folder / "out" / "sweep.json").read_text())
+    assert table["rows"] == [json.loads(json.dumps(row)) for row in rows]
+    assert table["nearest"] == min(table["rows"], key=lambda row: row["distance_other_inception"])
+    assert table["prior"]["fingerprint"] == "f00d"
+    assert table["judge"]["reference"] == {"sha256": "r"}
+    with (folder / "out" / "sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["score_other_inception"]) for line in lines] == [row["score_other_inception"] for row in rows]
+    assert (folder / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    told = written.table(rows).splitlines()
+    assert told[0].split()[:3] == ["guidance", "temperature", "distance_other_inception"]
+    assert len(told) == 7
+
+
+def test_what_is_measured_is_not_measured_again(whole, tmp_path):
+    rows, batches = run(tmp_path, {"guidance": [1.0, 2.0]})
+    assert batches == 6
+    assert not list(tmp_path.rglob("samples.npz"))
+    more, batches = run(tmp_path, {"guidance": [1.0, 1.5, 2.0]})
+    assert batches == 3
+    assert [more[0], more[2]] == [json.loads(json.dumps(row)) for row in rows]
+    with pytest.raises(
+        ValueError, match=r"measured of something else, tokenizer.fingerprint is \w+, and was \w+: give"
+    ):
+        run(tmp_path, {"guidance": [1.0]}, tokenizer_seed=2)
+    result = tmp_path / "out" / "guidance1-temperature1" / "result.json"
+    result.write_text("{")
+    with pytest.raises(ValueError, match=r"result.json cannot be read .*: remove .*guidance1-temperature1, and it is"):
+        run(tmp_path, {"guidance": [1.0]})
+
+
+@pytest.mark.dist
+def test_two_processes_fill_the_same_table(whole, tmp_path, ranks):
+    references(tmp_path)
+    for rows, _ in ranks(2, run, tmp_path, {"guidance": [1.0, 1.5]}):
+        for mine, alone in zip(rows, [whole[1][3], whole[1][4]], strict=True):
+            assert mine.keys() == alone.keys()
+            for key, value in alone.items():
+                assert mine[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
+
+
+def test_dials_that_cannot_be_turned_are_refused():
+    with pytest.raises(ValueError, match="--top-k names no value"):
+        sweep.settings(BASE, {"top_k": []})
+    with pytest.raises(ValueError, match=r"temperature is -1.0: use 0 .*; top_p is 0.0"):
+        sweep.settings(BASE, {"temperature": [-1.0, 1.0], "top_p": [0.0]})
+    assert len(sweep.settings(BASE, {"guidance": [1.0, 1.0, 2.0]})) == 2
+    names = {sweep.name(one) for one in sweep.settings(BASE, {"top_k": [0, 5], "top_p": [1.0, 0.9], **DIALS})}
+    assert len(names) == 24
+    assert "guidance1.5-temperature0.9-top5-share0.9" in names
+
+
+def test_curves_go_over_guidance_one_for_each_of_the_others():
+    dials = {"guidance": 1.0, "schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    rows = [{**dials, "guidance": g, "temperature": t, "fid": g * t} for g in (2.0, 1.0) for t in (0.9, 1.0)]
+    x, lines = written.curves(rows, "fid")
+    assert (x, lines) == (
+        "guidance",
+        {"temperature 0.9": [(1.0, 0.9), (2.0, 1.8)], "temperature 1.0": [(1.0, 1.0), (2.0, 2.0)]},
+    )
+    assert written.curves([{**row, "guidance": 1.0} for row in rows], "fid")[0] == "temperature"
+    assert written.nearest(rows)["fid"] == 0.9
+    assert written.nearest([dials]) is None
+    assert written.score(rows, "fid") == "fid"
