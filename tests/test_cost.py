@@ -27,7 +27,7 @@ NET = ConvConfig(
 NET = replace(NET, num_groups=4)
 K, DIM, IMAGES, SIDE = 37, 6, 2, 16  # 4 x 4 tokens per image
 STEPS = [(0, False), (0, True), (1, False)]  # (revive_every, does it log)
-GRIDS = [(1, 4), (2, 2), (4, 1)]
+GRIDS = [(1, 4), (2, 2)]
 CASES = [
     {"name": "ibq"},
     {"name": "ibq", "entropy_weight": 0.1, "similarity": "euclid", "temperature": 0.5},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def test_the_answer_turns_with_the_precision_and_the_size(plan, capsys):
     much = capsys.readouterr().out
     assert "K = 1,048,576 at most 10% of the step on 1 GPUs? no" in much
     assert "mesh.codes=" in much
-    assert plan.main([*SMALL, "--codes", "256", "--precision", "medium"]) == 0
+    assert plan.main([*SMALL, "--codes", "256", "engine.matmul=medium"]) == 0
     assert "K = 256 at most 10% of the step on 1 GPUs? yes" in capsys.readouterr().out
 
 
@@ -68,13 +70,12 @@ def test_what_is_refused_says_why(plan, capsys, words, message):
 
 
 @pytest.mark.dist
-def test_the_check_finds_bytes_and_operations_equal(plan, capsys, monkeypatch):
-    plan_check = importlib.import_module("plan_check")
-    monkeypatch.setattr(plan_check, "ROUNDS", 1)
-    monkeypatch.setattr(plan_check, "SIZES", ((16, 128, 8),))
-    monkeypatch.setattr(plan_check, "PROCESSES", (1, 2))
-    assert plan.main(["--check", "--json"]) == 0
-    alone, two = json.loads(capsys.readouterr().out)
+@pytest.mark.slow
+def test_the_check_finds_bytes_and_operations_equal():
+    words = ["--check", "--codes", "128", "--dim", "8", "--tokens", "16", "--gpus", "1,2", "--json"]
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    alone, two = json.loads(done.stdout)
     assert two["gflop_counted"] == alone["gflop_counted"] / 2
     assert two["bytes_counted"] == two["bytes_predicted"] > 0 == alone["bytes_counted"]
     assert alone["seconds_predicted"] > 0 < two["seconds_measured"]

@@ -6,11 +6,12 @@
 
 A run as for launch/train.py; without one, configs/tokenizer/ibq_imagenet256_262144.yaml. For every number of GPUs: the
 split data x codes with the shortest predicted step, what it holds, sends and takes, and the smallest code axis that
-fits. The formulas: bytes in vqscale/train/traffic.py, seconds and memory in vqscale/train/cost.py. They do not know
-waiting for data, nor what the discriminator sends.
+fits. engine.matmul=highest, high or medium is the precision on the code axis. The formulas: bytes in
+vqscale/train/traffic.py, seconds and memory in vqscale/train/cost.py. They do not know waiting for data, nor what the
+discriminator sends.
 
 --check measures here: rates of this machine and real steps of the code axis on 1, 2 and 4 processes, predicted beside
-measured.
+measured; with --codes (and --dim, and --tokens of all processes) at that size.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from vqscale.train.machines import MACHINES, Machine
 from vqscale.train.traffic import Work, grids, rows
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tokenizer" / "ibq_imagenet256_262144.yaml"
-WORLDS = tuple(2**i for i in range(11))
+WORLDS = [2**i for i in range(11)]
 SHARE = 0.10  # of a step: what the code axis may take at most
 
 
@@ -45,16 +46,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--codes", type=int, help="K, for tokenizer.quantizer.num_codes")
     out.add_argument("--dim", type=int, help="D, for tokenizer.quantizer.dim")
     out.add_argument("--gpu", choices=[*MACHINES, "here"], default="h200", help="here: this CPU, measured (h200)")
-    out.add_argument("--gpus", default=",".join(map(str, WORLDS)), help="numbers of GPUs (1,2,4,...,1024)")
+    out.add_argument("--gpus", help="numbers of GPUs (1,2,4,...,1024; with --check of processes, 1,2,4)")
     out.add_argument("--images", type=int, help="per GPU and micro-batch, whatever their number (32)")
     out.add_argument("--tokens", type=int, help="the same in tokens: whole images")
     out.add_argument(
         "--batch", type=int, help="images in all, in place of --images: work per GPU falls with their number"
     )
-    out.add_argument(
-        "--precision", choices=("highest", "high", "medium"), default="highest",
-        help="of products on the code axis: float32, TF32, bfloat16 in fused kernels (highest)",
-    )  # fmt: skip
     out.add_argument("--splits", action="store_true", help="print every split, not the best of each number of GPUs")
     out.add_argument("--json", action="store_true", help="print one JSON object")
     out.add_argument("--check", action="store_true", help="measure here, and compare")
@@ -66,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     try:
         if args.check:
-            from plan_check import check
+            from plan_check import PROCESSES, SIZES, check
 
-            return check(as_json=args.json)
+            one = ((args.tokens or 512, args.codes, args.dim or 64),) if args.codes else SIZES
+            return check(one, _worlds(args.gpus) if args.gpus else PROCESSES, args.json)
         report = plan(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,11 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     from vqscale.train.plan import workload
 
-    config, worlds = _run(args), _worlds(args.gpus)
+    config, worlds = _run(args), _worlds(args.gpus) if args.gpus else WORLDS
     machine = _machine(args.gpu)
     side = config.data.train.image_size // config.tokenizer.net.stride
     work, network, axis = workload(config, 1)
-    work = replace(work, codes_precision=args.precision)
     axis, kernels = on_machine(axis, work, machine), has_kernels(work, machine)
     per_gpu = {world: images for world in worlds if (images := _images(args, world, side * side))}
     if not per_gpu:
@@ -102,14 +99,14 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         + (f"{args.batch} images in all" if args.batch else f"{next(iter(per_gpu.values()))} images per GPU"),
         f"network {(network.forward + network.backward) / 1e12:.3f} TFLOP per image (forward "
         f"{network.forward / 1e12:.3f}), {work.precision}; code axis {axis.products} products of 2 N K D, "
-        f"{args.precision} ({codes_rate(work, machine):.3g} TFLOP/s), "
+        f"{work.codes_precision} ({codes_rate(work, machine):.3g} TFLOP/s), "
         + ("fused kernels" if kernels else f"{axis.passes} passes over blocks"),
         "",
         *_table(steps, args.splits),
         "",
         *_advice(steps, machine),
         "",
-        *_answer(work, steps, f"{args.precision}, {'fused kernels' if kernels else 'blocks'}"),
+        *_answer(work, steps, f"{work.codes_precision}, {'fused kernels' if kernels else 'blocks'}"),
     ]
     found: dict[str, Any] = {"machine": asdict(machine), "work": asdict(work), "code_axis": asdict(axis)}
     found["network"] = {"forward": network.forward, "backward": network.backward, "parameters": network.parameters}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -195,10 +195,12 @@ def _memory_gib() -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("MemTotal")) / 2**20
 
 
-def compare(processes: int) -> list[dict[str, Any]]:
-    """One row per size: the total of tokens stays, each process has its part of them."""
+def compare(processes: int, sizes: Iterable[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    """One row per size (tokens, codes, dim): the total of tokens stays, each process has its part of them."""
     out = []
-    for total, codes, dim in SIZES:
+    for total, codes, dim in sizes:
+        if total % processes:
+            raise ValueError(f"{total} tokens do not divide by {processes} processes: change --tokens or --gpus")
         tokens = total // processes
         machine, typical, measured = measure_all(processes, tokens, codes, dim)
         work, grid = Work(codes, dim, tokens, scan_mib=SCAN_MIB, revive_every=0), Grid(1, processes)
@@ -225,9 +227,9 @@ def compare(processes: int) -> list[dict[str, Any]]:
     return out
 
 
-def check(as_json: bool = False) -> int:
+def check(sizes: Sequence[tuple[int, int, int]], processes: Iterable[int], as_json: bool = False) -> int:
     """Print the table; 1 where bytes or operations differ from what was counted, else 0. Times are for the eye."""
-    table = [row for processes in PROCESSES for row in compare(processes)]
+    table = [row for num in processes for row in compare(num, sizes)]
     print(json.dumps(table, indent=1) if as_json else text(table))
     exact = all(r["bytes_predicted"] == r["bytes_counted"] for r in table)
     return 0 if exact and all(r["gflop_predicted"] == r["gflop_counted"] for r in table) else 1

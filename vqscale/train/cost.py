@@ -118,13 +118,15 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
 
 def has_kernels(work: Work, machine: Machine) -> bool:
     """The products on the code axis are those of fused GPU kernels: the choice of codes/backend.py."""
-    return work.codes_precision == "medium" and machine.kernels > 0 and work.dim <= 256
+    wanted = work.codes_precision == "medium" or work.quantizer != "ibq"  # a search is exact in any precision
+    return wanted and machine.kernels > 0 and work.dim <= 256
 
 
 def codes_rate(work: Work, machine: Machine) -> float:
     """1e12 operations per second of products on the code axis."""
-    rate = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[work.codes_precision]]
-    return rate * machine.kernels if has_kernels(work, machine) else rate
+    if has_kernels(work, machine):
+        return machine.tflops["bf16"] * machine.kernels
+    return machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[work.codes_precision]]
 
 
 def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:

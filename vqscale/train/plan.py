@@ -108,6 +108,7 @@ def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: i
         revive_most=getattr(quantizer, "revive_most", None),
         images=images,
         precision=engine.precision,
+        codes_precision=engine.matmul,
     )
 
 

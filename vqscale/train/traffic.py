@@ -70,7 +70,7 @@ class Work:
     precision: Literal["fp32", "bf16"] = "bf16"
     """of the network"""
     codes_precision: Literal["highest", "high", "medium"] = "highest"
-    """of products on the code axis, as torch.set_float32_matmul_precision calls it: float32, TF32, bfloat16"""
+    """of float32 products: engine.matmul"""
 
 
 @dataclass(frozen=True)
