@@ -1,15 +1,75 @@
 #!/usr/bin/env bash
-# From nothing to a trained tokenizer: set up, make shards, train on two processes with the codebook sharded over them
-# (one per GPU where there are several), evaluate on held-out shards, show. Run again, it continues or says it is done.
+# From nothing to new pictures: set up, make shards, train a tokenizer on two processes with the codebook sharded over
+# them (one per GPU where there are several), encode the shards, train a small prior over the ids of ten classes, draw
+# pictures of every class, and tell it all on one page. Run again, each stage continues or says that it is done.
 #
-#   bash launch/quickstart.sh [dotted.key=value ...]      e.g. run.folder=runs/second tokenizer.quantizer.num_codes=8192
+#   bash launch/quickstart.sh [key=value ...] [-- key=value ...]
+#
+# What stands before -- changes keys of configs/quickstart/tokenizer.yaml, e.g. tokenizer.quantizer.num_codes=8192; what
+# stands after it those of configs/quickstart/prior.yaml, e.g. -- run.steps=4000. With run.folder=runs/second all other
+# folders are beside it: runs/second-cache, runs/second-prior, runs/second-samples, runs/second.html.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 environment
 
+first=() second=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do first+=("$1"); shift; done
+[ $# -eq 0 ] || { shift; second=("$@"); }
+
 processes=$(python -c 'import torch; n = torch.cuda.device_count(); print(n if n > 1 else 1 if n else 2)')
 threads=$(($(nproc) / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-torchrun --nproc_per_node="$processes" launch/train.py configs/quickstart/tokenizer.yaml "$@"
-python tools/summary.py configs/quickstart/tokenizer.yaml "$@"
+
+stage() { printf '\n=== %s (%d:%02d since the start)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+start() { torchrun --standalone --nproc_per_node="$processes" "$@"; }
+
+stage "1 of 5: the tokenizer"
+start launch/train.py configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"}
+python tools/summary.py configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"}
+run=$(python tools/summary.py --folder configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"})
+
+# What a run was asked for, by its run.yaml: a key of it, nothing where the key is null.
+asked() { python - "$run/run.yaml" "$1" <<'PYTHON'
+import sys, yaml
+found = yaml.safe_load(open(sys.argv[1]))
+for key in sys.argv[2].split("."):
+    found = (found or {}).get(key)
+print("" if found is None else found)
+PYTHON
+}
+
+encode() { # SPLIT [OPTION ...]
+    local split=$1 index; shift
+    index=$(asked "data.$split.index_dir")
+    start tools/encode.py "$run" "$run-cache/$split" --shards "$(asked "data.$split.shards")" --batch 256 --workers 1 \
+        ${index:+--index-dir "$index"} "$@"
+}
+stage "2 of 5: ids of the pictures"
+encode train --views flip
+held_out=null
+if [ -n "$(asked data.val.shards)" ]; then
+    encode val
+    held_out="{path: $run-cache/val}"
+fi
+
+stage "3 of 5: the prior"
+ids=$(python - "$run-cache/train/card.json" <<'PYTHON'
+import json, sys
+card = json.load(open(sys.argv[1]))
+print(f"prior.num_codes={card['num_codes']} prior.grid=[{card['grid'][0]},{card['grid'][1]}]")
+PYTHON
+)
+dim=$(asked tokenizer.quantizer.dim)
+# shellcheck disable=SC2086
+start launch/train.py configs/quickstart/prior.yaml run.folder="$run-prior" tokenizer="$run" \
+    data.train.path="$run-cache/train" data.val="$held_out" $ids ${dim:+prior.feature_dim="$dim"} \
+    ${second[@]+"${second[@]}"}
+
+stage "4 of 5: new pictures of every class"
+start tools/sample.py "$run-prior" "$run" "$run-samples" --per-class 8 --guidance 2.5 --temperature 0.8 --batch 20 \
+    --overwrite
+
+stage "5 of 5: the page"
+python tools/page.py "$run" "$run-prior" "$run-samples" --out "$run.html"
+printf '\nall done in %d:%02d; open %s in a browser\n' $((SECONDS / 60)) $((SECONDS % 60)) "$run.html"

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
     add("--weights", choices=["average", "parameters"], default="average", help="of runs (default: average)")
     add("--uncached", action="store_true", help="without the cache of keys and values: slow, to check it")
-    add("--overwrite", action="store_true", help="throw away what is in OUT")
+    add("--overwrite", action="store_true", help="throw away what is in OUT if it is not the same samples")
     add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
     return parser
 

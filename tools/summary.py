@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Show what a finished run reached: a table, the pictures, and where everything is.
 
-python tools/summary.py [CONFIG] [dotted.key=value ...]      the run of this config (as for launch/train.py)
+python tools/summary.py [--folder] [CONFIG] [dotted.key=value ...]      the run of this config (as for launch/train.py)
+
+--folder prints the run folder and nothing else.
 """
 
 from __future__ import annotations
@@ -56,9 +58,10 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        files = [word for word in argv if "=" not in word]
+        only = "--folder" in argv
+        files = [word for word in argv if "=" not in word and word != "--folder"]
         config: Run = configuration.load(Run, files[0] if files else DEFAULT, [word for word in argv if "=" in word])
-        print(show(Path(config.run.folder)))
+        print(config.run.folder if only else show(Path(config.run.folder)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,15 +31,17 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal samples are equal files, whenever they a
 
 
 def begin(folder: Path, facts: Mapping[str, Any], overwrite: bool = False) -> list[int] | None:
-    """Batches that are missing in the folder; None where all is done. ValueError if it holds other samples.
+    """Batches that are missing in the folder; None where all is done. ValueError if it holds other samples, unless they
+    may be overwritten.
 
     facts["settings"], facts["prior"] and facts["tokenizer"] say what the samples follow from.
     """
-    if overwrite:
+    old = read(folder)
+    if overwrite and (old is None or differences(old, facts)):
         for path in (folder / FACTS, folder / FILE, folder / GRID):
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / PARTS, ignore_errors=True)
-    old = read(folder)
+        old = None
     if old is None:
         if (folder / FILE).exists() or (folder / PARTS).exists():
             raise ValueError(
