@@ -1,0 +1,128 @@
+"""tools/page.py: the page tells what the runs have written, has every picture in it, and says what it lacks."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from vqscale.data import shapes
+from vqscale.metrics import story
+
+TOOL = Path(__file__).parents[1] / "tools" / "page.py"
+SIDE = 16
+
+
+def write_run(folder: Path, config: dict, summary: dict, rows: list[dict]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_shards):
+    """Folders of a tokenizer, a prior and samples of classes 3 and 1. Not to be changed."""
+    folder = tmp_path_factory.mktemp("page")
+    source = {"shards": str(tiny_shards / "val.tar"), "image_size": SIDE, "num_workers": 0}
+    source["index_dir"] = str(tiny_shards / "index")
+    net = {"patch": 2, "multipliers": [1, 2]}
+    config = {"task": "tokenizer", "data": {"batch": 8, "train": source, "val": source}}
+    config["tokenizer"] = {"net": net, "quantizer": {"name": "ibq", "dim": 6}}
+    rows = [{"step": s, "codes/usage": 0.1 * s, "codes/perplexity": 9.0 * s, "val/psnr": None} for s in range(1, 6)]
+    rows.append({"step": 5, "val/psnr": 21.0, "val/usage": 0.4})
+    summary = {"num_codes": 4096, "steps": 5, "processes": 2, "psnr": 21.5, "usage": 0.998}
+    run = write_run(folder / "run", config, summary, rows)
+    (run / "samples" / "reconstructions").mkdir(parents=True)
+    for step, value in ((1, 10), (5, 77)):
+        picture = np.full((8, 8, 3), value, np.uint8)
+        Image.fromarray(picture).save(run / "samples" / "reconstructions" / f"{step:010d}.png")
+    prior = {"name": "autoregressive", "num_codes": 4096, "num_classes": 10, "grid": [4, 4]}
+    prior["net"] = {"num_layers": 3, "width": 32}
+    summary = {"steps": 9, "processes": 2, "loss": 6.25, "unigram": 8.125, "uniform": 8.318, "perplexity": 518.0}
+    rows = [{"step": step, "loss": 8.0 / step} for step in range(1, 10)]
+    write_run(folder / "prior", {"task": "prior", "data": {"batch": 8}, "prior": prior}, summary, rows)
+    settings = {"classes": [3, 1], "guidance": 2.5, "schedule": "constant", "temperature": 0.8, "top_k": 0}
+    settings |= {"top_p": 1.0, "seed": 4, "num_images": 6}
+    (folder / "samples").mkdir()
+    (folder / "samples" / "sample.json").write_text(json.dumps({"state": "done", "settings": settings}))
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, SIDE, SIDE, 3), np.uint8)
+    np.savez(folder / "samples" / "samples.npz", images, np.array([3, 1] * 3))
+    return folder
+
+
+def main(*words: object) -> int:
+    status: int = runpy.run_path(str(TOOL))["main"]([str(word) for word in words])
+    return status
+
+
+def page(place: Path, out: Path) -> str:
+    assert main(place / "run", place / "prior", place / "samples", "--out", out) == 0
+    return out.read_text()
+
+
+def pictures(text: str) -> list[np.ndarray]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
+
+
+def test_the_page_says_what_the_runs_have_written(place, tmp_path):
+    text = page(place, tmp_path / "new" / "page.html")
+    for said in ("16 x 16 pixels become 4 x 4 ids out of K = 4,096 codes", "<b>ibq</b>, 6 numbers each", "21.50"):
+        assert said in text
+    for said in ("99.8%", "3 blocks of width 32", "6.250", "8.125", "8.318", "guidance 2.5, temperature 0.8, seed 4"):
+        assert said in text
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings == ["The tokenizer", "Reconstructions", "The prior", "Samples", "To go on"]
+    assert "launch/train.py" in text.partition("To go on")[2]
+
+
+def test_everything_is_in_the_file(place, tmp_path):
+    text = page(place, tmp_path / "page.html")
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    curves, recon, loss, *strips = pictures(text)
+    assert curves.shape[1] > loss.shape[1]  # three panels and one
+    assert (recon == 77).all()  # the last
+    assert len(strips) == 4
+
+
+def test_samples_stand_beside_real_images_of_their_class(place, tmp_path):
+    strips = pictures(page(place, tmp_path / "page.html"))[3:]
+    for (drawn, real), numbers, label in zip((strips[:2], strips[2:]), ((0, 2, 4), (1, 3, 5)), (3, 1), strict=True):
+        assert drawn.shape == (64, 3 * (64 + 3), 3)
+        assert [int(drawn[0, 67 * at, 0]) for at in range(3)] == list(numbers)
+        assert (drawn[:, 64:67] == 255).all()
+        picture, _ = shapes.draw(100 + label, SIDE, 0)  # of the ten held-out pictures the only one of this class
+        np.testing.assert_array_equal(real[::4, :64:4], picture)
+
+
+def test_what_is_lacking_is_said(place, tmp_path, capsys):
+    words = ("--out", tmp_path / "page.html")
+    assert main(place / "run", place / "samples", place / "samples", *words) == 2
+    assert "samples has no run.yaml, summary.json, metrics.jsonl, which a finished run has" in capsys.readouterr().err
+    assert main(place / "prior", place / "run", place / "samples", *words) == 2
+    assert "prior is a run of task prior: give one of task tokenizer in its place" in capsys.readouterr().err
+    assert main(place / "run", place / "prior", place / "run", *words) == 2
+    assert "run has no finished samples: make them with tools/sample.py" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_points_are_those_that_are_finite_numbers():
+    rows = [
+        {"step": 1, "a": 1.5},
+        {"step": 2, "a": None},
+        {"step": 3},
+        {"step": 4, "a": float("nan")},
+        {"step": 5, "a": 2},
+    ]
+    assert story.points(rows, "a") == [(1, 1.5), (5, 2.0)]
+    assert story.figure({"a": {"b": []}}, "nothing") == ""
