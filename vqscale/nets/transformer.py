@@ -20,6 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from vqscale.nets.config_transformer import TransformerConfig
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def rotary(config: TransformerConfig, grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
     """Cosine and sine of every pair of numbers of a head, (P + h w, d / 2, 2): the prefix, then the grid row by row.
 
@@ -38,7 +42,7 @@ def rotary(config: TransformerConfig, grid: tuple[int, int], device: torch.devic
 
 def rotate(x_BSTd: Tensor, turns: Tensor) -> Tensor:
     """Turn neighbouring pairs of numbers by the angles of their token, in float32."""
-    pairs = x_BSTd.float().unflatten(-1, (-1, 2))
+    pairs = at_least_float32(x_BSTd).unflatten(-1, (-1, 2))
     a, b, cos, sin = pairs[..., 0], pairs[..., 1], turns[..., 0], turns[..., 1]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
@@ -52,7 +56,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        x = at_least_float32(x)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 

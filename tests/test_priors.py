@@ -1,0 +1,282 @@
+"""Every prior of PRIORS keeps the contract of base.py: losses, samples and gradients, on one rank and on two."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from whole import engine_gradient
+
+from vqscale import config as configuration
+from vqscale import priors
+from vqscale.codes import noise
+from vqscale.codes.rows import set_aside
+from vqscale.nets.transformer import Transformer
+from vqscale.parallel.mesh import Mesh
+from vqscale.priors import PRIORS
+from vqscale.priors.autoregressive import Decoder
+from vqscale.priors.base import guidance_scales
+
+CODES, GRID, CLASSES, BATCH = 23, (2, 3), 4, 6
+NET = {"width": 24, "num_layers": 2, "num_heads": 2, "ffn_multiple": 8, "adaln": True, "qk_norm": True}
+STILL = {"dropout_token": 0.0, "dropout_residual": 0.0, "dropout_ffn": 0.0}
+CONFIGS = {"autoregressive": {"net": NET | STILL}}
+PARALLEL = [1, pytest.param(2, marks=pytest.mark.dist)]
+
+
+def config_of(name: str, **more) -> dict:
+    return {"name": name, "num_codes": CODES, "grid": list(GRID), "num_classes": CLASSES, **CONFIGS[name], **more}
+
+
+def lively(prior):
+    """Values of a trained one's size, the same on any number of ranks; first values make all ids equally likely."""
+    whole = torch.randn(CODES, prior.head.dim, generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for name, p in prior.named_parameters():
+            if "head." not in name:
+                p.add_(0.2 * torch.randn(p.shape))
+        prior.head.rows.copy_(whole[prior.head.layout.start : prior.head.layout.stop])
+    return prior
+
+
+def batch():
+    ids = torch.randint(CODES, (BATCH, *GRID), generator=torch.Generator().manual_seed(1))
+    return ids, torch.tensor([0, 1, 2, 3, -1, 0])
+
+
+def part(x, mesh):
+    return x.chunk(mesh.world.size)[mesh.world.rank]
+
+
+def untrained_loss(name, codes):
+    mesh = Mesh(codes=codes)
+    prior = priors.build(config_of(name), mesh)
+    ids, labels = batch()
+    modelled = prior(part(ids, mesh), part(labels, mesh))
+    return modelled.loss.item(), modelled.nats_B.tolist()
+
+
+@pytest.mark.parametrize("world", PARALLEL)
+@pytest.mark.parametrize("name", PRIORS)
+def test_the_first_loss_is_log_k(ranks, name, world):
+    results = [untrained_loss(name, 1)] if world == 1 else ranks(world, untrained_loss, name, world)
+    for loss, nats in results:
+        assert [loss, *nats] == pytest.approx([math.log(CODES)] * (1 + BATCH // world), abs=1e-6)
+
+
+def gradients(name, codes):
+    """(loss, dense gradients, gradients of this rank's rows) of this rank's part of the batch."""
+    mesh = Mesh(codes=codes)
+    prior = lively(priors.build(config_of(name, label_smoothing=0.1, z_loss=1e-3, class_dropout=0.5), mesh)).double()
+    tables = set_aside(prior)
+    ids, labels = batch()
+    keys = noise.keys(1, torch.arange(BATCH))
+    loss = prior(part(ids, mesh), part(labels, mesh), part(keys, mesh)).loss
+    loss.backward()
+    dense = {n: p.grad for n, p in prior.named_parameters()}
+    return loss.detach(), dense, {n: table.rows.grad for n, table in tables.items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", PRIORS)
+def test_gradients_do_not_depend_on_how_the_head_is_split(ranks, name):
+    loss, dense, rows = gradients(name, 1)
+    results = ranks(2, gradients, name, 2)
+    torch.testing.assert_close(sum(other for other, _, _ in results) / 2, loss)
+    for key, expected in dense.items():
+        got = sum(found[key] for _, found, _ in results) / 2
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
+    for key, expected in rows.items():
+        got = engine_gradient([found[key] for _, _, found in results], 2)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_it_learns_one_batch_by_heart(name):
+    prior = priors.build(config_of(name, class_dropout=0.0), seed=1)
+    ids, _ = batch()
+    ids, labels = ids[:CLASSES], torch.arange(CLASSES)
+    adam = torch.optim.Adam(prior.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = prior(ids, labels).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert loss < 0.05
+    again = prior.sample(labels, numbers_B=torch.arange(CLASSES), temperature=0.0)
+    assert torch.equal(again, ids)
+    assert prior.training
+
+
+def draws(name, order, options, codes):
+    mesh = Mesh(codes=codes)
+    prior = lively(priors.build(config_of(name), mesh))
+    _, labels = batch()
+    order = torch.tensor(order)
+    return prior.sample(part(labels[order], mesh), numbers_B=part(100 + order, mesh), seed=3, **options)
+
+
+OPTIONS = [{}, {"guidance": 2.0, "temperature": 0.9}, {"guidance": 3.0, "schedule": "cosine", "top_k": 7, "top_p": 0.9}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", PRIORS)
+def test_samples_are_legal_and_follow_from_their_number(name, options):
+    there = draws(name, range(BATCH), options, 1)
+    assert there.shape == (BATCH, *GRID)
+    assert there.dtype == torch.int64
+    assert there.min() >= 0
+    assert there.max() < CODES
+    assert len(there.unique(dim=0)) >= BATCH - 1  # two are of one class
+    order = [4, 1, 5, 0, 2, 3]
+    assert torch.equal(draws(name, order, options, 1), there[order])
+    assert torch.equal(draws(name, order[:2], options, 1), there[order[:2]])
+    assert torch.equal(draws(name, range(BATCH), {**options, "cached": False}, 1), there)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", PRIORS)
+def test_samples_are_the_same_on_two_processes(ranks, name):
+    for options in OPTIONS[1:]:
+        results = ranks(2, draws, name, list(range(BATCH)), options, 2)
+        assert torch.equal(torch.cat(results), draws(name, range(BATCH), options, 1))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_sample_has_its_probability(name):
+    """All 3^2 images of two ids: the losses are those of a distribution, and images are drawn from it."""
+    prior = priors.build(config_of(name, num_codes=3, grid=[1, 2]), seed=2).eval()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        prior.head.rows.normal_()
+    every = torch.tensor(list(itertools.product(range(3), repeat=2)))[:, None]
+    nats = prior(every, torch.full((9,), 1)).nats_B * 2
+    p = (-nats).exp()
+    assert float(p.sum()) == pytest.approx(1.0, abs=1e-5)
+    num = 3000
+    drawn = prior.sample(torch.full((num,), 1), numbers_B=torch.arange(num))
+    counts = torch.bincount((drawn.flatten(1) * torch.tensor([3, 1])).sum(1), minlength=9)
+    statistic = float(((counts - num * p).square() / (num * p)).sum())
+    assert statistic < 8 + 4.5 * math.sqrt(2 * 8), counts  # chi-square of 8 degrees of freedom
+
+
+@torch.no_grad()
+def test_the_cache_gives_the_logits_of_the_whole_sequence():
+    prior = lively(priors.build(config_of("autoregressive"))).eval()
+    ids, labels = batch()
+    halves = [labels, torch.full_like(labels, -1)]
+    logits = {}
+    for cached in (True, False):
+        decoder = Decoder(prior, halves, cached)
+        steps = [decoder.advance(), *(decoder.advance(one) for one in ids.flatten(1).t()[:-1])]
+        logits[cached] = torch.stack(steps, 1) @ prior.head.rows.t()
+    torch.testing.assert_close(logits[True], logits[False], rtol=1e-5, atol=1e-5)
+    whole = torch.cat([prior.states(ids, half) for half in halves]) @ prior.head.rows.t()
+    torch.testing.assert_close(logits[True], whole, rtol=1e-5, atol=1e-5)
+    nats = torch.nn.functional.cross_entropy(whole[:BATCH].flatten(0, 1), ids.flatten())
+    assert float(prior(ids, labels).loss) == pytest.approx(float(nats), rel=1e-5)
+
+
+def test_no_guidance_costs_nothing_and_guidance_0_is_the_null_class(monkeypatch):
+    prior = lively(priors.build(config_of("autoregressive")))
+    _, labels = batch()
+    numbers, seen = torch.arange(BATCH), []
+    forward = Transformer.forward
+    monkeypatch.setattr(
+        Transformer, "forward", lambda self, x, *args, **more: (seen.append(len(x)), forward(self, x, *args, **more))[1]
+    )
+    plain = prior.sample(labels, numbers_B=numbers)
+    assert set(seen) == {BATCH}
+    assert torch.equal(prior.sample(labels, numbers_B=numbers, guidance=1.0, schedule="linear"), plain)
+    assert set(seen) == {BATCH}
+    null = prior.sample(torch.full_like(labels, -1), numbers_B=numbers)
+    assert torch.equal(prior.sample(labels, numbers_B=numbers, guidance=0.0), null)
+    assert set(seen) == {BATCH, 2 * BATCH}
+
+
+def test_guidance_over_the_positions():
+    assert guidance_scales(3.0, "constant", 5) == [3.0] * 5
+    assert guidance_scales(3.0, "linear", 5) == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])
+    assert guidance_scales(3.0, "cosine", 5) == pytest.approx([1.0, 1.29289, 2.0, 2.70711, 3.0], abs=1e-5)
+    assert guidance_scales(2.0, "cosine", 1) == [1.0]
+    with pytest.raises(ValueError, match=r"schedule is 'sine'.*constant, linear, cosine"):
+        guidance_scales(2.0, "sine", 4)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_what_is_random_in_training_follows_from_the_keys(name):
+    prior = lively(priors.build(config_of(name, class_dropout=0.5)))
+    labels, keys = torch.arange(4000) % CLASSES, noise.keys(1, torch.arange(4000))
+    kept = prior.labels(labels, keys)
+    assert abs(float((kept == -1).double().mean()) - 0.5) < 0.04
+    assert torch.equal(kept[kept >= 0], labels[kept >= 0])
+    assert torch.equal(prior.labels(labels[7:90], keys[7:90]), kept[7:90])
+    assert torch.equal(prior.eval().labels(labels, keys), labels)
+    ids, few = batch()
+    assert torch.equal(prior(ids, few).nats_B, prior(ids, few).nats_B)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_smoothing_is_for_training(name):
+    ids, labels = batch()
+    plain = lively(priors.build(config_of(name, class_dropout=0.0)))
+    smooth = lively(priors.build(config_of(name, class_dropout=0.0, label_smoothing=0.2, z_loss=0.1)))
+    assert smooth(ids, labels).loss > plain(ids, labels).loss + 0.05
+    assert torch.equal(smooth.eval()(ids, labels).nats_B, plain(ids, labels).nats_B)
+
+
+def test_the_fingerprint_knows_every_weight():
+    prior = priors.build(config_of("autoregressive"))
+    before = prior.fingerprint
+    assert before == priors.build(config_of("autoregressive")).fingerprint
+    with torch.no_grad():
+        prior.head.rows[-1, -1] += 1e-3
+    assert prior.fingerprint != before
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_what_does_not_fit_is_said(name):
+    prior = priors.build(config_of(name, class_dropout=0.0))
+    ids, labels = batch()
+    with pytest.raises(ValueError, match=r"classes must be in -1 \(none\) \.\. 3.*go from -1 to 4"):
+        prior(ids, labels.clamp(max=2) + 2 * (labels == 3) + (labels == 2) * 2)
+    with pytest.raises(ValueError, match=r"classes must be in"):
+        prior.sample(torch.tensor([-2]), numbers_B=torch.tensor([0]))
+    for wrong in (-1, CODES):
+        with pytest.raises(ValueError, match=f"must be in .* {CODES - 1}, for the head has {CODES} codes"):
+            prior(ids.masked_fill(ids == ids[0, 0, 0], wrong), labels)
+    with pytest.raises(ValueError, match=re.escape("ids have the shape [6, 3, 2]") + ".*one of 2 x 3 ids"):
+        prior(ids.transpose(1, 2), labels)
+    with pytest.raises(ValueError, match=r"grid is \[4, 4\].*built for \[2, 3\]"):
+        prior.sample(labels, numbers_B=torch.arange(6), grid=(4, 4))
+    with pytest.warns(UserWarning, match="class_dropout 0: its null class has its first values"):
+        prior.sample(labels, numbers_B=torch.arange(6), guidance=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior.sample(labels, numbers_B=torch.arange(6))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"num_codes": 0}, "num_codes is 0"),
+        ({"grid": [0, 3]}, r"grid is \[0, 3\]"),
+        ({"class_dropout": 1.0}, "class_dropout is 1.0"),
+        ({"head": {"embedding": "codebook"}}, "feature_dim is None with head.embedding: codebook"),
+        ({"feature_dim": 8}, "feature_dim is 8 with head.embedding: rows"),
+        ({"num_code": 8}, "did you mean num_codes"),
+        ({"name": "autoregresive"}, "did you mean autoregressive"),
+    ],
+)
+def test_what_cannot_be_built(keys, said):
+    with pytest.raises(configuration.ConfigError, match=said):
+        priors.build({"name": "autoregressive", **keys})
+
+
+def test_every_prior_is_tested():
+    assert set(CONFIGS) == set(PRIORS)

@@ -1,0 +1,173 @@
+"""Whole runs of priors: what they leave behind, that mesh and engine do not change what is computed, that a run which
+was killed and continued on other processes ends like one that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+from functools import partial
+
+import jobs
+import prior_runs
+import pytest
+import torch
+from prior_runs import CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER
+
+from vqscale import config as configuration
+from vqscale.data.config import TokensConfig
+from vqscale.data.tokens import Cache, Stream
+from vqscale.parallel.mesh import Mesh
+from vqscale.priors import Prior
+from vqscale.train.config import PriorRun, Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return prior_runs.write_caches(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, caches):
+    """The run that others are compared with: plain torch, one process."""
+    return jobs.finish(prior_runs.write_config(tmp_path_factory.mktemp("alone"), caches))
+
+
+def test_what_a_run_leaves_behind(alone, caches):
+    config = configuration.load(Run, alone / "run.yaml")
+    assert isinstance(config, PriorRun)
+    rows = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert all(math.isfinite(x) for row in rows for x in row.values())
+    assert {"loss", "perplexity", "lr", "grad_norm", "skipped", "time/tokens_per_s"} <= rows[0].keys()
+    assert rows[0]["loss"] == pytest.approx(math.log(CODES) * (1 + 1e-3 * math.log(CODES)), abs=1e-5)  # with z_loss
+    assert rows[-2]["loss"] < rows[0]["loss"] - 0.05
+    assert rows[4]["val/images"] == 8  # run.eval_images; the last evaluation takes all
+    last = rows[-1]
+    assert last["val/images"] == NUM_VAL
+    assert last["val/perplexity"] == pytest.approx(math.exp(last["val/loss"]))
+    assert last["val/uniform"] == pytest.approx(math.log(CODES))
+    ids = torch.from_numpy(Cache(caches / "val").ids[:, 0]).flatten()
+    shares = torch.bincount(ids, minlength=CODES) / len(ids)
+    assert last["val/unigram"] == pytest.approx(float(torch.special.entr(shares).sum()), abs=1e-5)
+    assert last["val/usage"] == pytest.approx(float((shares > 0).float().mean()))
+
+    summary = json.loads((alone / "summary.json").read_text())
+    assert (summary["num_codes"], summary["steps"], summary["prior"]) == (CODES, 8, "autoregressive")
+    assert summary["loss"] == last["val/loss"]
+    assert summary["tokens_per_s"] == pytest.approx(6 * summary["images_per_s"])
+    found = json.loads((alone / "tokens.json").read_text())
+    assert found["tokenizer"] == TOKENIZER
+    assert found["tokens"]["num_images"] == NUM_TRAIN
+    assert jobs.steps_saved(alone) == [2, 4, 6, 8]
+
+
+def loaded(path, weights, codes):
+    """(nats of every held-out image, a sample, card, fingerprint) of the prior in `path`, on this many processes."""
+    mesh = Mesh(codes=codes)
+    prior = Prior.load(path, mesh=mesh, weights=weights)
+    assert not prior.training
+    ids, labels = torch.arange(12).view(2, *GRID), torch.tensor([1, -1])
+    with torch.no_grad():
+        nats = prior(ids, labels).nats_B
+    sample = prior.sample(labels, numbers_B=torch.arange(2), guidance=2.0)
+    return nats, sample, prior.card, prior.fingerprint
+
+
+def test_a_trained_prior_is_loaded(alone, caches, ranks):
+    prior, mean = Prior.load(alone), 0.0
+    stream = Stream(TokensConfig(str(caches / "val")), NUM_VAL, train=False)
+    for batch in stream.batches():
+        with torch.no_grad():
+            mean = prior(batch.ids, batch.labels).loss.item()
+    assert mean == pytest.approx(json.loads((alone / "summary.json").read_text())["loss"], abs=1e-6)  # of the average
+    assert prior.card["tokenizer"] == TOKENIZER
+    assert (prior.num_codes, prior.num_classes, prior.class_dropout) == (CODES, 5, 0.3)
+    one = loaded(alone, "average", 1)
+    assert not torch.allclose(one[0], loaded(alone, "parameters", 1)[0])
+    assert not torch.allclose(one[0], loaded(alone / "checkpoints" / "0000000004", "average", 1)[0])
+    for other in ranks(2, loaded, alone, "average", 2):
+        torch.testing.assert_close(other[0], one[0])
+        assert torch.equal(other[1], one[1])
+        assert other[2:] == one[2:]
+
+
+def test_what_is_no_prior_is_not_loaded(alone, tmp_path):
+    with pytest.raises(ValueError, match="neither"):
+        Prior.load(tmp_path)
+    (tmp_path / "run.yaml").write_text((alone / "run.yaml").read_text().replace("task: prior", "task: tokenizer"))
+    (tmp_path / "checkpoints").symlink_to(alone / "checkpoints")
+    with pytest.raises(ValueError, match="task 'tokenizer', and a prior comes from a run with task 'prior'"):
+        Prior.load(tmp_path / "checkpoints" / "0000000008")
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (2, ()),
+        (4, ("mesh.data=2",)),
+        (2, ("engine.accumulation=2", "prior.class_dropout=0.3")),
+        (2, ("engine.name=deepspeed", "engine.zero_stage=2")),
+        (2, ("engine.name=deepspeed", "engine.zero_stage=3", "prior.net.checkpointing=true")),
+    ],
+    ids=["codes 2", "data 2 codes 2", "accumulation", "stage 2", "stage 3"],
+)
+def test_a_global_batch_gives_the_same_run(tmp_path, caches, alone, world, more):
+    run = jobs.finish(prior_runs.write_config(tmp_path, caches, *more), world=world)
+    if "engine.accumulation=2" not in more:  # which draws other classes to drop
+        jobs.same_numbers(alone, run)
+        return
+    other = jobs.finish(prior_runs.write_config(tmp_path / "1", caches, *more))
+    jobs.same_numbers(other, run)
+
+
+def test_killed_and_stopped_and_continued_on_others(tmp_path, caches, alone):
+    """Killed in step 4 (the second of an epoch of three) on two processes, stopped in step 6 on one, ended on two."""
+    path = prior_runs.write_config(tmp_path, caches)
+    backward = "vqscale.parallel.engine:Engine.backward"
+    kill = partial(jobs.at_call, backward, 4, partial(jobs.hear, signal.SIGKILL), 1)
+    assert jobs.start(path, world=2, before=kill).wait() == [1, -9]
+    run = tmp_path / "run"
+    assert jobs.steps_saved(run) == [2]
+    stop = partial(jobs.at_call, backward, 3, partial(jobs.hear, signal.SIGTERM), 0)
+    job = jobs.start(path, before=stop)
+    assert job.wait() == [jobs.STOPPED], job.output
+    assert jobs.steps_saved(run) == [2, 4, 5]
+    jobs.same_numbers(alone, jobs.finish(path, "engine.name=deepspeed", world=2))
+
+
+def test_with_dropout_to_the_bit(tmp_path, caches):
+    dropout = ("prior.net.dropout_ffn=0.2", "prior.net.dropout_token=0.1", "engine.precision=bf16")
+    whole = jobs.finish(prior_runs.write_config(tmp_path / "1", caches, *dropout))
+    path = prior_runs.write_config(tmp_path / "2", caches, *dropout)
+    kill = partial(jobs.at_call, "vqscale.parallel.engine:Engine.backward", 6, partial(jobs.hear, signal.SIGKILL), 0)
+    assert jobs.start(path, before=kill).wait() == [-9]
+    jobs.same_bits(whole, jobs.finish(path), 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prior.num_codes=38", r"does not fit:\n  it has 37 codes, but expected are 38"),
+        ("prior.grid=[3,2]", r"it has \[2, 3\] rows x columns of positions, but expected are \[3, 2\]"),
+        ("prior.num_classes=3", r"labels up to 4, and prior.num_classes is 3: use at least prior.num_classes=5"),
+        ("data.train.tokenizer=beef", "the one in use has beef"),
+        ("data.val.path=OTHER", f"with fingerprint {'e' * 64}.*the one in use has {TOKENIZER}"),
+        ("prior.head.embedding=codebook", "feature_dim is None with head.embedding: codebook"),
+        ("prior.nett.width=3", "prior.nett.*did you mean prior.net"),
+        ("task=priors", "did you mean prior"),
+    ],
+)
+def test_what_does_not_fit_is_said_and_nothing_is_written(tmp_path, caches, override, said):
+    if "OTHER" in override:
+        other = prior_runs.write_cache(tmp_path / "other", 4, 1, tokenizer="e" * 64)
+        override = override.replace("OTHER", str(other))
+    path = prior_runs.write_config(tmp_path, caches, override)
+    job = jobs.start(path)
+    assert job.wait() == [2]
+    assert re.search(said, job.output, re.DOTALL), job.output
+    assert not (tmp_path / "run").exists()
