@@ -1,0 +1,174 @@
+"""tools/sample.py and tools/sweep.py on a trained prior: what they draw is the prior's; what they say of bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import signal
+from pathlib import Path
+
+import jobs
+import numpy as np
+import prior_runs
+import pytest
+import torch
+from judges import Small
+from saved_runs import IBQ, small
+
+from vqscale.metrics.reconstruction import to_bytes
+from vqscale.priors.base import Prior
+from vqscale.tokenizer import Tokenizer
+from vqscale.train import folder as run_folder
+
+pytestmark = pytest.mark.dist
+TOOLS = Path(__file__).parents[1] / "tools"
+QUICK = ("--device", "cpu", "--batch", "4")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tokenizer, another one, and two short runs of priors over ids of the first. Not to be changed."""
+    folder = tmp_path_factory.mktemp("tools")
+    codes = {**IBQ, "num_codes": prior_runs.CODES}
+    tokenizer = small(quantizer=codes)
+    tokenizer.save(folder / "tokenizer")
+    small(quantizer=codes, seed=2).save(folder / "other")
+    for split, number in (("train", prior_runs.NUM_TRAIN), ("val", prior_runs.NUM_VAL)):
+        prior_runs.write_cache(folder / split, number, 1, tokenizer=tokenizer.fingerprint)
+    short = ("run.steps=30", "run.eval_every=30", "run.checkpoint_every=30", "optim.lr=0.03", "average.decay=0")
+    jobs.finish(prior_runs.write_config(folder / "prior", folder, *short))
+    jobs.finish(prior_runs.write_config(folder / "undropped", folder, *short, "prior.class_dropout=0.0"))
+    return folder
+
+
+def tool(name: str, *words: object, network=None) -> tuple[int, str]:
+    """(status, all that was said) of a tool in this process, which has a rank if there are several."""
+    torch.set_num_threads(1)
+    said = io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in run_folder.STOP_SIGNALS}
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as changes:
+        if network is not None:
+            changes.setattr("vqscale.nets.inception.load", lambda path, sha256: network)
+        try:
+            status = runpy.run_path(str(TOOLS / f"{name}.py"))["main"]([str(word) for word in words])
+        except SystemExit as left:
+            status = int(left.code or 0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return status, said.getvalue()
+
+
+def draw(place: Path, out: Path, *words: object, prior: str = "prior", tokenizer: str = "tokenizer") -> tuple[int, str]:
+    return tool("sample", place / prior / "run", place / tokenizer, out, *QUICK, *words)
+
+
+SETTINGS = ("--per-class", 3, "--classes", "4,0-1", "--guidance", 1.5, "--schedule", "cosine", "--temperature", 0.9)
+
+
+@pytest.fixture(scope="module")
+def drawn(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("drawn") / "samples"
+    status, said = draw(place, out, *SETTINGS)
+    assert status == 0, said
+    assert f"9 images of 3 classes: {out}/samples.npz, {out}/grid.png; 9 images in " in said
+    assert "with 1 processes" in said
+    return out
+
+
+def test_the_images_are_those_of_the_prior(place, drawn):
+    prior, tokenizer = Prior.load(place / "prior" / "run"), Tokenizer.load(place / "tokenizer")
+    labels = torch.tensor([4, 0, 1] * 3)
+    ids = prior.sample(
+        labels, numbers_B=torch.arange(9), guidance=1.5, schedule="cosine", temperature=0.9, cached=False
+    )
+    with np.load(drawn / "samples.npz") as file:
+        np.testing.assert_array_equal(file["arr_1"], labels)
+        np.testing.assert_array_equal(file["ids"], ids)
+        pixels = to_bytes(tokenizer.decode(ids)).permute(0, 2, 3, 1).numpy()
+        assert np.abs(file["arr_0"].astype(int) - pixels).max() <= 1
+    assert len(ids.unique()) > 5
+    shares = [float((ids[labels == label] // 7 == label).float().mean()) for label in (4, 0, 1)]
+    assert min(shares) > 0.9  # an image of a class has codes about seven times its label
+    facts = json.loads((drawn / "sample.json").read_text())
+    assert facts["prior"]["fingerprint"] == prior.fingerprint
+    assert facts["tokenizer"]["fingerprint"] == tokenizer.fingerprint == facts["prior"]["card"]["tokenizer"]
+    assert facts["command"].startswith("python tools/sample.py ")
+    assert facts["commit"]
+
+
+@pytest.mark.parametrize("codes", [1, 2])
+def test_two_processes_draw_the_same(place, drawn, tmp_path, ranks, codes):
+    answers = ranks(2, draw, place, tmp_path / "out", *SETTINGS, "--codes", codes)
+    assert [status for status, _ in answers] == [0, 0], answers
+    assert "with 2 processes" in answers[0][1]
+    assert answers[1][1] == ""
+    with np.load(tmp_path / "out" / "samples.npz") as mine, np.load(drawn / "samples.npz") as theirs:
+        for key in mine.files:
+            np.testing.assert_array_equal(mine[key], theirs[key])
+
+
+def test_the_same_command_does_nothing_twice(place, drawn):
+    before = jobs.contents(drawn)
+    status, said = draw(place, drawn, *SETTINGS)
+    assert (status, said.strip()) == (
+        0,
+        f"9 images of 3 classes are in {drawn} already: {drawn}/samples.npz, {drawn}/grid.png",
+    )
+    assert jobs.contents(drawn) == before
+
+
+def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
+    assert draw(place, tmp_path / "out", *SETTINGS, "--uncached")[0] == 0
+    with np.load(tmp_path / "out" / "samples.npz") as mine, np.load(drawn / "samples.npz") as theirs:
+        np.testing.assert_array_equal(mine["ids"], theirs["ids"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--classes", "3,5"), r"sample: class 5 is none of the prior's (0 .. 4): change --classes"),
+        (("--classes", ","), "sample: --classes names no class"),
+        (("--num-images", 0), "num_images is 0: use at least 1"),
+        (("--temperature", -1), "temperature is -1.0: use 0"),
+        (("--codes", 2), "--codes 2 splits the codes over 2 processes, but 1 were started"),
+    ],
+)
+def test_bad_input_is_said_and_nothing_written(place, tmp_path, words, message):
+    status, said = draw(place, tmp_path / "out", *words)
+    assert status == 2
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(place, tmp_path):
+    status, said = draw(place, tmp_path / "out", tokenizer="other")
+    assert status == 2
+    for name in ("tokenizer", "other"):
+        assert Tokenizer.load(place / name).fingerprint in said
+    status, said = tool("sample", place / "tokenizer", place / "tokenizer", tmp_path / "out")
+    assert status == 2
+    assert "tokenizer" in said
+
+
+def test_guidance_without_a_null_class_is_warned_of_once(place, tmp_path):
+    status, said = draw(place, tmp_path / "out", "--guidance", 2, "--num-images", 5, prior="undropped")
+    assert status == 0
+    assert said.count("warning: guidance 2.0 leads away from the null class, which this prior was never shown") == 1
+
+
+def test_a_sweep_from_the_command_line(place, tmp_path):
+    np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
+    words = [place / "prior" / "run", place / "tokenizer", tmp_path / "out", "--reference", tmp_path / "reference.npz"]
+    words += ["--inception", "small.pth", "--num-images", 10, "--guidance", "1,2", "--temperature", "0.9,1", *QUICK]
+    status, said = tool("sweep", *words, network=Small())
+    assert status == 0, said
+    table = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [(row["temperature"], row["guidance"]) for row in table["rows"]] == [(0.9, 1), (0.9, 2), (1, 1), (1, 2)]
+    assert len({row["distance_other_inception"] for row in table["rows"]}) == 4
+    assert len(table["judge"]["reference"]["sha256"]) == 64
+    assert "guidance  temperature  distance_other_inception" in said
+    status, said = tool("sweep", *words, "--top-k", ",", network=Small())
+    assert (status, "sweep: --top-k names no value" in said) == (2, True)
