@@ -148,11 +148,12 @@ def make_keys(form: Form, start: int, stop: int, buffer: Tensor | None = None) -
     if form.bias_k is not None:
         bias_r = form.bias_k[start:stop].float()
         mean_bias = float(bias_r.mean())
-    step = max(LINE, CHUNK // dim)
+    step = min(num, max(LINE, CHUNK // dim))
+    memory_rD = rows_rD.new_empty((step, dim))  # fresh memory for every chunk would take most of the time
     tops = []
     for first in range(0, num, step):
         chunk = slice(first, min(first + step, num))
-        r_rD = _unit(form, rows_rD[chunk]) - mean_D
+        r_rD = torch.sub(_unit(form, rows_rD[chunk]), mean_D, out=memory_rD[: chunk.stop - chunk.start])
         beta_r = None if bias_r is None else bias_r[chunk] - mean_bias
         tops.append(_fill(wide_rE[chunk], r_rD, beta_r, form.similarity))
     wide_rE[num:] = wide_rE[num - 1]
