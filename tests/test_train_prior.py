@@ -19,8 +19,12 @@ from prior_runs import CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER
 from vqscale import config as configuration
 from vqscale.data.config import TokensConfig
 from vqscale.data.tokens import Cache, Stream
+from vqscale.nets.config import ConvConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
+from vqscale.quantizers.config import VQConfig
+from vqscale.tokenizer import Tokenizer
+from vqscale.tokenizer_config import TokenizerConfig
 from vqscale.train.config import PriorRun, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -170,4 +174,46 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(tmp_path, caches, over
     job = jobs.start(path)
     assert job.wait() == [2]
     assert re.search(said, job.output, re.DOTALL), job.output
+    assert not (tmp_path / "run").exists()
+
+
+def save_tokenizer(folder, seed):
+    """A tokenizer that nobody trained, of CODES codes of 8 numbers; returns its fingerprint."""
+    config = TokenizerConfig(
+        net=ConvConfig(channels=8, multipliers=(1, 1), num_blocks=1, z_channels=8, attention_levels=(), num_groups=4),
+        quantizer=VQConfig(num_codes=CODES, dim=8),
+    )
+    tokenizer = Tokenizer.from_config(config, seed=seed)
+    tokenizer.save(folder)
+    return tokenizer.fingerprint
+
+
+def test_ids_look_like_the_vectors_of_their_codes(tmp_path):
+    made_by = save_tokenizer(tmp_path / "tokenizer", 1)
+    caches = tmp_path / "caches"
+    for name, num in (("train", NUM_TRAIN), ("val", NUM_VAL)):
+        prior_runs.write_cache(caches / name, num, 1, tokenizer=made_by)
+    features = ("prior.head.embedding=codebook", "prior.feature_dim=8", f"tokenizer={tmp_path / 'tokenizer'}")
+    one = jobs.finish(prior_runs.write_config(tmp_path / "1", caches, *features))
+    path = prior_runs.write_config(tmp_path / "2", caches, *features)
+    jobs.same_numbers(one, jobs.finish(path, world=2))
+    vectors_KF = Tokenizer.load(tmp_path / "tokenizer").quantizer.decode(torch.arange(CODES))
+    head = Prior.load(one).head
+    torch.testing.assert_close(head.inputs.rows, vectors_KF / vectors_KF.square().mean().sqrt())
+
+    save_tokenizer(tmp_path / "other", 2)
+    job = jobs.start(prior_runs.write_config(tmp_path / "3", caches, *features), f"tokenizer={tmp_path / 'other'}")
+    assert job.wait() == [2]
+    assert re.search(f"has the fingerprint .*made by the one with {made_by}", job.output), job.output
+    assert not (tmp_path / "3" / "run").exists()
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path, caches, alone):
+    path = prior_runs.write_config(tmp_path, caches)
+    job = jobs.start(path, "data.batch=12", "--dry-run", "--world", "6")
+    assert job.wait() == [0], job.output
+    assert "8 steps of 12 images, data 1 x codes 6 = 6 processes, 12 tokens per rank" in job.output
+    prior = Prior.load(alone)
+    total = sum(p.numel() for p in prior.parameters())
+    assert f"in all {total:,}" in " ".join(job.output.split())
     assert not (tmp_path / "run").exists()
