@@ -254,6 +254,8 @@ def test_what_does_not_fit_is_said(name):
         prior(ids.transpose(1, 2), labels)
     with pytest.raises(ValueError, match=r"grid is \[4, 4\].*built for \[2, 3\]"):
         prior.sample(labels, numbers_B=torch.arange(6), grid=(4, 4))
+    with pytest.raises(ValueError, match=r"classes have the shape \[6\] and numbers_B \[5\]"):
+        prior.sample(labels, numbers_B=torch.arange(5))
     with pytest.warns(UserWarning, match="class_dropout 0: its null class has its first values"):
         prior.sample(labels, numbers_B=torch.arange(6), guidance=2.0)
     with warnings.catch_warnings():

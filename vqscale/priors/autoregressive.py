@@ -62,11 +62,6 @@ class Autoregressive(Prior):
         schedule: Schedule = "constant",
         cached: bool = True,
     ) -> Tensor:
-        if grid is not None and tuple(grid) != tuple(self.config.grid):
-            raise ValueError(
-                f"grid is {list(grid)}, an argument of sample, but this prior was built for {list(self.config.grid)}, "
-                "the grid of its config: leave it out, or train a prior of that grid"
-            )
         scales = guidance_scales(guidance, schedule, self.config.num_tokens)
         guided = any(scale != 1 for scale in scales)
         if guided and not self.config.class_dropout:
@@ -77,7 +72,7 @@ class Autoregressive(Prior):
             )
         drawn: list[Tensor] = []
         with self.evaluating():
-            labels_B = self.labels(condition_B)
+            labels_B = self.sampled(condition_B, numbers_B, grid)
             decoder = Decoder(self, [labels_B, torch.full_like(labels_B, -1)] if guided else [labels_B], cached)
             for position, scale in enumerate(scales):
                 h_BD, *null_BD = decoder.advance(drawn[-1] if drawn else None).chunk(1 + guided)

@@ -158,6 +158,20 @@ class Prior(nn.Module, ABC):
         dropped_B = noise.uniform(keys_B, 0, 1)[:, 0] < self.config.class_dropout
         return torch.where(dropped_B, -1, labels_B)
 
+    def sampled(self, condition_B: Tensor, numbers_B: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """The labels of images to be drawn. ValueError for what no prior can draw; collective on a CPU."""
+        if grid is not None and tuple(grid) != tuple(self.config.grid):
+            raise ValueError(
+                f"grid is {list(grid)}, an argument of sample, but this prior was built for {list(self.config.grid)}, "
+                "the grid of its config: leave it out, or train a prior of that grid"
+            )
+        if condition_B.shape != numbers_B.shape or condition_B.dim() != 1:
+            raise ValueError(
+                f"classes have the shape {list(condition_B.shape)} and numbers_B {list(numbers_B.shape)}, arguments of "
+                "sample: give one class and one number for each image"
+            )
+        return self.labels(condition_B)
+
     @contextmanager
     def evaluating(self) -> Iterator[Self]:
         """Evaluation mode inside, and whatever it was before afterwards."""

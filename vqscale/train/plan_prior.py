@@ -35,6 +35,7 @@ def plan(config: PriorRun, world: int) -> Costs:
     engine = config.engine.name if config.engine.name == "torch" else f"deepspeed, stage {stage}"
     held = [table.rows.numel() * FP32 * (4 if table.rows.requires_grad else 1) for table in tables.values()]
     learned = sum(table.rows.numel() for table in tables.values() if table.rows.requires_grad)
+    average = FP32 * (learned + (-(-dense // world) if stage == 3 else dense))
     width = config.prior.net.width
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
@@ -43,6 +44,7 @@ def plan(config: PriorRun, world: int) -> Costs:
         {
             f"transformer, classes ({engine})": split_bytes(dense, stage, world),
             "rows, their gradients and moments": sum(held),
+            **({"average of the weights": average} if config.average.decay else {}),
             f"activations of {images} images": _activations(config, images),
             f"gathered tokens of {codes} processes": 3 * tokens * codes * width * FP32,
             "blocks of the scan": config.prior.head.scan_mib * MIB,
