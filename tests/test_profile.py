@@ -46,6 +46,12 @@ def test_a_run_that_ends_before_its_trace_ends_well(tmp_path, tiny_shards):
     assert not (run / "profile").exists()
 
 
+@pytest.mark.slow
+def test_a_run_that_ends_in_its_trace_writes_the_steps_it_has(tmp_path, tiny_shards):
+    run = jobs.finish(jobs.write_config(tmp_path, tiny_shards, "run.steps=4", "run.profile_steps=3"), world=2)
+    assert (run / "profile" / "summary.txt").read_text().startswith("1 steps of ")
+
+
 def test_points_of_time_are_counted_once():
     assert profile.union([(5, 7), (0, 2), (1, 3)]) == [(0, 3), (5, 7)]
     assert profile.overlap([(0, 3), (5, 7)], [(2, 6)]) == [(2, 3), (5, 6)]

@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import vqscale
+from vqscale import config as configuration
+from vqscale.tokenizer_config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,19 +31,30 @@ SHORT_RUN = (
     "data.val.shards={tmp}/shards/val-000.tar data.val.make.num_images=16 data.val.num_workers=0 "
     "data.train.index_dir={tmp}/index data.val.index_dir={tmp}/index tokenizer.quantizer.warmup_steps=2"
 )
+SHORT_PRIOR = "run.steps=4 run.eval_every=4 run.checkpoint_every=4 data.batch=8 prior.net.num_layers=1"
 # A command begins with the first of these that fits; what is added makes it short, "elsewhere" says who runs it.
 SHORTER = {
     "bash tests/run.sh": "elsewhere: this is what runs the tests",
-    "bash launch/quickstart.sh": SHORT_RUN,
-    "torchrun --nproc_per_node=2 launch/train.py #": SHORT_RUN,
+    "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR}",
+    "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": "--dry-run",
     "torchrun --nproc_per_node=2 launch/train.py": SHORT_RUN,
     "torchrun --nproc_per_node=8 launch/train.py": "--dry-run",
     "python launch/train.py": "",
     "python tools/make_shards.py --source /data/my_images": "--help",
     "python tools/study.py": "--dry-run",
     "python tools/bench.py codes": "--tokens 16 --codes 64 --dim 8 --repeats 1",
+    "python tools/bench.py head": "--help",
     "python tools/bench.py data": "--help",
     "python tools/plot.py": "--help",
+    "python tools/plan.py --check": "--help",
+    "python tools/plan.py": "",
+    "python tools/kernels.py": "--help",
+    "python tools/import_checkpoint.py": "--help",
+    "python tools/evaluate.py": "--help",
+    "torchrun --nproc_per_node=8 tools/evaluate.py": "--help",
+    "torchrun --nproc_per_node=8 tools/encode.py": "--help",
+    "torchrun --nproc_per_node=2 tools/sample.py": "--help",
+    "python tools/sweep.py": "--help",
     "tensorboard": "--help",
 }
 
@@ -58,9 +74,10 @@ def test_a_command_of_the_readme_works(command, tmp_path):
     words = shlex.split(command) + shlex.split(added.format(tmp=tmp_path))
     done = subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    if "quickstart" in command:
+    if command.startswith("bash launch/quickstart.sh"):
         assert "PSNR on held-out images" in done.stdout
         assert (tmp_path / "run" / "reconstructions.png").exists()
+        assert (tmp_path / "run.html").exists()
 
 
 @pytest.mark.slow
@@ -74,8 +91,15 @@ def test_the_default_run_on_other_numbers_of_processes(processes, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_the_python_of_the_readme_runs():
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
+    monkeypatch.chdir(tmp_path)
+    small = {"net": {"channels": 32, "multipliers": [1, 1], "attention_levels": [], "num_blocks": 1, "z_channels": 8}}
+    config = configuration.parse(TokenizerConfig, {**small, "quantizer": {"name": "vq", "num_codes": 16, "dim": 4}})
+    vqscale.Tokenizer.from_config(config).save("runs/quickstart")
+    names = {"vqscale": vqscale, "images": torch.zeros(2, 3, 8, 8)}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["ids"].shape == (2, 4, 4)
+    assert names["images"].shape == (2, 3, 8, 8)

@@ -26,6 +26,7 @@ from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.train.folder import RunError, read_json
+from vqscale.train.profile import Trace
 
 T = TypeVar("T")
 
@@ -235,8 +236,10 @@ def finished(place: Path, done: Done, steps: int, mesh: Mesh) -> dict[str, Any]:
     return found if done.step >= steps and found.get("steps") == done.step else {}
 
 
-def close(batches: Generator[Any, None, None], board: Board, progress: Progress, summary: T) -> T:
+def close(batches: Generator[Any, None, None], trace: Trace, board: Board, progress: Progress, summary: T) -> T:
     """End the reading processes too: left to the collector they live on, because parsers keep tracebacks in caches."""
+    for note in trace.close():
+        progress.say(note)
     batches.close()
     progress.close()
     board.close()

@@ -177,7 +177,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
                 f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on"
             )
             request.clear()
-            return loop.close(batches, board, progress, None)
+            return loop.close(batches, trace, board, progress, None)
 
     # close
     request.clear()
@@ -189,7 +189,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         summary["tokens_per_s"] = summary["images_per_s"] * config.prior.num_tokens
     summary |= {"steps": done.step, "processes": mesh.world.size, "prior": config.prior.name}
     folder.write_summary(place, summary, mesh)
-    return loop.close(batches, board, progress, summary)
+    return loop.close(batches, trace, board, progress, summary)
 
 
 def whose(stream: Stream) -> dict[str, Any]:

@@ -60,10 +60,16 @@ class Trace:
         self._span = None
         self._left -= 1
         self._profile.step()
-        if self._left:
+        return [] if self._left else self.close()
+
+    def close(self) -> list[str]:
+        """End a trace that is under way, with the steps it has: one that outlives its run takes the process with it."""
+        if self._profile is None or not clock.marking:
             return []
         self._profile.stop()
         self._profile, clock.marking = None, False
+        if not (self._place / "summary.txt").exists():
+            return [f"warning: the run ended before the {WARMUP} steps after which a trace begins: nothing was traced"]
         return [f"profile: {self._place / 'summary.txt'}"]
 
     def _write(self, traced: profile) -> None:

@@ -165,7 +165,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
                 f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on"
             )
             request.clear()
-            return loop.close(batches, board, progress, None)
+            return loop.close(batches, trace, board, progress, None)
 
     # close
     request.clear()
@@ -175,7 +175,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     summary: dict[str, Any] = {"num_codes": quantizer.num_codes, **scores, **watch.summary(config.data.batch)}
     summary |= {"steps": done.step, "processes": mesh.world.size, "quantizer": config.tokenizer.quantizer.name}
     folder.write_summary(place, summary, mesh)
-    return loop.close(batches, board, progress, summary)
+    return loop.close(batches, trace, board, progress, summary)
 
 
 SHOWN = ("loss", "codes/usage", "codes/perplexity")
