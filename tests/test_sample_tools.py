@@ -131,6 +131,7 @@ def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
         (("--classes", "3,5"), r"sample: class 5 is none of the prior's (0 .. 4): change --classes"),
         (("--classes", ","), "sample: --classes names no class"),
         (("--num-images", 0), "num_images is 0: use at least 1"),
+        (("--per-class", 0), "num_images is 0: use at least 1"),
         (("--temperature", -1), "temperature is -1.0: use 0"),
         (("--codes", 2), "--codes 2 splits the codes over 2 processes, but 1 were started"),
     ],

@@ -86,7 +86,7 @@ def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> Settings:
     from vqscale.train.sample import Settings
 
     return Settings(
-        num_images=args.per_class * len(classes) if args.per_class else args.num_images,
+        num_images=args.num_images if args.per_class is None else args.per_class * len(classes),
         classes=classes,
         guidance=args.guidance,
         schedule=args.schedule,
