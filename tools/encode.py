@@ -11,13 +11,9 @@ or a file STOP in OUT end it with status 75; what the storage shards hold that a
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import shlex
 import sys
-import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,23 +24,18 @@ from vqscale.data.config import VIEWS, ImagesConfig
 if TYPE_CHECKING:
     from vqscale.train.encode import Outcome
 
-EXPLAINED = ("RunError", "CacheError", "CheckpointError")  # by name: their modules import torch
-LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while encoding, 2 the user's input, 75 stopped on request."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(words)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    from vqscale.train import ending
+
     try:
         outcome = _encode(args, words, world)
     except BaseException as error:
-        _tell(error, rank, world)
-        status = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
-        if world > 1 and status != 2:
-            os._exit(status)  # no farewell to the others: they may wait for this rank; torchrun ends them
-        return status
+        return ending.leave(ending.tell("encode", error))
     from vqscale.train.encode import summary
     from vqscale.train.folder import EXIT_STOPPED
 
@@ -109,28 +100,6 @@ def _trained_size(path: Path, card: Mapping[str, Any]) -> int:
     if not size:
         raise ValueError(f"{path} does not say for images of which size it was trained: give --image-size")
     return int(size)
-
-
-def _tell(error: BaseException, rank: int, world: int) -> None:
-    """Print why this process ends: what all find is said once, everything unexpected with its traceback."""
-    who = f"[rank {rank} of {world}] " if world > 1 else ""
-    text = f"encode: {error}" if str(error) else f"encode: {type(error).__name__}"
-    if isinstance(error, ValueError):
-        if rank == 0:
-            print(text, file=sys.stderr)
-    elif isinstance(error, OSError) or type(error).__name__ in EXPLAINED:
-        print(who + text, file=sys.stderr)
-    elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-        print(f"{who}encode: lost another rank; its own message says why", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print(f"{who}interrupted", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    sys.stderr.flush()
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:  # torchrun prints it below its own report
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,10 +29,9 @@ from vqscale.data.views import Source, ViewBatch, lists
 from vqscale.metrics.progress import Progress
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
+from vqscale.train import ending
 from vqscale.train.folder import RunError, StopRequest, commit
 from vqscale.train.loop import timed
-
-T = TypeVar("T")
 
 
 class Encodes(Protocol):
@@ -77,12 +76,12 @@ def encode(tokenizer: Encodes, source: Source, folder: Path, mesh: Mesh, options
     (a full disk) is raised on the rank that met it.
     """
     wanted = _card(tokenizer, source, mesh, options)
-    card = _first(lambda: writing.check(folder, wanted), mesh)
+    card = ending.first(lambda: writing.check(folder, wanted), mesh)
     if card is not None:
         return Outcome("already", card, card.num_shards)
     try:
         with ExitStack() as held:
-            card, entries = _first(lambda: _begin(folder, wanted, source, held), mesh)
+            card, entries = ending.first(lambda: _begin(folder, wanted, source, held), mesh)
             return _finish(tokenizer, source, folder, card, entries, mesh, options)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -110,7 +109,7 @@ def _finish(
     mine = range(mesh.world.rank, card.num_shards, mesh.world.size)
     faults = ops.gather_objects(writing.verify(folder, card, entries, mine), mesh.world)
     every = [fault for found in faults for fault in found]
-    card = _first(lambda: writing.seal(folder, card, entries, every), mesh)
+    card = ending.first(lambda: writing.seal(folder, card, entries, every), mesh)
     return replace(outcome, state="encoded", card=card, bytes=sum(entry["bytes"] for entry in entries.values()))
 
 
@@ -224,20 +223,6 @@ def _check_broken(total: int, here: list[writing.Broken], card: Card, options: O
             "shards, or raise --max-broken; what is finished stands. Met here:"
             + "".join(f"\n  {line}" for line in lines or ["none"])
         )
-
-
-def _first(work: Callable[[], T], mesh: Mesh) -> T:
-    """What work() gives on rank 0, or raises there, on all ranks."""
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if mesh.world.rank == 0:
-        try:
-            outcome = (work(), None)
-        except (ValueError, OSError, writing.CacheError) as raised:
-            outcome = (None, raised)
-    result, error = ops.gather_objects(outcome, mesh.world)[0]
-    if error is not None:
-        raise error
-    return result
 
 
 def summary(outcome: Outcome, folder: Path, world: int) -> str:

@@ -15,10 +15,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vqscale.parallel import ops
-from vqscale.parallel.mesh import Mesh
+if TYPE_CHECKING:
+    from vqscale.parallel.mesh import Mesh
 
 T = TypeVar("T")
 EXPLAINED = ("RunError", "CacheError", "CheckpointError")  # by name: their modules are not needed for this
@@ -27,6 +27,8 @@ LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Bro
 
 def first(work: Callable[[], T], mesh: Mesh) -> T:
     """What work() gives on rank 0, or raises there, on all ranks. Collective."""
+    from vqscale.parallel import ops  # here, so that tools can say what is wrong with their words without torch
+
     outcome: tuple[Any, Exception | None] = (None, None)
     if mesh.world.rank == 0:
         try:
