@@ -206,7 +206,7 @@ def test_other_settings_are_refused_and_may_overwrite(tmp_path):
 def test_refusals_reach_all_ranks(tmp_path, ranks):
     draw(tmp_path)
     with pytest.raises(RankError, match=r"ValueError: .*holds other samples"):
-        ranks(2, _other, tmp_path, timeout_s=20.0)
+        ranks(2, _other, tmp_path)
 
 
 def _other(folder):
