@@ -13,6 +13,8 @@ import torch.distributed as dist
 from vqscale.parallel.spawn import run
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before anything imports triton, whatever the order of the files (interpreted.py)
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,15 @@
-"""Triton's kernels on a CPU: import this before any kernel. With a CUDA device nothing changes here.
+"""Triton's kernels on a CPU: import this before any kernel; conftest.py chose the interpreter before any triton.
 
 The interpreter keeps bfloat16 as raw 16-bit integers and its dot multiplies them as such; here they are made numbers.
 """
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
 
 if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
-
     from triton import language as tl
     from triton.runtime import interpreter
 
