@@ -21,8 +21,7 @@ pytest.importorskip("triton")
 
 from vqscale.codes import backend, dense, fused, fused_ops, fused_tiles, mixing
 from vqscale.codes.fused_tiles import Tile
-from vqscale.codes.mixing import BITS
-from vqscale.codes.scan import Keys
+from vqscale.codes.scan import BITS, Keys
 from vqscale.codes.unmixing import Upstream
 
 ROOT = Path(__file__).parent.parent

@@ -65,7 +65,8 @@ def test_no_pairs_at_all():
 
 
 def test_a_list_is_bounded_by_its_tokens():
-    found = (torch.zeros(pairs.PER_TOKEN, dtype=torch.int64), torch.arange(pairs.PER_TOKEN), torch.zeros(pairs.PER_TOKEN))
+    row = torch.arange(pairs.PER_TOKEN)
+    found = (torch.zeros_like(row), row, torch.zeros(pairs.PER_TOKEN))
     collector = Collector(1)
     assert collector.add(found, 0, 0)
     assert not collector.add(found, 0, pairs.PER_TOKEN)

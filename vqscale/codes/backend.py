@@ -1,6 +1,6 @@
 """The one place that decides which passes over the rows serve a tensor: plain torch in blocks, or fused GPU kernels.
 
-Nothing is computed here. Both have the same signatures, and dense.py judges both.
+Both have the same signatures, and dense.py judges both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pick(x_BD: Tensor) -> Passes:
     precision. The others are fused where products of bfloat16 are wanted: x is bfloat16, or float32 with
     torch.set_float32_matmul_precision("medium"). Elsewhere blocks in plain torch, in the precision torch is set to.
     """
-    if not (x_BD.is_cuda and HAS_TRITON and _fits(x_BD)):
+    if not _has_kernels(x_BD):
         return BLOCKS
     from vqscale.codes import fused
 
@@ -50,10 +50,16 @@ def pick(x_BD: Tensor) -> Passes:
     return Passes(fused.best, mixing.mix, mixing.column_sums, mixing.row_means, unmixing.unmix)
 
 
-def _fits(x_BD: Tensor) -> bool:
-    if x_BD.dtype not in (torch.float32, torch.bfloat16) or x_BD.shape[1] > MOST_DIM:
+def readable(rows_kD: Tensor) -> Tensor:
+    """The rows of a table as the passes take them: half precision only as the kernels read it, else a float32 copy."""
+    full = rows_kD.dtype in (torch.float32, torch.float64) or _has_kernels(rows_kD)
+    return rows_kD if full else rows_kD.float()
+
+
+def _has_kernels(x: Tensor) -> bool:
+    if not (x.is_cuda and HAS_TRITON and x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] <= MOST_DIM):
         return False
-    return _capability(x_BD.device) >= LEAST_CAPABILITY
+    return _capability(x.device) >= LEAST_CAPABILITY
 
 
 @torch.compiler.assume_constant_result

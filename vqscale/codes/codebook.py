@@ -79,17 +79,16 @@ class Codebook(Table):
             scan_mib=config.scan_mib,
         )
 
-    def keys(self) -> scan.Keys:
+    def keys(self, rows_kD: Tensor) -> scan.Keys:
         """Keys and bias of this rank's rows, with gradients to the rows; no copy for `dot`."""
         if self.similarity == "dot":
-            return scan.Keys(self.rows)
+            return scan.Keys(rows_kD)
         if self.similarity == "euclid":
-            return scan.Keys(self.rows, -0.5 * self.rows.square().sum(1))
-        return scan.Keys(F.normalize(self.rows, dim=1))
+            return scan.Keys(rows_kD, -0.5 * rows_kD.square().sum(1))
+        return scan.Keys(F.normalize(rows_kD, dim=1))
 
     def queries(self, x_ND: Tensor) -> Tensor:
-        """x in the precision of the rows, on the unit sphere for `cosine`."""
-        x_ND = x_ND.to(self.rows.dtype)
+        """x on the unit sphere for `cosine`."""
         return F.normalize(x_ND, dim=1) if self.similarity == "cosine" else x_ND
 
     @torch.no_grad()
@@ -101,17 +100,17 @@ class Codebook(Table):
         exists, and its score is not a number.
         """
         with clock.span("codes"), full_precision(x_ND):
-            x_ND = x_ND.to(self.rows.dtype) if keys is None else self.queries(x_ND)
-            form = Form(self.rows, self.similarity) if keys is None else Form(keys.keys_kD, "dot", keys.bias_k)
-            x_BD = ops.gather(x_ND, self.axis)
+            rows_kD = backend.readable(self.rows)
+            form = Form(rows_kD, self.similarity) if keys is None else Form(keys.keys_kD, "dot", keys.bias_k)
+            x_BD = ops.gather(x_ND.to(rows_kD.dtype), self.axis)
             if screen.serves(x_BD, form):
                 score_B, row_B = screen.best(x_BD, form, self.budget)
             else:
                 q_BD = self.queries(x_BD) if keys is None else x_BD
-                score_B, row_B = backend.pick(q_BD).best(q_BD, keys or self.keys(), self.budget)
+                score_B, row_B = backend.pick(q_BD).best(q_BD, keys or self.keys(rows_kD), self.budget)
             # In float64, so that two ranks' best codes are told apart as two codes of one rank are.
             ids_B, top_B = merge_best(score_B.double(), row_B, self.layout, self.axis)
-            score_N = own(top_B, self.axis).to(x_ND.dtype)
+            score_N = own(top_B, self.axis).to(rows_kD.dtype)
             return own(ids_B, self.axis), score_N.masked_fill(~x_ND.isfinite().all(1), torch.nan)
 
     def lookup(self, ids_N: Tensor) -> Tensor:
@@ -131,8 +130,9 @@ class Codebook(Table):
             plan = soft.Plan(
                 self.layout, self.axis, temperature, sharper, bias=self.similarity == "euclid", budget=self.budget
             )
-            keys_kD = F.normalize(self.rows, dim=1) if self.similarity == "cosine" else None
-            return soft.mix(self.queries(x_ND), self.rows, keys_kD, plan)
+            rows_kD = backend.readable(self.rows)
+            keys_kD = F.normalize(rows_kD, dim=1) if self.similarity == "cosine" else None
+            return soft.mix(self.queries(x_ND.to(rows_kD.dtype)), rows_kD, keys_kD, plan)
 
     @torch.no_grad()
     def replace(self, ids_P: Tensor, values_PD: Tensor) -> Tensor:
@@ -155,21 +155,14 @@ def look_up(rows_kD: Tensor, ids_N: Tensor, layout: Rows, axis: Axis) -> Tensor:
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_kD: Tensor, ids_N: Tensor, layout: Rows, axis: Axis) -> Tensor:
-        mine_B, local_B = layout.find(ops.gather(ids_N, axis))
-        ctx.save_for_backward(mine_B, local_B)
-        ctx.axis, ctx.shape = axis, rows_kD.shape
-        if layout.count == 0:
-            part_BD = rows_kD.new_zeros(len(local_B), rows_kD.shape[1])
-        else:
-            part_BD = rows_kD[local_B] * mine_B[:, None]
-        return ops.scatter_sum(part_BD, axis)
+        ids_B = ops.gather(ids_N, axis)
+        ctx.save_for_backward(ids_B)
+        ctx.layout, ctx.axis, ctx.shape = layout, axis, rows_kD.shape
+        return ops.scatter_sum(layout.take(rows_kD, ids_B), axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         with clock.span("codes"):
-            mine_B, local_B = ctx.saved_tensors
+            (ids_B,) = ctx.saved_tensors
             g_BD = ops.gather(grads[0], ctx.axis)
-            out_kD = g_BD.new_zeros(ctx.shape)
-            if len(out_kD):
-                out_kD.index_add_(0, local_B, g_BD * mine_B[:, None])
-            return out_kD, None, None, None
+            return ctx.layout.add_(g_BD.new_zeros(ctx.shape), ids_B, g_BD), None, None, None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vqscale.codes import active, simplex
 from vqscale.codes.codebook import Codebook
-from vqscale.codes.merge import full_precision
+from vqscale.codes.merge import full_precision, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.codes.simplex import Entries
 from vqscale.parallel import ops
@@ -150,7 +150,7 @@ def _improve(
     score_Bq, ids_Bq = simplex.best_in_stripes(
         ops.gather(slope.r_nD.to(low), axis), codebook, ops.gather(support.ids_Ns, axis)
     )
-    over_nq = simplex.own(score_Bq, axis) - slope.theta_n[:, None]
+    over_nq = own(score_Bq, axis) - slope.theta_n[:, None]
     bar_n1 = (TOLERANCE[low] * slope.size_n)[:, None]
     some_nq = over_nq > bar_n1
     width = int(ops.max_over(F.pad(some_nq.sum(1), (0, 1)).amax(), axis))
@@ -158,7 +158,7 @@ def _improve(
     if not width:
         return support, residual_n, torch.zeros_like(some_nq[:, 0])
     order_nm = torch.argsort((~some_nq).to(torch.uint8), dim=1, stable=True)[:, :width]
-    ids_nm = torch.where(some_nq, simplex.own(ids_Bq, axis), -1).gather(1, order_nm)
+    ids_nm = torch.where(some_nq, own(ids_Bq, axis), -1).gather(1, order_nm)
     rows_nmD = codebook.lookup(ids_nm.flatten()).unflatten(0, ids_nm.shape)
     # A score found in float32 may be better by rounding alone: the rows are here now, so look again.
     over_nm = torch.einsum("nmd,nd->nm", rows_nmD.double(), slope.r_nD) - slope.theta_n[:, None]
@@ -207,7 +207,7 @@ def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entri
         solution = solve(x_ND.detach(), codebook, lam)
         entries, place_E = _entries(solution.support, codebook.layout, codebook.axis)
         plan = _Plan(codebook.layout, codebook.axis, codebook.budget, lam)
-        z_ND = _Combine.apply(codebook.queries(x_ND), codebook.rows, solution.support, entries, place_E, plan)
+        z_ND = _Combine.apply(x_ND.to(codebook.rows.dtype), codebook.rows, solution.support, entries, place_E, plan)
         return z_ND, entries, solution
 
 
@@ -242,6 +242,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("a convex combination of codes")
         (x_ND,) = ctx.saved_tensors
         with clock.span("codes"), full_precision(x_ND):
             plan, entries, low = ctx.plan, ctx.entries, x_ND.dtype

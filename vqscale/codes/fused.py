@@ -40,8 +40,8 @@ from torch import Tensor
 
 from vqscale.codes import fused_ops as ops
 from vqscale.codes.fused_launch import wants_bfloat16
-from vqscale.codes.mixing import BITS, Mixed, Softmax
-from vqscale.codes.scan import Keys
+from vqscale.codes.mixing import Mixed, Softmax
+from vqscale.codes.scan import BITS, Keys
 from vqscale.codes.unmixing import Gradients, Upstream
 
 

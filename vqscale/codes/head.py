@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vqscale.codes import head_scan, sample
 from vqscale.codes.codebook import SCAN_MIB, Codebook
 from vqscale.codes.config import Embedding, HeadConfig, Products
-from vqscale.codes.merge import full_precision, own
+from vqscale.codes.merge import full_precision, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
@@ -263,6 +263,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        refuse_second_order("Head.loss")
         # A backward pass runs under the autocast of whoever calls it.
         with clock.span("codes"), full_precision(grads[0]):
             h_BD, rows_kD, lse_B, counts_B, mine_B, local_B = ctx.saved_tensors

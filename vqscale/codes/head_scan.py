@@ -15,7 +15,6 @@ of them: not done.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,7 @@ from torch import Tensor
 
 from vqscale.codes import scan
 from vqscale.codes.config import Products
-
-BITS = 1.0 / math.log(2.0)  # bits per nat
-LOWEST_BITS = {torch.float32: -126.0, torch.float64: -1022.0}
-CPU_BUDGET = 2**24  # bytes of the blocks of a pass that the caches of a CPU still serve; larger measured slower
+from vqscale.codes.scan import BITS, exp2_
 
 
 def product(a: Tensor, b: Tensor, products: Products, scale: float = 1.0) -> Tensor:
@@ -50,16 +46,6 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, products: Products) -> None:
         out.addmm_(a, b)
     else:
         out.add_(product(a, b, products))
-
-
-def exp2_(x: Tensor) -> Tensor:
-    """2^x in place, never below the smallest normal number: arithmetic with smaller ones is slow on many CPUs."""
-    return x.clamp_min_(LOWEST_BITS[x.dtype]).exp2_()
-
-
-def block_budget(x_BD: Tensor, budget: int) -> int:
-    """`budget`, or less on a CPU: what its caches serve."""
-    return min(budget, CPU_BUDGET) if x_BD.device.type == "cpu" else budget
 
 
 @dataclass
@@ -92,7 +78,7 @@ def gauge(x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, b
     """The log-sum-exp over this rank's rows and the logits of the targets that it owns."""
     num = len(x_BD)
     top_B, sum_B, target_B = x_BD.new_full((num,), scan.LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num)
-    budget = block_budget(x_BD, budget)
+    budget = scan.block_budget(x_BD, budget)
     for tokens, rows in scan.blocks(num, len(rows_kD), x_BD.element_size(), budget):
         l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS)
         here_b, column_b = targets.columns(tokens, rows)
@@ -134,7 +120,7 @@ def ungauge(
     drows_kD = torch.zeros_like(rows_kD) if wanted[1] else None
     gx_BD = x_BD * up.g_B[:, None] if wanted[1] else None
     lse_B = up.lse_B * BITS
-    budget = block_budget(x_BD, budget)
+    budget = scan.block_budget(x_BD, budget)
     for tokens, rows in scan.blocks(len(x_BD), len(rows_kD), x_BD.element_size(), budget):
         l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS)
         u_br = exp2_(l_br.sub_(lse_B[tokens, None]))

@@ -23,6 +23,15 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+def refuse_second_order(what: str) -> None:
+    """RuntimeError in a backward pass that shall be differentiated itself: its formulas are those of values."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} has first derivatives only, but a backward pass with create_graph=True asks for second ones: "
+            "leave create_graph out, or detach what goes through the codes from the term that needs them"
+        )
+
+
 def own(x_B: Tensor, axis: Axis) -> Tensor:
     """This rank's part of a tensor over the tokens of the code group."""
     num = len(x_B) // axis.size

@@ -1,4 +1,4 @@
-"""The softmax of tokens over this rank's rows, in one blockwise pass. Local arithmetic; codebook.py merges the ranks.
+"""The softmax of tokens over this rank's rows, in one blockwise pass. Local arithmetic; soft.py merges the ranks.
 
 Logits are in bits, l_nj = (x_n . key_j + bias_j) / (T ln 2), so that probabilities are powers of two: exp2 is three
 times as fast as exp on a CPU. Between blocks stands the state of an online softmax: the maximum, the sum, the mean row.
@@ -20,7 +20,6 @@ Where the lists would be long, the blocks are dense: the memory of a list is bou
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -28,20 +27,10 @@ from torch import Tensor
 
 from vqscale.codes import pairs, scan
 from vqscale.codes.pairs import Collector, Pairs
-from vqscale.codes.scan import LOWEST, Keys
+from vqscale.codes.scan import BITS, LOWEST, Keys, exp2_
 
-BITS = 1.0 / math.log(2.0)  # bits per nat
 SPARSE_LINES = 0.75  # a block in which a larger share of the lines has a high logit is dense at once,
 SPARSE_PAIRS = 1 / 32  # and so is one with a larger share of high logits: a pair costs about 20 dense ones
-LOWEST_BITS = {torch.float32: -126.0, torch.float64: -1022.0}
-
-
-def exp2_(x: Tensor) -> Tensor:
-    """2^x in place, never below the smallest normal number: arithmetic with smaller ones is slow on many CPUs.
-
-    A sum over K codes grows by less than K * 2^-126 (float32), far below the rounding of its largest term.
-    """
-    return x.clamp_min_(LOWEST_BITS[x.dtype]).exp2_()
 
 
 @dataclass

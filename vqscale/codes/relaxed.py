@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vqscale.codes import simplex
 from vqscale.codes.codebook import Codebook
-from vqscale.codes.merge import full_precision
+from vqscale.codes.merge import full_precision, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.codes.simplex import Entries
 from vqscale.parallel import ops
@@ -45,7 +45,7 @@ def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entri
     """C P of the tokens of this rank, with gradients to x and the rows, and the columns of P, sharded."""
     with clock.span("codes"), full_precision(x_ND):
         plan = _solve(x_ND.detach(), codebook, lam)
-        return _Combine.apply(codebook.queries(x_ND), codebook.rows, plan), plan.entries
+        return _Combine.apply(x_ND.to(codebook.rows.dtype), codebook.rows, plan), plan.entries
 
 
 @torch.no_grad()
@@ -87,6 +87,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("a convex combination of codes")
         (rows_kD,) = ctx.saved_tensors
         with clock.span("codes"), full_precision(rows_kD):
             plan, entries, low = ctx.plan, ctx.plan.entries, rows_kD.dtype

@@ -48,6 +48,21 @@ class Rows:
         mine = (ids >= self.start) & (ids < self.stop)
         return mine, torch.where(mine, ids - self.start, 0)
 
+    def take(self, rows_kD: Tensor, ids_B: Tensor) -> Tensor:
+        """The rows of ids, of those here; zeros for the others."""
+        mine_B, local_B = self.find(ids_B)
+        if not len(rows_kD):
+            return rows_kD.new_zeros(len(ids_B), rows_kD.shape[1])
+        return torch.where(mine_B[:, None], rows_kD[local_B], 0.0)
+
+    def add_(self, out_k: Tensor, ids_B: Tensor, values_B: Tensor) -> Tensor:
+        """out[row of id] += value for every id whose row is here, in place; dim 0 of `out` is this rank's rows."""
+        mine_B, local_B = self.find(ids_B)
+        if not len(out_k):
+            return out_k
+        # A value that is not a number stays with the rank of its row: it is not multiplied by zero, but left out.
+        return out_k.index_add_(0, local_B, torch.where(mine_B.view(-1, *[1] * (values_B.dim() - 1)), values_B, 0))
+
 
 def draw(layout: Rows, dim: int, init: Init, scale: float, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The first values of the rows of this layout, k x dim on the CPU: N(0, scale^2) or U(-scale, scale).

@@ -7,6 +7,7 @@ softmax over all rows and its backward pass are in mixing.py and unmixing.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 TOKEN_BLOCK = 2048
 LOWEST = -1e30  # below every logit, and finite: the state of an online softmax that has seen nothing
 BUFFERS = 4  # tensors of block size that are alive at once in the worst pass (unmixing with two temperatures)
+BITS = 1.0 / math.log(2.0)  # bits per nat
+LOWEST_BITS = {torch.float32: -126.0, torch.float64: -1022.0}
 CPU_BLOCK = 2**22  # bytes of one block that the second-level caches of a few cores hold; larger measured slower
 
 
@@ -49,6 +52,14 @@ def blocks(num_tokens: int, num_rows: int, item_bytes: int, budget: int) -> Iter
 def block_budget(x_BD: Tensor, budget: int) -> int:
     """`budget`, or less on a CPU: what its caches hold of BUFFERS blocks."""
     return min(budget, BUFFERS * CPU_BLOCK) if x_BD.device.type == "cpu" else budget
+
+
+def exp2_(x: Tensor) -> Tensor:
+    """2^x in place, never below the smallest normal number: arithmetic with smaller ones is slow on many CPUs.
+
+    A sum over K codes grows by less than K * 2^-126 (float32), far below the rounding of its largest term.
+    """
+    return x.clamp_min_(LOWEST_BITS[x.dtype]).exp2_()
 
 
 class Buffer:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vqscale.codes import scan
 from vqscale.codes.codebook import Codebook
+from vqscale.codes.merge import own
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
@@ -99,12 +100,6 @@ def describe(entries: Entries, num_tokens: int, codebook: Codebook, least: float
     columns_k = weight_E.new_zeros(layout.count).index_add_(0, entries.row_E, weight_E)
     ids_N, top_N, count_N, stored_N = (own(part_B, axis) for part_B in (ids_B, top_B, count_B, stored_B))
     return Shape(ids_N, top_N, count_N, stored_N.clamp_min(1.0), columns_k)
-
-
-def own(x_B: Tensor, axis: Axis) -> Tensor:
-    """This rank's part of a tensor over the tokens of the code group."""
-    num = len(x_B) // axis.size
-    return x_B[axis.rank * num : (axis.rank + 1) * num]
 
 
 @torch.no_grad()

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import backend
-from vqscale.codes.merge import full_precision, merge_best, merge_softmax, own
-from vqscale.codes.mixing import BITS
+from vqscale.codes.merge import full_precision, merge_best, merge_softmax, own, refuse_second_order
 from vqscale.codes.rows import Rows
-from vqscale.codes.scan import Keys
+from vqscale.codes.scan import BITS, Keys
 from vqscale.codes.unmixing import Gradients, Upstream
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
@@ -74,7 +73,7 @@ class _Mix(torch.autograd.Function):
         ids_B, score_B = merge_best(mixed.score_B, mixed.row_B, layout, axis)
         fall_B = (mixed.score_B - score_B) * mixed.scale
         log_B, _, share_B = merge_softmax(mixed.soft, fall_B, axis)
-        code_BD = _mine(rows_kD, ids_B, plan)
+        code_BD = layout.take(rows_kD, ids_B)
         # Mean rows and chosen rows go home together.
         mean_ND, code_ND = _home([mixed.sum_BD * share_B[:, None], code_BD], axis)
         own_ids_N, own_score_N, own_log_N = (
@@ -97,13 +96,16 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_order("Codebook.mix")
+        saved = ctx.saved_tensors  # once: checkpointing computes them again for whoever asks
         # A backward pass runs under the autocast of whoever calls it.
-        with clock.span("codes"), full_precision(ctx.saved_tensors[0]):
-            return _backward(ctx, *grads[2:])
+        with clock.span("codes"), full_precision(saved[0]):
+            return _backward(ctx, saved, *grads[2:])
 
 
 def _backward(
     ctx: Any,
+    saved: tuple[Any, ...],
     g_lse_N: Tensor | None,
     g_mean_ND: Tensor | None,
     g_code_ND: Tensor | None,
@@ -111,7 +113,7 @@ def _backward(
     g_columns_k: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, rows and keys. Which gradients are absent is the same on all ranks: the losses are."""
-    x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, sharp_log_B, entropy_B = ctx.saved_tensors
+    x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, sharp_log_B, entropy_B = saved
     plan, mixed, keys = ctx.plan, ctx.mixed, _keys(rows_kD, keys_kD, ctx.plan)
     shift_N = None
     if g_mean_ND is not None:
@@ -127,11 +129,9 @@ def _backward(
     out = ctx.passes.unmix(x_BD, keys, rows_kD, mixed, up, plan.temperature, plan.sharper or 1.0, plan.budget)
     dx_ND = ops.scatter_sum(out.x_BD, plan.axis)
     drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD)
-    if code_BD is not None and len(rows_kD):
-        mine_B, local_B = plan.layout.find(ids_B)
-        here_BD = code_BD if plan.axis.size == 1 else code_BD * mine_B[:, None]
+    if code_BD is not None:
         drows_kD = torch.zeros_like(rows_kD) if drows_kD is None else drows_kD
-        drows_kD.index_add_(0, local_B, here_BD)
+        plan.layout.add_(drows_kD, ids_B, code_BD)
     return dx_ND, drows_kD, dkeys_kD, None
 
 
@@ -147,14 +147,6 @@ def _rows_gradient(out: Gradients, rows_kD: Tensor, keys_kD: Tensor | None) -> t
 def _keys(rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> Keys:
     bias_k = -0.5 * rows_kD.square().sum(1) if plan.bias else None
     return Keys(rows_kD if keys_kD is None else keys_kD, bias_k)
-
-
-def _mine(rows_kD: Tensor, ids_B: Tensor, plan: Plan) -> Tensor:
-    """The rows of ids that this rank owns, zeros elsewhere."""
-    mine_B, local_B = plan.layout.find(ids_B)
-    if not len(rows_kD):
-        return rows_kD.new_zeros(len(ids_B), rows_kD.shape[1])
-    return rows_kD[local_B] if plan.axis.size == 1 else rows_kD[local_B] * mine_B[:, None]
 
 
 def _home(parts: list[Tensor], axis: Axis) -> list[Tensor]:

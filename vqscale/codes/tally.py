@@ -44,22 +44,17 @@ def silent() -> Iterator[None]:
 @torch.no_grad()
 def counts(ids_N: Tensor, layout: Rows, mesh: Mesh) -> Tensor:
     """How often each row of this rank was taken by any token of any rank: counts_k, int64."""
-    mine_B, local_B = layout.find(ops.gather(ids_N, mesh.codes))
+    ids_B = ops.gather(ids_N, mesh.codes)
     out_k = torch.zeros(layout.count, dtype=torch.int64, device=ids_N.device)
-    if layout.count:
-        out_k.index_add_(0, local_B, mine_B.to(torch.int64))
-    return ops.sum_over(out_k, mesh.data)
+    return ops.sum_over(layout.add_(out_k, ids_B, torch.ones_like(ids_B)), mesh.data)
 
 
 @torch.no_grad()
 def sums(ids_N: Tensor, x_ND: Tensor, layout: Rows, mesh: Mesh) -> Tensor:
     """The sum of the tokens, of any rank, that took each row of this rank: sums_kD, in x's precision."""
-    mine_B, local_B = layout.find(ops.gather(ids_N, mesh.codes))
-    x_BD = ops.gather(x_ND, mesh.codes)
+    ids_B, x_BD = ops.gather(ids_N, mesh.codes), ops.gather(x_ND, mesh.codes)
     out_kD = x_ND.new_zeros(layout.count, x_ND.shape[1])
-    if layout.count:
-        out_kD.index_add_(0, local_B, x_BD * mine_B[:, None])
-    return ops.sum_over(out_kD, mesh.data)
+    return ops.sum_over(layout.add_(out_kD, ids_B, x_BD), mesh.data)
 
 
 @torch.no_grad()

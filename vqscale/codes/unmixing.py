@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import scan
-from vqscale.codes.mixing import Mixed, exp2_, relative
+from vqscale.codes.mixing import Mixed, relative
 from vqscale.codes.pairs import Pairs
-from vqscale.codes.scan import Keys
+from vqscale.codes.scan import Keys, exp2_
 
 
 @dataclass
