@@ -67,7 +67,7 @@ start launch/train.py configs/quickstart/prior.yaml run.folder="$run-prior" toke
     ${second[@]+"${second[@]}"}
 
 stage "4 of 5: new pictures of every class"
-start tools/sample.py "$run-prior" "$run" "$run-samples" --per-class 8 --guidance 2.5 --temperature 0.8 --batch 20 \
+start tools/sample.py "$run-prior" "$run" "$run-samples" --per-class 8 --guidance 3 --temperature 0.8 --batch 20 \
     --overwrite
 
 stage "5 of 5: the page"

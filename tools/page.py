@@ -124,8 +124,8 @@ def _names(source: Mapping[str, Any]) -> dict[int, str]:
 def _commands(args: argparse.Namespace) -> list[str]:
     run, prior, samples = args.tokenizer, args.prior, args.samples
     return [
-        "# other samples: clearer with more guidance and less temperature, more varied the other way",
-        f"python tools/sample.py {prior} {run} {samples}-2 --per-class 8 --guidance 3 --temperature 0.8 --seed 1",
+        "# other samples: more varied with less guidance and a higher temperature, clearer the other way",
+        f"python tools/sample.py {prior} {run} {samples}-2 --per-class 8 --guidance 2 --temperature 0.9 --seed 1",
         "# train the prior for longer: the same command goes on from its last checkpoint",
         f"torchrun --nproc_per_node=2 launch/train.py {prior}/run.yaml run.steps=4000",
         "# every key of a config with its meaning; curves; what a config needs before it is started",
