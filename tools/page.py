@@ -83,6 +83,7 @@ def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
     """(settings, the first images of every class) of a folder of samples."""
     import numpy as np
 
+    from vqscale.metrics.sample_file import SampleFile
     from vqscale.train import sample_folder
 
     facts = sample_folder.read(folder)
@@ -90,8 +91,15 @@ def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
         raise ValueError(f"{folder} has no finished samples: make them with tools/sample.py, or start it again")
     classes = facts["settings"]["classes"][:MOST_CLASSES]
     with np.load(folder / sample_folder.FILE, allow_pickle=False) as file:
-        images, labels = file["arr_0"], file["arr_1"]
-    return facts["settings"], {label: list(images[labels == label][:DRAWN]) for label in classes}
+        labels = file["arr_1"].tolist()
+    found: dict[int, list[Picture]] = {label: [] for label in classes}
+    for first, images in SampleFile(folder / sample_folder.FILE).batches(64):
+        if first >= DRAWN * len(facts["settings"]["classes"]):  # classes take turns
+            break
+        for label, image in zip(labels[first:], images.permute(0, 2, 3, 1).numpy(), strict=False):
+            if label in found and len(found[label]) < DRAWN:
+                found[label].append(image)
+    return facts["settings"], found
 
 
 def _real(source: Mapping[str, Any], classes: Sequence[int]) -> dict[int, list[Picture]]:
