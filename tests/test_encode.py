@@ -302,6 +302,21 @@ def test_bad_input(place, whole, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+def test_images_are_resized_as_the_tokenizer_knew_them(place, tmp_path):
+    """The filter and the short side of its training, which its card says, unless others are asked for."""
+    card = {"image_size": SIDE, "interpolation": "bilinear", "resize": SIDE + 2}
+    Tokenizer.load(place / "tokenizer").save(tmp_path / "knows", card)
+    argv = words(place, tmp_path / "cache", "--shards", f"{place}/s-0.tar")
+    at_size = argv.index("--image-size")
+    encode([str(tmp_path / "knows"), *argv[1:at_size], *argv[at_size + 2 :]])
+    known = Cache(tmp_path / "cache").card
+    assert (known.image_size, known.short_side, known.interpolation) == (SIDE, SIDE + 2, "bilinear")
+    argv = words(place, tmp_path / "other", "--shards", f"{place}/s-0.tar", "--interpolation", "bicubic")
+    encode([str(tmp_path / "knows"), *argv[1:]])
+    other = Cache(tmp_path / "other").card
+    assert (other.image_size, other.short_side, other.interpolation) == (SIDE, SIDE, "bicubic")
+
+
 def test_two_writers_of_one_cache_are_one_too_many(place, tmp_path):
     out = tmp_path / "cache"
     out.mkdir()

@@ -145,6 +145,7 @@ def test_a_run_gives_its_newest_checkpoint(weights, tmp_path):
     assert loaded.card == {
         "origin": f"run/checkpoints/0000000007, {weights}",
         "image_size": 8,
+        "interpolation": "bicubic",
         "commit": "abc123",
         "metrics": {"steps": 7, "psnr": 20.5},
     }

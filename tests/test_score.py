@@ -215,6 +215,25 @@ def test_a_tokenizer_from_the_command_line(held_out, trained, tmp_path, capsys):
     assert "rfid" not in capsys.readouterr().out
 
 
+def test_originals_are_made_as_the_tokenizer_knew_them(held_out, tmp_path, capsys):
+    """What is not asked for is in the card: another filter would measure other images than the run did."""
+    card = {"image_size": SIDE, "interpolation": "bilinear", "resize": SIDE + 4}
+    saved = Tokenizer.from_config(config(IBQ), seed=2).save(tmp_path / "saved", card)
+    options = ["--shards", held_out.shards, "--workers", 0, "--batch", 4, "--device", "cpu", "--out", tmp_path / "out"]
+    found = {}
+    for name, more in (("card", []), ("asked", ["--interpolation", "bicubic"]), ("size", ["--image-size", SIDE + 4])):
+        assert _run(["tokenizer", saved, *options, *more]) == 0
+        found[name] = _result(tmp_path / "out")
+    crops = {name: result["data"]["crop"].partition(" with")[0] for name, result in found.items()}
+    assert crops == {
+        "card": f"short side to {SIDE + 4}, bilinear",
+        "asked": f"short side to {SIDE + 4}, bicubic",
+        "size": f"short side to {SIDE + 4}, bilinear",
+    }
+    assert [result["data"]["image_size"] for result in found.values()] == [SIDE, SIDE, SIDE + 4]
+    assert len({result["numbers"]["psnr"] for result in found.values()}) == 3
+
+
 def _on_two(argv):
     assert _run(argv) == 0
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqscale.data.config import VIEWS, ImagesConfig
+from vqscale.data.config import VIEWS, ImagesConfig, as_trained
 
 if TYPE_CHECKING:
     from vqscale.train.encode import Outcome
@@ -64,7 +64,7 @@ def _encode(args: argparse.Namespace, words: Sequence[str], world: int) -> Outco
         mesh = Mesh(world // args.codes, args.codes, device=device, timeout_s=args.timeout_s)
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
         size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
-        source = Source(_images(args, size), args.views)
+        source = Source(_images(args, size, tokenizer.card), args.views)
         command = shlex.join(["python", "tools/encode.py", *words])
         options = encode.Options(args.batch, args.max_broken, args.storage, str(args.tokenizer), command)
         outcome = encode.encode(tokenizer, source, args.out, mesh, options)
@@ -75,17 +75,18 @@ def _encode(args: argparse.Namespace, words: Sequence[str], world: int) -> Outco
     return outcome
 
 
-def _images(args: argparse.Namespace, size: int | None = None) -> ImagesConfig:
-    """The config of the images, of which only the shards count without a size; ValueError for options that do not go
-    together.
+def _images(args: argparse.Namespace, size: int | None = None, card: Mapping[str, Any] | None = None) -> ImagesConfig:
+    """The config of the images, of which only the shards count without a size; what is not asked for is as in a
+    tokenizer's card. ValueError for options that do not go together.
     """
     config = ImagesConfig(
         tuple(args.shards), num_workers=args.workers, index_dir=args.index_dir, cache_dir=args.cache_dir
     )
     problems = []
     if size is not None:
-        resize = args.resize or (int(size * 1.1) if args.views == "ten_crop" else size)
-        config = replace(config, image_size=size, resize=resize, crop="center", interpolation=args.interpolation)
+        known = as_trained(card or {}, args.image_size, args.resize, args.interpolation)
+        resize = args.resize or (int(size * 1.1) if args.views == "ten_crop" else known["resize"] or size)
+        config = replace(config, **{**known, "resize": resize}, crop="center")
         if args.views == "ten_crop" and resize == size:
             problems.append(f"--resize {resize} is the size of the images: the places of ten_crop are one; raise it")
     problems += [message for _, message in config.problems()]
@@ -109,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OUT", help="folder of the cache: new, or begun by the same command")
     add("--shards", required=True, nargs="+", help="tar shards, as in data.train.shards of a config")
     add("--image-size", type=_count, help="pixels of a side (default: what the run was trained with)")
-    add("--resize", type=_count, help="short side before the crop (default: image size; ten_crop: 1.1 of it)")
+    add("--resize", type=_count, help="short side before the crop (default: as trained; ten_crop: 1.1 of the size)")
     add("--views", choices=list(VIEWS), default="center", help="center, + mirrored, or five places, + mirrored")
-    add("--interpolation", choices=["bicubic", "bilinear"], default="bicubic", help="of the resize")
+    add("--interpolation", choices=["bicubic", "bilinear"], help="of the resize (default: as trained, or bicubic)")
     add("--weights", choices=["average", "parameters"], default="average", help="of a run (default: average)")
     add("--batch", type=_count, default=64, help="pictures (images x views) of a step and process (default: 64)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")

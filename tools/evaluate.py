@@ -15,7 +15,6 @@ Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. N
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vqscale.data.config import ImagesConfig
+from vqscale.data.config import ImagesConfig, as_trained
 
 if TYPE_CHECKING:
     from vqscale.data.images import Stream
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from vqscale.train.score import Judges
 
 WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
+FILTERS = ("bicubic", "bilinear")
+LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
 
@@ -79,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     samples.add_argument("--reference", required=True, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
     for images in (tokenizer, statistics):
         images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
-        images.add_argument("--image-size", type=int, default=256, help="pixels of a side (default: %(default)s)")
+        images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
+        images.add_argument("--interpolation", choices=FILTERS, help=f"of the resize {LEARNT}, bicubic)")
         images.add_argument("--workers", type=int, default=2, help="reading processes per rank (default: %(default)s)")
     for command in (tokenizer, statistics, samples):
         command.add_argument(
@@ -123,14 +125,17 @@ def _mesh(args: argparse.Namespace) -> Mesh:
     return Mesh(world // codes, codes, device=device)
 
 
-def _images(args: argparse.Namespace) -> ImagesConfig:
+def _images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> ImagesConfig:
+    """The shards as asked for, where nothing is asked for as in a tokenizer's card; without one they are looked for."""
     from vqscale.data import images
 
-    config = ImagesConfig(shards=args.shards, image_size=args.image_size, num_workers=args.workers)
+    known = as_trained(card or {}, args.image_size, None, args.interpolation)
+    config = ImagesConfig(args.shards, num_workers=args.workers, **known)
     problems = [message for _, message in config.problems()]
     if problems:
         raise ValueError("; ".join(problems))
-    images.prepare(config)
+    if card is None:
+        images.prepare(config)
     return config
 
 
@@ -169,7 +174,7 @@ def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
 
 
 def _tokenizer(args: argparse.Namespace) -> str:
-    config = _images(args)
+    _images(args)
     import torch
 
     from vqscale.data.images import Stream
@@ -180,9 +185,10 @@ def _tokenizer(args: argparse.Namespace) -> str:
 
     mesh = _mesh(args)
     judges = _judges(args, mesh)
-    stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
     tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
-    tokenizer.grid(torch.empty(1, 3, args.image_size, args.image_size, device="meta"))  # refuses sides
+    config = _images(args, tokenizer.card)
+    stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+    tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
     progress = _progress(stream.num_samples, args, mesh)
     found = score.score(tokenizer, stream, mesh, judges, progress)
     progress.close()
@@ -196,11 +202,11 @@ def _tokenizer(args: argparse.Namespace) -> str:
         else "through the quantizer: no id says its z",
         "psnr, ssim": "means over images, of 8-bit values; SSIM with a Gaussian window of 11 x 11, sigma 1.5",
         "usage": f"share of the {found.num_codes} codes that these images hit at least once",
-        "lpips": {"values": "clamped, not rounded", "vgg": _file(args.vgg), "heads": _file(args.heads)}
+        "lpips": {"values": "clamped, not rounded", "vgg": report.file(args.vgg), "heads": report.file(args.heads)}
         if args.vgg
         else None,
         **report.judged_by(judges.inception, PREPROCESSING),
-        "reference": _file(args.reference) if args.reference else "the originals",
+        "reference": report.file(args.reference) if args.reference else "the originals",
     }
     result = _result(found.numbers, mesh, protocol, tokenizer=of, data=_data(config, stream))
     result["notes"] = report.notes(found.numbers, judges.inception, found.broken)
@@ -210,7 +216,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
             *found.statistics,
             {**report.judged_by(judges.inception, PREPROCESSING)["inception"], **result["data"]},
         )
-    size = pictures.scale(args.image_size, args.image_size)
+    size = pictures.scale(config.image_size, config.image_size)
     shown = {
         "reconstructions below their originals": pictures.grid(found.originals, found.reconstructions, scale=size),
         "usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes),
@@ -263,25 +269,20 @@ def _samples(args: argparse.Namespace) -> str:
     protocol = {
         "definitions": "guided-diffusion's evaluator; Inception score of parts of 5000; distances in float64",
         **report.judged_by(inception, PREPROCESSING),
-        "reference": _file(args.reference),
+        "reference": report.file(args.reference),
         "reference images": 0 if reference.points_ND is None else len(reference.points_ND),
     }
-    result = _result(numbers, mesh, protocol, samples=_file(args.path))
+    result = _result(numbers, mesh, protocol, samples=report.file(args.path))
     result["notes"] = report.notes(numbers, inception, [])
     _, some = next(images.batches(16))
     picture = pictures.tiles(some, scale=pictures.scale(*some.shape[2:]))
     return report.tell(result, args.out, f"Samples {args.path}", {"samples, the first": picture})
 
 
-def _file(path: str) -> dict[str, str]:
-    with open(path, "rb") as file:
-        return {"file": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:
     crop = f"short side to {config.short_side}, {config.interpolation} with antialiasing, centre crop"
-    shards = config.shards if isinstance(config.shards, str) else list(config.shards)
-    return {"shards": shards, "image_size": config.image_size, "crop": crop, "fingerprint": stream.fingerprint}
+    data = {"shards": list(config.patterns), "image_size": config.image_size}
+    return {**data, "crop": crop, "fingerprint": stream.fingerprint}
 
 
 def _result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], **what: Any) -> dict[str, Any]:

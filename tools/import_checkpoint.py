@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
         with asked.file.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         origin = f"{asked.family}: {asked.file.name} (sha256 {digest}), {asked.weights} weights"
-        tokenizer.save(asked.out, {"origin": origin, "image_size": family.image_size})
+        images = {"image_size": family.image_size, "interpolation": family.interpolation}
+        tokenizer.save(asked.out, {"origin": origin, **images})
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

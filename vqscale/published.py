@@ -35,7 +35,8 @@ class Family:
     """One project's tokenizers. `rename` maps the beginnings of our names to theirs; `frozen` names have no average."""
 
     where: str
-    image_size: int
+    image_size: int  # and how the originals were resized
+    interpolation: str
     config: Callable[[State], dict[str, Any]]
     rename: Mapping[str, str]
     frozen: tuple[str, ...] = ()
@@ -149,12 +150,14 @@ FAMILIES = {
     "ibq": Family(
         where="TencentARC/IBQ-Tokenizer-1024, -8192, -16384 or -262144 on the Hugging Face hub",
         image_size=256,
+        interpolation="bilinear",
         config=_ibq,
         rename={"quantizer.codebook.rows": "quantize.embedding.weight"},
     ),
     "simvq": Family(
         where="zyx123/SimVQ on the Hugging Face hub",
         image_size=128,
+        interpolation="bilinear",
         config=_simvq,
         rename={"quantizer.codebook.rows": "quantize.embedding.weight", "quantizer.map.": "quantize.embedding_proj."},
         frozen=("quantize.embedding.weight",),

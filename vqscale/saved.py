@@ -219,10 +219,15 @@ def _run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
 
 def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """What the run folder says about the weights of a checkpoint; what it does not say is left out."""
-    size = (asked.get("data") or {}).get("train", {}).get("image_size")
+    data = asked.get("data") or {}
+    seen = data.get("val") or data.get("train") or {}
     kept = (asked.get("average") or {}).get("decay") != 0
     taken = weights if kept else "parameters"
-    facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}", "image_size": size}
+    facts: dict[str, Any] = {
+        "origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}",
+        "image_size": seen.get("image_size"),
+    }
+    facts |= {key: seen[key] for key in ("resize", "interpolation") if seen.get(key)}
     commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
     if tokens.is_file():  # of a prior: the tokenizer that its ids are of, by fingerprint
         facts |= json.loads(tokens.read_text())

@@ -6,9 +6,9 @@ Not here: the batch, the seed and the ranks (a run decides those), and anything 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Views = Literal["center", "flip", "ten_crop"]
 VIEWS: dict[Views, tuple[str, ...]] = {
@@ -114,6 +114,19 @@ class ImagesConfig:
                 "cache_gb",
                 f"cache_gb is {self.cache_gb}, but a cache must hold at least the shards in use: raise cache_gb",
             )
+
+
+def as_trained(
+    card: Mapping[str, Any], image_size: int | None, resize: int | None, interpolation: str | None
+) -> dict[str, Any]:
+    """These keys of ImagesConfig as asked for, or (None) as the card of a tokenizer says, or else 256 pixels,
+    bicubic. The card's resize goes with its size. A tokenizer seen through another filter gives other numbers and ids.
+    """
+    return {
+        "image_size": (card.get("image_size") or 256) if image_size is None else image_size,
+        "resize": card.get("resize") if image_size is None and resize is None else resize,
+        "interpolation": interpolation or card.get("interpolation") or "bicubic",
+    }
 
 
 @dataclass(frozen=True)

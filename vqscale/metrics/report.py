@@ -7,6 +7,7 @@ FOLDER/reconstructions.png  originals above reconstructions          FOLDER/usag
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import math
@@ -59,6 +60,12 @@ def judged_by(network: Network | None, preprocessing: str) -> dict[str, Any]:
         return {}
     how = {"preprocessing": preprocessing, "arithmetic": "float32 in torch, which is not ADM's TensorFlow graph"}
     return {"inception": {**network.facts, **how}}
+
+
+def file(path: str) -> dict[str, str]:
+    """Which file, for the protocol: its path and its sha256."""
+    with open(path, "rb") as content:
+        return {"file": path, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def notes(numbers: Mapping[str, float], network: Network | None, broken: Sequence[str] = ()) -> list[str]:
