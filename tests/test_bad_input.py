@@ -13,6 +13,11 @@ import sys
 import jobs
 import pytest
 import torch
+import yaml
+
+from vqscale import config as configuration
+from vqscale.train import folder
+from vqscale.train.config import TokenizerRun
 
 
 def _ask(*arguments, env=None):
@@ -212,3 +217,15 @@ def test_held_out_images_may_come_later(tmp_path, tiny_shards):
     jobs.finish(path, "run.steps=2")
     jobs.write_config(tmp_path, tiny_shards)
     assert "val/psnr" in jobs.rows(jobs.finish(path, "run.steps=4"))[-1]
+
+
+def test_a_key_that_is_younger_than_a_run_had_its_default(tmp_path):
+    quickstart = jobs.LAUNCH.parents[1] / "configs/quickstart/tokenizer.yaml"
+    config = configuration.load(TokenizerRun, quickstart, [f"run.folder={tmp_path}"])
+    old = configuration.to_dict(config)
+    del old["average"], old["engine"]["matmul"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(old))
+    folder.check(config)
+    other = configuration.load(TokenizerRun, quickstart, [f"run.folder={tmp_path}", "average.decay=0.9"])
+    with pytest.raises(ValueError, match=r"average.decay: 0.0 -> 0.9"):
+        folder.check(other)

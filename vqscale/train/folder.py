@@ -10,6 +10,7 @@ STOP             made by hand: the run saves and leaves at the next step
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -59,6 +60,9 @@ def check(config: Any) -> None:
             f"{old}, the config of the run in {config.run.folder}, cannot be read ({error}): put it back, or remove it "
             "if you are sure that this is the same run"
         ) from None
+    with contextlib.suppress(configuration.ConfigError):
+        # A key that came into being after the run began had its default.
+        before = configuration.to_dict(configuration.parse(type(config), before))
     lines = [
         line
         for line in configuration.differences(before, configuration.to_dict(config))
