@@ -113,7 +113,7 @@ def test_a_dense_form_over_the_limit_is_left_out(tool, capsys):
     report = {work: codes.merge([costs[work]], work, setting) for work in costs}
     assert report["step"]["dense"] == {"seconds": None, "peak_bytes": None, "sent_bytes": 0}
     assert report["search"]["dense"]["seconds"] > 0
-    report |= {"machine": codes.machine(setting), "commit": codes.commit(), "config": vars(setting)}
+    report |= tool("bench_command").ending("codes", SMALL, "cpu", 1) | {"config": vars(setting)}
     rows = [line.split() for line in codes.table(report).splitlines()]
     assert ["step", "dense", "-", "-", "-", "0.00"] in rows
 
@@ -200,7 +200,7 @@ def test_peak_bytes_of_a_known_allocation(tool):
         (["codes", "--scan-mib", "0"], "it comes from --scan-mib"),
         (["codes", "--max-dense-gib", "nan"], "the limit of the dense form is nan GiB"),
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
-        (["code"], "there is no subcommand 'code', the first argument: use codes, data, head"),
+        (["code"], "there is no subcommand 'code', the first argument: use codes, data, head, memory"),
     ],
 )
 def test_wrong_arguments(tool, capsys, words, message):
@@ -229,3 +229,34 @@ def test_on_a_gpu(tool):
     report = codes.run(forms.Setting(512, 16384, 64, entropy=True, device="cuda", repeats=2))
     assert report["step"]["ours"]["seconds"] > 0
     assert 0 < report["step"]["ours"]["peak_bytes"] < report["step"]["dense"]["peak_bytes"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
+@pytest.mark.dist
+def test_memory_grows_with_the_rows_and_the_tokens_and_not_with_their_product():
+    words = ("--codes", "4096", "65536", "--tokens", "512", "--dim", "8", "--entropy", "--scan-mib", "16")
+    done = bench("memory", *words, "--threads", "1", "--max-dense-gib", "0.1", "--json")
+    assert "dense is left out for 65536 codes: it needs about 1156.0 MiB, more than the 0.1 GiB" in done.stderr
+    few, many = json.loads(done.stdout)["memory"]
+    assert (few["rows"], many["rows"]) == (4096 * 8 * 4, 65536 * 8 * 4)
+    assert many["pairs"] == 512 * 65536 * 4
+    assert few["dense"] > 3 * few["pairs"]
+    assert many["dense"] is None
+    # 16 times the codes: the dense form would need 16 times as much, beyond 128 MiB for each of its tensors
+    assert many["without_gradient"] < many["pairs"] / 2
+    assert many["ours"] - few["ours"] < 16 * many["rows"]
+
+
+def test_a_table_of_memory(tool):
+    memory = tool("bench_memory")
+    row = {
+        "codes": 4096,
+        "rows": 2**20,
+        "ours": 3 * 2**20,
+        "without_gradient": 2 * 2**20,
+        "dense": None,
+        "pairs": 2**21,
+    }
+    config = {"tokens": 8, "dim": 64, "entropy": False, "processes": 1, "threads": 1}
+    report = {"memory": [row], "config": config} | tool("bench_command").ending("memory", [], "cpu", 1)
+    assert memory.table(report).splitlines()[-1].split() == ["4096", "1.0", "3.0", "2.0", "-", "2.0"]

@@ -3,9 +3,10 @@
     python tools/bench.py codes --tokens 1024 --codes 65536 --dim 256      search and one IBQ training step
     python tools/bench.py data  ...                                        the data stream
     python tools/bench.py head  --codes 16384 65536 262144                 loss and sampling of a prior's head
+    python tools/bench.py memory --codes 4096 65536 1048576                a training step's memory as K grows
 
-`bench.py codes --help` has the options of a subcommand. This file only dispatches: bench_codes.py, bench_data.py
-and bench_head.py are the subcommands.
+`bench.py codes --help` has the options of a subcommand. This file only dispatches: bench_codes.py, bench_data.py,
+bench_head.py and bench_memory.py are the subcommands.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-SUBCOMMANDS = {"codes": "bench_codes", "data": "bench_data", "head": "bench_head"}
+SUBCOMMANDS = {"codes": "bench_codes", "data": "bench_data", "head": "bench_head", "memory": "bench_memory"}
 
 
 def main(argv: list[str]) -> int:

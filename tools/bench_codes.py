@@ -1,29 +1,24 @@
 """`bench.py codes`: search and one IBQ training step, ours beside the dense published form and beside the floor.
 
-This file reads the arguments, starts the processes and prints; bench_forms.py is what is run, bench_measure.py how it
-is measured.
+This file reads the arguments and prints; bench_command.py is what subcommands share, bench_forms.py what is run,
+bench_measure.py how it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
+
+import bench_command
 
 if TYPE_CHECKING:
     from bench_forms import Setting
     from bench_measure import Cost
 
-TIMEOUT_S = 6 * 3600.0
 FORMS = ("ours", "released", "dense", "faiss", "bf16")  # and the floor
 WORKS = ("step", "search")
 
@@ -61,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
     out.add_argument("--work", choices=(*WORKS, "both"), default="both", help="what is measured (both)")
     out.add_argument("--entropy", action="store_true", help="with the entropy loss, temperature 0.01 as released")
-    out.add_argument("--processes", type=int, default=1, help="M, processes that share the codebook, CPU only (1)")
     out.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of tokens and rows (float32)")
-    out.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
     out.add_argument(
         "--products",
         choices=("fp32", "bf16"),
@@ -71,78 +64,32 @@ def parser() -> argparse.ArgumentParser:
         help="what ours and the floor multiply in; bf16 is for --device cuda, dense then takes tf32 (fp32)",
     )
     out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
-    out.add_argument("--threads", type=int, help="threads of each process (cores / processes)")
     out.add_argument(
         "--spread",
         type=float,
         default=1.0,
         help="standard deviation of the logits: 1 is a soft assignment; the published initialisation has 16 (1)",
     )
-    out.add_argument("--scan-mib", type=int, default=64, help="memory of our blocks, MiB per process (64)")
-    out.add_argument(
-        "--max-dense-gib",
-        type=float,
-        default=8.0,
-        help="leave out the dense form of a work for which all processes together would need more than this (8)",
-    )
-    out.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    bench_command.add_options(out)
     return out
 
 
 def problems(args: argparse.Namespace) -> Iterable[str]:
     """What is wrong with the arguments, each as the rule, where it came from and what to change."""
-    for key in ("tokens", "codes", "dim", "processes", "repeats", "threads", "scan_mib"):
-        value = getattr(args, key)
-        if value is not None and value < 1:
-            flag = "--" + key.replace("_", "-")
-            yield f"{key} is {value} and must be at least 1; it comes from {flag}: give 1 or more"
+    yield from bench_command.problems(args, "tokens", "codes", "dim", "repeats")
     if not 0 < args.spread < float("inf"):
         yield f"spread is {args.spread} and must be a positive number; it comes from --spread: give 1, or 16"
-    if not args.max_dense_gib >= 0:
-        yield (
-            f"the limit of the dense form is {args.max_dense_gib} GiB and must not be negative; it comes from "
-            "--max-dense-gib: give 0 to leave the dense form out"
-        )
     if args.products == "bf16" and not (args.device == "cuda" and args.dtype == "float32"):
         yield (
             f"products in bf16 are those of float32 numbers on a GPU, but --device is {args.device} and --dtype is "
             f"{args.dtype}; it comes from --products: give --products fp32, or --device cuda --dtype float32"
         )
-    if args.device == "cuda" and args.processes > 1:
-        yield (
-            f"{args.processes} processes need a device each and are started on a CPU only, but --device is cuda: "
-            "use --processes 1 or --device cpu"
-        )
-
-
-def no_device(device: str) -> str | None:
-    """The message when the device that was asked for is not there."""
-    if device != "cuda":
-        return None
-    import torch
-
-    if torch.cuda.is_available():
-        return None
-    build = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-    return f"cuda needs a CUDA device, but {build}; it comes from --device: use --device cpu, or a machine with a GPU"
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv: list[str]) -> int:
-    out = parser()
-    args = out.parse_args(argv)
-    if missing := no_device(args.device):
-        out.error(missing)
-    if wrong := list(problems(args)):
-        out.error("\n".join(wrong))
+    args = bench_command.parse(parser(), argv, problems)
     setting = settle(args)
-    report = run(setting)
-    report["machine"] = machine(setting)
-    report["commit"] = commit()
-    report["command"] = shlex.join(["python", "tools/bench.py", "codes", *argv])
+    report = run(setting) | bench_command.ending("codes", argv, setting.device, setting.threads)
     report["config"] = {**asdict(setting), "max_dense_gib": args.max_dense_gib}
     print(json.dumps(report) if args.json else table(report))
     return 0
@@ -162,7 +109,7 @@ def settle(args: argparse.Namespace) -> Setting:
         dtype=args.dtype,
         device=args.device,
         repeats=args.repeats,
-        threads=args.threads or max(1, cores() // args.processes),
+        threads=bench_command.threads(args),
         scan_mib=args.scan_mib,
         spread=args.spread,
         products=args.products,
@@ -189,28 +136,18 @@ def run(setting: Setting) -> dict[str, Any]:
     """Measure on all processes and merge: {"step": {"ours", "dense", "floor", ...}, "search": the same}."""
     from bench_measure import measure
 
-    if setting.device == "cuda":
-        ranks = [measure(setting)]
-    else:
-        from vqscale.parallel import spawn
-
-        ranks = spawn.run(measure, setting.processes, setting, timeout_s=TIMEOUT_S)
+    ranks = bench_command.everywhere(measure, setting)
     return {work: merge([rank[work] for rank in ranks], work, setting) for work in setting.works}
 
 
 def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str, dict[str, Any]]:
-    """The costs of all processes as one: a repeat lasts as long as its slowest process."""
+    """The costs of all processes as one."""
     from bench_forms import PRODUCTS, dense_bytes
 
     out: dict[str, dict[str, Any]] = {"dense": {"seconds": None, "peak_bytes": None}}
     for name in ranks[0]:
         costs = [rank[name] for rank in ranks]
-        peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
-        out[name] = {
-            "seconds": median(max(repeat) for repeat in zip(*(cost.seconds for cost in costs), strict=True)),
-            "peak_bytes": max(peaks, default=None),
-            "sent_bytes": max(cost.sent_bytes for cost in costs),
-        }
+        out[name] = bench_command.joined(costs)
         if costs[0].same_ids is not None:
             out[name]["same_ids"] = sum(cost.same_ids or 0.0 for cost in costs) / len(costs)
     for name in ("released", "dense"):
@@ -220,45 +157,16 @@ def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str
     return {**{name: out[name] for name in FORMS if name in out}, "floor": floor}
 
 
-def machine(setting: Setting) -> dict[str, Any]:
-    import torch
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    out = {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": cores(),
-        "threads": setting.threads,
-        "torch": torch.__version__,
-    }
-    return {**out, "gpu": torch.cuda.get_device_name()} if setting.device == "cuda" else out
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with +changes if tracked files differ from it; None outside a repository."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def table(report: dict[str, Any]) -> str:
     from bench_forms import PRODUCTS
 
-    config, host = report["config"], report["machine"]
+    config = report["config"]
     lines = [
         f"{config['tokens']} tokens per process, {config['codes']} codes x {config['dim']}, {config['dtype']}, "
         f"products {config['products']}, "
         f"{'with' if config['entropy'] else 'without'} entropy, spread {config['spread']:g}; "
-        f"{config['processes']} x {host['threads']} threads",
-        f"{host.get('gpu') or host['cpu']}, {host['cores']} cores, torch {host['torch']}, commit {report['commit']}",
+        f"{config['processes']} x {config['threads']} threads",
+        bench_command.place(report),
         "",
         f"{'':18}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
     ]

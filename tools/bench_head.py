@@ -1,21 +1,19 @@
 """`bench.py head`: loss and sampling of a prior's head, ours beside what torch and others have, and beside the floor.
 
-This file reads the arguments, starts the processes and prints; bench_head_forms.py is what is run, bench_measure.py how
-it is measured.
+This file reads the arguments and prints; bench_command.py is what subcommands share, bench_head_forms.py what is run,
+bench_measure.py how it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from bench_codes import TIMEOUT_S, commit, cores, machine, no_device
+import bench_command
 
 if TYPE_CHECKING:
     from bench_head_forms import Setting
@@ -50,56 +48,27 @@ def parser() -> argparse.ArgumentParser:
         "--codes", type=int, nargs="+", default=[2**14, 2**16, 2**18], help="K, one or more (16384 65536 262144)"
     )
     out.add_argument("--dim", type=int, default=256, help="D, width of the model (256)")
-    out.add_argument("--processes", type=int, default=1, help="M, processes that share the rows, CPU only (1)")
-    out.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
     out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
-    out.add_argument("--threads", type=int, help="threads of each process (cores / processes)")
-    out.add_argument("--scan-mib", type=int, default=64, help="memory of our blocks, MiB per process (64)")
-    out.add_argument(
-        "--max-dense-gib",
-        type=float,
-        default=8.0,
-        help="leave out the forms that may hold all logits where they would need more than this (8)",
-    )
-    out.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    bench_command.add_options(out)
     return out
 
 
 def problems(args: argparse.Namespace) -> Iterable[str]:
     """What is wrong with the arguments, each as the rule, where it came from and what to change."""
-    for key in ("tokens", "drawn", "codes", "dim", "processes", "repeats", "threads", "scan_mib"):
-        values = getattr(args, key)
-        flag = "--" + key.replace("_", "-")
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and value < 1:
-                yield f"{key} is {value} and must be at least 1; it comes from {flag}: give 1 or more"
+    yield from bench_command.problems(args, "tokens", "drawn", "codes", "dim", "repeats")
     if args.drawn > args.tokens:
         yield f"{args.drawn} tokens are drawn of {args.tokens}; it comes from --drawn: give at most --tokens"
-    if args.device == "cuda" and args.processes > 1:
-        yield (
-            f"{args.processes} processes need a device each and are started on a CPU only, but --device is cuda: "
-            "use --processes 1 or --device cpu"
-        )
 
 
 def main(argv: list[str]) -> int:
-    out = parser()
-    args = out.parse_args(argv)
-    if missing := no_device(args.device):
-        out.error(missing)
-    if wrong := list(problems(args)):
-        out.error("\n".join(wrong))
-    from bench_forms import Setting as Machine  # what `machine` is asked with
-
+    args = bench_command.parse(parser(), argv, problems)
     settings, left_out = settle(args)
     for note in left_out:
         print(f"bench.py head: {note}", file=sys.stderr)
     report = {
         "head": {str(setting.codes): run(setting) for setting in settings},
         "left_out": left_out,
-        "machine": machine(Machine(args.tokens, 1, args.dim, device=args.device, threads=settings[0].threads)),
-        "commit": commit(),
-        "command": shlex.join(["python", "tools/bench.py", "head", *argv]),
+        **bench_command.ending("head", argv, args.device, settings[0].threads),
         "config": {**asdict(settings[0]), "codes": args.codes, "max_dense_gib": args.max_dense_gib},
     }
     print(json.dumps(report) if args.json else table(report))
@@ -122,7 +91,7 @@ def settle(args: argparse.Namespace) -> tuple[list[Setting], list[str]]:
             processes=args.processes,
             device=args.device,
             repeats=args.repeats,
-            threads=args.threads or max(1, cores() // args.processes),
+            threads=bench_command.threads(args),
             scan_mib=args.scan_mib,
         )
         big: set[str] = set()
@@ -141,40 +110,30 @@ def run(setting: Setting) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure on all processes and merge: {"loss": {form: costs}, "sample": {form: costs}}."""
     from bench_head_forms import measure
 
-    if setting.device == "cuda":
-        ranks = [measure(setting)]
-    else:
-        from vqscale.parallel import spawn
-
-        ranks = spawn.run(measure, setting.processes, setting, timeout_s=TIMEOUT_S)
+    ranks = bench_command.everywhere(measure, setting)
     return {work: merge([rank[work] for rank in ranks], work, setting) for work in ("loss", "sample")}
 
 
 def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str, dict[str, Any]]:
-    """The costs of all processes as one: a repeat lasts as long as its slowest process."""
+    """The costs of all processes as one."""
     from bench_head_forms import dense_bytes
 
     out: dict[str, dict[str, Any]] = {}
     for name in ranks[0]:
-        costs = [rank[name] for rank in ranks]
-        peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
-        replica = work == "loss" and name in ("dense", "torch", "cce")
-        out[name] = {
-            "seconds": median(max(repeat) for repeat in zip(*(cost.seconds for cost in costs), strict=True)),
-            "peak_bytes": max(peaks, default=None),
-            "sent_bytes": dense_bytes(setting) if replica else max(cost.sent_bytes for cost in costs),
-        }
+        out[name] = bench_command.joined([rank[name] for rank in ranks])
+        if work == "loss" and name in ("dense", "torch", "cce"):
+            out[name]["sent_bytes"] = dense_bytes(setting)
     return out
 
 
 def table(report: dict[str, Any]) -> str:
     from bench_head_forms import PRODUCTS
 
-    config, host = report["config"], report["machine"]
+    config = report["config"]
     lines = [
         f"{config['tokens']} tokens per process, dim {config['dim']}, {config['drawn']} drawn; "
-        f"{config['processes']} x {host['threads']} threads",
-        f"{host.get('gpu') or host['cpu']}, {host['cores']} cores, torch {host['torch']}, commit {report['commit']}",
+        f"{config['processes']} x {config['threads']} threads",
+        bench_command.place(report),
         "",
         f"{'codes':>8} {'':14}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
     ]

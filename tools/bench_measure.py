@@ -54,6 +54,15 @@ def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
     return costs
 
 
+def peaks(setting: Setting) -> dict[str, int | None]:
+    """{form: peak bytes} of one training step of ours and of the dense form if it is in the setting. No time."""
+    torch.set_num_threads(setting.threads)
+    mesh = Mesh(codes=setting.processes, device=setting.device)
+    _load_code(setting, mesh)
+    forms = build(setting, mesh)["step"]
+    return {name: alone(forms[name], mesh).peak_bytes for name in ("ours", "dense") if name in forms}
+
+
 def _load_code(setting: Setting, mesh: Mesh) -> None:
     """Run every form on a few tokens: libraries load, threads start, and neither is taken for the memory of a form."""
     small = replace(setting, tokens=8, codes=64, dim=8, dense=setting.works)
