@@ -14,6 +14,7 @@ from whole import CODES, mine, normal, put
 from vqscale.codes import convex, dense, relaxed, scan
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.head import Head
+from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
 TOKENS = 24
@@ -102,6 +103,34 @@ def test_rows_in_half_precision_are_multiplied_in_float32(kind, similarity):
         assert torch.equal(got, expected)
     assert half.rows.grad.dtype == kind
     assert torch.equal(half.rows.grad, full.rows.grad.to(kind))
+
+
+def _sent(codes):
+    """Bytes of a forward and of a backward pass, without and with entropies, for two sizes of the codebook."""
+    out = []
+    for num_codes in (50, 900):
+        codebook = Codebook(num_codes, 6, mesh=Mesh(1, codes))
+        for entropy_temperature in (None, 0.1):
+            x = torch.randn(TOKENS, 6, requires_grad=True)
+            with ops.count_bytes() as forward:
+                mixed = codebook.mix(x, 1.0, entropy_temperature)
+            total = mixed.mean_ND.sum() + mixed.code_ND.sum()
+            if mixed.entropy_N is not None:
+                total = total + mixed.entropy_N.sum() + mixed.columns_k.square().sum()
+            with ops.count_bytes() as backward:
+                total.backward()
+            out.append((forward["codes"], backward["codes"]))
+    return out
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("codes", [2, 4])
+def test_bytes_are_those_of_the_docstring_and_do_not_know_K(ranks, codes):
+    each = TOKENS * (codes - 1)
+    plain = (each * (4 * 6 + 24 + 16 + 8 * 6), each * (8 * 6 + 4 + 4 * 6))
+    sharp = (plain[0] + each * 16, plain[1] + each * (4 + 8))
+    for result in ranks(codes, _sent, codes):
+        assert result == [plain, sharp] * 2
 
 
 def _no_tokens(codes):

@@ -70,7 +70,6 @@ def test_a_list_is_bounded_by_its_tokens():
     collector = Collector(1)
     assert collector.add(found, 0, 0)
     assert not collector.add(found, 0, pairs.PER_TOKEN)
-    assert collector.full
     assert len(collector.close(torch.zeros(1))) == pairs.PER_TOKEN
 
 

@@ -7,13 +7,16 @@ nothing is sent.
 
     nearest   gather x                      merge best score, lowest id            ids, scores        no gradient
     lookup    gather ids                    reduce-scatter rows                    z                  to the rows
-    mix       gather x                      merge softmax, reduce-scatter means    ids, mean rows,    to x and the rows
+    mix       gather x                      merge best score, id and softmax;      ids, mean rows,    to x and the rows
+                                            reduce-scatter mean and chosen rows    rows of ids,
                                                                                    entropies, ...
 
 Logits are (x . key + bias) / T with keys and bias made from the rows: `dot` (c, 0), `euclid` (c, -|c|^2 / 2: the arg
 max is the nearest code), `cosine` (c / |c|, and x / |x|). The similarity decides the logits; the value of a code is
 always its row.
-Arithmetic is float32 (or float64 if x and rows are) whatever the autocast.
+Arithmetic is float32 (or float64 if the rows are) whatever the autocast. `nearest` is exact where a screening search or
+the kernels serve, `mix` takes the best of its own products: where two codes are within the rounding of a float32
+product their ids may differ, as those of two machines may.
 """
 
 from __future__ import annotations
@@ -123,7 +126,8 @@ class Codebook(Table):
 
         With an `entropy_temperature`, also the entropy of each token and the column sums of the softmax at that
         temperature. Gradients go to x and, through the logits, to the rows; as values of the mean the rows are
-        detached. `code_ND`, the rows of the best ids, has its gradient to the rows as `lookup` has.
+        detached. `code_ND`, the rows of the best ids, has its gradient to the rows as `lookup` has. There are first
+        derivatives only. Bytes sent and memory kept: soft.py; products: mixing.py, or fused.py where that serves.
         """
         with clock.span("codes"), full_precision(x_ND):
             sharper = None if entropy_temperature is None else temperature / entropy_temperature

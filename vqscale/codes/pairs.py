@@ -114,10 +114,9 @@ def _bags(index_P: Tensor, table: Tensor, starts: Tensor, weight_P: Tensor) -> T
 
 @dataclass
 class Collector:
-    """Pairs while they are found, block after block; `full` once there are more than PER_TOKEN per token."""
+    """Pairs while they are found, block after block; at most PER_TOKEN per token on average."""
 
     num_tokens: int
-    full: bool = False
     count: int = 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
@@ -125,7 +124,6 @@ class Collector:
         """Keep the pairs of a block, numbered in the block; False, and nothing is kept, where there is no room."""
         token_P, row_P, score_P = found
         if self.count + len(token_P) > PER_TOKEN * self.num_tokens:
-            self.full = True
             return False
         self.count += len(token_P)
         self.parts.append((token_P + first_token, row_P + first_row, score_P))

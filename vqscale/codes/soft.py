@@ -5,9 +5,12 @@ give everybody the results of its own tokens. Kept for the backward pass are the
 token, and the lists of pairs, whose length is bounded by the tokens; logits are computed again (unmixing.py). The
 gradient of the chosen rows and that through the logits are added up in one tensor of the size of the rows.
 
-Bytes that a rank sends per token of its own on a code axis of M ranks, in float32: forward M-1 of (x: 4 D; best, id,
-softmax state: about 40; the mean row and the chosen row back: 8 D), backward M-1 of (their gradients: 8 D; gradient of
-x back: 4 D; a few numbers). K is not in it.
+Bytes that a rank sends per token of its own on a code axis of M ranks, in float32, M - 1 times each:
+
+    forward    x 4 D; best score and id 24, softmax state 16, another 16 with entropies; mean and chosen row back 8 D
+    backward   their gradients 8 D and a shift 4; with entropies their gradient 4, mean of the columns' 8; of x back 4 D
+
+K is not in it. train/traffic.py lists the collectives of a whole step, and a test holds them to the bytes counted.
 """
 
 from __future__ import annotations
