@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqscale import config as configuration
 from vqscale import losses, quantizers
 from vqscale.nets.config import ConvConfig
 from vqscale.quantizers.base import Quantized, Quantizer
+from vqscale.quantizers.config import IBQConfig
 from vqscale.tokenizer import Tokenizer
+from vqscale.tokenizer_config import TokenizerConfig
 
 NET = ConvConfig(
     channels=8, multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,), z_channels=6, num_groups=4, dropout=0.3
@@ -190,3 +193,42 @@ def test_reconstruction_losses():
         losses.reconstruction(x, y, "huber")
     with pytest.raises(ValueError, match="same shape"):
         losses.reconstruction(x, y[0], "l1")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.tensor([[[0, 11]]]), torch.tensor([[[-1, 3]]]), torch.zeros(1, 2, 2), torch.zeros(4, dtype=torch.int64)],
+    ids=["of another", "empty place", "floats", "flat"],
+)
+def test_ids_of_no_code_are_refused(tokenizer, ids):
+    with pytest.raises(ValueError, match=r"whole numbers from 0 to 10, \(B, h, w\) of them.*encoded them"):
+        tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, 3), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)],
+    ids=["one image", "channels last", "bytes"],
+)
+def test_what_is_no_batch_of_images_is_refused(tokenizer, wrong):
+    for call in (tokenizer.encode, tokenizer):
+        with pytest.raises(ValueError, match=r"floats in \[-1, 1\] of shape \(B, 3, H, W\).*v / 127.5 - 1"):
+            call(wrong)
+
+
+def _decode_elsewhere(axis_size):
+    from vqscale.parallel.mesh import Mesh
+
+    mesh = Mesh(1, axis_size)
+    config = TokenizerConfig(net=NET, quantizer=configuration.parse(IBQConfig, {"num_codes": 5, "dim": 3}))
+    tokenizer = Tokenizer.from_config(config, mesh).eval()
+    ids = torch.full((1, 2, 2), 5 if mesh.codes.rank else 4)
+    with pytest.raises(ValueError, match="from 0 to 4"):
+        tokenizer.decode(ids)
+    return True
+
+
+@pytest.mark.dist
+def test_ids_of_no_code_are_refused_on_all_ranks(ranks):
+    """One rank that left alone would leave the other waiting for its part of the lookup."""
+    assert ranks(2, _decode_elsewhere, 2) == [True, True]

@@ -1,8 +1,8 @@
 """Tokenizer: encoder, quantizer and decoder as one module; images to ids and back.
 
 The order of tokens is defined here, and where float32 begins and ends. Not here: losses on images (vqscale.losses), the
-search among codes (the quantizer's), and ranks: every rank passes its own images, and only the quantizer may talk to
-the others.
+search among codes (the quantizer's), and ranks: every rank passes its own images, and only the quantizer talks to the
+others, but for the refusal of ids.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vqscale import export, nets, quantizers, saved
 from vqscale.nets.config import NetConfig
+from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.tokenizer_config import TokenizerConfig
@@ -134,7 +135,13 @@ class Tokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(z_BDhw)).to(self.dtype)
 
     def grid(self, images: Tensor) -> tuple[int, int, int]:
-        """(B, h, w): images, rows and columns of tokens. ValueError where the stride does not divide the sides."""
+        """(B, h, w): images, rows and columns of tokens. ValueError for what are no images, or have other sides."""
+        if images.ndim != 4 or images.shape[1] != self.net.in_channels or not images.is_floating_point():
+            raise ValueError(
+                f"images are floats in [-1, 1] of shape (B, {self.net.in_channels}, H, W), and these are "
+                f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}: bring them into that form (8-bit "
+                "values v become v / 127.5 - 1)"
+            )
         batch, _, height, width = images.shape
         stride = self.net.stride
         if height % stride or width % stride:
@@ -156,12 +163,31 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids (B, h, w) -> images (B, 3, H, W), not clamped, without gradients and dropout in any training mode."""
+        """Ids (B, h, w) -> images (B, 3, H, W), not clamped, without gradients and dropout in any training mode.
+
+        ValueError for ids that are none of this tokenizer's, on all ranks of a split codebook if one has such.
+        """
+        self._check_ids(ids)
         with _evaluating(self):
             batch, height, width = ids.shape[:3]
             with _no_autocast(ids):
                 z_ND = self.quantizer.decode(ids.flatten(0, 2))
             return self.reconstruct(z_ND, (batch, height, width))
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""
+        count = self.quantizer.num_codes
+        whole = not (ids.is_floating_point() or ids.is_complex()) and ids.ndim > 2
+        outside = ((ids < 0) | (ids >= count)).sum() if whole else torch.tensor(1, device=ids.device)
+        if self.mesh is not None:
+            outside = ops.max_over(outside, self.mesh.codes)
+        if outside.item():
+            span = f" with values {ids.min()} to {ids.max()}" if ids.numel() else ""
+            raise ValueError(
+                f"ids of this tokenizer are whole numbers from 0 to {count - 1}, (B, h, w) of them, and on one rank or "
+                f"more they are others (here {str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}{span}): "
+                "decode with the tokenizer that encoded them"
+            )
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
