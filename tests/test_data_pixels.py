@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from vqscale.data.config import ImagesConfig
 from vqscale.data.pixels import _some_box, augment, decode, normalise, resize_short
@@ -172,8 +174,7 @@ def test_the_short_side_is_resized_with_antialiasing(interpolation: Any, short: 
     pixels = smooth.swapaxes(0, 1) if upright else smooth
     image = Image.fromarray(np.ascontiguousarray(pixels))
     config = ImagesConfig("x", image_size=short, interpolation=interpolation)
-    filter_ = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
-    found = np.asarray(resize_short(image, short, filter_))
+    found = np.asarray(resize_short(image, short, interpolation))
     long = 17 * short // 12
     expected = slow_resize(pixels, *((short, long) if upright else (long, short)), cubic=interpolation == "bicubic")
     assert found.shape == expected.shape
@@ -181,6 +182,22 @@ def test_the_short_side_is_resized_with_antialiasing(interpolation: Any, short: 
     middle = (long - short) // 2
     centre = found[middle : middle + short] if upright else found[:, middle : middle + short]
     assert np.array_equal(augment(image, config, None), centre)
+
+
+@pytest.mark.parametrize(("height", "width"), [(41, 67), (67, 41), (9, 30), (16, 17)])
+def test_sampled_looks_at_two_pixels_a_side(height: int, width: int) -> None:
+    """As OpenCV and torch without antialiasing, larger and smaller, whole and as the square of a random crop."""
+    pixels = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    config = ImagesConfig("x", image_size=16, interpolation="sampled")
+    found = np.asarray(resize_short(Image.fromarray(pixels), 16, "sampled"))
+    whole = F.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None].double(), found.shape[:2], mode="bilinear")[0]
+    expected = whole.permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).max() <= 0.5 + 1e-3, "values are rounded to the nearest"
+    assert min(found.shape[:2]) == 16
+    for seed in range(5):
+        square = augment(Image.fromarray(pixels), config, seed).astype(int)
+        places = [(y, x) for y in range(found.shape[0] - 15) for x in range(found.shape[1] - 15)]
+        assert min(np.abs(found[y : y + 16, x : x + 16] - square).max() for y, x in places) <= 1
 
 
 def numbered(height: int, width: int) -> Image.Image:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqscale.data.config import VIEWS, ImagesConfig, as_trained
+from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, as_trained
 
 if TYPE_CHECKING:
     from vqscale.train.encode import Outcome
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=_count, help="pixels of a side (default: what the run was trained with)")
     add("--resize", type=_count, help="short side before the crop (default: as trained; ten_crop: 1.1 of the size)")
     add("--views", choices=list(VIEWS), default="center", help="center, + mirrored, or five places, + mirrored")
-    add("--interpolation", choices=["bicubic", "bilinear"], help="of the resize (default: as trained, or bicubic)")
+    add("--interpolation", choices=INTERPOLATIONS, help="of the resize (default: as trained, or bicubic)")
     add("--weights", choices=["average", "parameters"], default="average", help="of a run (default: average)")
     add("--batch", type=_count, default=64, help="pictures (images x views) of a step and process (default: 64)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")

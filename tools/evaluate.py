@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vqscale.data.config import ImagesConfig, as_trained
+from vqscale.data.config import INTERPOLATIONS, ImagesConfig, as_trained
 
 if TYPE_CHECKING:
     from vqscale.data.images import Stream
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from vqscale.train.score import Judges
 
 WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
-FILTERS = ("bicubic", "bilinear")
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
@@ -81,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     for images in (tokenizer, statistics):
         images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
         images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
-        images.add_argument("--interpolation", choices=FILTERS, help=f"of the resize {LEARNT}, bicubic)")
+        images.add_argument("--interpolation", choices=INTERPOLATIONS, help=f"of the resize {LEARNT}, bicubic)")
         images.add_argument("--workers", type=int, default=2, help="reading processes per rank (default: %(default)s)")
     for command in (tokenizer, statistics, samples):
         command.add_argument(
@@ -280,7 +279,8 @@ def _samples(args: argparse.Namespace) -> str:
 
 
 def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:
-    crop = f"short side to {config.short_side}, {config.interpolation} with antialiasing, centre crop"
+    how = "without" if config.interpolation == "sampled" else "with"
+    crop = f"short side to {config.short_side}, {config.interpolation} {how} antialiasing, centre crop"
     data = {"shards": list(config.patterns), "image_size": config.image_size}
     return {**data, "crop": crop, "fingerprint": stream.fingerprint}
 

@@ -150,7 +150,7 @@ FAMILIES = {
     "ibq": Family(
         where="TencentARC/IBQ-Tokenizer-1024, -8192, -16384 or -262144 on the Hugging Face hub",
         image_size=256,
-        interpolation="bilinear",
+        interpolation="sampled",
         config=_ibq,
         rename={"quantizer.codebook.rows": "quantize.embedding.weight"},
     ),

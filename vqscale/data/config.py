@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Interpolation = Literal["bicubic", "bilinear", "sampled"]
+INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear", "sampled")
 Views = Literal["center", "flip", "ten_crop"]
 VIEWS: dict[Views, tuple[str, ...]] = {
     "center": ("center",),
@@ -61,8 +63,8 @@ class ImagesConfig:
     "smallest share of the image's area that crop: resized takes"
     flip: bool = False
     "mirror half of the training images; false is the published augmentation"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    "filter of the resize, with antialiasing"
+    interpolation: Interpolation = "bicubic"
+    "of the resize: a filter, with antialiasing; sampled = bilinear between the nearest pixels, without (OpenCV's)"
     window_shards: int = 32
     "shards whose samples are shuffled together: more mixes better, fewer reads closer together; 0 = all shards"
     num_workers: int = 2

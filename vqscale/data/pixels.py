@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from vqscale.data.config import ImagesConfig, Views
+from vqscale.data.config import ImagesConfig, Interpolation, Views
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Box = tuple[float, float, float, float]
+Places = NDArray[np.intp]
 _LEVELS = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
 
 
@@ -50,16 +52,16 @@ def decode(data: bytes) -> Image.Image:
 
 def augment(image: Image.Image, config: ImagesConfig, seed: int | None) -> NDArray[np.uint8]:
     """uint8 (S, S, 3), S = image_size: a pure function of its arguments. Seed None is evaluation: centre, no flip."""
-    size, filter_ = config.image_size, _FILTERS[config.interpolation]
+    size, how = config.image_size, config.interpolation
     draw = random.Random(seed)  # random() of one seed is the same in every version of Python
     if seed is None or config.crop == "center":
-        image = resize_short(image, config.short_side, filter_)
+        image = resize_short(image, config.short_side, how)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     elif config.crop == "random":
-        image = _random_crop(image, config.short_side, size, filter_, draw)
+        image = _random_crop(image, config.short_side, size, how, draw)
     else:
-        image = image.resize((size, size), filter_, box=_some_box(image.size, config.min_area, draw))
+        image = _resize(image, (size, size), how, _some_box(image.size, config.min_area, draw))
     if seed is not None and config.flip and draw.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
@@ -72,7 +74,7 @@ def views(image: Image.Image, config: ImagesConfig, kind: Views) -> NDArray[np.u
     `ten_crop` is LlamaGen's (extract_codes_c2i.py): the corners are those of the largest centred square.
     """
     size, short = config.image_size, config.short_side
-    image = resize_short(image, short, _FILTERS[config.interpolation])
+    image = resize_short(image, short, config.interpolation)
     places = [((image.width - size) // 2, (image.height - size) // 2)]
     if kind == "ten_crop":
         left, top, far = (image.width - short) // 2, (image.height - short) // 2, short - size
@@ -88,9 +90,7 @@ def normalise(picture: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     np.take(_LEVELS, picture.transpose(2, 0, 1), out=out, mode="clip")
 
 
-def _random_crop(
-    image: Image.Image, short: int, size: int, filter_: Image.Resampling, draw: random.Random
-) -> Image.Image:
+def _random_crop(image: Image.Image, short: int, size: int, how: Interpolation, draw: random.Random) -> Image.Image:
     """A square at a random place of the image with its short side at `short`. Only the square is resized: a third
     faster, and the same as cutting it out of the whole but for rounding (1 level in 1 of 5000 values).
     """
@@ -100,7 +100,7 @@ def _random_crop(
         return image.crop((left, top, left + size, top + size))
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    return image.resize((size, size), filter_, box=box)
+    return _resize(image, (size, size), how, box)
 
 
 def _resized(size: tuple[int, int], short: int) -> tuple[int, int]:
@@ -111,10 +111,30 @@ def _resized(size: tuple[int, int], short: int) -> tuple[int, int]:
     return max(short, short * width // height), short
 
 
-def resize_short(image: Image.Image, short: int, filter_: Image.Resampling) -> Image.Image:
+def resize_short(image: Image.Image, short: int, how: Interpolation) -> Image.Image:
     """The whole image with its short side at `short` pixels."""
     size = _resized(image.size, short)
-    return image if size == image.size else image.resize(size, filter_)
+    return image if size == image.size else _resize(image, size, how, (0, 0, *image.size))
+
+
+def _resize(image: Image.Image, size: tuple[int, int], how: Interpolation, box: Box) -> Image.Image:
+    """The box (left, top, right, bottom) of an image at another size."""
+    if how != "sampled":
+        return image.resize(size, _FILTERS[how], box=box)
+    x, y = (_between(box[i], box[i + 2], size[i], image.size[i]) for i in (0, 1))
+    pixels = np.asarray(image)[y[0].min() : y[1].max() + 1].astype(np.float32)
+    top = y[0].min()
+    across = pixels[:, x[0]] + (pixels[:, x[1]] - pixels[:, x[0]]) * x[2][:, None]
+    down = across[y[0] - top] + (across[y[1] - top] - across[y[0] - top]) * y[2][:, None, None]
+    return Image.fromarray(np.rint(down).astype(np.uint8))
+
+
+def _between(low: float, high: float, count: int, size: int) -> tuple[Places, Places, NDArray[np.float32]]:
+    """For `count` pixels over [low, high) of a side of `size`: the two pixels about each centre, the second's share."""
+    places = low + (np.arange(count) + 0.5) * ((high - low) / count) - 0.5
+    places = places.clip(0, size - 1)
+    before = places.astype(np.intp)
+    return before, np.minimum(before + 1, size - 1), (places - before).astype(np.float32)
 
 
 def _some_box(size: tuple[int, int], min_area: float, draw: random.Random) -> tuple[int, int, int, int]:
