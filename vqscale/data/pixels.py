@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import random
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,11 +123,18 @@ def _resize(image: Image.Image, size: tuple[int, int], how: Interpolation, box: 
     if how != "sampled":
         return image.resize(size, _FILTERS[how], box=box)
     x, y = (_between(box[i], box[i + 2], size[i], image.size[i]) for i in (0, 1))
-    pixels = np.asarray(image)[y[0].min() : y[1].max() + 1].astype(np.float32)
-    top = y[0].min()
-    across = pixels[:, x[0]] + (pixels[:, x[1]] - pixels[:, x[0]]) * x[2][:, None]
-    down = across[y[0] - top] + (across[y[1] - top] - across[y[0] - top]) * y[2][:, None, None]
+    pixels = np.asarray(image)[:, x[0].min() : x[1].max() + 1]
+    left = x[0].min()
+    down = _lerp(pixels[y[0]], pixels[y[1]], y[2][:, None, None])  # rows first: they lie together
+    down = _lerp(down.take(x[0] - left, 1), down.take(x[1] - left, 1), x[2][:, None])
     return Image.fromarray(np.rint(down).astype(np.uint8))
+
+
+def _lerp(one: NDArray[Any], other: NDArray[Any], share: NDArray[np.float32]) -> NDArray[np.float32]:
+    found = np.subtract(other, one, dtype=np.float32)
+    found *= share
+    found += one
+    return found
 
 
 def _between(low: float, high: float, count: int, size: int) -> tuple[Places, Places, NDArray[np.float32]]:
