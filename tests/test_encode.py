@@ -308,11 +308,13 @@ def test_images_are_resized_as_the_tokenizer_knew_them(place, tmp_path):
     Tokenizer.load(place / "tokenizer").save(tmp_path / "knows", card)
     argv = words(place, tmp_path / "cache", "--shards", f"{place}/s-0.tar")
     at_size = argv.index("--image-size")
-    encode([str(tmp_path / "knows"), *argv[1:at_size], *argv[at_size + 2 :]])
+    said = encode([str(tmp_path / "knows"), *argv[1:at_size], *argv[at_size + 2 :]])
+    small = sum(min(picture(n).shape[:2]) < SIDE + 2 for n in range(COUNTS[0]))
+    assert f"; {small} images had a shorter side than {SIDE + 2} and were enlarged" in said
     known = Cache(tmp_path / "cache").card
     assert (known.image_size, known.short_side, known.interpolation) == (SIDE, SIDE + 2, "bilinear")
     argv = words(place, tmp_path / "other", "--shards", f"{place}/s-0.tar", "--interpolation", "bicubic")
-    encode([str(tmp_path / "knows"), *argv[1:]])
+    assert "enlarged" not in encode([str(tmp_path / "knows"), *argv[1:]])
     other = Cache(tmp_path / "other").card
     assert (other.image_size, other.short_side, other.interpolation) == (SIDE, SIDE, "bicubic")
 

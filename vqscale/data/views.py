@@ -28,6 +28,7 @@ class ViewBatch:
     images: Tensor  # (b, V, 3, H, W) float32 in [-1, 1]; zero where not valid
     valid: Tensor  # (b,) bool; false for a number -1, and for a broken image
     broken: list[tuple[int, str, str]]  # (number, key, reason)
+    enlarged: int = 0  # images whose short side had fewer pixels than the resize asks for
     failure: str = ""  # why an image could not be read; raised by Source.batches
 
     def pin_memory(self) -> ViewBatch:
@@ -91,7 +92,8 @@ class _Views(Dataset[ViewBatch]):
                 batch.failure = f"{self.reader.describe(number)}: {error}"
                 return batch
             try:
-                pictures = pixels.views(pixels.decode(data), self.config, self.kind)
+                image = pixels.decode(data)
+                pictures = pixels.views(image, self.config, self.kind)
             except MemoryError:
                 raise
             except Exception as error:  # a decoder may raise anything on damaged data
@@ -100,4 +102,5 @@ class _Views(Dataset[ViewBatch]):
             for view, picture in enumerate(pictures):
                 pixels.normalise(picture, batch.images[row, view].numpy())
             batch.valid[row] = True
+            batch.enlarged += min(image.size) < self.config.short_side
         return batch

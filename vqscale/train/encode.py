@@ -64,6 +64,7 @@ class Outcome:
     card: Card
     finished: int = 0  # storage shards that are finished
     images: int = 0  # encoded in this start, by all ranks
+    enlarged: int = 0  # of these, smaller than the resize asks for
     seconds: float = 0.0
     bytes: int = 0  # of ids on the disk
     reason: str = ""  # of stopping
@@ -103,7 +104,7 @@ def _finish(
     for lines, _ in written:
         entries |= lines
     work.stop.clear()
-    outcome = Outcome("stopped", card, len(entries), work.images, time.perf_counter() - began)
+    outcome = Outcome("stopped", card, len(entries), work.images, work.enlarged, time.perf_counter() - began)
     if len(entries) < card.num_shards:
         return replace(outcome, reason=next(reason for _, reason in written if reason))
     mine = range(mesh.world.rank, card.num_shards, mesh.world.size)
@@ -148,13 +149,13 @@ def _begin(folder: Path, wanted: Card, source: Source, held: ExitStack) -> tuple
 
 
 class _Work:
-    """The encoding of storage shards; `images` and `broken` count those of all ranks."""
+    """The encoding of storage shards; `images`, `broken` and `enlarged` count those of all ranks."""
 
     def __init__(self, tokenizer: Encodes, card: Card, mesh: Mesh, options: Options, stop: StopRequest) -> None:
         self.tokenizer, self.card, self.mesh, self.options, self.stop = tokenizer, card, mesh, options, stop
         self.size = min(card.storage, max(1, options.batch // len(card.views)))  # images of a step
         self.steps = -(-card.storage // self.size)  # of a storage shard, also of a last short one
-        self.images = self.broken = 0
+        self.images = self.broken = self.enlarged = 0
         self.stopped = False
 
     def write_missing(self, source: Source, folder: Path, missing: list[int]) -> list[tuple[Entries, str]]:
@@ -200,17 +201,18 @@ class _Work:
                 found = self.tokenizer.encode(pictures).cpu().unflatten(0, batch.images.shape[:2])
                 ids[rows] = found[batch.valid].numpy()
             broken += batch.broken
-            done = self._agree(len(rows), len(batch.broken))
+            done = self._agree(len(rows), len(batch.broken), batch.enlarged)
             progress.advance(done, waited)
             _check_broken(self.broken, broken, self.card, self.options)
             if self.stopped:
                 return ids, broken, step == self.steps - 1
         return ids, broken, True
 
-    def _agree(self, images: int, broken: int) -> int:
+    def _agree(self, images: int, broken: int, enlarged: int) -> int:
         """Add up over all ranks what a step has done and whether one of them is asked to stop; the images of it."""
-        here = torch.tensor([float(images), float(broken), float(self.stop.here())], device=self.mesh.device)
-        done, met, asked = ops.sum_over(here, self.mesh.world).tolist()
+        counts = [float(images), float(broken), float(enlarged), float(self.stop.here())]
+        done, met, small, asked = ops.sum_over(torch.tensor(counts, device=self.mesh.device), self.mesh.world).tolist()
+        self.enlarged += int(small)
         self.images, self.broken, self.stopped = self.images + int(done), self.broken + int(met), asked > 0
         return int(done)
 
@@ -242,6 +244,8 @@ def summary(outcome: Outcome, folder: Path, world: int) -> str:
     left_out = f"; {len(card.broken)} broken images are left out, see {folder}/card.json" if card.broken else ""
     if outcome.state == "already":
         return f"{folder} is finished already: {what}{left_out}"
+    if outcome.enlarged:
+        left_out += f"; {outcome.enlarged} images had a shorter side than {card.short_side} and were enlarged"
     rate = outcome.images / max(outcome.seconds, 1e-9)
     return (
         f"encoded {what} in {folder}; {outcome.images} images in {outcome.seconds:.1f} s with {world} processes, "
