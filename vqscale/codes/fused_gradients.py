@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqscale.codes.fused_kernels import load_rows
+from vqscale.codes.fused_kernels import counts, load_rows
 
 
 @triton.jit
@@ -32,12 +32,13 @@ def logit_gradient(
             out -= p * shift
     if HAS_ENTROPY or HAS_COLUMNS:
         logq = below * sharper - sharp_log
-        pull = tl.zeros_like(below)
-        if HAS_ENTROPY:
-            pull -= entropy_grad * (logq * 0.6931471805599453 + entropy)
-        if HAS_COLUMNS:
-            pull += column_grad - column_mean
-        out += sharper * tl.exp2(logq) * pull
+        if counts(logq):
+            pull = tl.zeros_like(below)
+            if HAS_ENTROPY:
+                pull -= entropy_grad * (logq * 0.6931471805599453 + entropy)
+            if HAS_COLUMNS:
+                pull += column_grad - column_mean
+            out += sharper * tl.exp2(logq) * pull
     return out
 
 

@@ -13,6 +13,16 @@ import triton
 import triton.language as tl
 
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # as in scan.py: below every logit, and finite
+NEGLIGIBLE: tl.constexpr = tl.constexpr(-56.0)  # bits: K of them are below the rounding of one, for K below 2^32
+
+
+@triton.jit
+def counts(bits):
+    """Whether a tile holds a probability, given in bits, that is not negligible; what is not a number counts.
+
+    At a low temperature most tiles hold none, and their exponentials are left out.
+    """
+    return tl.min(tl.min((bits < NEGLIGIBLE).to(tl.int32), axis=1), axis=0) == 0
 
 
 @triton.jit
@@ -160,10 +170,13 @@ def mix_kernel(
         below = (logit - higher[:, None]) * scale
         if SHARP:
             sharp_below = below * sharper
-            q = tl.exp2(sharp_below)
             shrink = tl.exp2(fall * sharper)
-            excess = shrink * (excess + fall * sharper * sharp_total) + tl.sum(q * sharp_below, axis=1)
-            sharp_total = shrink * sharp_total + tl.sum(q, axis=1)
+            excess = shrink * (excess + fall * sharper * sharp_total)
+            sharp_total *= shrink
+            if counts(sharp_below):
+                q = tl.exp2(sharp_below)
+                excess += tl.sum(q * sharp_below, axis=1)
+                sharp_total += tl.sum(q, axis=1)
         p = tl.exp2(below)
         shrink = tl.exp2(fall)
         total = shrink * total + tl.sum(p, axis=1)
@@ -207,8 +220,9 @@ def column_sums_kernel(
         top = tl.load(TOP + token, mask=token < last, other=0.0)
         log = tl.load(LOG + token, mask=token < last, other=0.0)
         logit = tl.dot(c, tl.trans(x), input_precision="ieee") + bias[:, None]
-        q = tl.exp2((logit - top[None, :]) * scale - log[None, :])
-        total += tl.sum(tl.where((token < last)[None, :], q, 0.0), axis=1)
+        bits = (logit - top[None, :]) * scale - log[None, :]
+        if counts(bits):
+            total += tl.sum(tl.where((token < last)[None, :], tl.exp2(bits), 0.0), axis=1)
     tl.store(OUT + part.to(tl.int64) * num_codes + row, total, mask=row < num_codes)
 
 
@@ -234,6 +248,8 @@ def row_means_kernel(
         if HAS_BIAS:
             logit += tl.load(BIAS + row, mask=row < last, other=0.0)[None, :]
         weight = tl.load(WEIGHT + row, mask=row < last, other=0.0)
-        q = tl.where((row < last)[None, :], tl.exp2((logit - top[:, None]) * scale - log[:, None]), 0.0)
-        total += tl.sum(q * weight[None, :], axis=1)
+        bits = (logit - top[:, None]) * scale - log[:, None]
+        if counts(bits):
+            q = tl.where((row < last)[None, :], tl.exp2(bits), 0.0)
+            total += tl.sum(q * weight[None, :], axis=1)
     tl.store(OUT + part.to(tl.int64) * num_tokens + token, total, mask=token < num_tokens)

@@ -132,13 +132,15 @@ def codes_rate(work: Work, machine: Machine) -> float:
 def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:
     """What is done per token and code there: `axis`, the walk over blocks, or what codes/fused.py says of itself.
 
-    Tiles never leave the chip; the backward pass makes logits and values twice, for x and for the keys.
+    Tiles never leave the chip; the backward pass makes logits and values twice, for x and for the keys. The entropy has
+    five exponentials per pair, at a temperature that leaves most tiles without one: with logits of unit variance and
+    T = 0.01 at K = 2^18, 14 % of tiles of 128 x 64 and 26 % of 128 x 128 hold a probability above 2^-56.
     """
     if not has_kernels(work, machine):
         return axis
     if work.quantizer != "ibq":
         return replace(axis, products=1, passes=0, exponentials=0)
-    return replace(axis, products=8 + 2 * work.entropy, passes=0, exponentials=3 + 5 * work.entropy)
+    return replace(axis, products=8 + 2 * work.entropy, passes=0, exponentials=3 + work.entropy)
 
 
 def kernel_seconds(kernels: Iterable[Kernel], machine: Machine, precision: str) -> float:
