@@ -43,6 +43,8 @@ SHORTER = {
     "python tools/make_shards.py --source /data/my_images": "--help",
     "python tools/study.py": "--dry-run",
     "python tools/bench.py codes": "--tokens 16 --codes 64 --dim 8 --repeats 1",
+    "python tools/bench.py memory": "--tokens 16 --codes 64 --dim 8",
+    "python tools/page.py": "--help",
     "python tools/bench.py head": "--help",
     "python tools/bench.py data": "--help",
     "python tools/plot.py": "--help",
