@@ -29,20 +29,20 @@ def depth(num_codes: int, dtype: torch.dtype = torch.float32) -> float:
     return (53.0 if dtype == torch.float64 else 24.0) + math.log2(max(num_codes, 1))
 
 
-def find(l_br: Tensor, peak_bL: Tensor, floor_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def find(s_br: Tensor, peak_bL: Tensor, floor_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(token_P, row_P, score_P) of every score of the block that is not below its token's floor, tokens in order.
 
     What is not a number is not below: it is found, so that it reaches the result.
     """
     high_bL = (peak_bL < floor_b[:, None]).logical_not_()
     if int(high_bL.sum()) * SOME_LINES > high_bL.numel():
-        token_P, row_P = (l_br < floor_b[:, None]).logical_not_().nonzero(as_tuple=True)
-        return token_P, row_P, l_br[token_P, row_P]
+        token_P, row_P = (s_br < floor_b[:, None]).logical_not_().nonzero(as_tuple=True)
+        return token_P, row_P, s_br[token_P, row_P]
     token_H, line_H = high_bL.nonzero(as_tuple=True)
-    column_HL = line_H[:, None] * LINE + torch.arange(LINE, device=l_br.device)
-    inside_HL = column_HL < l_br.shape[1]
-    column_HL.clamp_(max=l_br.shape[1] - 1)
-    score_HL = l_br[token_H[:, None], column_HL]
+    column_HL = line_H[:, None] * LINE + torch.arange(LINE, device=s_br.device)
+    inside_HL = column_HL < s_br.shape[1]
+    column_HL.clamp_(max=s_br.shape[1] - 1)
+    score_HL = s_br[token_H[:, None], column_HL]
     high_H, place_H = ((score_HL < floor_b[token_H, None]).logical_not_() & inside_HL).nonzero(as_tuple=True)
     return token_H[high_H], column_HL[high_H, place_H], score_HL[high_H, place_H]
 
@@ -74,18 +74,17 @@ class Pairs:
         """sum_j weight_nj value_j: B x D."""
         if not len(self):
             return values_kD.new_zeros(self.num_tokens, values_kD.shape[1])
-        return _bags(self.row_P, values_kD, self._starts(), weight_P)
+        return _bags(self.row_P, values_kD, self._bounds()[:-1], weight_P)
 
     def dot(self, g_BD: Tensor, values_kD: Tensor) -> Tensor:
         """g_n . value_j of every pair: P numbers."""
         if not len(self):
             return g_BD.new_zeros(0)
-        ends_B = F.pad(torch.bincount(self.token_P, minlength=self.num_tokens).cumsum(0), (1, 0))
         shape = (self.num_tokens, len(values_kD))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             zeros_P = torch.zeros_like(self.score_P)
-            pattern = torch.sparse_csr_tensor(ends_B, self.row_P, zeros_P, shape, check_invariants=False)
+            pattern = torch.sparse_csr_tensor(self._bounds(), self.row_P, zeros_P, shape, check_invariants=False)
             found = torch.sparse.sampled_addmm(pattern, g_BD, values_kD.t(), beta=0.0)
         return found.values()
 
@@ -102,9 +101,9 @@ class Pairs:
             part_UD = _bags(self.token_P[some_P], x_BD, starts_U, weight_P[some_P])
             out_kD.index_add_(0, row_U[first:last], part_UD)
 
-    def _starts(self) -> Tensor:
-        count_B = torch.bincount(self.token_P, minlength=self.num_tokens)
-        return count_B.cumsum(0) - count_B
+    def _bounds(self) -> Tensor:
+        """Where the pairs of each token begin, and after the last of them where all end: B + 1 numbers."""
+        return F.pad(torch.bincount(self.token_P, minlength=self.num_tokens).cumsum(0), (1, 0))
 
 
 def _bags(index_P: Tensor, table: Tensor, starts: Tensor, weight_P: Tensor) -> Tensor:
