@@ -94,6 +94,11 @@ def write_config(folder: Path, shards: Path, *overrides: str) -> Path:
         "optim": {"lr": 1e-3, "warmup_steps": 2, "eps": 1e-4},
         "engine": {"name": "torch", "timeout_s": 60},
     }
+    return write(config, folder, *overrides)
+
+
+def write(config, folder, *overrides):
+    """Put a config with key=value overrides into folder/run.yaml; returns the file."""
     for text in overrides:
         key, _, value = text.partition("=")
         *above, last = key.split(".")

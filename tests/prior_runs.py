@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jobs
 import numpy as np
 import token_caches
-import yaml
 
 from vqscale.data import tokens_format as form
 from vqscale.data import tokens_write as writing
@@ -68,14 +68,4 @@ def write_config(folder: Path, caches: Path, *overrides: str) -> Path:
         "optim": {"lr": 1e-2, "warmup_steps": 2, "eps": 1e-4, "weight_decay": 0.05, "schedule": "linear"},
         "engine": {"name": "torch", "timeout_s": 60},
     }
-    for text in overrides:
-        key, _, value = text.partition("=")
-        *above, last = key.split(".")
-        place = config
-        for name in above:
-            place = place.setdefault(name, {})
-        place[last] = yaml.safe_load(value)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    return jobs.write(config, folder, *overrides)
