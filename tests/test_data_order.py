@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from shard_files import SIZE, colour, read_slowly, write_shards, write_tar
+from torch.utils.data import Dataset
 
 from vqscale.data.config import ImagesConfig
 from vqscale.data.images import Batch, Stream
 from vqscale.data.order import Order, permutation
+from vqscale.data.workers import read, room
 
 COUNTS = [5, 9, 0, 7, 10]  # 31 samples, a prime
 
@@ -200,6 +202,22 @@ def test_a_stream_leaves_the_random_numbers_of_the_run_alone(config: ImagesConfi
 def test_a_batch_that_does_not_divide_says_what_would(config: ImagesConfig) -> None:
     with pytest.raises(ValueError, match=r"batch of 10 images does not divide by 4 processes.*8 or 12"):
         Stream(config, batch=10, rank=0, world=4)
+
+
+class Rooms(Dataset[tuple[bool, torch.Tensor]]):
+    """For a list of numbers: whether the memory was shared before it was handed over, and the numbers."""
+
+    def __getitems__(self, numbers: list[int]) -> tuple[bool, torch.Tensor]:
+        out = room(2, len(numbers))
+        out[:] = torch.tensor(numbers)
+        return out.is_shared(), out
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_a_worker_makes_is_shared_and_not_copied(count: int) -> None:
+    found = list(read(Rooms(), [[3, 4, 5], [6], [7, 8]], count, rank=0, key="data.num_workers"))
+    assert [shared for shared, _ in found] == [count > 0] * 3
+    assert [out.tolist() for _, out in found] == [[[3, 4, 5]] * 2, [[6]] * 2, [[7, 8]] * 2]
 
 
 def test_workers_outlive_the_signals_of_the_run_and_end_with_the_stream(config: ImagesConfig) -> None:

@@ -23,7 +23,7 @@ from vqscale.data.index import Index, build
 from vqscale.data.make import make_missing
 from vqscale.data.order import Order, Sequential
 from vqscale.data.reader import Reader
-from vqscale.data.workers import read
+from vqscale.data.workers import read, room
 from vqscale.seed import derive
 
 
@@ -68,7 +68,7 @@ class _Samples(Dataset[Batch]):
 
     def __getitems__(self, numbers: list[int]) -> Batch:
         count, size = len(numbers), self.config.image_size
-        images = torch.empty(count, 3, size, size)
+        images = room(count, 3, size, size)
         labels, chosen = torch.full((count,), -1), torch.full((count,), -1)
         valid, keys, broken, enlarged = torch.zeros(count, dtype=torch.bool), [""] * count, list[str](), 0
         if self.reader.fetched and numbers[0] >= 0:

@@ -18,7 +18,7 @@ from vqscale.data.config import VIEWS, ImagesConfig, Views
 from vqscale.data.index import build
 from vqscale.data.order import Sequential
 from vqscale.data.reader import Reader
-from vqscale.data.workers import read
+from vqscale.data.workers import read, room
 
 
 @dataclass
@@ -77,7 +77,7 @@ class _Views(Dataset[ViewBatch]):
 
     def __getitems__(self, numbers: list[int]) -> ViewBatch:
         size, views = self.config.image_size, len(VIEWS[self.kind])
-        batch = ViewBatch(torch.zeros(len(numbers), views, 3, size, size), torch.zeros(len(numbers)).bool(), [])
+        batch = ViewBatch(room(len(numbers), views, 3, size, size), torch.zeros(len(numbers)).bool(), [])
         if self.reader.fetched and numbers[0] >= 0:
             self.reader.prepare(self.order.shards_of(numbers[0]), self.order.shards_of(numbers[0], ahead=1))
         for row, number in enumerate(numbers):
@@ -103,4 +103,5 @@ class _Views(Dataset[ViewBatch]):
                 pixels.normalise(picture, batch.images[row, view].numpy())
             batch.valid[row] = True
             batch.enlarged += min(image.size) < self.config.short_side
+        batch.images[~batch.valid] = 0.0
         return batch
