@@ -1,4 +1,4 @@
-"""tools/bench.py codes: what it prints, that its forms compute the same, and its bytes. No time is asserted."""
+"""tools/bench.py codes and data: what it prints, that its forms compute the same, and its bytes. No time asserted."""
 
 from __future__ import annotations
 
@@ -210,6 +210,17 @@ def test_wrong_arguments(tool, capsys, words, message):
         status = error.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_both_readers_of_images(workers):
+    words = ("--num", "32", "--images", "16", "--batch", "8", "--rounds", "2", "--image-size", "32")
+    report = json.loads(bench("data", *words, "--workers", workers, "--json").stdout)
+    assert (report["samples"], report["shards"], report["workers"]) == (32, 4, int(workers))
+    assert report["ratio"] == report["ours"]["images_per_s"] / report["webdataset"]["images_per_s"]
+    assert all(len(report[reader]["rounds"]) == 2 for reader in ("ours", "webdataset"))
+    assert report["command"].startswith("python tools/bench.py data --num 32")
+    assert {"cpu", "cores", "threads", "torch"} <= set(report["machine"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

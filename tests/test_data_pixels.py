@@ -274,7 +274,8 @@ def test_a_random_crop_is_cut_out_of_the_resized_image() -> None:
 
 def test_levels_are_minus_one_to_one() -> None:
     picture = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
-    out = np.empty((3, 16, 16), dtype=np.float32)
+    out = torch.empty(3, 16, 16)
     normalise(picture, out)
-    assert np.array_equal(out, picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))
+    expected = picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(out.numpy(), expected)
     assert (out.min(), out.max()) == (-1, 1)

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import bench_command
+
 if TYPE_CHECKING:
     from vqscale.data.config import ImagesConfig
 
@@ -31,7 +33,10 @@ the rounds; start is the time to the first batch of a new reader, index the time
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table, or with --json one object; 0, or 2 with the reason on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(argv)
+    import torch
+
     from vqscale.data.config import ImagesConfig
 
     with tempfile.TemporaryDirectory(prefix="vqscale-bench-") as scratch:
@@ -44,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"bench_data: {error}", file=sys.stderr)
             return 2
+    found |= bench_command.ending("data", argv, "cpu", torch.get_num_threads())
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found))
         return 0
     print(f"{found['samples']} samples in {found['shards']} shards, {args.workers} processes, batch {args.batch}")
     print(f"index {found['index_s']:.3f} s")
@@ -53,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("ours", "webdataset"):
         print(f"{name:12}{found[name]['images_per_s']:>10.0f}{found[name]['start_s']:>10.2f}")
     print(f"ours / webdataset = {found['ratio']:.3f}")
+    print(bench_command.place(found))
     return 0
 
 

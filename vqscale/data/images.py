@@ -79,7 +79,7 @@ class _Samples(Dataset[Batch]):
                 chosen[row], keys[row] = sample, self.index.key(sample)
                 labels[row] = int(self.index.samples.labels[sample])
                 if picture is not None:
-                    pixels.normalise(picture, images[row].numpy())
+                    pixels.normalise(picture, images[row])
                     valid[row] = True
                     enlarged += small
         images[~valid] = 0.0

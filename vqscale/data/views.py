@@ -100,7 +100,7 @@ class _Views(Dataset[ViewBatch]):
                 batch.broken.append((number, self.index.key(number), f"{type(error).__name__}: {error}"))
                 continue
             for view, picture in enumerate(pictures):
-                pixels.normalise(picture, batch.images[row, view].numpy())
+                pixels.normalise(picture, batch.images[row, view])
             batch.valid[row] = True
             batch.enlarged += min(image.size) < self.config.short_side
         batch.images[~batch.valid] = 0.0
