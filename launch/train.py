@@ -19,11 +19,9 @@ that gets the exit status, which torchrun does not pass on. Jobs of SLURM: launc
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vqscale import config as configuration
-from vqscale.train import folder
+from vqscale.train import ending, folder
 from vqscale.train.config import Run, TokenizerRun
 
 if TYPE_CHECKING:
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
 
 OVERRIDE = re.compile(r"[^/]*=")  # a path may have an equals sign in it, after a slash
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "tokenizer.yaml"
-EXPLAINED = ("RunError", "CheckpointError", "BrokenData")  # by name: their modules import torch
-LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +59,7 @@ def main(argv: list[str]) -> int:
         # What is wrong with the input every rank finds, and one says it; a disk or a network may be bad on one only.
         if rank == 0 or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr)
-        _leave_word(f"error: {error}")
+        ending.leave_word(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     try:
         return _run(config, device)
@@ -171,7 +167,7 @@ def _tell(error: BaseException, rank: int, world: int) -> None:
     who = f"[rank {rank} of {world}] " if world > 1 else ""
     if isinstance(error, KeyboardInterrupt):
         print(f"{who}interrupted", file=sys.stderr)
-    elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+    elif isinstance(error, RuntimeError) and ending.LOST_PEER.search(str(error)):
         first = str(error).strip().splitlines()[0]
         print(f"{who}error: lost another rank ({first[:160]}); its own message says why", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -180,21 +176,13 @@ def _tell(error: BaseException, rank: int, world: int) -> None:
             "checkpoints that are finished stand",
             file=sys.stderr,
         )
-    elif isinstance(error, ValueError | FloatingPointError) or type(error).__name__ in EXPLAINED:
+    elif isinstance(error, ValueError | FloatingPointError) or type(error).__name__ in ending.EXPLAINED:
         print(f"{who}error: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"{who}error: {type(error).__name__}: {error}", file=sys.stderr)
     sys.stderr.flush()
-    _leave_word(f"error: {error}")
-
-
-def _leave_word(text: str) -> None:
-    """Give torchrun the reason, which it prints below its own report of the ranks that ended."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+    ending.leave_word(f"error: {error}")
 
 
 def _leave_status(status: int) -> None:

@@ -1,7 +1,7 @@
 """How the processes of a tool end, well or not: what fails on one rank ends them all, and is said once.
 
-Status 0 is done, 1 failed on the way, 2 the user's input, 75 stopped on request, 130 interrupted. Not here: training,
-whose ends are told in launch/train.py.
+Status 0 is done, 1 failed on the way, 2 the user's input, 75 stopped on request, 130 interrupted. Training ends with
+the same errors and leaves the same word; what it prints is in launch/train.py. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
 
 T = TypeVar("T")
-EXPLAINED = ("RunError", "CacheError", "CheckpointError")  # by name: their modules are not needed for this
+EXPLAINED = ("RunError", "CheckpointError", "CacheError", "BrokenData")  # by name: most of their modules import torch
 LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
 
 
@@ -62,11 +62,16 @@ def tell(tool: str, error: BaseException) -> int:
     else:
         traceback.print_exception(error)
     sys.stderr.flush()
+    leave_word(text)
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
+
+
+def leave_word(text: str) -> None:
+    """Give torchrun the reason, which it prints below its own report of the ranks that ended."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:  # torchrun prints it below its own report
+    if path:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
-    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
 
 
 def leave(status: int) -> int:
