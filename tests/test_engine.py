@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vqscale.parallel.config import EngineConfig, OptimConfig, check_engine
-from vqscale.parallel.engine import Engine
+from vqscale.parallel.engine import Engine, _sum_of_squares
 from vqscale.parallel.mesh import Mesh
 
 
@@ -30,6 +30,19 @@ def test_the_twin_equals_the_reference_on_any_mesh(ranks, data, codes, accumulat
     answers = ranks(data * codes, engines.train_on, data, codes, {"accumulation": accumulation, "dtype": torch.float64})
     for answer in answers:
         engines.compare(answer, engines.reference(data * codes, accumulation))
+
+
+def test_the_norm_is_that_of_float64_and_does_not_overflow():
+    torch.manual_seed(0)
+    long = torch.randn(2**18 + 3, 2)
+    for scale in (1e-30, 1.0, 1e30):
+        parts = [long * scale, (long[:1001] * scale).t(), torch.full((1,), scale), torch.empty(0)]
+        expected = sum(part.double().square().sum().item() for part in parts)
+        assert _sum_of_squares(parts, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-13)
+    for bad in (float("inf"), float("nan")):
+        parts = [long, torch.tensor([1.0, bad])]
+        assert not _sum_of_squares(parts, torch.device("cpu")).isfinite()
+    assert _sum_of_squares([], torch.device("cpu")).item() == 0
 
 
 def test_forgotten_rows_start_again():
