@@ -282,7 +282,7 @@ def test_bad_input(place, whole, tmp_path):
         (words(place, tmp_path / "a", "--image-size", "15"), ["images of 15 x 15 pixels"]),
         (words(place, tmp_path / "a", "--resize", "8"), ["the short side is resized to 8"]),
         (words(place, tmp_path / "a", "--views", "ten_crop", "--resize", "16"), ["places of ten_crop are one"]),
-        (words(place, tmp_path / "a", "--codes", "2"), ["--codes 2 splits the codebook over 2 processes, but 1"]),
+        (words(place, tmp_path / "a", "--codes", "2"), ["--codes 2 does not divide the 1 processes that were started"]),
         (words(place, place), ["holds index, s-0.tar, s-1.tar ... and no card.json"]),
         (["nowhere", *words(place, tmp_path / "a")[1:]], ["nowhere"]),
         (words(place, place / "tokenizer"), ["does not describe a token cache"]),

@@ -1,4 +1,4 @@
-"""How programs end: the word that torchrun gets, whichever program leaves it."""
+"""How the processes of programs meet and end: what is refused before, when they part, the word that torchrun gets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from vqscale.train import ending
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _ask(command, **env):
+    """A program as a command, without a process group to join."""
+    alone = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**alone, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -19,20 +36,54 @@ ROOT = Path(__file__).resolve().parents[1]
         (["launch/train.py", "--world", "x"], "error: --world takes a number of processes, with --dry-run; found x"),
         (["tools/sample.py", "PRIOR", "TOKENIZER", "OUT", "--codes", "2"], "sample: --codes 2 "),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=["training", "a tool"],
 )
 def test_the_reason_is_left_for_torchrun(tmp_path, command, word):
     place = tmp_path / "error.json"
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(place)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _ask(command, TORCHELASTIC_ERROR_FILE=str(place))
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(word)
     left = json.loads(place.read_text())["message"]  # as torch.distributed.elastic reads it
     assert left["message"] == left["extraInfo"]["py_callstack"] == done.stderr.strip()
     assert int(left["extraInfo"]["timestamp"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "who"),
+    [
+        (["tools/sample.py", "PRIOR", "TOKENIZER", "OUT"], "sample"),
+        (["tools/encode.py", "TOKENIZER", "OUT", "--shards", "{shards}/val.tar"], "encode"),
+        (["tools/evaluate.py", "tokenizer", "RUN", "--shards", "{shards}/val.tar"], "error"),
+    ],
+    ids=["sample", "encode", "evaluate"],
+)
+def test_processes_that_do_not_fit_the_codes_never_meet(tiny_shards, tmp_path, command, who):
+    words = [word.format(shards=tiny_shards) for word in command]
+    done = _ask([*words, "--codes", 2], WORLD_SIZE="3", RANK="0", XDG_CACHE_HOME=str(tmp_path))
+    rule = "--codes 2 does not divide the 3 processes that were started: change --codes or --nproc_per_node"
+    assert (done.returncode, done.stderr) == (2, f"{who}: {rule}\n")
+
+
+def _parted(error, agreed):
+    """The shape of the mesh inside, and whether this process has left the others after an error inside."""
+    expected = nullcontext() if error is None else pytest.raises(type(error), match=str(error))
+    with expected, ending.joined("cpu", ending.divide(2), 60.0, agreed=agreed) as mesh:
+        shape = mesh.data.size, mesh.codes.size
+        if error is not None:
+            raise error
+    return shape, not dist.is_initialized()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("error", "agreed", "parted"),
+    [
+        (None, (), True),
+        (ValueError("of all"), (ValueError,), True),
+        (ValueError("of one"), (), False),
+        (RuntimeError("of one"), (ValueError,), False),
+    ],
+    ids=str,
+)
+def test_processes_part_when_all_are_there(ranks, error, agreed, parted):
+    assert ranks(2, _parted, error, agreed) == [((1, 2), parted)] * 2

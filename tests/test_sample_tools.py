@@ -133,7 +133,7 @@ def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
         (("--num-images", 0), "num_images is 0: use at least 1"),
         (("--per-class", 0), "num_images is 0: use at least 1"),
         (("--temperature", -1), "temperature is -1.0: use 0"),
-        (("--codes", 2), "--codes 2 splits the codes over 2 processes, but 1 were started"),
+        (("--codes", 2), "sample: --codes 2 does not divide the 1 processes that were started"),
     ],
 )
 def test_bad_input_is_said_and_nothing_written(place, tmp_path, words, message):

@@ -11,68 +11,49 @@ or a file STOP in OUT end it with status 75; what the storage shards hold that a
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, as_trained
-
-if TYPE_CHECKING:
-    from vqscale.train.encode import Outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while encoding, 2 the user's input, 75 stopped on request."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(words)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     from vqscale.train import ending
 
     try:
-        outcome = _encode(args, words, world)
+        return _encode(args, words)
     except BaseException as error:
         return ending.leave(ending.tell("encode", error))
-    from vqscale.train.encode import summary
-    from vqscale.train.folder import EXIT_STOPPED
-
-    if rank == 0:
-        print(summary(outcome, args.out, world), flush=True)
-    return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 
-def _encode(args: argparse.Namespace, words: Sequence[str], world: int) -> Outcome:
-    shards = _images(args)
-    if world % args.codes:
-        raise ValueError(
-            f"--codes {args.codes} splits the codebook over {args.codes} processes, but {world} were started: "
-            "change --codes or --nproc_per_node"
-        )
+def _encode(args: argparse.Namespace, words: Sequence[str]) -> int:
+    from vqscale.train import ending
+
+    shards, grid = _images(args), ending.divide(args.codes)
     from vqscale.data import images
     from vqscale.data.views import Source
-    from vqscale.parallel.mesh import Mesh, connect, disconnect
     from vqscale.tokenizer import Tokenizer
     from vqscale.train import encode
-    from vqscale.train.loop import pick_device
+    from vqscale.train.folder import EXIT_STOPPED
 
     images.prepare(shards)
-    device = connect(pick_device(args.device), args.timeout_s)
-    try:
-        mesh = Mesh(world // args.codes, args.codes, device=device, timeout_s=args.timeout_s)
+    with ending.joined(args.device, grid, args.timeout_s) as mesh:
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
         size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
         source = Source(_images(args, size, tokenizer.card), args.views)
         command = shlex.join(["python", "tools/encode.py", *words])
         options = encode.Options(args.batch, args.max_broken, args.storage, str(args.tokenizer), command)
         outcome = encode.encode(tokenizer, source, args.out, mesh, options)
-    except ValueError:
-        disconnect()  # all ranks are here
-        raise
-    disconnect()
-    return outcome
+    if mesh.world.rank == 0:
+        print(encode.summary(outcome, args.out, mesh.world.size), flush=True)
+    return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 
 def _images(args: argparse.Namespace, size: int | None = None, card: Mapping[str, Any] | None = None) -> ImagesConfig:

@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if several:
             os._exit(2)  # no farewell to the others: they may wait for this rank, and torchrun ends them
         return 2
-    if several:
-        from vqscale.parallel.mesh import disconnect
-
-        disconnect()
     if told:
         print(told)
     return 0
@@ -113,15 +110,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("; ".join(wrong))
 
 
-def _mesh(args: argparse.Namespace) -> Mesh:
-    from vqscale.parallel.mesh import Mesh, connect, world_size
-    from vqscale.train.loop import pick_device
+def _joined(args: argparse.Namespace) -> AbstractContextManager[Mesh]:
+    from vqscale.train import ending
 
-    device = connect(pick_device(args.device))
-    codes, world = getattr(args, "codes", 1), world_size()
-    if codes < 1 or world % codes:
-        raise ValueError(f"--codes {codes} does not divide the {world} processes: change --codes or --nproc_per_node")
-    return Mesh(world // codes, codes, device=device)
+    # Weights and images are files, which may be wrong on one rank only: no error is one that all have agreed on.
+    return ending.joined(args.device, ending.divide(getattr(args, "codes", 1)), agreed=())
 
 
 def _images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> ImagesConfig:
@@ -182,16 +175,16 @@ def _tokenizer(args: argparse.Namespace) -> str:
     from vqscale.tokenizer import Tokenizer
     from vqscale.train import score
 
-    mesh = _mesh(args)
-    judges = _judges(args, mesh)
-    tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
-    config = _images(args, tokenizer.card)
-    stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
-    tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
-    progress = _progress(stream.num_samples, args, mesh)
-    found = score.score(tokenizer, stream, mesh, judges, progress)
-    progress.close()
-    fingerprint = tokenizer.fingerprint  # collective
+    with _joined(args) as mesh:
+        judges = _judges(args, mesh)
+        tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
+        config = _images(args, tokenizer.card)
+        stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+        tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
+        progress = _progress(stream.num_samples, args, mesh)
+        found = score.score(tokenizer, stream, mesh, judges, progress)
+        progress.close()
+        fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
         return ""
     of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card}
@@ -230,12 +223,12 @@ def _statistics(args: argparse.Namespace) -> str:
     from vqscale.nets.inception import PREPROCESSING
     from vqscale.train import score
 
-    mesh = _mesh(args)
-    inception = _inception(args, mesh)
-    stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
-    progress = _progress(stream.num_samples, args, mesh)
-    (pool, spatial), seen = score.statistics(stream, inception, mesh, progress)
-    progress.close()
+    with _joined(args) as mesh:
+        inception = _inception(args, mesh)
+        stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+        progress = _progress(stream.num_samples, args, mesh)
+        (pool, spatial), seen = score.statistics(stream, inception, mesh, progress)
+        progress.close()
     if mesh.world.rank:
         return ""
     numbers = {"images": seen.images, "broken": seen.broken, "enlarged": seen.enlarged}
@@ -255,13 +248,13 @@ def _samples(args: argparse.Namespace) -> str:
     from vqscale.nets.inception import PREPROCESSING
 
     images = SampleFile(args.path)
-    mesh = _mesh(args)
-    inception = _inception(args, mesh)
-    progress = _progress(len(images), args, mesh)
-    batch = max(1, args.batch // mesh.world.size)
-    reference = generation.read_reference(args.reference, inception, mesh, batch=batch)
-    samples = generation.describe(images, inception, mesh, batch=batch, progress=progress)
-    progress.close()
+    with _joined(args) as mesh:
+        inception = _inception(args, mesh)
+        progress = _progress(len(images), args, mesh)
+        batch = max(1, args.batch // mesh.world.size)
+        reference = generation.read_reference(args.reference, inception, mesh, batch=batch)
+        samples = generation.describe(images, inception, mesh, batch=batch, progress=progress)
+        progress.close()
     if mesh.world.rank:
         return ""
     numbers = {**generation.compare(samples, reference), "images": len(images)}

@@ -14,7 +14,6 @@ in OUT end it with status 75, and batches that are finished are kept.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import warnings
@@ -42,26 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.codes < 1 or world % args.codes:
-        raise ValueError(
-            f"--codes {args.codes} splits the codes over {args.codes} processes, but {world} were started: change "
-            "--codes or --nproc_per_node"
-        )
-    from vqscale.parallel.mesh import Mesh, connect, disconnect
+    from vqscale.train import ending
+
+    grid = ending.divide(args.codes)
     from vqscale.train import sample
     from vqscale.train.folder import EXIT_STOPPED
-    from vqscale.train.loop import pick_device
 
-    device = connect(pick_device(args.device), args.timeout_s)
-    try:
-        mesh = Mesh(world // args.codes, args.codes, device=device, timeout_s=args.timeout_s)
+    with ending.joined(args.device, grid, args.timeout_s) as mesh:
         settings, outcome = _draw(args, words, mesh)
-    finally:
-        if isinstance(sys.exception(), ValueError | None):  # all ranks are here
-            disconnect()
     if mesh.world.rank == 0:
-        print(sample.summary(outcome, args.out, settings, world), flush=True)
+        print(sample.summary(outcome, args.out, settings, mesh.world.size), flush=True)
     return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shlex
 import sys
 import warnings
@@ -42,18 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.parallel.mesh import Mesh, connect, disconnect
+    from vqscale.train import ending
     from vqscale.train.folder import EXIT_STOPPED
-    from vqscale.train.loop import pick_device
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    device = connect(pick_device(args.device), args.timeout_s)
-    try:
-        mesh = Mesh(world, device=device, timeout_s=args.timeout_s)
+    with ending.joined(args.device, ending.divide(), args.timeout_s) as mesh:
         told, stopped = _measure(args, words, mesh)
-    finally:
-        if isinstance(sys.exception(), ValueError | None):  # all ranks are here
-            disconnect()
     if mesh.world.rank == 0:
         print(told, flush=True)
     return EXIT_STOPPED if stopped else 0

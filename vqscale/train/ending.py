@@ -1,4 +1,4 @@
-"""How the processes of a tool end, well or not: what fails on one rank ends them all, and is said once.
+"""How the processes of a tool meet and how they end, well or not: what fails on one rank ends all, and is said once.
 
 Status 0 is done, 1 failed on the way, 2 the user's input, 75 stopped on request, 130 interrupted. Training ends with
 the same errors and leaves the same word; what it prints is in launch/train.py. Imports no torch.
@@ -13,7 +13,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,42 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 EXPLAINED = ("RunError", "CheckpointError", "CacheError", "BrokenData")  # by name: most of their modules import torch
 LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
+
+
+def divide(codes: int = 1) -> tuple[int, int]:
+    """(data, codes): how the processes that were started share the codes. ValueError where they cannot."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if codes < 1 or world % codes:
+        raise ValueError(
+            f"--codes {codes} does not divide the {world} processes that were started: change --codes or "
+            "--nproc_per_node"
+        )
+    return world // codes, codes
+
+
+@contextmanager
+def joined(
+    device: str,
+    grid: tuple[int, int],
+    timeout_s: float = 600.0,
+    *,
+    agreed: tuple[type[Exception], ...] = (ValueError,),
+) -> Iterator[Mesh]:
+    """The mesh of all processes, joined for what is done inside and parted at its end. Collective.
+
+    `agreed` are the errors that all ranks raise together, after which they part too. After any other a rank leaves
+    without a farewell: the others may wait for it where they are.
+    """
+    from vqscale.parallel.mesh import Mesh, connect, disconnect
+    from vqscale.train.loop import pick_device
+
+    here = connect(pick_device(device), timeout_s)
+    try:
+        yield Mesh(*grid, device=here, timeout_s=timeout_s)
+    except agreed:
+        disconnect()
+        raise
+    disconnect()
 
 
 def first(work: Callable[[], T], mesh: Mesh) -> T:
