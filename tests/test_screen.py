@@ -259,7 +259,7 @@ def everybody_served():
         for name in ("LEAST_TOKENS", "LEAST_ROWS", "LEAST_PAIRS"):
             patch.setattr(screen, name, 0)
         patch.setattr(screen, "DIMS", (1, 4096))
-        patch.setattr(screen, "_fast_bfloat16", lambda: True)
+        patch.setattr(screen.products, "fast_on_cpu", lambda: True)
         yield
 
 
@@ -310,7 +310,7 @@ def test_any_number_of_ranks_finds_the_same(ranks, codes):
 
 
 def test_who_is_served(monkeypatch):
-    monkeypatch.setattr(screen, "_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(screen.products, "fast_on_cpu", lambda: True)
     x, rows = torch.empty(2048, 256), torch.empty(8192, 256)
     assert screen.serves(x, Form(rows))
     assert not screen.serves(x[:200], Form(rows.expand(100, -1, -1).flatten(0, 1)))
@@ -319,5 +319,5 @@ def test_who_is_served(monkeypatch):
     assert not screen.serves(x[:, :4], Form(rows[:, :4]))
     assert not screen.serves(x.double(), Form(rows.double()))
     assert not screen.serves(x.to("meta"), Form(rows.to("meta")))
-    monkeypatch.setattr(screen, "_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(screen.products, "fast_on_cpu", lambda: False)
     assert not screen.serves(x, Form(rows))

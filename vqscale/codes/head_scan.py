@@ -22,30 +22,8 @@ from torch import Tensor
 
 from vqscale.codes import scan
 from vqscale.codes.config import Products
+from vqscale.codes.products import add_product, product
 from vqscale.codes.scan import BITS, exp2_
-
-
-def product(a: Tensor, b: Tensor, products: Products, scale: float = 1.0) -> Tensor:
-    """scale * a @ b in the type of a. With bf16 the operands are rounded to bf16 and the sums are float32.
-
-    On a CPU the sums of bf16 are rounded to bf16 once more: torch has no product there that returns float32.
-    """
-    if products == "fp32":
-        return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scale)
-    kind = torch.bfloat16
-    if a.device.type == "cuda":
-        out = torch.mm(a.to(kind), b.to(kind), out_dtype=torch.float32)
-    else:
-        out = torch.mm(a.to(kind), b.to(kind))
-    return out.to(a.dtype).mul_(scale)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, products: Products) -> None:
-    """out += a @ b."""
-    if products == "fp32":
-        out.addmm_(a, b)
-    else:
-        out.add_(product(a, b, products))
 
 
 @dataclass
@@ -131,7 +109,7 @@ def ungauge(
         here_b, column_b = targets.columns(tokens, rows)
         u_br.scatter_add_(1, column_b[:, None], (here_b.to(u_br.dtype) * -up.hit)[:, None])
         if dx_BD is not None:
-            _add_product(dx_BD[tokens], u_br, rows_kD[rows], products)
+            add_product(dx_BD[tokens], u_br, rows_kD[rows], products)
         if drows_kD is not None and gx_BD is not None:
-            _add_product(drows_kD[rows], u_br.t(), gx_BD[tokens], products)
+            add_product(drows_kD[rows], u_br.t(), gx_BD[tokens], products)
     return dx_BD if dx_BD is None else dx_BD.mul_(up.g_B[:, None]), drows_kD

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqscale.codes import cut, head_scan, noise, scan
+from vqscale.codes import cut, noise, scan
 from vqscale.codes.merge import merge_best
+from vqscale.codes.products import product
 from vqscale.codes.rows import Rows
 from vqscale.parallel.mesh import Axis
 
@@ -75,14 +76,14 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
     row_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
     if rule.restricts(shard.layout.num_codes):
         for tokens in _chunks(len(x_BD), x_BD.element_size(), shard):
-            l_tk = head_scan.product(x_BD[tokens], shard.rows_kD.t(), "fp32", rule.scale)
+            l_tk = product(x_BD[tokens], shard.rows_kD.t(), "fp32", rule.scale)
             kept = cut.restrict(l_tk, rule.top_k, rule.top_p, shard.layout.num_codes, shard.axis)
             cut.apply_(l_tk, kept, shard.axis)
             _race(l_tk, keys_B[tokens], 0, shard.layout.start, score_B[tokens], row_B[tokens])
     else:
         budget = scan.block_budget(x_BD, shard.budget)
         for tokens, rows in scan.blocks(len(x_BD), len(shard.rows_kD), x_BD.element_size(), budget):
-            l_br = head_scan.product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
+            l_br = product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
             first_id = shard.layout.start if rule.temperature else None
             _race(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
     return merge_best(score_B, row_B, shard.layout, shard.axis)[0]

@@ -19,12 +19,11 @@ tokens x rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from vqscale.codes import bounds
+from vqscale.codes import bounds, products
 from vqscale.codes.bounds import GROUP, LINE, Form, Keys
 
 TOKEN_BLOCK = 2048
@@ -44,16 +43,7 @@ def serves(x_BD: Tensor, form: Form) -> bool:
         return False
     pairs = len(x_BD) * len(rows_kD)
     large = len(x_BD) >= LEAST_TOKENS and len(rows_kD) >= LEAST_ROWS and pairs >= LEAST_PAIRS
-    return large and DIMS[0] <= x_BD.shape[1] <= DIMS[1] and _fast_bfloat16()
-
-
-def _fast_bfloat16() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and _has_bfloat16()
-
-
-@cache
-def _has_bfloat16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return large and DIMS[0] <= x_BD.shape[1] <= DIMS[1] and products.fast_on_cpu()
 
 
 def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
