@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
@@ -14,11 +15,16 @@ from vqscale.data import tokens_write as writing
 CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER = 37, (2, 3), 24, 10, "f00d" * 16
 
 
-def write_cache(folder: Path, num_images: int, seed: int, **others) -> Path:
-    """A sealed cache of two views; an image has codes around seven times its label, and some noise."""
+def write_cache(folder: Path, num_images: int, seed: int, unknown: int = 0, **others) -> Path:
+    """A sealed cache of two views; an image has codes around seven times its label, and some noise.
+
+    The labels of the first `unknown` images are not known.
+    """
     settings = {"grid": GRID, "num_codes": CODES, "views": ("center", "center mirrored"), "storage": 4}
     card = token_caches.card(num_images, **(settings | {"tokenizer": TOKENIZER} | others))
     index = token_caches.index(num_images)
+    labels = np.where(np.arange(num_images) < unknown, -1, index.samples.labels).astype(np.int32)
+    index = replace(index, samples=replace(index.samples, labels=labels))
     made, _ = writing.begin(folder, card, index)
     writer = writing.Writer(folder, made)
     random = np.random.default_rng(seed)

@@ -177,6 +177,25 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(tmp_path, caches, over
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_are_not_known_are_spoken_of(tmp_path):
+    """None of them is an error, some are a note, and a prior without classes looks at none."""
+    for name, unknown in (("none", NUM_TRAIN), ("some", 7), ("all", 0)):
+        prior_runs.write_cache(tmp_path / name / "train", NUM_TRAIN, 1, unknown)
+        prior_runs.write_cache(tmp_path / name / "val", NUM_VAL, 2, unknown=NUM_VAL if name == "none" else 0)
+    for cache, said in (("train", "label of none of its 24"), ("val", "label of none of its 10")):
+        mixed = f"data.{cache}.path={tmp_path / 'none' / cache}"
+        job = jobs.start(prior_runs.write_config(tmp_path / f"{cache} refused", tmp_path / "all", mixed))
+        assert job.wait() == [2]
+        assert re.search(f"{said} images, and prior.num_classes is 5.*num_classes=0", job.output), job.output
+    job = jobs.start(prior_runs.write_config(tmp_path / "1", tmp_path / "some", "run.steps=1"), world=2)
+    assert job.wait() == [0, 0], job.output
+    assert job.output.count(f"7 of the 24 images in {tmp_path / 'some' / 'train'} have no label") == 1
+
+    plain = ("prior.num_classes=0", "run.steps=4")
+    labelled = jobs.finish(prior_runs.write_config(tmp_path / "2", tmp_path / "all", *plain))
+    jobs.same_bits(labelled, jobs.finish(prior_runs.write_config(tmp_path / "3", tmp_path / "none", *plain)), 4)
+
+
 def save_tokenizer(folder, seed):
     """A tokenizer that nobody trained, of CODES codes of 8 numbers; returns its fingerprint."""
     config = TokenizerConfig(

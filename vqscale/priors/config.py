@@ -19,7 +19,7 @@ class IdsConfig:
     grid: tuple[int, int] = (16, 16)
     """rows and columns of ids of an image"""
     num_classes: int = 1000
-    """classes of images: labels 0 .. num_classes - 1; 0 for images without labels"""
+    """classes of images: labels 0 .. num_classes - 1; 0 looks at no labels"""
     class_dropout: float = 0.1
     """share of images that are trained with the null class, which guidance needs; unknown labels have it too"""
     label_smoothing: float = 0.0

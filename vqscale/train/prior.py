@@ -19,7 +19,7 @@ from vqscale import priors
 from vqscale.codes import noise
 from vqscale.codes.hits import Hits
 from vqscale.codes.rows import set_aside
-from vqscale.data.tokens import Stream
+from vqscale.data.tokens import Stream, TokenBatch
 from vqscale.metrics.board import Board
 from vqscale.metrics.progress import Progress
 from vqscale.nets.transformer import Block
@@ -47,13 +47,37 @@ def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[Strea
             continue
         made_by = None if each is stream else stream.tokenizer_fingerprint
         each.cache.expect(made_by, config.prior.num_codes, config.prior.grid, 1)
-        most = int(each.cache.labels.max(initial=-1))
-        if most >= config.prior.num_classes:
-            raise ValueError(
-                f"the token cache in {each.config.path} has labels up to {most}, and prior.num_classes is "
-                f"{config.prior.num_classes}: use at least prior.num_classes={most + 1}"
-            )
+        check_labels(each, config.prior.num_classes)
     return stream, held_out
+
+
+def check_labels(stream: Stream, num_classes: int) -> list[str]:
+    """What there is to say of the labels of a cache, given to a prior of so many classes. ValueError where they do not
+    go together.
+    """
+    labels, path = stream.cache.labels, stream.config.path
+    known, most = int((labels >= 0).sum()), int(labels.max(initial=-1))
+    if not num_classes:
+        return [f"prior.num_classes is 0: the labels of {known} images in {path} are left aside"] if known else []
+    if not known:
+        raise ValueError(
+            f"the token cache in {path} has the label of none of its {len(labels)} images, and prior.num_classes is "
+            f"{num_classes}: a prior learns its classes from labels; encode shards that have them (cls beside every "
+            "image), or use prior.num_classes=0"
+        )
+    if most >= num_classes:
+        raise ValueError(
+            f"the token cache in {path} has labels up to {most}, and prior.num_classes is {num_classes}: use at least "
+            f"prior.num_classes={most + 1}"
+        )
+    if known == len(labels):
+        return []
+    return [f"{len(labels) - known} of the {len(labels)} images in {path} have no label: they count as the null class"]
+
+
+def known_labels(batch: TokenBatch, num_classes: int, device: torch.device) -> Tensor:
+    """The labels of a batch, -1 for none; a prior without classes knows none."""
+    return (batch.labels if num_classes else torch.full_like(batch.labels, -1)).to(device)
 
 
 def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
@@ -80,7 +104,8 @@ def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int
             if most and number * stream.batch >= most:
                 break
             ids, valid_B = batch.ids.to(mesh.device), batch.valid.to(mesh.device)
-            nats_B = engine(ids, batch.labels.to(mesh.device)).nats_B.double()
+            labels = known_labels(batch, prior.num_classes, mesh.device)
+            nats_B = engine(ids, labels).nats_B.double()
             sums += torch.stack([(nats_B * valid_B).sum(), valid_B.sum().double()])
             hits.add(torch.where(valid_B[:, None, None], ids, -1).flatten())
     nats, images = ops.sum_over(sums, mesh.world).tolist()
@@ -121,6 +146,8 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     if ended:
         progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
         return ended
+    for each in filter(None, (stream, held_out)):
+        notes += check_labels(each, prior.num_classes)
     for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
         progress.say(note)
     folder.write_note(place, "tokens.json", whose(stream), mesh)
@@ -139,7 +166,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         for micro in range(config.engine.accumulation):
             batch, seconds = next(batches)
             waited += seconds
-            ids, labels = batch.ids.to(mesh.device), batch.labels.to(mesh.device)
+            ids, labels = batch.ids.to(mesh.device), known_labels(batch, prior.num_classes, mesh.device)
             # What is random per image follows from its place in the global batch, on any number of processes.
             places = torch.arange(mine, device=mesh.device) + mesh.world.rank * mine
             keys = noise.keys(derive(run.seed, "condition"), step, micro, places)
