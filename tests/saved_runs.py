@@ -44,8 +44,11 @@ def images(batch=2, side=8) -> torch.Tensor:
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(5)) * 2 - 1
 
 
-def write_run(folder: Path, tokenizer: Tokenizer, mesh=None, steps=(7,), average=None, **metrics) -> Path:
-    """A run folder with checkpoints of `tokenizer`, and with averages that are `average` above its parameters."""
+def write_run(folder: Path, tokenizer: Tokenizer, mesh=None, steps=(7,), average=None, moments=1, **metrics) -> Path:
+    """A run folder with checkpoints of `tokenizer`, and with averages that are `average` above its parameters.
+
+    `moments` are so many numbers that only a training wants.
+    """
     mesh = mesh or Mesh()
     run = configuration.parse(
         TokenizerRun,
@@ -58,6 +61,7 @@ def write_run(folder: Path, tokenizer: Tokenizer, mesh=None, steps=(7,), average
     dense = {name: p.detach() for name, p in tokenizer.named_parameters()}
     replicated = {f"parameter/{name}": p for name, p in dense.items()}
     replicated |= {f"exp_avg/{name}": p * 0 for name, p in dense.items()}
+    replicated["exp_avg_sq/decoder.conv_out.weight"] = torch.ones(moments)
     replicated["discriminator/parameter/main.0.weight"] = torch.ones(3)
     replicated["buffer/quantizer.upkeep.steps"] = torch.ones(())
     rows = {f"parameter/{name}": x for name, x in learned.items()} | others

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jobs
 import pytest
@@ -178,6 +180,23 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
         same(tokenizer, Tokenizer.load(run))
     with pytest.raises(ValueError, match=r"0000000007 is not whole: replicated.pt.*take.*newest"):
         Tokenizer.load(newest)
+
+
+def resident(key):
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_moments_take_no_memory(tmp_path):
+    """A checkpoint of 64 MiB, of which all but a few KiB are of the optimiser."""
+    tokenizer = small()
+    run = write_run(tmp_path / "run", tokenizer, moments=16 << 20)
+    Tokenizer.load(write_run(tmp_path / "first", small()))  # brings what is loaded once
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what there is now
+    before = resident("VmRSS")
+    loaded = Tokenizer.load(run)
+    assert resident("VmHWM") - before < 16
+    same(tokenizer, loaded)
 
 
 def on_ranks(folder, source):

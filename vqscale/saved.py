@@ -184,7 +184,7 @@ def _trained(folder: Path, weights: Weights, task: str, schema: Any) -> Saved:
         rows = {name: entry for name, entry in wanted.items() if entry.table is not None}
         in_file = {name: _first(name, order, layout) for name in rows}
         held = {in_file[name]: (*_range(entry), entry.shape[0]) for name, entry in rows.items() if in_file[name]}
-        state = checkpoint.load(folder, rows=held)
+        state = checkpoint.load(folder, rows=held, mapped=True)  # `fill` copies the parameters alone
         in_file |= {name: _first(name, order, state.replicated) for name in wanted if name not in rows}
         given = {
             name: layout[key]["shape"] if name in rows else state.replicated[key].shape

@@ -101,11 +101,12 @@ def latest(folder: Path | str, mesh: Mesh | None = None) -> tuple[Path | None, l
     return _agree(lambda: search() if mesh.world.rank == 0 else (None, []), mesh.world)[0]
 
 
-def load(path: Path | str, *, rows: Mapping[str, tuple[int, int, int]]) -> State:
+def load(path: Path | str, *, rows: Mapping[str, tuple[int, int, int]], mapped: bool = False) -> State:
     """Read a checkpoint: all that is replicated, and of every named K-row tensor the rows [start, stop).
 
     `rows` maps names to (start, stop, K); any number of ranks reads what any other number wrote. Not collective.
-    ValueError where the checkpoint has no such tensor, or one of another K.
+    With `mapped` what is replicated is read from the file when it is looked at, so that moments nobody wants take no
+    memory: copy what is wanted, at once. ValueError where the checkpoint has no such tensor, or one of another K.
     """
     path = Path(path)
     try:
@@ -113,7 +114,7 @@ def load(path: Path | str, *, rows: Mapping[str, tuple[int, int, int]]) -> State
     except ValueError as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}; start from another one") from None
     read = {name: _read_rows(path, name, layout, *wanted) for name, wanted in rows.items()}
-    replicated = torch.load(path / "replicated.pt", map_location="cpu", weights_only=True)
+    replicated = torch.load(path / "replicated.pt", map_location="cpu", weights_only=True, mmap=mapped)
     return State(replicated, read, json.loads((path / "facts.json").read_text()))
 
 
