@@ -144,6 +144,15 @@ def test_killed_and_stopped_and_continued_on_others(tmp_path, caches, alone):
     jobs.same_numbers(alone, jobs.finish(path, "engine.name=deepspeed", world=2))
 
 
+def test_a_run_does_not_go_on_with_another_cache(tmp_path, alone):
+    other = prior_runs.write_cache(tmp_path / "other", NUM_TRAIN, 1, storage=8)
+    before = jobs.contents(alone)
+    job = jobs.start(alone.parent / "run.yaml", f"data.train.path={other}", "run.steps=9")
+    assert job.wait() == [2]
+    assert re.search(r"trained on data with fingerprint \w+, data.train.path now has \w+: .*same cache", job.output)
+    assert jobs.contents(alone) == before
+
+
 def test_with_dropout_to_the_bit(tmp_path, caches):
     dropout = ("prior.net.dropout_ffn=0.2", "prior.net.dropout_token=0.1", "engine.precision=bf16")
     whole = jobs.finish(prior_runs.write_config(tmp_path / "1", caches, *dropout))

@@ -202,9 +202,16 @@ def save(
 
 
 def resume(
-    place: Path, engine: Engine, tables: Mapping[str, Table], data: str, mesh: Mesh, more: Sequence[Kept] = ()
+    place: Path,
+    engine: Engine,
+    tables: Mapping[str, Table],
+    data: str,
+    mesh: Mesh,
+    more: Sequence[Kept] = (),
+    source: tuple[str, str] = ("data.train.shards", "shards"),
 ) -> tuple[Done, list[str]]:
     """Go on from the newest whole checkpoint, if there is one; (how far the run is, what to say). Collective.
+    `data` is the fingerprint of the training data; `source` the key that names them, and what they are.
 
     ValueError on all ranks when the data is not what the run was trained on, or when there are checkpoints and none of
     them is whole: to begin again would throw away what the run has logged.
@@ -222,8 +229,8 @@ def resume(
     done = Done(**load(newest, engine, tables, more)["done"])
     if done.data != data:
         raise ValueError(
-            f"the run in {place} was trained on data with fingerprint {done.data}, data.train.shards now has {data}: "
-            "the order of samples would be another; give the same shards, or a new run.folder"
+            f"the run in {place} was trained on data with fingerprint {done.data}, {source[0]} now has {data}: "
+            f"the order of samples would be another; give the same {source[1]}, or a new run.folder"
         )
     return done, [*notes, f"going on after step {done.step} of {newest} on {mesh.world.size} processes"]
 

@@ -140,7 +140,8 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     average = Average(engine, config.average)
 
     # resume: nothing is written before it is known that the run goes on
-    done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, [average])
+    source = ("data.train.path", "cache")
+    done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, [average], source)
     progress = Progress(run.steps, done.step, mesh.world.rank)
     ended = loop.finished(place, done, run.steps, mesh)
     if ended:
