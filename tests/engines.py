@@ -1,8 +1,8 @@
 """What the tests of the engines share: a network, a training of it by an engine, and the same by plain torch.
 
-The network has what makes engines differ: matrices and vectors (two groups of weight decay), sizes that do not divide,
-one parameter large enough for ZeRO-3 to take apart, one without a gradient, one that is frozen, recomputed activations,
-running statistics, and rows that are split over the code axis. Every rank has its own data.
+The network has what makes engines differ: matrices, an embedding and vectors (three groups of weight decay), sizes
+that do not divide, one parameter large enough for ZeRO-3 to take apart, one without a gradient, one that is frozen,
+recomputed activations, running statistics, and rows that are split over the code axis. Every rank has its own data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from vqscale.parallel.mesh import Mesh
 
 K, DIM, STEPS = 12, 5, 5
 # eps keeps Adam from blowing the rounding of near-zero gradients up to whole steps
-OPTIM = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 2, "rows_lr_factor": 3.0}
+OPTIM = {"lr": 1e-2, "eps": 1e-4, "schedule": "cosine", "warmup_steps": 2, "rows_lr_factor": 3.0}
+DECAYS = {"weight_decay": 0.1, "rows_weight_decay": 0.3, "final_weight_decay": 0.5}
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(5)
+        self.kinds = nn.Embedding(4, 3)  # the last one never comes up
         self.wide = nn.Linear(3, 401)
         self.deep = nn.Linear(401, 255)  # 102255 elements: above ZeRO-3's threshold, and odd
         self.norm = nn.BatchNorm1d(255)
@@ -48,7 +50,7 @@ class Net(nn.Module):
                 p.data = torch.randn(p.shape, generator=generator) * 0.1
 
     def forward(self, x):
-        h = torch.relu(self.wide(x * self.frozen))
+        h = torch.relu(self.wide(x * self.frozen + self.kinds(torch.arange(len(x)) % 3)))
         h = checkpoint(lambda h: torch.tanh(self.deep(h)), h, use_reentrant=False)
         return Out(self.last(self.norm(h)))
 
@@ -67,20 +69,19 @@ def loss(z, rows):
     return 3 * ((z @ rows.T).square().mean() + (z - 1).square().mean())
 
 
-def reference(world, accumulation=1, clip=0.5, steps=STEPS, skip=()):
+def reference(world, accumulation=1, clip=0.5, steps=STEPS, skip=(), decays=DECAYS):
     """The same training on one process with plain torch in float64; returns (norm, lr, tensors) after each step."""
     net, rows = Net().double(), nn.Parameter(whole_rows().double())
     named = dict(net.named_parameters())
     learned = {n: p for n, p in named.items() if p.requires_grad}
     buffers = [{n: b.clone() for n, b in net.named_buffers()} for _ in range(world)]
-    matrices = [p for p in learned.values() if p.ndim > 1]
-    vectors = [p for p in learned.values() if p.ndim == 1]
-    adam = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors}, {"params": [rows], "rows": 3.0}],
-        betas=(0.9, 0.95),
-        eps=1e-4,
-        weight_decay=0.0,
-    )
+    groups = [
+        {"params": [p for n, p in learned.items() if p.ndim > 1 and n != "kinds.weight"], "first": "weight_decay"},
+        {"params": [p for p in learned.values() if p.ndim == 1]},
+        {"params": [learned["kinds.weight"]], "first": "rows_weight_decay"},
+        {"params": [rows], "rows": 3.0, "first": "rows_weight_decay"},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.0)
     history = []
     for step in range(steps):
         for p in [*learned.values(), rows]:
@@ -94,6 +95,9 @@ def reference(world, accumulation=1, clip=0.5, steps=STEPS, skip=()):
         lr = 1e-2 * (step + 1) / 3 if warm < 0 else 1e-2 * (1 + math.cos(math.pi * warm / (STEPS - 3))) / 2
         for group in adam.param_groups:
             group["lr"] = lr * group.get("rows", 1.0)
+            first = decays.get(group.get("first"), 0.0)
+            final = decays.get("final_weight_decay", first) if first else 0.0
+            group["weight_decay"] = final + (first - final) * (1 + math.cos(math.pi * step / (STEPS - 1))) / 2
         if step not in skip:
             for p in [*learned.values(), rows]:
                 p.grad *= min(1.0, clip / norm) if clip else 1.0
@@ -112,7 +116,17 @@ def reference(world, accumulation=1, clip=0.5, steps=STEPS, skip=()):
     return history
 
 
-def make(mesh, name="torch", stage=0, accumulation=1, clip=0.5, precision="fp32", max_skipped=3, dtype=torch.float32):
+def make(
+    mesh,
+    name="torch",
+    stage=0,
+    accumulation=1,
+    clip=0.5,
+    precision="fp32",
+    max_skipped=3,
+    dtype=torch.float32,
+    decays=DECAYS,
+):
     start, stop = K * mesh.codes.rank // mesh.codes.size, K * (mesh.codes.rank + 1) // mesh.codes.size
     config = EngineConfig(
         name=name,
@@ -128,7 +142,7 @@ def make(mesh, name="torch", stage=0, accumulation=1, clip=0.5, precision="fp32"
         rows.data += mesh.data.rank
         for p in net.parameters():
             p.data += 1
-    return Engine(net, {"codes": rows}, config, OptimConfig(**OPTIM), mesh, STEPS)
+    return Engine(net, {"codes": rows}, config, OptimConfig(**OPTIM, **decays), mesh, STEPS)
 
 
 def take_step(engine, step, accumulation=1, poison=False):

@@ -20,6 +20,18 @@ def test_the_twin_equals_the_reference_on_one_process(accumulation):
     assert expected[-1][2]["parameter/frozen"].tolist() == [0.5] * 3
 
 
+@pytest.mark.parametrize(
+    "decays",
+    [{}, {"weight_decay": 0.2}, {"rows_weight_decay": 0.4, "final_weight_decay": 0.0}],
+    ids=["none", "of matrices, constant", "of tables, falling to 0"],
+)
+def test_each_decay_acts_on_its_own(decays):
+    engines.compare(
+        engines.train(1, 1, dtype=torch.float64, decays=decays),
+        engines.reference(1, decays=decays),
+    )
+
+
 def test_clipping_off_still_reports_the_norm():
     engines.compare(engines.train(1, 1, clip=0.0, dtype=torch.float64), engines.reference(1, clip=0.0))
 

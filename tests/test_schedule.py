@@ -1,4 +1,4 @@
-"""The learning rate against points worked out by hand, and the configuration's own complaints."""
+"""Learning rate and weight decay against points worked out by hand, and the configuration's own complaints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
-from vqscale.parallel.schedule import learning_rate
+from vqscale.parallel.schedule import decay_share, learning_rate
 
 
 def test_warm_up_grows_evenly_to_the_peak():
@@ -46,6 +46,13 @@ def test_steps_drop_at_their_step():
     )
 
 
+def test_weight_decay_goes_to_its_final_value_along_half_a_cosine():
+    assert [decay_share(s, 101) for s in (0, 25, 50, 75, 100, 500)] == pytest.approx(
+        [0.0, 0.5 - 0.5**1.5, 0.5, 0.5 + 0.5**1.5, 1.0, 1.0]
+    )
+    assert decay_share(0, 101) == decay_share(0, 1) == 0  # the first step has the first value, in a run of one step too
+
+
 @pytest.mark.parametrize(
     ("data", "codes", "world", "expected"),
     [(None, None, 8, (1, 8)), (2, None, 8, (2, 4)), (None, 4, 8, (2, 4)), (2, 4, 8, (2, 4)), (None, None, 1, (1, 1))],
@@ -70,6 +77,14 @@ def test_problems_are_named_by_key_and_defaults_have_none():
     assert [key for key, _ in engine.problems()] == ["accumulation", "clip_norm", "max_skipped", "timeout_s"]
     optim = OptimConfig(lr=0, betas=(0.9, 1.0), schedule="steps", rows_lr_factor=-1)
     assert [key for key, _ in optim.problems()] == ["lr", "rows_lr_factor", "betas", "drop_steps"]
+    decays = OptimConfig(weight_decay=-1, rows_weight_decay=-1, final_weight_decay=-1)
+    assert [key for key, _ in decays.problems()] == ["weight_decay", "rows_weight_decay", "final_weight_decay"]
+    ((key, message),) = OptimConfig(final_weight_decay=0.08).problems()
+    assert (key, message.split(":")[0]) == (
+        "final_weight_decay",
+        "final_weight_decay 0.08 is where a decay goes, but weight_decay and rows_weight_decay are 0, which stays 0",
+    )
+    assert not [*OptimConfig(rows_weight_decay=0.05, final_weight_decay=0.0).problems()]
     assert [key for key, _ in OptimConfig(schedule="steps", drop_steps=(9, 3)).problems()] == ["drop_steps"]
     assert [key for key, _ in OptimConfig(drop_steps=(3,)).problems()] == ["drop_steps"]
 

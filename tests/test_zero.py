@@ -138,7 +138,7 @@ def _two_players(kinds, adaptive):
         mesh = Mesh(1, 2)
         engine = engines.make(mesh, **kind)
         config = EngineConfig(name=kind["name"], zero_stage=kind.get("stage", 0), clip_norm=0.5)
-        judge = Engine(Judge(), {}, config, OptimConfig(**engines.OPTIM), mesh, engines.STEPS)
+        judge = Engine(Judge(), {}, config, OptimConfig(**engines.OPTIM, **engines.DECAYS), mesh, engines.STEPS)
         norms = []
         for step in range(engines.STEPS):
             z = engine(engines.batch(step, 0, mesh.world.rank)).z
@@ -166,7 +166,7 @@ def _two_players(kinds, adaptive):
 def test_two_players_at_every_stage(ranks, adaptive):
     kinds = KINDS[:4] if adaptive else KINDS  # ZeRO-3 takes the last layer's weight away before its gradient is asked
     for (norms, truth), *others in ranks(2, _two_players, kinds, adaptive, timeout_s=120):
-        assert len(truth) == 61
+        assert len(truth) == 64
         for other_norms, state in others:
             assert other_norms == pytest.approx(norms, rel=1e-14)
             for name, tensor in truth.items():
@@ -179,7 +179,9 @@ linear = torch.nn.functional.linear
 engine = t.make(mesh.Mesh(), name="deepspeed", stage=STAGE)
 twin = t.make(mesh.Mesh())
 for step in range(3):
-    assert t.take_step(engine, step) == t.take_step(twin, step)
+    one, other = t.take_step(engine, step), t.take_step(twin, step)
+    assert (one.stepped, one.lr) == (other.stepped, other.lr)
+    assert abs(one.grad_norm / other.grad_norm - 1) < 1e-14  # summed group by group, and name by name
 assert t.largest_difference(engine.state(), twin.state()) == 0
 assert torch.nn.functional.linear is linear, "DeepSpeed has replaced it for every network of the process"
 mesh.disconnect()

@@ -85,7 +85,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate. Weight decay acts on matrices: not on biases, norms, embeddings, codebook rows."""
+    """AdamW, its learning rate and its weight decay, which biases and norms never have."""
 
     lr: float = 1e-4
     """peak learning rate, reached at the end of the warm-up"""
@@ -94,7 +94,12 @@ class OptimConfig:
     eps: float = 1e-8
     """added to the root of the second moment"""
     weight_decay: float = 0.0
-    """decoupled decay of matrices"""
+    """decoupled decay of matrices: per step they lose this times the learning rate"""
+    rows_weight_decay: float = 0.0
+    """the same of tables: codebook rows, a prior's tables of ids, embeddings; rows decay in every step, used or not"""
+    final_weight_decay: float | None = None
+    """what both decays, where they are not 0, have become by the last step, along half a cosine over all steps; null:
+    they stay"""
     schedule: Literal["constant", "cosine", "linear", "steps"] = "cosine"
     """what the learning rate does after the warm-up"""
     warmup_steps: int = 0
@@ -114,9 +119,18 @@ class OptimConfig:
         for key in ("lr", "eps", "drop_factor"):
             if getattr(self, key) <= 0:
                 yield key, f"{key} must be positive, but it is {getattr(self, key)}: give a number above 0"
-        for key in ("weight_decay", "warmup_steps", "final_factor", "rows_lr_factor"):
-            if getattr(self, key) < 0:
+        for key in (
+            *("weight_decay", "rows_weight_decay", "final_weight_decay"),
+            *("warmup_steps", "final_factor", "rows_lr_factor"),
+        ):
+            if (getattr(self, key) or 0) < 0:
                 yield key, f"{key} must not be negative, but it is {getattr(self, key)}: use 0 or more"
+        if self.final_weight_decay is not None and self.weight_decay == self.rows_weight_decay == 0:
+            yield (
+                "final_weight_decay",
+                f"final_weight_decay {self.final_weight_decay} is where a decay goes, but weight_decay and "
+                "rows_weight_decay are 0, which stays 0: give one of them, or leave final_weight_decay out",
+            )
         if not 0 <= self.flat_share < 1:
             yield "flat_share", f"flat_share is {self.flat_share}, a share of the steps: use 0 to below 1"
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -27,7 +27,7 @@ from vqscale.parallel.clock import clock
 from vqscale.parallel.config import EngineConfig, OptimConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.replicated import Replicated
-from vqscale.parallel.schedule import learning_rate
+from vqscale.parallel.schedule import decay_share, learning_rate
 
 SQUARED_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
 
@@ -55,7 +55,7 @@ class Dense(Protocol):
     def backward(self, loss: Tensor) -> None: ...
     def advance(self) -> None: ...
     def gradients(self) -> list[Tensor]: ...
-    def apply(self, lr: float, skip: bool) -> None: ...
+    def apply(self, lr: float, decay_share: float, skip: bool) -> None: ...
     def read(self) -> dict[str, Tensor]: ...
     def write(self, tensors: dict[str, Tensor], steps: int) -> None: ...
 
@@ -103,7 +103,7 @@ class Engine:
         self._learned = {name: row for name, row in self.rows.items() if row.requires_grad}
         self._rows_adam = None
         if self._learned:
-            group = {"params": list(self._learned.values()), "weight_decay": 0.0}
+            group = {"params": list(self._learned.values()), "weight_decay": optim.rows_weight_decay}
             self._rows_adam = adamw.AdamW([group], optim)
             self._rows_adam.prepare(self._learned.values())
         self.dense = _dense(module, config, optim, mesh)
@@ -155,9 +155,10 @@ class Engine:
         if finite and 0 < self._config.clip_norm < norm:
             for gradient in dense + rows:
                 gradient.mul_(self._config.clip_norm / norm)
-        self.dense.apply(lr, skip=not finite)
+        share = decay_share(self._boundaries, self._total_steps)
+        self.dense.apply(lr, share, skip=not finite)
         if self._rows_adam is not None and finite:
-            self._rows_adam.set_rate(lr * self._optim.rows_lr_factor)
+            self._rows_adam.set_rates(lr * self._optim.rows_lr_factor, share)
             self._rows_adam.step()
         for row in self.rows.values():
             row.grad = None

@@ -52,10 +52,10 @@ class Replicated:
                 p.grad = part.view_as(p)
         return [p.grad for p in self._parameters.values() if p.grad is not None]
 
-    def apply(self, lr: float, skip: bool) -> None:
+    def apply(self, lr: float, decay_share: float, skip: bool) -> None:
         """Step with what `gradients` returned, or change nothing; either way the gradients are gone afterwards."""
         if self._adam is not None and not skip:
-            self._adam.set_rate(lr)
+            self._adam.set_rates(lr, decay_share)
             self._adam.step()
         for p in self._parameters.values():
             p.grad = None

@@ -1,4 +1,4 @@
-"""The learning rate of a step: a pure function, so that a resumed run needs no state for it. No torch, no DeepSpeed."""
+"""Learning rate and weight decay of a step: pure functions, so that a resumed run needs no state. No torch."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     if config.schedule == "steps":
         return config.lr * config.drop_factor ** sum(step >= drop for drop in config.drop_steps)
     return config.lr
+
+
+def decay_share(step: int, total_steps: int) -> float:
+    """How far weight decay has gone from its first to its final value at step number `step` (from 0): half a cosine,
+    0 at the first step and 1 at the last, the warm-up included."""
+    return (1 - math.cos(math.pi * min(1.0, step / max(1, total_steps - 1)))) / 2

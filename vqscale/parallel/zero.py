@@ -134,13 +134,13 @@ class Zero:
             return [p.grad for p in self._parameters.values() if p.grad is not None]
         return [part for group in self._engine.optimizer.averaged_gradients.values() for part in group]
 
-    def apply(self, lr: float, skip: bool) -> None:
+    def apply(self, lr: float, decay_share: float, skip: bool) -> None:
         gradients = self.gradients()
         if skip:
             for gradient in gradients:
                 gradient.zero_()
         self._adam.idle = skip
-        self._adam.set_rate(lr)
+        self._adam.set_rates(lr, decay_share)
         self._engine.step()
         self._adam.idle = False
         if self._stage == 3:
