@@ -164,6 +164,10 @@ def test_a_sweep_from_the_command_line(place, tmp_path):
     np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
     words = [place / "prior" / "run", place / "tokenizer", tmp_path / "out", "--reference", tmp_path / "reference.npz"]
     words += ["--inception", "small.pth", "--num-images", 10, "--guidance", "1,2", "--temperature", "0.9,1", *QUICK]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "STOP").touch()
+    status, said = tool("sweep", *words, network=Small())
+    assert (status, "stopped after 0 of 4 settings: the same command goes on" in said) == (75, True), said
     status, said = tool("sweep", *words, network=Small())
     assert status == 0, said
     table = json.loads((tmp_path / "out" / "sweep.json").read_text())

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from jobs import hear
 from judges import Small
 from saved_runs import small
-from test_sample import Rule
+from test_sample import MAKE, Rule, at
 
 from vqscale.metrics import generation
 from vqscale.metrics import sweep as written
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
+from vqscale.train import folder as run_folder
 from vqscale.train import sweep
 from vqscale.train.sample import Settings
 
@@ -31,7 +36,15 @@ def references(folder):
     return path
 
 
-def run(folder, dials=DIALS, tokenizer_seed=1, keep=False, published=False):
+def run(folder, dials=DIALS, before=None, **others):
+    """(rows, number of batches that were drawn) of a sweep that nobody stopped."""
+    rows, stopped, batches = swept(folder, dials, before, **others)
+    assert not stopped
+    return rows, batches
+
+
+def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, published=False):
+    """(rows, stopped?, number of batches that were drawn) of a sweep in this process, which may be one of several."""
     torch.set_num_threads(1)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     mesh, network = Mesh(world), Small(published)
@@ -40,9 +53,18 @@ def run(folder, dials=DIALS, tokenizer_seed=1, keep=False, published=False):
     rule = Rule()
     every = sweep.settings(BASE, dials)
     tokenizer = small(mesh, tokenizer_seed)
-    rows, stopped = sweep.sweep(rule, tokenizer, judge, folder / "out", mesh, every, about={"command": "x"}, keep=keep)
-    assert not stopped
-    return rows, len(rule.asked)
+    handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
+    try:
+        with pytest.MonkeyPatch.context() as changes:
+            if before is not None:
+                before(int(os.environ.get("RANK", "0")), changes)
+            rows, stopped = sweep.sweep(
+                rule, tokenizer, judge, folder / "out", mesh, every, about={"command": "x"}, keep=keep
+            )
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    return rows, stopped, len(rule.asked)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +129,46 @@ def test_two_processes_fill_the_same_table(whole, tmp_path, ranks):
             assert mine.keys() == alone.keys()
             for key, value in alone.items():
                 assert mine[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
+
+
+TERM = partial(hear, signal.SIGTERM)
+LOOK, SCORE = "vqscale.metrics.generation:describe", "vqscale.metrics.generation:compare"
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "rows", "drawn"),
+    [(MAKE, 1, 0, 1), (MAKE, 3, 0, 3), (SCORE, 1, 1, 3), (MAKE, 9, 2, 9)],
+    ids=["first batch", "last batch", "scoring", "very last batch"],
+)
+def test_a_signal_is_heard_wherever_it_comes(tmp_path, where, number, rows, drawn):
+    dials = {"guidance": [1.0, 1.5, 2.0]}
+    found, stopped, batches = swept(tmp_path, dials, partial(at, where, number, 0, TERM))
+    assert (len(found), stopped, batches) == (rows, True, drawn)
+    found, batches = run(tmp_path, dials)
+    assert (len(found), batches) == (3, 9 - drawn)
+
+
+def test_a_signal_after_all_is_measured_stops_nothing(tmp_path):
+    rows, batches = run(tmp_path, {"guidance": [1.0]}, partial(at, SCORE, 1, 0, TERM))
+    assert (len(rows), batches) == (1, 3)
+
+
+def test_a_file_stop_is_heard_and_removed(tmp_path):
+    out = tmp_path / "out"
+    make = partial(at, MAKE, 2, 0, (out / "STOP").touch)
+    rows, stopped, batches = swept(tmp_path, {"guidance": [1.0]}, make)
+    assert (rows, stopped, batches) == ([], True, 2)
+    assert not (out / "STOP").exists()
+    assert run(tmp_path, {"guidance": [1.0]})[1] == 1
+
+
+@pytest.mark.dist
+def test_one_rank_of_two_is_asked_to_stop_while_it_measures(tmp_path, ranks):
+    references(tmp_path)
+    dials = {"guidance": [1.0, 1.5]}
+    answers = ranks(2, swept, tmp_path, dials, partial(at, LOOK, 1, 1, TERM))
+    assert [(len(rows), stopped) for rows, stopped, _ in answers] == [(1, True)] * 2
+    assert [len(rows) for rows, _ in ranks(2, run, tmp_path, dials)] == [2, 2]
 
 
 def test_dials_that_cannot_be_turned_are_refused():

@@ -6,8 +6,9 @@
 
 Every combination of the lists draws --num-images images (tools/sample.py says how) and measures them (tools/evaluate.py
 samples says how). OUT gets sweep.json, sweep.csv and sweep.png, written again after every setting; a setting that is
-measured is not measured again, so the same command goes on, on any number of processes. The whole table is kept: the
-best of many settings, chosen on the very reference, is not a number to publish without it.
+measured is not measured again, so the same command goes on, on any number of processes; TERM, USR1, USR2 or a file STOP
+in OUT end it with status 75. The whole table is kept: the best of many settings, chosen on the very reference, is not a
+number to publish without it.
 """
 
 from __future__ import annotations

@@ -157,11 +157,13 @@ def sample(
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    stop: StopRequest | None = None,
 ) -> Outcome:
     """Make or continue the samples in `folder` until all are there, or until somebody asks to stop. Collective.
 
-    `about` is added to sample.json: paths, say. ValueError for what the user has to change, RunError for what went
-    wrong, on all ranks. An OSError (a full disk) is raised on the rank that met it.
+    `about` is added to sample.json: paths, say. `stop` is the caller's, who does more than this and clears it; without
+    one requests are heard from here on, and a file STOP in the folder. ValueError for what the user has to change,
+    RunError for what went wrong, on all ranks. An OSError (a full disk) is raised on the rank that met it.
     """
     check(prior, tokenizer, settings)
     facts = _facts(prior, tokenizer, settings, about or {})
@@ -169,7 +171,10 @@ def sample(
         missing = ending.first(lambda: _begin(folder, facts, overwrite, held), mesh)
         if missing is None:
             return Outcome("already")
-        outcome = _Work(prior, tokenizer, folder, mesh, settings, progress).make(missing)
+        heard = stop or StopRequest(folder, mesh)
+        outcome = _Work(prior, tokenizer, folder, mesh, settings, progress, heard).make(missing)
+        if stop is None:
+            heard.clear()
         made = {"images": outcome.images, "seconds": round(outcome.seconds, 3), "images_per_s": round(outcome.rate, 3)}
         facts["made"] = {**made, "processes": mesh.world.size, "device": mesh.device.type}
         if outcome.state == "sampled":
@@ -202,11 +207,17 @@ class _Work:
     """The drawing of batches."""
 
     def __init__(
-        self, prior: Prior, tokenizer: Tokenizer, folder: Path, mesh: Mesh, settings: Settings, progress: bool
+        self,
+        prior: Prior,
+        tokenizer: Tokenizer,
+        folder: Path,
+        mesh: Mesh,
+        settings: Settings,
+        progress: bool,
+        stop: StopRequest,
     ) -> None:
         self.prior, self.tokenizer, self.folder = prior, tokenizer, folder
-        self.mesh, self.settings, self.progress = mesh, settings, progress
-        self.stop = StopRequest(folder, mesh)
+        self.mesh, self.settings, self.progress, self.stop = mesh, settings, progress, stop
 
     def make(self, missing: Sequence[int]) -> Outcome:
         """Draw and write these batches until all are there or a rank is asked to stop; the same on every rank."""
@@ -227,7 +238,6 @@ class _Work:
                 break
         bar.close()
         reasons = ops.gather_objects(self.stop.reason, self.mesh.world)
-        self.stop.clear()
         seconds = time.perf_counter() - began
         reason = next((reason for reason in reasons if reason), "another rank")
         return Outcome("stopped", images, seconds, left, reason) if left else Outcome("sampled", images, seconds)

@@ -2,9 +2,11 @@
 
 OUT/sweep.json, sweep.csv, sweep.png    the table so far, in the order of the settings
 OUT/SETTING/                            samples of a setting while it is measured (train/sample.py), then result.json
+OUT/STOP                                made by hand: the sweep leaves as it does for a signal
 
 A setting whose result.json is there is not drawn again, so the same command goes on with what is missing, or with more
-settings. Not here: what is drawn (sample.py) and what is measured (metrics/generation.py).
+settings. A request to stop is heard after every batch that is drawn, and when images have been measured. Not here: what
+is drawn (sample.py) and what is measured (metrics/generation.py).
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vqscale.metrics import generation
 from vqscale.metrics import sweep as written
 from vqscale.metrics.generation import Described, Network
 from vqscale.metrics.sample_file import SampleFile
+from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.train import ending, sample_folder
+from vqscale.train.folder import StopRequest
 from vqscale.train.sample import Settings, sample
 
 if TYPE_CHECKING:
@@ -72,7 +78,7 @@ def sweep(
     keep: bool = False,
     measure_batch: int = 64,
 ) -> tuple[list[written.Row], bool]:
-    """(rows of the settings that are measured, whether somebody asked to stop before the last). Collective.
+    """(rows of the settings that are measured, whether somebody asked to stop before all were). Collective.
 
     keep: samples.npz of every setting stays; without, it goes when it is measured.
     """
@@ -82,21 +88,30 @@ def sweep(
         "judge": dict(judge.about),
     }
     rows: list[written.Row] = []
+    stop = StopRequest(folder, mesh)
     for one in every:
         place = folder / name(one)
         facts = {**made_from, "settings": json.loads(json.dumps(asdict(one)))}
         row = ending.first(lambda place=place, facts=facts: _read(place, facts), mesh)  # type: ignore[misc]
         if row is None:
-            outcome = sample(prior, tokenizer, place, mesh, one)
-            if outcome.state == "stopped":
-                return rows, True
+            if not _asked(stop, mesh):
+                sample(prior, tokenizer, place, mesh, one, stop=stop)
+            if _asked(stop, mesh):
+                break
             images = SampleFile(place / sample_folder.FILE)
             seen = generation.describe(images, judge.network, mesh, batch=measure_batch)
             row = ending.first(lambda s=one, d=seen: _row(s, d, judge), mesh)  # type: ignore[misc]
             ending.first(lambda place=place, facts=facts, row=row: _write(place, facts, row, keep), mesh)  # type: ignore[misc]
         rows.append(row)
         ending.first(lambda: written.write(folder, {**made_from, **(about or {})}, rows), mesh)
-    return rows, False
+    stop.clear()
+    return rows, len(rows) < len(every)
+
+
+def _asked(stop: StopRequest, mesh: Mesh) -> bool:
+    """Whether a rank was asked to stop, the same on every rank. Collective."""
+    here = torch.tensor([float(stop.here())], device=mesh.device)
+    return bool(ops.sum_over(here, mesh.world) > 0)
 
 
 def _row(one: Settings, seen: Described, judge: Judge) -> dict[str, Any]:
