@@ -25,6 +25,7 @@ from vqscale.priors import Prior
 from vqscale.quantizers.config import VQConfig
 from vqscale.tokenizer import Tokenizer
 from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.train import folder
 from vqscale.train.config import PriorRun, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -114,7 +115,7 @@ def test_what_is_no_prior_is_not_loaded(alone, tmp_path):
     [
         (2, ()),
         (4, ("mesh.data=2",)),
-        (2, ("engine.accumulation=2", "prior.class_dropout=0.3")),
+        (2, ("engine.accumulation=2",)),
         (2, ("engine.name=deepspeed", "engine.zero_stage=2")),
         (2, ("engine.name=deepspeed", "engine.zero_stage=3", "prior.net.checkpointing=true")),
     ],
@@ -122,11 +123,7 @@ def test_what_is_no_prior_is_not_loaded(alone, tmp_path):
 )
 def test_a_global_batch_gives_the_same_run(tmp_path, caches, alone, world, more):
     run = jobs.finish(prior_runs.write_config(tmp_path, caches, *more), world=world)
-    if "engine.accumulation=2" not in more:  # which draws other classes to drop
-        jobs.same_numbers(alone, run)
-        return
-    other = jobs.finish(prior_runs.write_config(tmp_path / "1", caches, *more))
-    jobs.same_numbers(other, run)
+    jobs.same_numbers(alone, run)
 
 
 def test_killed_and_stopped_and_continued_on_others(tmp_path, caches, alone):
@@ -142,6 +139,27 @@ def test_killed_and_stopped_and_continued_on_others(tmp_path, caches, alone):
     assert job.wait() == [jobs.STOPPED], job.output
     assert jobs.steps_saved(run) == [2, 4, 5]
     jobs.same_numbers(alone, jobs.finish(path, "engine.name=deepspeed", world=2))
+
+
+def test_accumulation_may_change_on_the_way(tmp_path, caches, alone):
+    """Two processes, then one with two micro-batches of the same images, then one with four."""
+    path = prior_runs.write_config(tmp_path, caches)
+    for step, world, accumulation in ((3, 2, 1), (2, 1, 2)):
+        stop = partial(jobs.at_call, "vqscale.parallel.engine:Engine.backward", 1 + step * accumulation)
+        stop = partial(stop, partial(jobs.hear, signal.SIGTERM), 0)
+        job = jobs.start(path, f"engine.accumulation={accumulation}", world=world, before=stop)
+        assert job.wait() == [jobs.STOPPED] * world, job.output
+    assert jobs.steps_saved(tmp_path / "run") == [2, 4, 6, 7]
+    jobs.same_numbers(alone, jobs.finish(path, "engine.accumulation=4", "engine.name=deepspeed"))
+
+
+def test_a_tokenizer_keeps_its_accumulation(tmp_path):
+    path = jobs.write_config(tmp_path, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(path.read_text())
+    folder.check(configuration.load(Run, path, ["mesh.codes=1"]))
+    with pytest.raises(ValueError, match=r"engine\.accumulation: 1 -> 2"):
+        folder.check(configuration.load(Run, path, ["engine.accumulation=2"]))
 
 
 def test_a_run_does_not_go_on_with_another_cache(tmp_path, alone):

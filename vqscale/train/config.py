@@ -142,3 +142,6 @@ FREE_TO_CHANGE = (
     "data.val.",
     "data.val:",
 )
+
+# Of a prior the micro-batches too: nothing in it is of one of them, as entropies and revival are in a tokenizer.
+FREE_OF_PRIORS = ("engine.accumulation",)

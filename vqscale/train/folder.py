@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vqscale import config as configuration
-from vqscale.train.config import FREE_TO_CHANGE
+from vqscale.train.config import FREE_OF_PRIORS, FREE_TO_CHANGE
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
@@ -63,10 +63,9 @@ def check(config: Any) -> None:
     with contextlib.suppress(configuration.ConfigError):
         # A key that came into being after the run began had its default.
         before = configuration.to_dict(configuration.parse(type(config), before))
+    free = FREE_TO_CHANGE + (FREE_OF_PRIORS if config.task == "prior" else ())
     lines = [
-        line
-        for line in configuration.differences(before, configuration.to_dict(config))
-        if not line.startswith(FREE_TO_CHANGE)
+        line for line in configuration.differences(before, configuration.to_dict(config)) if not line.startswith(free)
     ]
     if lines:
         raise ValueError(

@@ -168,9 +168,9 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
             batch, seconds = next(batches)
             waited += seconds
             ids, labels = batch.ids.to(mesh.device), known_labels(batch, prior.num_classes, mesh.device)
-            # What is random per image follows from its place in the global batch, on any number of processes.
-            places = torch.arange(mine, device=mesh.device) + mesh.world.rank * mine
-            keys = noise.keys(derive(run.seed, "condition"), step, micro, places)
+            # What is random per image follows from its place in the batch of the step, however that is cut.
+            places = torch.arange(mine, device=mesh.device) + (micro * mesh.world.size + mesh.world.rank) * mine
+            keys = noise.keys(derive(run.seed, "condition"), step, places)
             modelled = engine(ids, labels, keys)
             engine.backward(modelled.loss)
             report = engine.step()
