@@ -91,7 +91,7 @@ def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> Settings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = parser.add_argument
-    add("prior", type=Path, metavar="PRIOR", help="run folder or checkpoint of a prior")
+    add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
     add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")
     add("out", type=Path, metavar="OUT", help="folder of the samples: new, or begun by the same command")
     number = parser.add_mutually_exclusive_group()

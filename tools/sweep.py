@@ -7,8 +7,8 @@
 Every combination of the lists draws --num-images images (tools/sample.py says how) and measures them (tools/evaluate.py
 samples says how). OUT gets sweep.json, sweep.csv and sweep.png, written again after every setting; a setting that is
 measured is not measured again, so the same command goes on, on any number of processes; TERM, USR1, USR2 or a file STOP
-in OUT end it with status 75. The whole table is kept: the best of many settings, chosen on the very reference, is not a
-number to publish without it.
+in OUT end it with status 75. The whole table is kept, with what other commands measured in OUT at other settings of the
+dials: the best of many, chosen on the very reference, is not a number to publish without it.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
     from vqscale.train.folder import EXIT_STOPPED
 
     with ending.joined(args.device, ending.divide(), args.timeout_s) as mesh:
-        told, stopped = _measure(args, words, mesh)
+        told, missing = _measure(args, words, mesh)
     if mesh.world.rank == 0:
         print(told, flush=True)
-    return EXIT_STOPPED if stopped else 0
+    return EXIT_STOPPED if missing else 0
 
 
-def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[str, bool]:
+def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[str, int]:
+    """(what to say at the end, how many settings are missing)."""
     from vqscale.metrics import generation
     from vqscale.metrics import sweep as written
     from vqscale.nets.inception import load
@@ -72,9 +73,9 @@ def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tupl
     reference = generation.read_reference(args.reference, network, mesh)
     judge = sweep.Judge(network, reference, {"inception": dict(network.facts), "reference": _file(args.reference)})
     about = {"command": shlex.join(["python", "tools/sweep.py", *words])}
-    rows, stopped = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
-    left = f"\nstopped after {len(rows)} of {len(every)} settings: the same command goes on" if stopped else ""
-    return f"{written.table(rows)}\n{args.out}: sweep.json, sweep.csv, sweep.png{left}", stopped
+    rows, missing = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
+    left = f"\nstopped after {len(every) - missing} of {len(every)} settings: the same command goes on"
+    return f"{written.table(rows)}\n{args.out}: sweep.json, sweep.csv, sweep.png{left * bool(missing)}", missing
 
 
 def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Settings]:
@@ -94,7 +95,7 @@ def _file(path: str) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = parser.add_argument
-    add("prior", type=Path, metavar="PRIOR", help="run folder or checkpoint of a prior")
+    add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
     add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")
     add("out", type=Path, metavar="OUT", help="folder of the table: new, or begun by the same command")
     add("--reference", required=True, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")

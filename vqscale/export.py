@@ -5,7 +5,8 @@ order. Rows are streamed in blocks from whichever rank owns them, so no rank hol
 of a training (windows of usage, moving counts) and not part of what is saved. Reading is in saved.py.
 
 card.json      format, version, fingerprint, config, size and sha256 of the weights, and what is known about them:
-               origin, commit, image_size, metrics
+               origin (run, step, averages or parameters), commit, metrics; of a tokenizer the image_size, of a prior
+               the fingerprint of the tokenizer whose ids it models
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ from vqscale.config_schema import fields_of, is_config
 from vqscale.parallel import manifest, ops
 from vqscale.parallel.checkpoint import CheckpointError
 from vqscale.parallel.mesh import Mesh
-from vqscale.tokenizer_config import TokenizerConfig
 
-FORMAT, VERSION = "vqscale tokenizer", 1
+Kind = Literal["tokenizer", "prior"]  # what a folder may hold
+FORMATS: dict[Kind, str] = {"tokenizer": "vqscale tokenizer", "prior": "vqscale prior"}
+VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
 BLOCK_BYTES = 16 << 20
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -89,9 +91,14 @@ def fingerprint(module: nn.Module, config: Any) -> str:
     return digest.hexdigest()
 
 
-def write(folder: Path | str, module: nn.Module, config: TokenizerConfig, card: Mapping[str, Any], mesh: Mesh) -> Path:
-    """Write the folder; collective, rank 0 writes. What fails there is raised on all ranks."""
-    target = _Target(Path(folder)) if mesh.world.rank == 0 else None
+def write(
+    folder: Path | str, module: nn.Module, config: Any, card: Mapping[str, Any], mesh: Mesh, kind: Kind = "tokenizer"
+) -> Path:
+    """Write the folder; collective, rank 0 writes. What fails there is raised on all ranks.
+
+    A tokenizer takes the place of one that lies there; nothing else is written over.
+    """
+    target = _Target(Path(folder), kind) if mesh.world.rank == 0 else None
     digest, tensors = _begin(config), entries(module)
     if target is not None:
         target.open(tensors)
@@ -102,14 +109,14 @@ def write(folder: Path | str, module: nn.Module, config: TokenizerConfig, card: 
             if target is not None:
                 target.put(block)
     if target is not None:
-        known = {"format": FORMAT, "version": VERSION, "fingerprint": digest.hexdigest()}
+        known = {"format": FORMATS[kind], "version": VERSION, "fingerprint": digest.hexdigest()}
         target.close({**card, **known, "config": configuration.to_dict(config)})
     failure = ops.gather_objects(target.failure if target else None, mesh.world)[0]
     if isinstance(failure, ValueError):
         raise failure
     if failure is not None:
         raise CheckpointError(
-            f"the tokenizer was not written to {folder}: {type(failure).__name__}: {failure}; make room there, or "
+            f"the {kind} was not written to {folder}: {type(failure).__name__}: {failure}; make room there, or "
             "choose another folder"
         )
     return Path(folder)
@@ -118,8 +125,8 @@ def write(folder: Path | str, module: nn.Module, config: TokenizerConfig, card: 
 class _Target:
     """Rank 0's files. After a failure it takes no more and says nothing, because the other ranks go on sending."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self.folder, self.kind = folder, kind
         self.failure: Exception | None = None
         self._file: BinaryIO | None = None
 
@@ -127,11 +134,17 @@ class _Target:
         try:
             if (self.folder / "run.yaml").exists() or (self.folder / manifest.NAME).exists():
                 raise ValueError(
-                    f"{self.folder} holds a run or a checkpoint, and a tokenizer is saved in a folder of "
+                    f"{self.folder} holds a run or a checkpoint, and a {self.kind} is saved in a folder of "
                     "its own: give another folder"
                 )
+            there = _format(self.folder)
+            if there is not None and (there, self.kind) != (FORMATS["tokenizer"], "tokenizer"):
+                raise ValueError(
+                    f"{self.folder} has the card of a {there!r}, and a {self.kind} is not written over it: give "
+                    "another folder, or remove this one"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CARD).unlink(missing_ok=True)  # without it the folder is no tokenizer until all is written
+            (self.folder / CARD).unlink(missing_ok=True)  # without it the folder is nothing until all is written
             self._file = (self.folder / f"{WEIGHTS}.tmp").open("wb")
             self._file.write(_header(tensors))
         except (OSError, ValueError) as error:
@@ -160,6 +173,14 @@ class _Target:
                 (self.folder / f"{WEIGHTS}.tmp").unlink(missing_ok=True)
         except OSError as error:
             self.failure = self.failure or error
+
+
+def _format(folder: Path) -> Any:
+    """What the card of a folder says that it holds; None without a card that can be read."""
+    try:
+        return json.loads((folder / CARD).read_text(encoding="utf-8"))["format"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _header(tensors: Mapping[str, Entry]) -> bytes:

@@ -2,7 +2,7 @@
 
     RUN/                            run.yaml says what it is; its newest whole checkpoint has the weights
     RUN/checkpoints/0000001000/     that checkpoint: replicated tensors and rows by global number
-    EXPORTED/                       model.safetensors and card.json, as export.py writes them (tokenizers)
+    EXPORTED/                       model.safetensors and card.json, as export.py writes them
 
 Everything is checked before it is used: checksums (by rank 0), names and shapes. A rank reads its own rows only. Not
 here: what a tokenizer or a prior is, and how it is built, and weights of other projects (tools).
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vqscale import config as configuration
-from vqscale.export import CARD, FORMAT, VERSION, WEIGHTS, Entry, entries
+from vqscale.export import CARD, FORMATS, VERSION, WEIGHTS, Entry, Kind, entries
 from vqscale.nets.weights import check_shapes
 from vqscale.parallel import checkpoint, manifest, ops
 from vqscale.parallel.mesh import Mesh
@@ -53,36 +53,33 @@ class Saved:
 
 
 def find(
-    path: str | Path, mesh: Mesh, weights: Weights = "average", task: str = "tokenizer", schema: Any = TokenizerConfig
+    path: str | Path, mesh: Mesh, weights: Weights = "average", task: Kind = "tokenizer", schema: Any = TokenizerConfig
 ) -> Saved:
     """What lies at `path`, its checksums verified; collective. ValueError on all ranks if any cannot use it.
 
-    `task` is that of the run, the model's key in its config, and `schema` the type of what stands there.
+    `task` is what is looked for: the task of a run, which is the model's key in its config, or the kind of an exported
+    folder. `schema` is the type of its config.
     """
     path = Path(path)
     if weights not in ("average", "parameters"):
         raise ValueError(f"weights are {weights!r}, and a checkpoint has 'average' and 'parameters': give one of them")
     first = mesh.world.rank == 0
-    verified = ops.gather_objects(_attempt(lambda: _verified(path) if first else None), mesh.world)[0]
+    verified = ops.gather_objects(_attempt(lambda: _verified(path, task) if first else None), mesh.world)[0]
     found = _result(verified)
     assert found is not None
     return _together(lambda: _read(found, weights, task, schema), mesh)
 
 
-def _read(found: Path, weights: Weights, task: str, schema: Any) -> Saved:
-    if not (found / CARD).is_file():
-        return _trained(found, weights, task, schema)
-    if task != "tokenizer":
-        raise ValueError(
-            f"{found} is an exported tokenizer, and not a {task}: give the folder of a run that trained one"
-        )
-    return _exported(found)
+def _read(found: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
+    if (found / CARD).is_file():
+        return _exported(found, task, schema)
+    return _trained(found, weights, task, schema)
 
 
-def _verified(path: Path) -> Path:
+def _verified(path: Path, task: Kind) -> Path:
     """The folder whose weights are meant, every byte of them checked."""
     if (path / CARD).is_file():
-        _check_weights(path, _card(path))
+        _check_weights(path, _card(path, task), task)
         return path
     if (path / manifest.NAME).is_file():
         damage = manifest.damage(path)
@@ -111,37 +108,37 @@ def _verified(path: Path) -> Path:
         what = f"has neither {CARD} nor run.yaml nor {manifest.NAME}"
     raise ValueError(
         f"{path} {what}: give a run folder, a folder NNNNNNNNNN in its checkpoints, or a folder that a "
-        "tokenizer was saved to"
+        f"{task} was saved to"
     )
 
 
-def _card(folder: Path) -> dict[str, Any]:
+def _card(folder: Path, task: Kind) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / CARD} cannot be read ({error}): save the tokenizer again") from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        kind = card.get("format") if isinstance(card, dict) else type(card).__name__
+        raise ValueError(f"{folder / CARD} cannot be read ({error}): save the {task} again") from None
+    kind = card.get("format") if isinstance(card, dict) else type(card).__name__
+    if kind != FORMATS[task]:
         raise ValueError(
-            f"{folder / CARD} is the card of {kind!r} and not of a {FORMAT!r}: give a folder that a "
-            "tokenizer was saved to"
+            f"{folder / CARD} is the card of {kind!r} and not of a {FORMATS[task]!r}: give a folder that a "
+            f"{task} was saved to, or the folder of a run that trained one"
         )
     if card.get("version") != VERSION:
         raise ValueError(
             f"{folder / CARD} has version {card.get('version')}, and this code reads version {VERSION}: "
-            "use the vqscale that wrote it, or save the tokenizer again with this one"
+            f"use the vqscale that wrote it, or save the {task} again with this one"
         )
     lacks = [key for key in ("config", "weights", "fingerprint") if key not in card]
     if lacks:
-        raise ValueError(f"{folder / CARD} lacks {', '.join(lacks)}: save the tokenizer again")
+        raise ValueError(f"{folder / CARD} lacks {', '.join(lacks)}: save the {task} again")
     return card
 
 
-def _check_weights(folder: Path, card: Mapping[str, Any]) -> None:
+def _check_weights(folder: Path, card: Mapping[str, Any], task: Kind) -> None:
     file, entry = folder / WEIGHTS, card["weights"]
     if not file.is_file():
         raise ValueError(
-            f"{file}, the weights that {CARD} speaks of, does not exist: put it back, or save the tokenizer again"
+            f"{file}, the weights that {CARD} speaks of, does not exist: put it back, or save the {task} again"
         )
     here = manifest.seal(file)
     for key, unit in (("bytes", "bytes"), ("sha256", "as sha256")):
@@ -152,9 +149,9 @@ def _check_weights(folder: Path, card: Mapping[str, Any]) -> None:
             )
 
 
-def _exported(folder: Path) -> Saved:
-    card = _card(folder)
-    config = configuration.parse(TokenizerConfig, card["config"], source=f"{folder / CARD}: config")
+def _exported(folder: Path, task: Kind, schema: Any) -> Saved:
+    card = _card(folder, task)
+    config = configuration.parse(schema, card["config"], source=f"{folder / CARD}: config")
 
     def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
         try:
@@ -172,7 +169,7 @@ def _exported(folder: Path) -> Saved:
     return Saved(folder, config, facts, read)
 
 
-def _trained(folder: Path, weights: Weights, task: str, schema: Any) -> Saved:
+def _trained(folder: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
     """A checkpoint: its run.yaml is two folders up."""
     run = folder.absolute().parent.parent
     asked = _run_config(run / "run.yaml", folder, task)
@@ -223,11 +220,8 @@ def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: We
     seen = data.get("val") or data.get("train") or {}
     kept = (asked.get("average") or {}).get("decay") != 0
     taken = weights if kept else "parameters"
-    facts: dict[str, Any] = {
-        "origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}",
-        "image_size": seen.get("image_size"),
-    }
-    facts |= {key: seen[key] for key in ("resize", "interpolation") if seen.get(key)}
+    facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}"}
+    facts |= {key: seen[key] for key in ("image_size", "resize", "interpolation") if seen.get(key)}
     commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
     if tokens.is_file():  # of a prior: the tokenizer that its ids are of, by fingerprint
         facts |= json.loads(tokens.read_text())

@@ -1,4 +1,4 @@
-"""What every prior has: the interface, its vocabulary and classes, guidance, and how a trained one is found on disk.
+"""What every prior has: the interface, its vocabulary and classes, guidance, and how it is found and left on disk.
 
 A prior is called with this rank's images and talks to nobody; its head does (codes/head.py). All ranks of a code group
 have the same number of images. Not here: how ids are modelled (one file each), and training (train/prior.py).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,11 +117,12 @@ class Prior(nn.Module, ABC):
     def load(
         cls, path: str | Path, *, mesh: Mesh | None = None, weights: Literal["average", "parameters"] = "average"
     ) -> Prior:
-        """The trained prior of a run folder (its newest whole checkpoint) or of one of its checkpoint folders; in
-        evaluation mode, on the mesh's device.
+        """The trained prior of a run folder (its newest whole checkpoint), of one of its checkpoint folders, or of a
+        folder that `save` wrote; in evaluation mode, on the mesh's device.
 
-        `weights` "average" takes the moving averages of a checkpoint, or the parameters where it has none. With a mesh
-        it is collective, and a rank reads only its own rows. ValueError on all ranks for what cannot be loaded.
+        `weights` "average" takes the moving averages of a checkpoint, or the parameters where it has none; a saved
+        folder has what was saved. With a mesh it is collective, and a rank reads only its own rows. ValueError on all
+        ranks for what cannot be loaded.
         """
         from vqscale import priors
 
@@ -132,6 +133,15 @@ class Prior(nn.Module, ABC):
         source.fill(prior, mesh)
         prior.card = source.card
         return prior.eval()
+
+    def save(self, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+        """Write model.safetensors and card.json, from which `load` gives the same prior to the bit, on any number of
+        processes; collective. The rows of all ids are in it, and nothing that only a training wants.
+
+        `card` adds to what is known of the weights. Only rank 0 writes, and no rank holds the rows of all. ValueError
+        on all ranks where the folder holds something already.
+        """
+        return export.write(folder, self, self.config, {**self.card, **(card or {})}, self.mesh, kind="prior")
 
     def checked(self, ids_Bhw: Tensor) -> Tensor:
         """ids as they are; ValueError where they are not those of an image of the config's grid."""
