@@ -30,7 +30,7 @@ CASES = {
 def _as_on_a_gpu(monkeypatch):
     """The blocks of mixing.py as a GPU has them; on a CPU it reads on the host which blocks are sparse."""
     whole = mixing._pass
-    monkeypatch.setattr(mixing, "_pass", lambda *args, **_: whole(*args[:7], sparse=False))
+    monkeypatch.setattr(mixing, "_pass", lambda *args, **_: whole(*args[:4], sparse=False))
     monkeypatch.setattr(clock, "on", True)
     torch._dynamo.reset()
     yield

@@ -19,8 +19,9 @@ from whole import integers, normal
 
 pytest.importorskip("triton")
 
-from vqscale.codes import backend, dense, fused, fused_ops, fused_tiles, mixing
+from vqscale.codes import backend, dense, fused, fused_ops, fused_tiles, mixing, products
 from vqscale.codes.fused_tiles import Tile
+from vqscale.codes.mixing import Wanted
 from vqscale.codes.scan import BITS, Keys
 from vqscale.codes.unmixing import Upstream
 
@@ -54,17 +55,24 @@ def _float(x):
     return None if x is None else x.detach().float()
 
 
+def _wanted(codes, temperature=1.0, sharper=None):
+    """What soft.py asks for where there are kernels."""
+    low = torch.get_float32_matmul_precision() == "medium"
+    return Wanted(codes, 0, temperature, sharper, "bf16" if low else "fp32")
+
+
 def _fused(query, keys, rows, temperature, sharper, weights):
     """Everything that a mixture says, and the gradients of queries, keys and bias for the upstream `weights`."""
     x, given, values = _float(query), Keys(_float(keys.keys_kD), _float(keys.bias_k)), _float(rows)
     if keys.keys_kD is rows:
         values = given.keys_kD
-    mixed = fused.mix(x, given, values, temperature, sharper, len(rows), 0)
+    wanted = _wanted(len(rows), temperature, sharper)
+    mixed = fused.mix(x, given, values, wanted)
     score = mixed.score_B
     log, mean = mixed.soft.sum_B.log2(), mixed.sum_BD / mixed.soft.sum_B[:, None]
     sharp_log = mixed.sharp.sum_B.log2()
     entropy = (sharp_log - mixed.sharp.excess_B / mixed.sharp.sum_B) / BITS
-    columns = fused.column_sums(x, given, mixed, sharper, score, sharp_log, 0)
+    columns = fused.column_sums(x, given, mixed, score, sharp_log, wanted)
     values_of = {
         "score": mixed.score_B / temperature,
         "lse": score / temperature + log / BITS,
@@ -80,7 +88,7 @@ def _fused(query, keys, rows, temperature, sharper, weights):
         shift = shift - w["lse"]
     column_mean = None
     if "columns" in w:
-        column_mean = fused.row_means(x, given, mixed, sharper, score, sharp_log, w["columns"], 0)
+        column_mean = fused.row_means(x, given, mixed, score, sharp_log, w["columns"], wanted)
     up = Upstream(
         score_B=score,
         log_B=log,
@@ -92,7 +100,7 @@ def _fused(query, keys, rows, temperature, sharper, weights):
         columns_mean_B=column_mean,
         sharp_log_B=sharp_log,
     )
-    out = fused.unmix(x, given, values, mixed, up, temperature, sharper, 0)
+    out = fused.unmix(x, given, values, mixed, up, wanted)
     assert (out.bias_k is None) == (keys.bias_k is None)
     return mixed.row_B, values_of, out
 
@@ -178,7 +186,7 @@ def test_the_best_row_is_exact_where_bfloat16_cannot_tell(low):
 
 
 def _best_of_mix(x, rows):
-    mixed = fused.mix(x, Keys(rows), rows, 1.0, None, len(rows), 0)
+    mixed = fused.mix(x, Keys(rows), rows, _wanted(len(rows)))
     assert mixed.sharp is None
     return mixed.score_B, mixed.row_B
 
@@ -221,7 +229,7 @@ def test_numbers_near_the_end_of_float32():
     x = torch.tensor([[1e3, 0.0], [0.0, -1e3]], device=DEVICE)
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
-        mixed = fused.mix(x, Keys(rows), rows, 1.0, 100.0, 3, 0)
+        mixed = fused.mix(x, Keys(rows), rows, _wanted(3, 1.0, 100.0))
         assert mixed.row_B.tolist() == [0, 0]
         assert torch.isfinite(mixed.sum_BD).all()
         torch.testing.assert_close(mixed.sharp.sum_B, torch.tensor([1.0, 2.0], device=DEVICE))
@@ -240,7 +248,7 @@ def test_a_token_that_is_not_a_number_stays_one_and_harms_no_other():
     assert int(row[3]) == 0
     assert torch.equal(row[good], expected[1][good])
     assert torch.equal(score[good], expected[0][good])
-    mixed, plain = (fused.mix(tokens, Keys(rows), rows, 1.0, 5.0, 50, 0) for tokens in (bad, x))
+    mixed, plain = (fused.mix(tokens, Keys(rows), rows, _wanted(50, 1.0, 5.0)) for tokens in (bad, x))
     for got, alone in (
         (mixed.soft.sum_B, plain.soft.sum_B),
         (mixed.sharp.excess_B, plain.sharp.excess_B),
@@ -255,17 +263,18 @@ def test_a_rank_without_rows_and_a_batch_without_tokens(num, codes):
     x, rows = torch.ones(num, 8, device=DEVICE), torch.ones(codes, 8, device=DEVICE)
     keys = Keys(rows, rows.sum(1))
     blocks = backend.BLOCKS
-    got, expected = (side.mix(x, keys, rows, 0.5, 4.0, 7, 2**20) for side in (fused, blocks))
+    wanted = Wanted(7, 2**20, 0.5, 4.0)
+    got, expected = (side.mix(x, keys, rows, wanted) for side in (fused, blocks))
     for name in ("row_B", "score_B", "sum_BD"):
         assert torch.equal(getattr(got, name), getattr(expected, name))
     assert torch.equal(got.soft.sum_B, expected.soft.sum_B)
     assert torch.equal(got.sharp.sum_B, expected.sharp.sum_B)
     assert fused.best(x, keys, 0)[1].tolist() == [0] * num
     zero = torch.zeros(num, device=DEVICE)
-    assert fused.column_sums(x, keys, got, 4.0, zero, zero, 0).tolist() == [0.0] * codes
-    assert fused.row_means(x, keys, got, 4.0, zero, zero, rows.sum(1), 0).tolist() == [0.0] * num
+    assert fused.column_sums(x, keys, got, zero, zero, wanted).tolist() == [0.0] * codes
+    assert fused.row_means(x, keys, got, zero, zero, rows.sum(1), wanted).tolist() == [0.0] * num
     up = Upstream(score_B=zero, log_B=zero, mean_BD=x, shift_B=zero)
-    out = fused.unmix(x, keys, rows, got, up, 0.5, 4.0, 0)
+    out = fused.unmix(x, keys, rows, got, up, wanted)
     assert [part.shape for part in (out.x_BD, out.keys_kD, out.bias_k)] == [x.shape, rows.shape, (codes,)]
     assert not out.x_BD.any()
     assert not out.keys_kD.any()
@@ -273,7 +282,7 @@ def test_a_rank_without_rows_and_a_batch_without_tokens(num, codes):
 
 def test_half_inputs_are_read_as_they_are():
     x, rows = normal(20, 12, seed=1).bfloat16().to(DEVICE), normal(60, 12, seed=2).bfloat16().to(DEVICE)
-    mixed = fused.mix(x, Keys(rows), rows, 1.0, None, 60, 0)
+    mixed = fused.mix(x, Keys(rows), rows, _wanted(60))
     truth = dense.mix(x.double(), rows.double())
     assert torch.equal(mixed.row_B, dense.nearest(x.double(), rows.double())[0])
     assert mixed.sum_BD.dtype == mixed.soft.sum_B.dtype == torch.float32
@@ -282,7 +291,7 @@ def test_half_inputs_are_read_as_they_are():
     up = Upstream(
         score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), mean_BD=None, shift_B=-torch.ones(20, device=DEVICE)
     )
-    out = fused.unmix(x, Keys(rows), rows, mixed, up, 1.0, 1.0, 0)
+    out = fused.unmix(x, Keys(rows), rows, mixed, up, _wanted(60))
     assert out.x_BD.dtype == out.keys_kD.dtype == torch.bfloat16
     _near(out.x_BD, torch.softmax(x.double() @ rows.double().t(), 1) @ rows.double(), 1e-2)
 
@@ -340,9 +349,8 @@ def test_parts_cover_the_loop_and_none_is_empty():
     assert fused_tiles.parts(32, 262144, 64, 132) == (4, 65536)
 
 
-def test_blocks_serve_a_cpu_whatever_torch_is_set_to():
-    torch.set_float32_matmul_precision("medium")
-    assert backend.pick(torch.zeros(2, 8)) is backend.BLOCKS
+def test_blocks_serve_a_cpu_whatever_is_wanted():
+    assert backend.pick(torch.zeros(2, 8), "bf16") is backend.BLOCKS
     assert backend.BLOCKS.mix is mixing.mix
 
 
@@ -369,16 +377,17 @@ def test_on_the_device_at_real_sizes(similarity, low, dim, monkeypatch):
 def test_on_the_device_the_kernels_are_chosen_and_need_little():
     x = torch.randn(4096, 256, device="cuda")
     rows = torch.randn(262144, 256, device="cuda") / 16
+    assert products.wanted("cuda", x.dtype) == "fp32"
     assert backend.pick(x).mix is mixing.mix
     assert backend.pick(x).best is backend.pick(x.bfloat16()).best is fused.best
     torch.set_float32_matmul_precision("medium")
-    assert backend.pick(x).mix is fused.mix
+    assert backend.pick(x, products.wanted("cuda", x.dtype)).mix is fused.mix
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    mixed = fused.mix(x, Keys(rows), rows, 1.0, 100.0, len(rows), 0)
+    mixed = fused.mix(x, Keys(rows), rows, _wanted(len(rows), 1.0, 100.0))
     zero = torch.zeros(4096, device="cuda")
     up = Upstream(score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), mean_BD=x, shift_B=zero)
-    fused.unmix(x, Keys(rows), rows, mixed, up, 1.0, 100.0, 0)
+    fused.unmix(x, Keys(rows), rows, mixed, up, _wanted(len(rows), 1.0, 100.0))
     assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30
     for first in range(0, 4096, 512):
         ids = (x[first : first + 512].double() @ rows.double().t()).argmax(1)

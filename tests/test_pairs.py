@@ -74,7 +74,7 @@ def test_a_list_is_bounded_by_its_tokens():
 
 
 def _mixed(x, rows, temperature, sharper=None, budget=1):
-    return mixing.mix(x, scan.Keys(rows), rows, temperature, sharper, len(rows), budget)
+    return mixing.mix(x, scan.Keys(rows), rows, mixing.Wanted(len(rows), budget, temperature, sharper))
 
 
 @pytest.mark.parametrize("temperature", [0.003, 0.03, 0.3, 3.0])

@@ -92,7 +92,7 @@ Runs = dict[str, Callable[[], object]]
 def _rates(group: int, codes: int, dim: int) -> tuple[Runs, dict[str, float]]:
     """Products, a sweep, a clamp and powers of two on a block as the scan cuts it; and how much each run does."""
     x_BD, keys_kD = torch.randn(group, dim), torch.randn(codes, dim) * dim**-0.5
-    tokens, rows = next(scan.blocks(group, codes, 4, scan.block_budget(x_BD, SCAN_MIB * 2**20)))
+    tokens, rows = next(scan.blocks_of(x_BD, codes, SCAN_MIB * 2**20))
     x_bD, keys_rD = x_BD[tokens], keys_kD[rows]
     l_br, dkeys_rD, dx_bD = x_bD @ keys_rD.t(), torch.zeros_like(keys_rD), torch.zeros_like(x_bD)
     top_b = l_br.amax(1) * 1e-6

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import mixing, scan, unmixing
-from vqscale.codes.fused_launch import wants_bfloat16
+from vqscale.codes.config import Products
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
 LEAST_CAPABILITY = (8, 0)  # of the device: products of bfloat16
@@ -34,18 +34,18 @@ class Passes:
 BLOCKS = Passes(scan.best, mixing.mix, mixing.column_sums, mixing.row_means, unmixing.unmix)
 
 
-def pick(x_BD: Tensor) -> Passes:
+def pick(x_BD: Tensor, products: Products = "fp32") -> Passes:
     """The passes for tokens on x's device, in x's type.
 
     With a CUDA device of capability 8.0, Triton and at most 256 dimensions the search is fused: it is exact in any
-    precision. The others are fused where products of bfloat16 are wanted: x is bfloat16, or float32 with
-    torch.set_float32_matmul_precision("medium"). Elsewhere blocks in plain torch, in the precision torch is set to.
+    precision. The others are fused where products of bfloat16 are wanted (products.py) or x is bfloat16. Elsewhere
+    blocks in plain torch, in the precision torch is set to.
     """
     if not _has_kernels(x_BD):
         return BLOCKS
     from vqscale.codes import fused
 
-    if x_BD.dtype == torch.bfloat16 or wants_bfloat16():
+    if x_BD.dtype == torch.bfloat16 or products == "bf16":
         return Passes(fused.best, fused.mix, fused.column_sums, fused.row_means, fused.unmix)
     return Passes(fused.best, mixing.mix, mixing.column_sums, mixing.row_means, unmixing.unmix)
 

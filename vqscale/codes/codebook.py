@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.codes import backend, scan, screen, soft
+from vqscale.codes import backend, products, scan, screen, soft
 from vqscale.codes.bounds import Form
 from vqscale.codes.config import Similarity, TableConfig
 from vqscale.codes.merge import full_precision, merge_best, own
+from vqscale.codes.mixing import Wanted
 from vqscale.codes.rows import Init, Rows, Table, draw
 from vqscale.codes.soft import Mixture
 from vqscale.parallel import ops
@@ -130,11 +131,11 @@ class Codebook(Table):
         derivatives only. Bytes sent and memory kept: soft.py; products: mixing.py, or fused.py where that serves.
         """
         with clock.span("codes"), full_precision(x_ND):
-            sharper = None if entropy_temperature is None else temperature / entropy_temperature
-            plan = soft.Plan(
-                self.layout, self.axis, temperature, sharper, bias=self.similarity == "euclid", budget=self.budget
-            )
             rows_kD = backend.readable(self.rows)
+            sharper = None if entropy_temperature is None else temperature / entropy_temperature
+            chosen = products.wanted(rows_kD.device.type, rows_kD.dtype)
+            wanted = Wanted(self.num_codes, self.budget, temperature, sharper, chosen)
+            plan = soft.Plan(self.layout, self.axis, wanted, bias=self.similarity == "euclid")
             keys_kD = F.normalize(rows_kD, dim=1) if self.similarity == "cosine" else None
             return soft.mix(self.queries(x_ND.to(rows_kD.dtype)), rows_kD, keys_kD, plan)
 

@@ -1,6 +1,6 @@
 """The passes of scan, mixing and unmixing as fused GPU kernels: same signatures, same answers, no wait for the device.
 
-`budget` is ignored: tiles live in registers and shared memory. Beyond its outputs an operation needs operands in the
+The budget is ignored: tiles live in registers and shared memory. Beyond its outputs an operation needs operands in the
 kernels' type, the peaks of chunks of codes (4 bytes per token and 64 codes; 64 MiB at 4096 x 262,144), and parts of
 token sums (16 x tokens x D floats at most). Products of 2 B k D operations:
 
@@ -39,9 +39,8 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import fused_ops as ops
-from vqscale.codes.fused_launch import wants_bfloat16
-from vqscale.codes.mixing import Mixed, Softmax
-from vqscale.codes.scan import BITS, Keys
+from vqscale.codes.mixing import Mixed, Softmax, Wanted
+from vqscale.codes.scan import Keys
 from vqscale.codes.unmixing import Gradients, Upstream
 
 
@@ -67,60 +66,39 @@ def _top(mixed: Mixed, score_B: Tensor) -> Tensor:
     return score_B - mixed.gain_B
 
 
-def mix(
-    x_BD: Tensor, keys: Keys, values_kD: Tensor, temperature: float, sharper: float | None, num_codes: int, budget: int
-) -> Mixed:
+def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> Mixed:
     """One pass, as mixing.mix. The best row is exact; the softmax is that of the products' precision, in float32."""
-    scale = BITS / temperature
     score_B, row_B, state_4B, sum_BD = ops.mix(
-        x_BD, keys.keys_kD, keys.bias_k, values_kD, scale, sharper, wants_bfloat16()
+        x_BD, keys.keys_kD, keys.bias_k, values_kD, wanted.scale, wanted.sharper, wanted.products == "bf16"
     )
     top_B, sum_B, sharp_sum_B, excess_B = state_4B.unbind(0)
     soft = Softmax(sum_B, torch.zeros_like(sum_B))
-    sharp = None if sharper is None else Softmax(sharp_sum_B, excess_B)
+    sharp = None if wanted.sharper is None else Softmax(sharp_sum_B, excess_B)
     score_B = score_B.to(top_B.dtype)
-    return FusedMixed(row_B, score_B, soft, sum_BD, sharp, scale=scale, gain_B=score_B - top_B)
+    return FusedMixed(row_B, score_B, soft, sum_BD, sharp, gain_B=score_B - top_B)
 
 
-def column_sums(
-    x_BD: Tensor, keys: Keys, mixed: Mixed, sharper: float, score_B: Tensor, log_B: Tensor, budget: int
-) -> Tensor:
+def column_sums(x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, wanted: Wanted) -> Tensor:
     """sum_n q_nj of the rows of this rank, as mixing.column_sums: k numbers."""
-    scale = mixed.scale * sharper
+    low = wanted.products == "bf16"
     out_k: Tensor = ops.column_sums(
-        x_BD, keys.keys_kD, keys.bias_k, scale, _top(mixed, score_B), log_B, wants_bfloat16()
+        x_BD, keys.keys_kD, keys.bias_k, wanted.sharp_scale, _top(mixed, score_B), log_B, low
     )
     return out_k
 
 
 def row_means(
-    x_BD: Tensor,
-    keys: Keys,
-    mixed: Mixed,
-    sharper: float,
-    score_B: Tensor,
-    log_B: Tensor,
-    weight_k: Tensor,
-    budget: int,
+    x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
 ) -> Tensor:
     """sum_j q_nj weight_j over the rows of this rank, as mixing.row_means: B numbers."""
-    scale = mixed.scale * sharper
+    low = wanted.products == "bf16"
     out_B: Tensor = ops.row_means(
-        x_BD, keys.keys_kD, keys.bias_k, scale, _top(mixed, score_B), log_B, weight_k, wants_bfloat16()
+        x_BD, keys.keys_kD, keys.bias_k, wanted.sharp_scale, _top(mixed, score_B), log_B, weight_k, low
     )
     return out_B
 
 
-def unmix(
-    x_BD: Tensor,
-    keys: Keys,
-    values_kD: Tensor,
-    mixed: Mixed,
-    up: Upstream,
-    temperature: float,
-    sharper: float,
-    budget: int,
-) -> Gradients:
+def unmix(x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: Mixed, up: Upstream, wanted: Wanted) -> Gradients:
     """The backward pass, as unmixing.unmix; gradients come in the types of x and the keys."""
     zero_B = torch.zeros_like(up.log_B)
     sharp = (up.sharp_log_B, up.entropy_B, up.entropy_value_B, up.columns_mean_B)
@@ -136,9 +114,9 @@ def unmix(
         up.columns_k,
         up.shift_B is not None,
         up.entropy_B is not None,
-        mixed.scale,
-        1.0 / temperature,
-        sharper,
-        wants_bfloat16(),
+        wanted.scale,
+        1.0 / wanted.temperature,
+        wanted.sharper or 1.0,
+        wanted.products == "bf16",
     )
     return Gradients(dx_BD, dkeys_kD, None if keys.bias_k is None else dbias_k)

@@ -12,12 +12,6 @@ from vqscale.codes import fused_tiles
 from vqscale.codes.fused_tiles import Kernel
 
 
-@torch.compiler.assume_constant_result
-def wants_bfloat16() -> bool:
-    """Whether torch is set to multiply float32 numbers as bfloat16."""
-    return torch.get_float32_matmul_precision() == "medium"
-
-
 class Operands:
     """Tokens and codes as the products read them: bfloat16 if asked for or if both are, else float32; contiguous."""
 

@@ -56,8 +56,7 @@ def gauge(x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, b
     """The log-sum-exp over this rank's rows and the logits of the targets that it owns."""
     num = len(x_BD)
     top_B, sum_B, target_B = x_BD.new_full((num,), scan.LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num)
-    budget = scan.block_budget(x_BD, budget)
-    for tokens, rows in scan.blocks(num, len(rows_kD), x_BD.element_size(), budget):
+    for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
         l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS)
         here_b, column_b = targets.columns(tokens, rows)
         target_B[tokens] += l_br.gather(1, column_b[:, None])[:, 0] * here_b
@@ -98,8 +97,7 @@ def ungauge(
     drows_kD = torch.zeros_like(rows_kD) if wanted[1] else None
     gx_BD = x_BD * up.g_B[:, None] if wanted[1] else None
     lse_B = up.lse_B * BITS
-    budget = scan.block_budget(x_BD, budget)
-    for tokens, rows in scan.blocks(len(x_BD), len(rows_kD), x_BD.element_size(), budget):
+    for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
         l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS)
         u_br = exp2_(l_br.sub_(lse_B[tokens, None]))
         if up.lift_B is not None:

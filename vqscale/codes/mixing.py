@@ -8,6 +8,9 @@ operations, with B tokens of the whole code group, k rows of this rank, D dimens
     mix        2   logits, mean row               (+1, and +1 in the backward pass, where the second temperature
     unmix      4   logits, values, x, keys            is not served by pairs)
 
+With `products` bf16 the four that are not logits are rounded: mean rows to 2^-8 and gradients to 2^-6 of their norms,
+while ids, normalisers and entropies keep every bit.
+
 What goes below that, on a CPU, and how much is lost by it (pairs.py: the share 2^-24 of a softmax at most):
 
 * a second, lower temperature (the entropy losses) has few pairs (token, row) that are not below rounding. They are
@@ -26,11 +29,35 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import pairs, scan
+from vqscale.codes.config import Products
 from vqscale.codes.pairs import Collector, Pairs
+from vqscale.codes.products import add_product, operand
 from vqscale.codes.scan import BITS, LOWEST, Keys, exp2_
 
 SPARSE_LINES = 0.75  # a block in which a larger share of the lines has a high logit is dense at once,
 SPARSE_PAIRS = 1 / 32  # and so is one with a larger share of high logits: a pair costs about 20 dense ones
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the passes of a mixture, forward and backward."""
+
+    num_codes: int  # K, on all ranks
+    budget: int  # bytes of the blocks
+    temperature: float = 1.0
+    sharper: float | None = None  # a second softmax is at temperature / sharper
+    products: Products = "fp32"  # of all but the logits
+
+    @property
+    def scale(self) -> float:
+        """Bits of a logit per score."""
+        return BITS / self.temperature
+
+    @property
+    def sharp_scale(self) -> float:
+        """The same at the second temperature."""
+        assert self.sharper is not None
+        return self.scale * self.sharper
 
 
 @dataclass
@@ -69,46 +96,31 @@ class Mixed:
     """pairs of the other blocks, at T"""
     sharp_few: Pairs | None = None
     """all pairs that count at T / sharper; None where they are too many"""
-    scale: float = 1.0
-    """bits at T per score"""
 
 
-def mix(
-    x_BD: Tensor, keys: Keys, values_kD: Tensor, temperature: float, sharper: float | None, num_codes: int, budget: int
-) -> Mixed:
-    """One pass: best row, softmax state and mean row at `temperature`, entropy state at temperature / `sharper`."""
+def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> Mixed:
+    """One pass: best row, softmax state and mean row at T, entropy state at T / sharper."""
     sparse = x_BD.device.type == "cpu"
-    out = _pass(x_BD, keys, values_kD, temperature, sharper, num_codes, budget, sparse)
+    out = _pass(x_BD, keys, values_kD, wanted, sparse)
     if out is None:  # too many pairs at the second temperature: its blocks are as dense as the first one's
-        out = _pass(x_BD, keys, values_kD, temperature, sharper, num_codes, budget, sparse=False)
+        out = _pass(x_BD, keys, values_kD, wanted, sparse=False)
     assert out is not None
     return out
 
 
-def _pass(
-    x_BD: Tensor,
-    keys: Keys,
-    values_kD: Tensor,
-    temperature: float,
-    sharper: float | None,
-    num_codes: int,
-    budget: int,
-    sparse: bool,
-) -> Mixed | None:
-    num, scale = len(x_BD), BITS / temperature
-    low = pairs.depth(num_codes, x_BD.dtype) / scale
+def _pass(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted, sparse: bool) -> Mixed | None:
+    num, scale, sharper = len(x_BD), wanted.scale, wanted.sharper
+    low = pairs.depth(wanted.num_codes, x_BD.dtype) / scale
     out = Mixed(
         row_B=torch.zeros(num, dtype=torch.int64, device=x_BD.device),
         score_B=x_BD.new_full((num,), LOWEST),
-        scale=scale,
         soft=Softmax.empty(x_BD),
         sum_BD=x_BD.new_zeros((num, values_kD.shape[1])),
         sharp=None if sharper is None else Softmax.empty(x_BD),
     )
     few, sharp_few = Collector(num), Collector(num)
-    buffer, spare = scan.Buffer(), scan.Buffer()
-    budget = scan.block_budget(x_BD, budget)
-    for tokens, rows in scan.blocks(num, len(keys.keys_kD), x_BD.element_size(), budget):
+    buffer, spare, low_p = scan.Buffer(), scan.Buffer(), scan.Buffer()
+    for tokens, rows in scan.blocks_of(x_BD, len(keys.keys_kD), wanted.budget):
         s_br = scan.scores(x_BD[tokens], keys, rows, buffer)
         peak_bL = scan.line_peaks(s_br)
         top_b = out.score_B[tokens]
@@ -121,7 +133,7 @@ def _pass(
             found = pairs.find(s_br, peak_bL, top_b - low / sharper)
             if not sharp_few.add(found, tokens.start, rows.start):
                 return None
-        if sparse and _few(s_br, peak_bL, top_b - low, few, out, tokens, rows, values_kD):
+        if sparse and _few(s_br, peak_bL, top_b - low, few, out, tokens, rows, values_kD, scale):
             continue
         out.dense.append((tokens, rows))
         # The best so far is the maximum so far: both softmaxes are kept relative to it.
@@ -130,7 +142,8 @@ def _pass(
             _sharpen(l_br, out.sharp, tokens, fall_b * sharper, sharper, spare)
         p_br = exp2_(l_br)
         out.soft.sum_B[tokens] += p_br.sum(1)
-        out.sum_BD[tokens].addmm_(p_br, values_kD[rows])
+        p_br = operand(p_br, wanted.products, low_p)
+        add_product(out.sum_BD[tokens], p_br, values_kD[rows], wanted.products)
     out.few = few.close(x_BD)
     if sharper is not None and sparse:
         out.sharp_few, out.sharp = _sharp_state(sharp_few.close(x_BD), out.score_B, scale * sharper, low / sharper)
@@ -146,6 +159,7 @@ def _few(
     tokens: slice,
     rows: slice,
     values_kD: Tensor,
+    scale: float,
 ) -> bool:
     """Do a block by its pairs, if they are few; False if it must be done densely."""
     if int((peak_bL < floor_b[:, None]).sum()) < (1.0 - SPARSE_LINES) * peak_bL.numel():
@@ -154,7 +168,7 @@ def _few(
     if len(found[0]) > SPARSE_PAIRS * s_br.numel() or not few.add(found, tokens.start, rows.start):
         return False
     here = Pairs(*found, num_tokens=len(s_br))
-    p_P = torch.exp2((here.score_P - out.score_B[tokens][here.token_P]) * out.scale)
+    p_P = torch.exp2((here.score_P - out.score_B[tokens][here.token_P]) * scale)
     out.soft.sum_B[tokens] += here.sums(p_P)
     out.sum_BD[tokens] += here.mean(p_P, values_kD[rows])
     return True
@@ -178,37 +192,28 @@ def _sharp_state(found: Pairs, score_B: Tensor, scale: float, low: float) -> tup
     return found, Softmax(found.sums(q_P), found.sums(q_P * below_P))
 
 
-def column_sums(
-    x_BD: Tensor, keys: Keys, mixed: Mixed, sharper: float, score_B: Tensor, log_B: Tensor, budget: int
-) -> Tensor:
+def column_sums(x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, wanted: Wanted) -> Tensor:
     """sum_n q_nj of the rows of this rank, q the softmax at T / sharper: log2 q = (score - best score) scale - log."""
     num_rows = len(keys.keys_kD)
     if mixed.sharp_few is not None:
-        return mixed.sharp_few.columns(_probability(mixed.sharp_few, mixed.scale * sharper, score_B, log_B), num_rows)
+        return mixed.sharp_few.columns(_probability(mixed.sharp_few, wanted.sharp_scale, score_B, log_B), num_rows)
     out_k, buffer = x_BD.new_zeros(num_rows), scan.Buffer()
-    for tokens, rows in scan.blocks(len(x_BD), num_rows, x_BD.element_size(), scan.block_budget(x_BD, budget)):
-        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, mixed.scale * sharper)
+    for tokens, rows in scan.blocks_of(x_BD, num_rows, wanted.budget):
+        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, wanted.sharp_scale)
         out_k[rows] += exp2_(l_br.sub_(log_B[tokens, None])).sum(0)
     return out_k
 
 
 def row_means(
-    x_BD: Tensor,
-    keys: Keys,
-    mixed: Mixed,
-    sharper: float,
-    score_B: Tensor,
-    log_B: Tensor,
-    weight_k: Tensor,
-    budget: int,
+    x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
 ) -> Tensor:
     """sum_j q_nj weight_j over the rows of this rank, with q as in `column_sums`: B numbers."""
     if mixed.sharp_few is not None:
         few = mixed.sharp_few
-        return few.sums(_probability(few, mixed.scale * sharper, score_B, log_B) * weight_k[few.row_P])
+        return few.sums(_probability(few, wanted.sharp_scale, score_B, log_B) * weight_k[few.row_P])
     out_B, buffer = x_BD.new_zeros(len(x_BD)), scan.Buffer()
-    for tokens, rows in scan.blocks(len(x_BD), len(weight_k), x_BD.element_size(), scan.block_budget(x_BD, budget)):
-        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, mixed.scale * sharper)
+    for tokens, rows in scan.blocks_of(x_BD, len(weight_k), wanted.budget):
+        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, wanted.sharp_scale)
         out_B[tokens] += exp2_(l_br.sub_(log_B[tokens, None])) @ weight_k[rows]
     return out_B
 

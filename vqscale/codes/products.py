@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from vqscale.codes.config import Products
+from vqscale.codes.scan import Buffer
 
 LOW = torch.bfloat16
 
 
 @torch.compiler.assume_constant_result
-def wanted(device_type: str) -> Products:
+def wanted(device_type: str, dtype: torch.dtype) -> Products:
     """bf16 where torch is set to multiply float32 numbers as bfloat16 and the device does so faster, else fp32."""
-    low = torch.get_float32_matmul_precision() == "medium"
+    low = torch.get_float32_matmul_precision() == "medium" and dtype != torch.float64
     return "bf16" if low and (device_type == "cuda" or (device_type == "cpu" and fast_on_cpu())) else "fp32"
 
 
@@ -34,9 +35,14 @@ def _has_instructions() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def operand(a: Tensor, products: Products) -> Tensor:
-    """`a` as `product` reads it: for operands that are read more than once."""
-    return a if products == "fp32" else a.to(LOW)
+def operand(a: Tensor, products: Products, buffer: Buffer | None = None) -> Tensor:
+    """`a` as `product` reads it, for operands that are read more than once; in the buffer if there is one."""
+    if products == "fp32" or a.dtype == LOW:
+        return a
+    if buffer is None:
+        return a.to(LOW)
+    tokens, rows = a.shape
+    return buffer.view(a, tokens, rows, dtype=LOW).copy_(a)
 
 
 def product(a: Tensor, b: Tensor, products: Products, scale: float = 1.0) -> Tensor:

@@ -81,8 +81,7 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
             cut.apply_(l_tk, kept, shard.axis)
             _race(l_tk, keys_B[tokens], 0, shard.layout.start, score_B[tokens], row_B[tokens])
     else:
-        budget = scan.block_budget(x_BD, shard.budget)
-        for tokens, rows in scan.blocks(len(x_BD), len(shard.rows_kD), x_BD.element_size(), budget):
+        for tokens, rows in scan.blocks_of(x_BD, len(shard.rows_kD), shard.budget):
             l_br = product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
             first_id = shard.layout.start if rule.temperature else None
             _race(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])

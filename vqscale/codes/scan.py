@@ -49,9 +49,10 @@ def blocks(num_tokens: int, num_rows: int, item_bytes: int, budget: int) -> Iter
             yield slice(token, min(token + tokens, num_tokens)), slice(row, min(row + rows, num_rows))
 
 
-def block_budget(x_BD: Tensor, budget: int) -> int:
-    """`budget`, or less on a CPU: what its caches hold of BUFFERS blocks."""
-    return min(budget, BUFFERS * CPU_BLOCK) if x_BD.device.type == "cpu" else budget
+def blocks_of(x_BD: Tensor, num_rows: int, budget: int) -> Iterator[tuple[slice, slice]]:
+    """`blocks` for these tokens; on a CPU no larger than what its caches hold."""
+    budget = min(budget, BUFFERS * CPU_BLOCK) if x_BD.device.type == "cpu" else budget
+    return blocks(len(x_BD), num_rows, x_BD.element_size(), budget)
 
 
 def exp2_(x: Tensor) -> Tensor:
@@ -68,10 +69,10 @@ class Buffer:
     def __init__(self) -> None:
         self._flat: Tensor | None = None
 
-    def view(self, like: Tensor, tokens: int, rows: int) -> Tensor:
-        """An uninitialised tokens x rows tensor; what was in the buffer is lost."""
+    def view(self, like: Tensor, tokens: int, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tokens x rows tensor, of one type in the buffer's life; what was in the buffer is lost."""
         if self._flat is None or self._flat.numel() < tokens * rows:
-            self._flat = like.new_empty(tokens * rows)
+            self._flat = like.new_empty(tokens * rows, dtype=dtype)
         return self._flat[: tokens * rows].view(tokens, rows)
 
 
@@ -90,8 +91,8 @@ def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:
     """
     score_B = x_BD.new_full((len(x_BD),), LOWEST)
     row_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
-    buffer, budget = Buffer(), block_budget(x_BD, budget)
-    for tokens, rows in blocks(len(x_BD), len(keys.keys_kD), x_BD.element_size(), budget):
+    buffer = Buffer()
+    for tokens, rows in blocks_of(x_BD, len(keys.keys_kD), budget):
         s_br = scores(x_BD[tokens], keys, rows, buffer)
         raise_best(s_br, line_peaks(s_br), rows.start, score_B[tokens], row_B[tokens])
     return score_B, row_B

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vqscale.codes import backend
 from vqscale.codes.merge import full_precision, merge_best, merge_softmax, own, refuse_second_order
+from vqscale.codes.mixing import Wanted
 from vqscale.codes.rows import Rows
 from vqscale.codes.scan import BITS, Keys
 from vqscale.codes.unmixing import Gradients, Upstream
@@ -53,41 +54,39 @@ class Mixture:
 class Plan:
     layout: Rows
     axis: Axis
-    temperature: float
-    sharper: float | None  # temperature / entropy temperature
+    wanted: Wanted
     bias: bool  # the logits have the bias -|row|^2 / 2
-    budget: int
 
 
 def mix(x_ND: Tensor, rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> Mixture:
     """The mixture of the tokens of this rank. `keys_kD` replaces the rows in the logits; None takes the rows."""
     out = _Mix.apply(x_ND, rows_kD, keys_kD, plan)
-    return Mixture(*out, *([None, None] if plan.sharper is None else []))
+    return Mixture(*out, *([None, None] if plan.wanted.sharper is None else []))
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-        axis, layout, temperature, sharper = plan.axis, plan.layout, plan.temperature, plan.sharper
+        axis, layout, wanted = plan.axis, plan.layout, plan.wanted
         keys = _keys(rows_kD, keys_kD, plan)
         x_BD = ops.gather(x_ND, axis)
-        passes = backend.pick(x_BD)
-        mixed = passes.mix(x_BD, keys, rows_kD, temperature, sharper, layout.num_codes, plan.budget)
+        passes = backend.pick(x_BD, wanted.products)
+        mixed = passes.mix(x_BD, keys, rows_kD, wanted)
         ids_B, score_B = merge_best(mixed.score_B, mixed.row_B, layout, axis)
-        fall_B = (mixed.score_B - score_B) * mixed.scale
+        fall_B = (mixed.score_B - score_B) * wanted.scale
         log_B, _, share_B = merge_softmax(mixed.soft, fall_B, axis)
         code_BD = layout.take(rows_kD, ids_B)
         # Mean rows and chosen rows go home together.
         mean_ND, code_ND = _home([mixed.sum_BD * share_B[:, None], code_BD], axis)
         own_ids_N, own_score_N, own_log_N = (
-            own(part_B, axis) for part_B in (ids_B, score_B / temperature, log_B / BITS)
+            own(part_B, axis) for part_B in (ids_B, score_B / wanted.temperature, log_B / BITS)
         )
         outputs = [own_ids_N.clone(), own_score_N.clone(), own_score_N + own_log_N, mean_ND, code_ND]
         sharp_log_B = entropy_B = None
-        if mixed.sharp is not None and sharper is not None:
-            sharp_log_B, bits_B, _ = merge_softmax(mixed.sharp, fall_B * sharper, axis)
+        if mixed.sharp is not None and wanted.sharper is not None:
+            sharp_log_B, bits_B, _ = merge_softmax(mixed.sharp, fall_B * wanted.sharper, axis)
             entropy_B = bits_B / BITS
-            columns_k = passes.column_sums(x_BD, keys, mixed, sharper, score_B, sharp_log_B, plan.budget)
+            columns_k = passes.column_sums(x_BD, keys, mixed, score_B, sharp_log_B, wanted)
             outputs += [own(entropy_B, axis).clone(), columns_k]
         ctx.mark_non_differentiable(outputs[0], outputs[1])
         ctx.set_materialize_grads(False)
@@ -126,10 +125,10 @@ def _backward(
     mean_BD, code_BD, shift_B, entropy_g_B = _from_home([g_mean_ND, g_code_ND, shift_N, g_entropy_N], plan.axis)
     columns_mean_B = None
     if g_columns_k is not None:
-        part_B = ctx.passes.row_means(x_BD, keys, mixed, plan.sharper, score_B, sharp_log_B, g_columns_k, plan.budget)
+        part_B = ctx.passes.row_means(x_BD, keys, mixed, score_B, sharp_log_B, g_columns_k, plan.wanted)
         columns_mean_B = ops.sum_over(part_B, plan.axis)
     up = Upstream(score_B, log_B, mean_BD, shift_B, entropy_g_B, entropy_B, g_columns_k, columns_mean_B, sharp_log_B)
-    out = ctx.passes.unmix(x_BD, keys, rows_kD, mixed, up, plan.temperature, plan.sharper or 1.0, plan.budget)
+    out = ctx.passes.unmix(x_BD, keys, rows_kD, mixed, up, plan.wanted)
     dx_ND = ops.scatter_sum(out.x_BD, plan.axis)
     drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD)
     if code_BD is not None:

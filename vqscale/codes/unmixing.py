@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import scan
-from vqscale.codes.mixing import Mixed, relative
+from vqscale.codes.mixing import Mixed, Wanted, relative
 from vqscale.codes.pairs import Pairs
-from vqscale.codes.scan import Keys, exp2_
+from vqscale.codes.products import add_product, operand
+from vqscale.codes.scan import BITS, Keys, exp2_
 
 
 @dataclass
@@ -49,16 +50,7 @@ class Gradients:
     bias_k: Tensor | None
 
 
-def unmix(
-    x_BD: Tensor,
-    keys: Keys,
-    values_kD: Tensor,
-    mixed: Mixed,
-    up: Upstream,
-    temperature: float,
-    sharper: float,
-    budget: int,
-) -> Gradients:
+def unmix(x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: Mixed, up: Upstream, wanted: Wanted) -> Gradients:
     """Gradients of x (this rank's share over its rows), of the keys and of the bias."""
     out = Gradients(
         torch.zeros_like(x_BD),
@@ -67,28 +59,31 @@ def unmix(
     )
     in_blocks = up.sharp and mixed.sharp_few is None
     # The normaliser of p and the factor 1 / T of dl go into what is small: tokens, not blocks.
-    factor_B = torch.exp2(-up.log_B) / temperature
+    factor_B = torch.exp2(-up.log_B) / wanted.temperature
     g_BD = None if up.mean_BD is None else up.mean_BD * factor_B[:, None]
     shift_B = None if up.shift_B is None else up.shift_B * factor_B
     if shift_B is not None or in_blocks:
-        spare, buffer = scan.Buffer(), scan.Buffer()
+        spare, buffer, wide = scan.Buffer(), scan.Buffer(), scan.Buffer()
+        low_x_BD = operand(x_BD, wanted.products)
+        g_BD = None if g_BD is None else operand(g_BD, wanted.products)
         for tokens, rows in mixed.dense:
-            l_br = relative(x_BD, keys, tokens, rows, buffer, up.score_B, mixed.scale)
-            dq_br = _sharp_block(l_br, up, tokens, rows, sharper, sharper / temperature) if in_blocks else None
-            dl_br = _soft_block(l_br, g_BD, shift_B, values_kD[rows], tokens, spare)
+            l_br = relative(x_BD, keys, tokens, rows, buffer, up.score_B, wanted.scale)
+            dq_br = _sharp_block(l_br, up, tokens, rows, wanted) if in_blocks else None
+            dl_br = _soft_block(l_br, g_BD, shift_B, operand(values_kD[rows], wanted.products), tokens, spare, wide)
             dl_br = dq_br if dl_br is None else dl_br if dq_br is None else dl_br.add_(dq_br)
             assert dl_br is not None
-            out.x_BD[tokens].addmm_(dl_br, keys.keys_kD[rows])
-            out.keys_kD[rows].addmm_(dl_br.t(), x_BD[tokens])
             if out.bias_k is not None:
                 out.bias_k[rows] += dl_br.sum(0)
+            dl_br = operand(dl_br, wanted.products, spare)
+            add_product(out.x_BD[tokens], dl_br, keys.keys_kD[rows], wanted.products)
+            add_product(out.keys_kD[rows], dl_br.t(), low_x_BD[tokens], wanted.products)
         if shift_B is not None and mixed.few is not None:
             few = mixed.few
-            p_P = torch.exp2((few.score_P - up.score_B[few.token_P]) * mixed.scale)
-            u_P = 0.0 if g_BD is None else few.dot(g_BD, values_kD)
+            p_P = torch.exp2((few.score_P - up.score_B[few.token_P]) * wanted.scale)
+            u_P = 0.0 if g_BD is None else few.dot(g_BD.to(values_kD.dtype), values_kD)
             _add_pairs(out, x_BD, keys, few, p_P * (u_P - shift_B[few.token_P]))
     if up.sharp and mixed.sharp_few is not None:
-        _add_pairs(out, x_BD, keys, mixed.sharp_few, _sharp_pairs(mixed, up, sharper, sharper / temperature))
+        _add_pairs(out, x_BD, keys, mixed.sharp_few, _sharp_pairs(mixed.sharp_few, up, wanted))
     return out
 
 
@@ -108,8 +103,9 @@ def _soft_block(
     values_rD: Tensor,
     tokens: slice,
     spare: scan.Buffer,
+    wide: scan.Buffer,
 ) -> Tensor | None:
-    """p o (g . value - shift), which takes the place of the logits or of the spare buffer; None without a shift.
+    """p o (g . value - shift), which takes the place of the logits; None without a shift.
 
     g and the shift have the normaliser of p in them.
     """
@@ -118,14 +114,17 @@ def _soft_block(
     p_br = exp2_(l_br)
     if g_BD is None:
         return p_br.mul_(-shift_B[tokens, None])
-    u_br = torch.mm(g_BD[tokens], values_rD.t(), out=spare.view(l_br, *l_br.shape))
-    return u_br.sub_(shift_B[tokens, None]).mul_(p_br)
+    u_br = torch.mm(g_BD[tokens], values_rD.t(), out=spare.view(g_BD, *l_br.shape))
+    if u_br.dtype != p_br.dtype:
+        u_br = wide.view(p_br, *p_br.shape).copy_(u_br)  # arithmetic on two types would do so in fresh memory
+    return p_br.mul_(u_br.sub_(shift_B[tokens, None]))
 
 
-def _sharp_block(l_br: Tensor, up: Upstream, tokens: slice, rows: slice, sharper: float, factor: float) -> Tensor:
-    """factor * q o (columns - columns_mean - g_H (log q + H)) of a dense block; the logits are left as they are."""
+def _sharp_block(l_br: Tensor, up: Upstream, tokens: slice, rows: slice, wanted: Wanted) -> Tensor:
+    """sharper / T * q o (columns - columns_mean - g_H (log q + H)) of a dense block; the logits stay as they are."""
     assert up.sharp_log_B is not None
-    logq_br = l_br * sharper - up.sharp_log_B[tokens, None]
+    assert wanted.sharper is not None
+    logq_br = l_br * wanted.sharper - up.sharp_log_B[tokens, None]
     q_br = exp2_(logq_br.clone())
     if up.entropy_B is None:
         dq_br = logq_br.zero_()
@@ -136,15 +135,13 @@ def _sharp_block(l_br: Tensor, up: Upstream, tokens: slice, rows: slice, sharper
         assert up.columns_mean_B is not None
         dq_br += up.columns_k[rows]
         dq_br -= up.columns_mean_B[tokens, None]
-    return dq_br.mul_(q_br).mul_(factor)
+    return dq_br.mul_(q_br).mul_(wanted.sharp_scale / BITS)
 
 
-def _sharp_pairs(mixed: Mixed, up: Upstream, sharper: float, factor: float) -> Tensor:
+def _sharp_pairs(at: Pairs, up: Upstream, wanted: Wanted) -> Tensor:
     """The same for pairs."""
-    at = mixed.sharp_few
-    assert at is not None
     assert up.sharp_log_B is not None
-    below_P = (at.score_P - up.score_B[at.token_P]) * (mixed.scale * sharper)
+    below_P = (at.score_P - up.score_B[at.token_P]) * wanted.sharp_scale
     logq_P = below_P - up.sharp_log_B[at.token_P]
     dq_P = torch.zeros_like(logq_P)
     if up.entropy_B is not None:
@@ -154,4 +151,4 @@ def _sharp_pairs(mixed: Mixed, up: Upstream, sharper: float, factor: float) -> T
     if up.columns_k is not None:
         assert up.columns_mean_B is not None
         dq_P += up.columns_k[at.row_P] - up.columns_mean_B[at.token_P]
-    return dq_P * torch.exp2(logq_P) * factor
+    return dq_P * torch.exp2(logq_P) * (wanted.sharp_scale / BITS)
