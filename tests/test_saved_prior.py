@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 
 import jobs
 import numpy as np
@@ -21,8 +23,10 @@ from vqscale.export import CARD, WEIGHTS, entries
 from vqscale.parallel import manifest
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS, Prior
+from vqscale.priors.tokenizer import tokenizer_of
 from vqscale.tokenizer import Tokenizer
 
+CODEBOOK = {**IBQ, "num_codes": prior_runs.CODES}
 HEADS = {"rows": {}, "tied": {"head": {"embedding": "tied"}}}
 HEADS["codebook"] = {"head": {"embedding": "codebook"}, "feature_dim": 5}
 
@@ -162,13 +166,20 @@ def test_what_is_no_prior_is_refused(prior, tmp_path):
 def place(tmp_path_factory):
     """A tokenizer, the run of a prior over its ids, and that prior exported. Not to be changed."""
     folder = tmp_path_factory.mktemp("exported")
-    tokenizer = small(quantizer={**IBQ, "num_codes": prior_runs.CODES})
+    tokenizer = small(quantizer=CODEBOOK)
     tokenizer.save(folder / "tokenizer")
     for split in ("train", "val"):
         prior_runs.write_cache(folder / split, 12, 1, tokenizer=tokenizer.fingerprint)
     jobs.finish(prior_runs.write_config(folder, folder, "run.steps=4", "optim.lr=0.03"))
     Prior.load(folder / "run").save(folder / "prior")
     return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The run of a tokenizer, whose averages are others than its parameters, and the fingerprints of the two."""
+    run = write_run(tmp_path_factory.mktemp("two") / "run", small(quantizer=CODEBOOK, seed=3), average=0.25)
+    return run, [Tokenizer.load(run, weights=weights).fingerprint for weights in ("average", "parameters")]
 
 
 @pytest.mark.dist
@@ -206,10 +217,10 @@ def test_an_exported_prior_draws_what_its_run_draws(place, tmp_path, ranks):
 
 
 @pytest.mark.dist
-def test_a_sweep_takes_an_exported_prior(place, tmp_path):
+def test_a_sweep_takes_an_exported_prior(place, two, tmp_path):
     np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
-    words = [place / "tokenizer", tmp_path / "out", "--reference", tmp_path / "reference.npz", "--guidance", "1,2"]
-    words += ["--inception", "small.pth", "--num-images", 10, *QUICK]
+    more = ["--reference", tmp_path / "reference.npz", "--inception", "small.pth", "--num-images", 10, *QUICK]
+    words = [place / "tokenizer", tmp_path / "out", *more, "--guidance", "1,2"]
     status, said = tool("sweep", place / "prior", *words, network=Small())
     assert status == 0, said
     table = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -218,3 +229,50 @@ def test_a_sweep_takes_an_exported_prior(place, tmp_path):
     results = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
     assert tool("sweep", place / "run", *words, network=Small())[0] == 0
     assert {path: path.stat().st_mtime_ns for path in results} == results  # measured already: to the tools they are one
+    run, (_, parameters) = two
+    prior = Prior.load(place / "run").save(tmp_path / "prior", {"tokenizer": parameters})
+    assert tool("sweep", prior, run, tmp_path / "other", *more, network=Small())[0] == 0
+    assert json.loads((tmp_path / "other" / "sweep.json").read_text())["tokenizer"]["fingerprint"] == parameters
+
+
+def found(path, prints):
+    """The fingerprints of what is taken for each, and what is said where there is none."""
+    mesh = Mesh(codes=2) if torch.distributed.is_initialized() else Mesh()
+    taken = [tokenizer_of(path, made_by, mesh).fingerprint for made_by in prints]
+    with pytest.raises(ValueError, match="were made by the one with f00d: give that tokenizer, or encode") as caught:
+        tokenizer_of(path, "f00d", mesh)
+    return taken, str(caught.value)
+
+
+@pytest.mark.dist
+def test_of_a_runs_two_weights_those_that_made_the_ids_are_taken(two, ranks, tmp_path):
+    run, (average, parameters) = two
+    assert average != parameters
+    taken, said = found(run, [average, parameters, None])
+    assert taken == [average, parameters, average]
+    assert f"has the fingerprint {average} (averages) or {parameters} (parameters), and" in said
+    assert ranks(2, found, run, [average, parameters, None], timeout_s=180.0) == [(taken, said)] * 2
+    exported = Tokenizer.load(run).save(tmp_path / "out")
+    assert f"has the fingerprint {average}, and" in found(exported, [average])[1]
+
+
+@pytest.mark.dist
+def test_weights_are_those_of_the_prior_alone(place, two, tmp_path):
+    """Ids that the tokenizer's parameters made are decoded by them, whichever weights of the prior are asked for."""
+    run, (average, parameters) = two
+    notes = place / "run" / "tokens.json"
+    of_another = tmp_path / "run"
+    shutil.copytree(place / "run", of_another)
+    for number, (made_by, weights) in enumerate(itertools.product((average, parameters), ("average", "parameters"))):
+        (of_another / "tokens.json").write_text(json.dumps(json.loads(notes.read_text()) | {"tokenizer": made_by}))
+        out = tmp_path / str(number)
+        status, said = tool("sample", of_another, run, out, *QUICK, "--num-images", 5, "--weights", weights)
+        assert status == 0, said
+        facts = json.loads((out / "sample.json").read_text())
+        assert facts["tokenizer"]["fingerprint"] == made_by
+        assert facts["prior"]["fingerprint"] == Prior.load(of_another, weights=weights).fingerprint
+    status, said = tool("sample", place / "run", run, tmp_path / "none", *QUICK)
+    made_by = json.loads(notes.read_text())["tokenizer"]
+    assert status == 2
+    assert all(fingerprint in said for fingerprint in (average, parameters, made_by))
+    assert not (tmp_path / "none").exists()

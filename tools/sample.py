@@ -4,9 +4,10 @@
     python tools/sample.py runs/quickstart-prior runs/quickstart samples/shapes --per-class 8 --guidance 2
     torchrun --nproc_per_node=8 tools/sample.py PRIOR TOKENIZER OUT --num-images 50000
 
-PRIOR and TOKENIZER are run folders (the newest whole checkpoint, averaged weights where there are any), checkpoints, or
-exported folders. Image i has class classes[i mod number of classes], and its ids depend on the seed, on i and on its
-class only: any number of processes draws the same images. OUT gets samples.npz (arr_0 and arr_1 as ADM's evaluator
+PRIOR and TOKENIZER are run folders (the newest whole checkpoint), checkpoints, or exported folders. Of PRIOR the
+averaged weights are taken where there are any, unless --weights says otherwise; of TOKENIZER those that made the ids
+PRIOR was trained on. Image i has class classes[i mod number of classes], and its ids depend on the seed, on i and on
+its class only: any number of processes draws the same images. OUT gets samples.npz (arr_0 and arr_1 as ADM's evaluator
 reads them), grid.png and sample.json. The same command continues what was interrupted; TERM, USR1, USR2 or a file STOP
 in OUT end it with status 75, and batches that are finished are kept.
 """
@@ -56,12 +57,12 @@ def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[Settings, Outcome]:
     from vqscale.priors.base import Prior
-    from vqscale.tokenizer import Tokenizer
+    from vqscale.priors.tokenizer import tokenizer_of
     from vqscale.train import sample
 
     warnings.filterwarnings("ignore", message="guidance is")  # said below, once
     prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
-    tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
+    tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
     settings = _settings(args, sample.classes_of(prior, args.classes))
     if mesh.world.rank == 0:
         for line in sample.warnings(prior, settings):
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
     add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
-    add("--weights", choices=["average", "parameters"], default="average", help="of runs (default: average)")
+    add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
     add("--uncached", action="store_true", help="without the cache of keys and values: slow, to check it")
     add("--overwrite", action="store_true", help="throw away what is in OUT if it is not the same samples")
     add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")

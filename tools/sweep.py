@@ -58,12 +58,12 @@ def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tupl
     from vqscale.metrics import sweep as written
     from vqscale.nets.inception import load
     from vqscale.priors.base import Prior
-    from vqscale.tokenizer import Tokenizer
+    from vqscale.priors.tokenizer import tokenizer_of
     from vqscale.train import sample, sweep
 
     warnings.filterwarnings("ignore", message="guidance is")  # said below, once
     prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
-    tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
+    tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
     every = _settings(args, sample.classes_of(prior, args.classes))
     sample.check(prior, tokenizer, every[0])  # before Inception looks at anything
     if mesh.world.rank == 0:
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
     add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
-    add("--weights", choices=["average", "parameters"], default="average", help="of runs (default: average)")
+    add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
     add("--keep", action="store_true", help="keep samples.npz of every setting")
     add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
     return parser
