@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -38,33 +39,35 @@ def references(folder):
 
 def run(folder, dials=DIALS, before=None, **others):
     """(rows, number of batches that were drawn) of a sweep that nobody stopped."""
-    rows, stopped, batches = swept(folder, dials, before, **others)
-    assert not stopped
+    rows, missing, batches = swept(folder, dials, before, **others)
+    assert not missing
     return rows, batches
 
 
-def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, published=False):
-    """(rows, stopped?, number of batches that were drawn) of a sweep in this process, which may be one of several."""
+def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, published=False, **base):
+    """(rows, settings missing, number of batches that were drawn) of a sweep in this process, which may be one of
+    several.
+    """
     torch.set_num_threads(1)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     mesh, network = Mesh(world), Small(published)
     reference = generation.read_reference(references(folder), network, mesh)
     judge = sweep.Judge(network, reference, {"inception": dict(network.facts), "reference": {"sha256": "r"}})
     rule = Rule()
-    every = sweep.settings(BASE, dials)
+    every = sweep.settings(replace(BASE, **base), dials)
     tokenizer = small(mesh, tokenizer_seed)
     handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
     try:
         with pytest.MonkeyPatch.context() as changes:
             if before is not None:
                 before(int(os.environ.get("RANK", "0")), changes)
-            rows, stopped = sweep.sweep(
+            rows, missing = sweep.sweep(
                 rule, tokenizer, judge, folder / "out", mesh, every, about={"command": "x"}, keep=keep
             )
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
-    return rows, stopped, len(rule.asked)
+    return rows, missing, len(rule.asked)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_what_is_measured_is_not_measured_again(whole, tmp_path):
     assert not list(tmp_path.rglob("samples.npz"))
     more, batches = run(tmp_path, {"guidance": [1.0, 1.5, 2.0]})
     assert batches == 3
-    assert [more[0], more[2]] == [json.loads(json.dumps(row)) for row in rows]
+    assert [more[0], more[2]] == rows
     with pytest.raises(
         ValueError, match=r"measured of something else, tokenizer.fingerprint is \w+, and was \w+: give"
     ):
@@ -131,21 +134,53 @@ def test_two_processes_fill_the_same_table(whole, tmp_path, ranks):
                 assert mine[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
 
 
+def guided(folder):
+    """The scales in the table of a folder, whose three files must agree."""
+    table = json.loads((folder / "out" / "sweep.json").read_text())
+    with (folder / "out" / "sweep.csv").open() as file:
+        assert [float(line["guidance"]) for line in csv.DictReader(file)] == [row["guidance"] for row in table["rows"]]
+    assert (folder / "out" / "sweep.png").read_bytes() == written.figure(table["rows"])
+    return [row["guidance"] for row in table["rows"]]
+
+
+def test_the_table_has_what_other_calls_measured(tmp_path):
+    run(tmp_path, {"guidance": [1.0, 2.0]})
+    rows, batches = run(tmp_path, {"guidance": [3.0, 1.5]})
+    assert [row["guidance"] for row in rows] == guided(tmp_path) == [1, 1.5, 2, 3]
+    assert batches == 6
+    assert [row["guidance"] for row in run(tmp_path, {"guidance": [3.0]})[0]] == [1, 1.5, 2, 3]
+    run(tmp_path, {"guidance": [0.5]}, seed=1)  # other images, which have no place beside these
+    assert guided(tmp_path) == [0.5]
+    swept(tmp_path, {"guidance": [4.0, 5.0]}, partial(at, SCORE, 1, 0, TERM))
+    assert guided(tmp_path) == [1, 1.5, 2, 3, 4]
+
+
+def test_no_step_of_a_sweep_makes_the_table_smaller(tmp_path):
+    run(tmp_path, {"guidance": [1.0, 2.0]})
+    sizes = []
+    look = partial(at, LOOK, 1, 0, lambda: sizes.append(guided(tmp_path)))
+    run(tmp_path, {"guidance": [0.5, 1.0]}, look)
+    assert sizes == [[1, 2]]
+    (tmp_path / "out" / "sweep.json").unlink()  # as when it was killed before
+    run(tmp_path, {"guidance": [2.0]})
+    assert guided(tmp_path) == [0.5, 1, 2]
+
+
 TERM = partial(hear, signal.SIGTERM)
 LOOK, SCORE = "vqscale.metrics.generation:describe", "vqscale.metrics.generation:compare"
 
 
 @pytest.mark.parametrize(
-    ("where", "number", "rows", "drawn"),
+    ("where", "number", "measured", "drawn"),
     [(MAKE, 1, 0, 1), (MAKE, 3, 0, 3), (SCORE, 1, 1, 3), (MAKE, 9, 2, 9)],
     ids=["first batch", "last batch", "scoring", "very last batch"],
 )
-def test_a_signal_is_heard_wherever_it_comes(tmp_path, where, number, rows, drawn):
+def test_a_signal_is_heard_wherever_it_comes(tmp_path, where, number, measured, drawn):
     dials = {"guidance": [1.0, 1.5, 2.0]}
-    found, stopped, batches = swept(tmp_path, dials, partial(at, where, number, 0, TERM))
-    assert (len(found), stopped, batches) == (rows, True, drawn)
-    found, batches = run(tmp_path, dials)
-    assert (len(found), batches) == (3, 9 - drawn)
+    rows, missing, batches = swept(tmp_path, dials, partial(at, where, number, 0, TERM))
+    assert (len(rows), missing, batches) == (measured, 3 - measured, drawn)
+    rows, batches = run(tmp_path, dials)
+    assert (len(rows), batches) == (3, 9 - drawn)
 
 
 def test_a_signal_after_all_is_measured_stops_nothing(tmp_path):
@@ -156,8 +191,7 @@ def test_a_signal_after_all_is_measured_stops_nothing(tmp_path):
 def test_a_file_stop_is_heard_and_removed(tmp_path):
     out = tmp_path / "out"
     make = partial(at, MAKE, 2, 0, (out / "STOP").touch)
-    rows, stopped, batches = swept(tmp_path, {"guidance": [1.0]}, make)
-    assert (rows, stopped, batches) == ([], True, 2)
+    assert swept(tmp_path, {"guidance": [1.0]}, make) == ([], 1, 2)
     assert not (out / "STOP").exists()
     assert run(tmp_path, {"guidance": [1.0]})[1] == 1
 
@@ -167,7 +201,7 @@ def test_one_rank_of_two_is_asked_to_stop_while_it_measures(tmp_path, ranks):
     references(tmp_path)
     dials = {"guidance": [1.0, 1.5]}
     answers = ranks(2, swept, tmp_path, dials, partial(at, LOOK, 1, 1, TERM))
-    assert [(len(rows), stopped) for rows, stopped, _ in answers] == [(1, True)] * 2
+    assert [(len(rows), missing) for rows, missing, _ in answers] == [(1, 1)] * 2
     assert [len(rows) for rows, _ in ranks(2, run, tmp_path, dials)] == [2, 2]
 
 
@@ -180,6 +214,8 @@ def test_dials_that_cannot_be_turned_are_refused():
     names = {sweep.name(one) for one in sweep.settings(BASE, {"top_k": [0, 5], "top_p": [1.0, 0.9], **DIALS})}
     assert len(names) == 24
     assert "guidance1.5-temperature0.9-top5-share0.9" in names
+    near = [1.0, 1.0 + 1e-9]
+    assert len({sweep.name(one) for one in sweep.settings(BASE, {"guidance": near, "temperature": near})}) == 4
 
 
 def test_curves_go_over_guidance_one_for_each_of_the_others():

@@ -1,12 +1,13 @@
 """A sweep of sampling settings: for each draw images, measure them against one reference, and keep the whole table.
 
-OUT/sweep.json, sweep.csv, sweep.png    the table so far, in the order of the settings
+OUT/sweep.json, sweep.csv, sweep.png    the table so far: every setting that any sweep in OUT has measured, by the dials
 OUT/SETTING/                            samples of a setting while it is measured (train/sample.py), then result.json
 OUT/STOP                                made by hand: the sweep leaves as it does for a signal
 
 A setting whose result.json is there is not drawn again, so the same command goes on with what is missing, or with more
-settings. A request to stop is heard after every batch that is drawn, and when images have been measured. Not here: what
-is drawn (sample.py) and what is measured (metrics/generation.py).
+settings, or others: the table is made of all of these files that differ in the dials alone. A request to stop is heard
+after every batch that is drawn, and when images have been measured. Not here: what is drawn (sample.py) and what is
+measured (metrics/generation.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +61,11 @@ def settings(base: Settings, dials: Mapping[str, Sequence[Any]]) -> list[Setting
 
 
 def name(one: Settings) -> str:
-    """The folder of a setting."""
-    words = [f"guidance{one.guidance:g}", f"temperature{one.temperature:g}"]
+    """The folder of a setting, another one for every position of the dials."""
+    guidance, temperature, share = (repr(x).removesuffix(".0") for x in (one.guidance, one.temperature, one.top_p))
+    words = [f"guidance{guidance}", f"temperature{temperature}"]
     words += [one.schedule] * (one.schedule != "constant")
-    words += [f"top{one.top_k}"] * bool(one.top_k) + [f"share{one.top_p:g}"] * (one.top_p < 1)
+    words += [f"top{one.top_k}"] * bool(one.top_k) + [f"share{share}"] * (one.top_p < 1)
     return "-".join(words)
 
 
@@ -77,35 +80,37 @@ def sweep(
     about: Mapping[str, Any] | None = None,
     keep: bool = False,
     measure_batch: int = 64,
-) -> tuple[list[written.Row], bool]:
-    """(rows of the settings that are measured, whether somebody asked to stop before all were). Collective.
+) -> tuple[list[written.Row], int]:
+    """(rows of the table, how many of the settings are missing, because somebody asked to stop). Collective.
 
-    keep: samples.npz of every setting stays; without, it goes when it is measured.
+    `every` differ in the dials alone. keep: samples.npz of every setting stays; without, it goes when it is measured.
     """
     made_from = {
         "prior": {"fingerprint": prior.fingerprint},
         "tokenizer": {"fingerprint": tokenizer.fingerprint},
         "judge": dict(judge.about),
     }
-    rows: list[written.Row] = []
     stop = StopRequest(folder, mesh)
-    for one in every:
-        place = folder / name(one)
-        facts = {**made_from, "settings": json.loads(json.dumps(asdict(one)))}
-        row = ending.first(lambda place=place, facts=facts: _read(place, facts), mesh)  # type: ignore[misc]
-        if row is None:
-            if not _asked(stop, mesh):
-                sample(prior, tokenizer, place, mesh, one, stop=stop)
-            if _asked(stop, mesh):
-                break
-            images = SampleFile(place / sample_folder.FILE)
-            seen = generation.describe(images, judge.network, mesh, batch=measure_batch)
-            row = ending.first(lambda s=one, d=seen: _row(s, d, judge), mesh)  # type: ignore[misc]
-            ending.first(lambda place=place, facts=facts, row=row: _write(place, facts, row, keep), mesh)  # type: ignore[misc]
-        rows.append(row)
-        ending.first(lambda: written.write(folder, {**made_from, **(about or {})}, rows), mesh)
+    facts = {name(one): {**made_from, "settings": json.loads(json.dumps(asdict(one)))} for one in every}
+
+    def tabled() -> list[written.Row]:
+        rows = _rows(folder, facts[name(every[0])])
+        if rows:
+            written.write(folder, {**made_from, **(about or {})}, rows)
+        return rows
+
+    known = ending.first(lambda: {place for place in facts if _read(folder / place, facts[place]) is not None}, mesh)
+    rows, missing = ending.first(tabled, mesh), [one for one in every if name(one) not in known]
+    while missing and not _asked(stop, mesh):
+        one, place = missing[0], folder / name(missing[0])
+        sample(prior, tokenizer, place, mesh, one, stop=stop)
+        if _asked(stop, mesh):
+            break
+        seen = generation.describe(SampleFile(place / sample_folder.FILE), judge.network, mesh, batch=measure_batch)
+        ending.first(partial(_write, place, facts[place.name], one, seen, judge, keep), mesh)
+        rows, missing = ending.first(tabled, mesh), missing[1:]
     stop.clear()
-    return rows, len(rows) < len(every)
+    return rows, len(missing)
 
 
 def _asked(stop: StopRequest, mesh: Mesh) -> bool:
@@ -114,21 +119,32 @@ def _asked(stop: StopRequest, mesh: Mesh) -> bool:
     return bool(ops.sum_over(here, mesh.world) > 0)
 
 
-def _row(one: Settings, seen: Described, judge: Judge) -> dict[str, Any]:
-    dials = {key: value for key, value in asdict(one).items() if key in written.DIALS}
-    return {**dials, **generation.compare(seen, judge.reference), "num_images": one.num_images, "seed": one.seed}
+def _rows(folder: Path, facts: Mapping[str, Any]) -> list[written.Row]:
+    """The rows of all settings that were measured in the folder and differ from these facts in the dials alone."""
+
+    def rest(facts: Mapping[str, Any]) -> dict[str, Any]:
+        fixed = {key: value for key, value in facts["settings"].items() if key not in written.DIALS}
+        return {**facts, "settings": fixed}
+
+    found = [_result(path) for path in folder.glob(f"*/{RESULT}")]
+    return written.ordered([row for row, before in found if rest(before) == rest(facts)])
+
+
+def _result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(row, facts) that were written of a setting. ValueError where they cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+        facts = dict(found["facts"])
+        return dict(found["row"]), {**facts, "settings": dict(facts["settings"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove {path.parent}, and it is measured again") from None
 
 
 def _read(place: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """The row of a setting that was measured; None if it was not. ValueError if it was of something else."""
-    path = place / RESULT
-    if not path.exists():
+    if not (place / RESULT).exists():
         return None
-    try:
-        found = json.loads(path.read_text())
-        row, before = dict(found["row"]), dict(found["facts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove {place}, and it is measured again") from None
+    row, before = _result(place / RESULT)
     lines = [key for key in facts if before.get(key) != facts[key]]
     if lines:
         raise ValueError(
@@ -144,7 +160,10 @@ def _both(key: str, before: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return "; ".join(parts) or key
 
 
-def _write(place: Path, facts: Mapping[str, Any], row: Mapping[str, Any], keep: bool) -> None:
+def _write(place: Path, facts: Mapping[str, Any], one: Settings, seen: Described, judge: Judge, keep: bool) -> None:
+    """Compare what was seen of a setting's images with the reference, and write its result."""
+    dials = {key: value for key, value in asdict(one).items() if key in written.DIALS}
+    row = {**dials, **generation.compare(seen, judge.reference), "num_images": one.num_images, "seed": one.seed}
     beside = place / f"{RESULT}.tmp"
     beside.write_text(json.dumps({"row": row, "facts": facts}, indent=1) + "\n")
     beside.replace(place / RESULT)
