@@ -200,6 +200,44 @@ def test_ties_of_the_highest_logit_go_to_the_lowest_id():
         assert torch.equal(head.sample(h, keys), head.sample(h.float(), keys))
 
 
+def _refusals(codes):
+    """What is said of numbers that are not finite, in a token or in the last row; and what is drawn without them."""
+    mesh, said, drawn = Mesh(1, codes), {}, {}
+    keys = mine(noise.keys(5, torch.arange(8)), mesh)
+    for rule in RULES:
+        options = dict(zip(("temperature", "top_k", "top_p"), rule, strict=True))
+        for place, value in NOT_FINITE:
+            rows, h = normal(23, DIM, seed=1).float(), normal(8, DIM, seed=2).float()
+            drawn[rule] = head_of(rows, mesh).sample(mine(h, mesh), keys, **options)
+            (h[3] if place == "token" else rows[-1])[0] = float(value)
+            try:
+                said[rule, place, value] = head_of(rows, mesh).sample(mine(h, mesh), keys, **options)
+            except FloatingPointError as error:
+                said[rule, place, value] = str(error)
+    return said, drawn
+
+
+# where, what, and the tokens whose logits it spoils: those of an infinite row are -inf for some, which is never drawn
+NOT_FINITE = {
+    ("token", "nan"): [3],
+    ("token", "inf"): [3],
+    ("row", "nan"): [*range(8)],
+    ("row", "inf"): (normal(8, 6, seed=2)[:, 0] > 0).nonzero()[:, 0].tolist(),
+}
+
+
+@pytest.mark.parametrize("codes", CODES[:2])
+def test_logits_that_are_not_finite_are_refused_on_all_ranks(ranks, codes):
+    results, (_, alone) = ranks(codes, _refusals, codes), _refusals(1)
+    for rule in RULES:
+        for case, tokens in NOT_FINITE.items():
+            named = ", ".join(map(str, tokens[:5])) + (" ..." if len(tokens) > 5 else "")
+            expected = f"of {len(tokens)} of the 8 tokens of the code group are not (token {named}): the weights"
+            for said, _ in results:
+                assert expected in str(said[rule, *case]), (rule, case)
+        assert torch.equal(torch.cat([drawn[rule] for _, drawn in results]), alone[rule])
+
+
 def splitmix(seed, number):
     """Output `number` of SplitMix64, in whole numbers of any size."""
     z = (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64

@@ -77,7 +77,7 @@ def _top_p(l_tk: Tensor, share: float, cut: Cut | None, axis: Axis) -> Cut:
 
 
 def apply_(l_tk: Tensor, cut: Cut, axis: Axis) -> None:
-    """Set the logits of all ids outside the cut to LOWEST, in place. Collective."""
+    """Set the logits of all ids outside the cut to LOWEST, in place; what is no number stays none. Collective."""
     tie_tk = l_tk == cut.value_t[:, None]
     ties_t = tie_tk.sum(1)
     before_t = ops.gather(ties_t[None], axis)[: axis.rank].sum(0)
@@ -85,7 +85,7 @@ def apply_(l_tk: Tensor, cut: Cut, axis: Axis) -> None:
     # Whether ties must be counted is seen by this rank alone, and nothing in this branch talks.
     if bool((quota_t < ties_t).any()):
         tie_tk &= tie_tk.cumsum(1) <= quota_t[:, None]
-    l_tk.masked_fill_(~tie_tk.logical_or_(l_tk > cut.value_t[:, None]), LOWEST)
+    l_tk.masked_fill_(tie_tk.logical_not_().logical_and_(l_tk <= cut.value_t[:, None]), LOWEST)
 
 
 def _amax(l_tk: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def _bin_of(l_tk: Tensor, weight_tk: Tensor | None, wanted_t: Tensor, axis: Axis
             some = slice(column, column + step)
             # Each operation keeps the order of numbers, so bins are intervals whatever the rounding.
             place_tc = (l_tk[:, some] - low_t[:, None]).clamp_(min=0).mul_(scale_t[:, None])
-            yield some, place_tc.to(torch.int64).clamp_(max=BINS - 1)
+            yield some, place_tc.to(torch.int64).clamp_(0, BINS - 1)  # below 0 is what is no number
 
     def weights(some: slice) -> Tensor:
         part = torch.ones_like(l_tk[:, some]) if weight_tk is None else weight_tk[:, some]

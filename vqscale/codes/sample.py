@@ -71,6 +71,9 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
 
     Without top-k and top-p the logits are made in blocks and forgotten. With them, the logits of some tokens at a time
     stay until their set is known: tokens x k numbers and as much again, within the budget (or one token's).
+
+    FloatingPointError on all ranks of the code group where a token's logits are not finite; on a GPU the check waits
+    for nobody and fails inside the device.
     """
     score_B = x_BD.new_full((len(x_BD),), scan.LOWEST)
     row_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
@@ -85,7 +88,26 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
             l_br = product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
             first_id = shard.layout.start if rule.temperature else None
             _race(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
-    return merge_best(score_B, row_B, shard.layout, shard.axis)[0]
+    # What is no number wins here, so that one rank's is seen by all; a maximum over ranks may leave it out.
+    score_B.masked_fill_(score_B.isnan(), float("inf"))
+    ids_B, top_B = merge_best(score_B, row_B, shard.layout, shard.axis)
+    _check_scores(top_B)
+    return ids_B
+
+
+def _check_scores(top_B: Tensor) -> None:
+    finite_B = (top_B > scan.LOWEST) & (top_B < float("inf"))
+    if top_B.device.type != "cpu":
+        torch._assert_async(finite_B.all(), "logits must be finite for an id to be drawn")
+        return
+    wrong = (~finite_B).nonzero()[:, 0].tolist()
+    if wrong:
+        named = ", ".join(map(str, wrong[:5])) + (" ..." if len(wrong) > 5 else "")
+        raise FloatingPointError(
+            f"logits must be finite for an id to be drawn, but those of {len(wrong)} of the {len(top_B)} tokens of the "
+            f"code group are not (token {named}): the weights of the model, or the vectors it was given, are not "
+            "finite or too large; load an earlier checkpoint, or train again with a lower optim.lr"
+        )
 
 
 def _chunks(num_tokens: int, item_bytes: int, shard: Shard) -> Iterator[slice]:
@@ -97,7 +119,8 @@ def _chunks(num_tokens: int, item_bytes: int, shard: Shard) -> Iterator[slice]:
 
 
 def _race(l_br: Tensor, keys_b: Tensor, first_row: int, first_id: int | None, score_b: Tensor, row_b: Tensor) -> None:
-    """Raise the best perturbed logit so far and its row, in place; a later row must be strictly better.
+    """Raise the best perturbed logit so far and its row, in place; a later row must be strictly better. A logit that
+    is no number makes the best none.
 
     `first_id` is the id of this rank's first row, from which the noise follows; None is no noise.
     """
@@ -108,6 +131,5 @@ def _race(l_br: Tensor, keys_b: Tensor, first_row: int, first_id: int | None, sc
             first = first_id + row
             part_bc += noise.gumbel(keys_b, first, first + part_bc.shape[1], l_br.dtype)
         value_b, place_b = part_bc.max(dim=1)
-        better_b = value_b > score_b
-        score_b.copy_(torch.where(better_b, value_b, score_b))
-        row_b.copy_(torch.where(better_b, place_b + row, row_b))
+        row_b.copy_(torch.where(value_b > score_b, place_b + row, row_b))
+        score_b.copy_(torch.maximum(value_b, score_b))
