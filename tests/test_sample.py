@@ -15,6 +15,7 @@ from jobs import at_call, hear
 from PIL import Image
 from saved_runs import small
 
+from vqscale.data.lock import hold
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError
@@ -202,6 +203,12 @@ def test_other_settings_are_refused_and_may_overwrite(tmp_path):
     assert same.state == "already"
 
 
+def test_a_folder_that_another_process_writes_is_refused(tmp_path):
+    with hold(tmp_path / ".lock", wait=False), pytest.raises(ValueError, match="another process is writing samples"):
+        draw(tmp_path)
+    assert draw(tmp_path).state == "sampled"
+
+
 @pytest.mark.dist
 def test_refusals_reach_all_ranks(tmp_path, ranks):
     draw(tmp_path)
@@ -235,9 +242,11 @@ def test_what_does_not_go_together_is_refused():
         check(Rule(), tokenizer, settings(classes=(5, 1, 9)))
     with pytest.raises(ValueError, match="list of classes is empty"):
         check(Rule(), tokenizer, settings(classes=()))
-    wrong = settings(num_images=0, temperature=-1, top_p=0, guidance=-1, schedule="step", classes=(1, 1))
-    with pytest.raises(ValueError, match=r"num_images is 0.*class 1 .*twice.*schedule is step.*top_p is 0"):
-        check(Rule(), tokenizer, wrong)
+    bad = {"num_images": 0, "batch": 0, "top_k": -1, "temperature": -1, "top_p": 0, "guidance": -1, "schedule": "step"}
+    with pytest.raises(ValueError, match=r"class 1 .*twice") as refusal:
+        check(Rule(), tokenizer, settings(classes=(1, 1), **bad))
+    for name, value in bad.items():
+        assert f"{name} is {value}: use" in str(refusal.value)
 
 
 def test_classes_are_numbers_and_ranges():

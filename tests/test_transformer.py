@@ -118,21 +118,24 @@ def test_scores_know_the_distance_of_tokens_and_not_their_place():
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_recomputing_blocks_gives_the_same_gradients(name):
-    found = []
+    found, times = [], []
     for checkpointing in (False, True):
         net = made(name, checkpointing=checkpointing, dropout_ffn=0.3).train()
+        net.blocks[0].ffn.register_forward_pre_hook(lambda *_, on=checkpointing: times.append(on))
         x_BTD, turns, c_BD = inputs(net)
         torch.manual_seed(3)
         net(x_BTD, turns, net.adapt(c_BD)).square().sum().backward()
         found.append([p.grad for p in net.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+    assert times == [False, True, True]
 
 
 @pytest.mark.parametrize("kind", ["token", "residual", "ffn", "attention"])
-def test_dropout_is_for_training(kind):
+@pytest.mark.parametrize("name", ["llamagen", "ibq"])
+def test_dropout_is_for_training(name, kind):
     shares = {f"dropout_{each}": 0.0 for each in ("token", "residual", "ffn", "attention")}
-    net = made("ibq", **(shares | {f"dropout_{kind}": 0.5}))
+    net = made(name, **(shares | {f"dropout_{kind}": 0.5}))
     x_BTD, turns, c_BD = inputs(net)
     once, again = (net(x_BTD, turns, net.adapt(c_BD)) for _ in range(2))
     assert torch.equal(once, again)
@@ -149,15 +152,29 @@ def test_first_values_are_those_of_the_papers():
     assert [float(part.std()) for part in parts] == pytest.approx([2e-5] * 2 + [0.01] * 4, rel=0.05)
     assert float(net.adapters[1].linear.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
     assert all(float(adapter.linear.bias.detach().abs().max()) == 0 for adapter in net.adapters)
+    assert float(Classes(100, config).table.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
 
 
-def test_in_half_precision_the_residual_stream_is_not():
+def test_in_half_precision_the_residual_stream_and_the_norms_are_not():
     net = made("ibq")
     x_BTD, turns, c_BD = inputs(net)
     with torch.autocast("cpu", torch.bfloat16):
         half = net(x_BTD, turns, net.adapt(c_BD))
     assert half.dtype == torch.float32
     assert (half - net(x_BTD, turns, net.adapt(c_BD))).abs().mean() < 0.05
+    rounded = x_BTD.bfloat16()
+    assert torch.equal(net.norm(rounded), net.norm(rounded.float()))
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_cache_has_the_type_of_autocast(on):
+    config = TransformerConfig(**SMALL)
+    with torch.autocast("cpu", torch.bfloat16, enabled=on):
+        cache = KVCache(config, 2, 5, torch.empty(0))
+    k_BSTd = torch.randn(2, config.num_heads, 3, config.head_dim)
+    for kept in cache.extend(0, k_BSTd, k_BSTd):
+        assert kept.dtype == (torch.bfloat16 if on else torch.float32)
+        assert torch.equal(kept, k_BSTd.to(kept.dtype))
 
 
 def test_no_class_is_a_class_of_its_own():
