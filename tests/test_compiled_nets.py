@@ -1,10 +1,13 @@
-"""Compiled nets compute what plain ones do; without a compiler it is said at once. Traced here, not compiled."""
+"""Compiled nets compute what plain ones do; without a compiler it is said at once. A tokenizer's nets are traced here
+and not compiled; the blocks of a prior are compiled, in a run.
+"""
 
 from __future__ import annotations
 
 import copy
 
 import jobs
+import prior_runs
 import pytest
 import torch
 
@@ -60,3 +63,16 @@ def test_missing_weights_are_said_before_anything_is_built(tmp_path, tiny_shards
     assert "error: VGG16 of LPIPS: none.pth does not exist, and nothing is downloaded" in job.output
     assert "Traceback" not in job.output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_prior_with_compiled_blocks_is_the_same_run(tmp_path):
+    caches = prior_runs.write_caches(tmp_path / "caches")
+    small = ("run.steps=3", "data.val=null", "prior.net.num_layers=1")
+    plain = jobs.finish(prior_runs.write_config(tmp_path / "plain", caches, *small))
+    path, made = prior_runs.write_config(tmp_path / "compiled", caches, *small, "run.compile=true"), tmp_path / "made"
+    job = jobs.start(path, TORCHINDUCTOR_CACHE_DIR=str(made))
+    assert job.wait(timeout_s=300) == [0], job.output
+    assert len([*made.rglob("*.so")]) >= 2  # forward and backward
+    found = [[row["loss"] for row in jobs.rows(run)] for run in (plain, tmp_path / "compiled" / "run")]
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
