@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bench_forms import Setting
     from bench_measure import Cost
 
-FORMS = ("ours", "released", "dense", "faiss", "bf16")  # and the floor
+FORMS = ("ours", "bf16", "released", "dense", "faiss")  # and the floor
 WORKS = ("step", "search")
 
 ABOUT = """\
@@ -27,11 +27,12 @@ Search (Codebook.nearest) and one IBQ training step (forward with all losses, ba
 each in forms that start from the same numbers and take turns:
 
   ours      vqscale, in blocks, the rows split over the processes
+  bf16      the step with engine.matmul: medium, on CPUs with products in bfloat16; of a search, that product alone,
+            which a search by screening cannot do without
   released  the training step in plain torch as the released code lays it out: images, codes in dimension 1
   dense     the same on tokens in rows, which is kinder: one-hot products and tensors of tokens x codes, no copies into
             another layout; its search is one product and a maximum
   faiss     search only: IndexFlatIP of faiss-cpu with the same rows and threads; building it is not timed
-  bf16      search only: the product in bfloat16 alone, which a search by screening cannot do without
   floor     the matrix products alone that the result cannot do without, as torch.mm in blocks into one buffer: the
             table names them
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vqscale import quantizers
-from vqscale.codes import dense
+from vqscale.codes import dense, products
 from vqscale.codes.rows import Rows, draw
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
@@ -93,6 +93,8 @@ def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
     x_ND, g_ND = draws[0].clone().requires_grad_(), draws[1] / setting.tokens
     forms = {"step": {}, "search": {}}  # type: dict[str, dict[str, Form]]
     forms["step"]["ours"], forms["search"]["ours"] = _ours(setting, mesh, x_ND, g_ND)
+    if setting.device == "cpu" and setting.dtype == "float32" and products.fast_on_cpu():
+        forms["step"]["bf16"] = _medium(forms["step"]["ours"])
 
     def whole() -> Tensor:
         return draw(Rows(setting.codes), setting.dim, "normal", _scale(setting), seed=0)
@@ -137,6 +139,20 @@ def _ours(setting: Setting, mesh: Mesh, x_ND: Tensor, g_ND: Tensor) -> tuple[For
         return _take_gradients(x_ND, rows_kD)
 
     return step, lambda: (quantizer.encode(x_ND.detach()),)
+
+
+def _medium(step: Form) -> Form:
+    """The same step with engine.matmul: medium."""
+
+    def low() -> tuple[Tensor, ...]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return step()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return low
 
 
 def _dense(setting: Setting, x_ND: Tensor, g_ND: Tensor, rows_KD: Tensor) -> tuple[Form, Form]:
