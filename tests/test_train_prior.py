@@ -17,6 +17,7 @@ import torch
 from prior_runs import CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER
 
 from vqscale import config as configuration
+from vqscale.codes import noise, tally
 from vqscale.data.config import TokensConfig
 from vqscale.data.tokens import Cache, Stream
 from vqscale.nets.config import ConvConfig
@@ -49,7 +50,12 @@ def test_what_a_run_leaves_behind(alone, caches):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     assert all(math.isfinite(x) for row in rows for x in row.values())
     assert {"loss", "perplexity", "lr", "grad_norm", "skipped", "time/tokens_per_s"} <= rows[0].keys()
-    assert rows[0]["loss"] == pytest.approx(math.log(CODES) * (1 + 1e-3 * math.log(CODES)), abs=1e-5)  # with z_loss
+    first = {"cross_entropy": math.log(CODES), "z_loss": 1e-3 * math.log(CODES) ** 2}
+    assert {name: rows[0][f"loss/{name}"] for name in first} == pytest.approx(first, rel=1e-5)
+    assert rows[0]["loss"] == pytest.approx(sum(first.values()), rel=1e-6)
+    assert rows[0]["perplexity"] == pytest.approx(CODES, rel=1e-5)
+    smoothing = rows[-2]["loss"] - sum(rows[-2][f"loss/{name}"] for name in first)
+    assert smoothing > 1e-3  # of ids that are told apart
     assert rows[-2]["loss"] < rows[0]["loss"] - 0.05
     assert rows[4]["val/images"] == 8  # run.eval_images; the last evaluation takes all
     last = rows[-1]
@@ -84,12 +90,16 @@ def loaded(path, weights, codes):
 
 
 def test_a_trained_prior_is_loaded(alone, caches, ranks):
-    prior, mean = Prior.load(alone), 0.0
+    prior, summary = Prior.load(alone), json.loads((alone / "summary.json").read_text())
     stream = Stream(TokensConfig(str(caches / "val")), NUM_VAL, train=False)
-    for batch in stream.batches():
-        with torch.no_grad():
-            mean = prior(batch.ids, batch.labels).loss.item()
-    assert mean == pytest.approx(json.loads((alone / "summary.json").read_text())["loss"], abs=1e-6)  # of the average
+    [batch] = stream.batches()
+    with torch.no_grad():
+        mean = prior(batch.ids, batch.labels).loss.item()
+        best = (prior.states(batch.ids, batch.labels) @ prior.head.rows.t()).argmax(2)
+    assert mean == pytest.approx(summary["loss"], abs=1e-6)  # of the average
+    right = (best == batch.ids.flatten(1)).double().mean().item()
+    assert 0.05 < right < 0.95
+    assert summary["accuracy"] == pytest.approx(right)
     assert prior.card["tokenizer"] == TOKENIZER
     assert (prior.num_codes, prior.num_classes, prior.class_dropout) == (CODES, 5, 0.3)
     one = loaded(alone, "average", 1)
@@ -99,6 +109,23 @@ def test_a_trained_prior_is_loaded(alone, caches, ranks):
         torch.testing.assert_close(other[0], one[0])
         assert torch.equal(other[1], one[1])
         assert other[2:] == one[2:]
+
+
+def test_the_parts_of_a_loss_are_for_the_eye(alone):
+    prior = Prior.load(alone).train()
+    ids, labels, keys = torch.arange(36).view(6, *GRID), torch.arange(6) - 1, noise.keys(1, torch.arange(6))
+    logits = prior.states(ids, prior.labels(labels, keys)) @ prior.head.rows.t()
+    found = prior(ids, labels, keys)
+    expected = {
+        "cross_entropy": torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()),
+        "z_loss": 1e-3 * logits.logsumexp(2).square().mean(),
+    }
+    torch.testing.assert_close(found.parts, {name: x.detach() for name, x in expected.items()})
+    assert found.right_B is None
+    assert prior.eval()(ids, labels).right_B.shape == (6,)
+    with tally.silent():
+        quiet = prior(ids, labels)
+    assert (quiet.parts, quiet.right_B) == ({}, None)
 
 
 def test_what_is_no_prior_is_not_loaded(alone, tmp_path):

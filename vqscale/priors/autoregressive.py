@@ -14,7 +14,7 @@ from torch import Tensor
 from vqscale.codes import noise
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import NOBODY, Modelled, Prior, Schedule, guidance_scales
+from vqscale.priors.base import Modelled, Prior, Schedule, guidance_scales
 from vqscale.priors.config import AutoregressiveConfig
 from vqscale.seed import derive
 
@@ -40,12 +40,7 @@ class Autoregressive(Prior):
         return h_BTD[:, self.config.net.num_prefix - 1 :]
 
     def loss(self, ids_Bhw: Tensor, condition_B: Tensor, keys_B: Tensor | None = None) -> Modelled:
-        h_BTD = self.states(ids_Bhw, self.labels(condition_B, keys_B))
-        smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-        nats_N = self.head.loss(
-            h_BTD.flatten(0, 1), ids_Bhw.flatten(), label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY
-        )
-        return Modelled(nats_N.mean(), nats_N.detach().unflatten(0, h_BTD.shape[:2]).mean(1))
+        return self.modelled(self.states(ids_Bhw, self.labels(condition_B, keys_B)), ids_Bhw)
 
     @torch.no_grad()
     def sample(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale import export, saved
-from vqscale.codes import noise
+from vqscale.codes import noise, tally
 from vqscale.codes.head import Head
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.transformer import Classes
@@ -37,8 +37,10 @@ class Modelled:
 
     loss: Tensor  # to be minimised: a mean over this rank's tokens
     nats_B: Tensor  # of each image, the mean nats of a token; no gradient. In evaluation mode the loss is their mean
-    parts: dict[str, Tensor] = field(default_factory=dict)  # of the loss, by name
-    stats: dict[str, Tensor] = field(default_factory=dict)  # for the eye
+    # The rest is for the eye, and there while tally.statistics are on.
+    right_B: Tensor | None = None  # of each image, the share of ids that were the most probable; in evaluation mode
+    parts: dict[str, Tensor] = field(default_factory=dict)  # of the loss, by name; cross_entropy of the ids is one
+    stats: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Prior(nn.Module, ABC):
@@ -153,6 +155,37 @@ class Prior(nn.Module, ABC):
                 "build a prior of another"
             )
         return ids_Bhw
+
+    def modelled(self, h_BTD: Tensor, ids_Bhw: Tensor) -> Modelled:
+        """The loss of ids (B, h, w) given the vectors that predict each of them, T = h w; collective.
+
+        The head gives the sum of a loss: with statistics on, what label smoothing and z_loss add to the cross entropy
+        is found by a pass over the vocabulary for each of them, without gradient, and by none where they are 0. Nor
+        does the head say which id was the most probable: right_B is another pass, in float32, which training is spared.
+        """
+        h_ND, ids_N = h_BTD.flatten(0, 1), ids_Bhw.flatten()
+        smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
+
+        def loss(smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+            return self.head.loss(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY)
+
+        def of_images(values_N: Tensor) -> Tensor:
+            return values_N.detach().unflatten(0, h_BTD.shape[:2]).mean(1)
+
+        nats_N = loss(smoothing, z_loss)
+        found = Modelled(nats_N.mean(), of_images(nats_N))
+        if not tally.statistics.on:
+            return found
+        with torch.no_grad():
+            plain = whole = found.loss.detach()
+            if z_loss:  # a weight of 1 more, because the difference that z_loss itself makes is lost in rounding
+                found.parts["z_loss"] = z_loss * (loss(smoothing, z_loss + 1.0).mean() - whole)
+                plain = whole - found.parts["z_loss"]
+            found.parts["cross_entropy"] = loss().mean() if smoothing else plain
+            if not self.training:
+                best_N = self.head.sample(h_ND, torch.zeros_like(ids_N), temperature=0.0)
+                found.right_B = of_images((best_N == ids_N).double())
+        return found
 
     def labels(self, condition_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
         """Classes as the network sees them, -1 for the null class: in training some are dropped. Collective on a CPU.

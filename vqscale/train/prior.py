@@ -94,23 +94,27 @@ def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
 @torch.no_grad()
 def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int) -> dict[str, float]:
     """Scores over a cache, each image once, the same on every rank: loss (mean nats of an id, given the class),
-    perplexity, and of the ids themselves unigram, uniform (see above) and usage. Collective.
+    perplexity, accuracy (share of ids that were the most probable), and of the ids themselves unigram, uniform (see
+    above) and usage. Collective.
 
     `most` images at most are looked at, 0 is all.
     """
-    hits, sums = Hits(prior.num_codes, mesh), torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    hits, sums = Hits(prior.num_codes, mesh), torch.zeros(3, dtype=torch.float64, device=mesh.device)
     with prior.evaluating():
         for number, batch in enumerate(stream.batches()):
             if most and number * stream.batch >= most:
                 break
             ids, valid_B = batch.ids.to(mesh.device), batch.valid.to(mesh.device)
             labels = known_labels(batch, prior.num_classes, mesh.device)
-            nats_B = engine(ids, labels).nats_B.double()
-            sums += torch.stack([(nats_B * valid_B).sum(), valid_B.sum().double()])
+            modelled = engine(ids, labels)
+            assert modelled.right_B is not None, f"{type(prior).__name__} does not say which ids it has right"
+            each_3B = torch.stack([modelled.nats_B, modelled.right_B, valid_B]).double()
+            sums += each_3B @ valid_B.double()
             hits.add(torch.where(valid_B[:, None, None], ids, -1).flatten())
-    nats, images = ops.sum_over(sums, mesh.world).tolist()
+    nats, right, images = ops.sum_over(sums, mesh.world).tolist()
     found = {name: x.item() for name, x in hits.usage().items()}
-    scores = {"loss": nats / images, "perplexity": perplexity(nats / images), "images": images}
+    scores = {"loss": nats / images, "perplexity": perplexity(nats / images), "accuracy": right / images}
+    scores |= {"images": images}
     floors = {"unigram": math.log(found["perplexity"]), "uniform": math.log(prior.num_codes)}
     return scores | floors | {"usage": found["usage"]}
 
@@ -187,7 +191,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         done = done.after(step, batch_size, 0)
         if log:
             row = loop.mean_over_ranks(means, mesh)
-            row |= {"perplexity": perplexity(row["loss"]), "lr": report.lr}
+            row |= {"perplexity": perplexity(row["loss/cross_entropy"]), "lr": report.lr}
             row |= {"grad_norm": report.grad_norm, "skipped": engine.skipped}
             rates = progress.rates()
             rates["tokens_per_s"] = rates["images_per_s"] * config.prior.num_tokens
