@@ -11,13 +11,19 @@ from pathlib import Path
 
 import jobs
 import pytest
+import saved_runs
+import shard_files
 import slurm
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted((ROOT / "launch" / "slurm").iterdir())
+from vqscale.data.tokens import Cache
 
-# srun runs its command here and passes signals on; torchrun writes down what it was given, ends as it is told to, or
-# waits for USR1, which the agent itself must sleep through; scontrol knows one node and the state of one job.
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "launch" / "slurm" / "train.sbatch"
+SCRIPTS = sorted(path for path in (ROOT / "launch" / "slurm").iterdir() if path.suffix in (".sh", ".sbatch"))
+
+# srun runs its command here and passes signals on; torchrun writes down what it was given, runs it as rank 0 or ends as
+# it is told to, or waits for USR1, which the agent itself must sleep through; scontrol knows one node and the state of
+# one job.
 SRUN = """
 import os, signal, subprocess, sys
 command = sys.argv[1:]
@@ -29,13 +35,18 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
 sys.exit(child.wait())
 """
 TORCHRUN = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 assert all(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM))
 here = Path(os.environ["FAKES"])
 submitted = Path(os.environ["VQSCALE_SUBMIT_SCRIPT"]).read_text()
 (here / "torchrun").write_text("\\n".join([submitted.splitlines()[1], *sys.argv[1:]]))
 told = os.environ["TOLD"]
+if told == "run":
+    program = [word for word in sys.argv[1:] if not word.startswith("--")]
+    rank = subprocess.Popen([sys.executable, *program], env={**os.environ, "RANK": "0"})
+    signal.signal(signal.SIGUSR1, lambda number, frame: rank.send_signal(number))  # SLURM does, to every process
+    sys.exit(rank.wait() != 0)
 if told == "wait":
     heard = []
     signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
@@ -88,7 +99,8 @@ def start(tmp_path):
 
 def _checkout(place):
     place.mkdir()
-    (place / "launch").symlink_to(ROOT / "launch")
+    for name in ("launch", "tools"):
+        (place / name).symlink_to(ROOT / name)
 
 
 def _ended(process):
@@ -107,8 +119,8 @@ def test_the_run_is_started_on_every_node(start):
     status, out = _ended(process)
     assert status == 0, out
     first, *words = (fakes / "torchrun").read_text().splitlines()
-    assert first.startswith("# One run as one job")  # the script that was submitted is kept for the run folder
-    assert words[-3:] == ["launch/train.py", "some.yaml", "run.folder=a folder"]
+    assert first.startswith("# One command as one job")  # the script that was submitted is kept for the run folder
+    assert words[-4:] == ["launch/slurm/rank.py", "launch/train.py", "some.yaml", "run.folder=a folder"]
     for word in ("--nnodes=2", "--nproc_per_node=4", "--rdzv-endpoint=10.0.0.1:20007", "--rdzv-id=7-0"):
         assert word in words
     assert "--local-addr=10.0.0.1" in words
@@ -133,6 +145,61 @@ def test_only_a_run_that_was_asked_to_stop_is_requeued(start, told, state, count
     assert (fakes / "scontrol").exists() == requeued, out
     if requeued:
         assert (fakes / "scontrol").read_text() == "requeue 7"
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["tools/encode.py", "--codes", "2"], ["tools/encode.py", "--codes", "2"]),
+        (["run.folder=x.py", "some.yaml"], ["launch/train.py", "run.folder=x.py", "some.yaml"]),
+        ([], ["launch/train.py"]),
+    ],
+    ids=str,
+)
+def test_the_first_word_may_name_the_program(start, words, command):
+    fakes, process = start("train.sbatch", *words, TOLD="0")
+    assert _ended(process)[0] == 0
+    text = (fakes / "torchrun").read_text().splitlines()
+    assert text[text.index("launch/slurm/rank.py") + 1 :] == command
+
+
+def test_a_program_that_is_not_there_is_said_before_anything_starts(start):
+    fakes, process = start("train.sbatch", "tools/encod.py", TOLD="0")
+    status, out = _ended(process)
+    assert (status, "there is no tools/encod.py in " in out) == (2, True), out
+    assert not (fakes / "torchrun").exists()
+
+
+# What any program of this repository does: it hears the signal, looks beside itself, and says how it ended.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+import beside
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+Path(os.environ["FAKES"], "waiting").write_text(" ".join(sys.argv[1:]))
+while sys.argv[1] == "wait" and not heard:
+    time.sleep(0.01)
+sys.exit(beside.STATUS if heard else {"nothing": None, "text": "wrong", "two": 2}[sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "said"),
+    [("wait", 0, "75"), ("nothing", 0, "0"), ("text", 1, "1"), ("two", 1, "2"), ("unknown", 1, "none")],
+)
+def test_any_program_is_heard_and_requeued(start, tmp_path, word, status, said):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "beside.py").write_text("STATUS = 75\n")
+    fakes, process = start("train.sbatch", str(tmp_path / "program.py"), word, "a word", TOLD="run")
+    jobs.wait_for((fakes / "waiting").exists)
+    if word == "wait":
+        process.send_signal(signal.SIGUSR1)
+    found, out = _ended(process)
+    assert (found, f"rank 0 with {said}\n" in out) == (status, True), out
+    assert (fakes / "waiting").read_text() == f"{word} a word"
+    assert (fakes / "scontrol").exists() == (word == "wait")
+    assert ("KeyError" in out) == (word == "unknown")
 
 
 def test_usr1_reaches_the_workers_and_requeues(start):
@@ -172,30 +239,31 @@ def test_a_study_is_prepared_for_an_array(tmp_path, tiny_shards):
     assert all(Path(line).is_file() for line in listed)
 
 
+def _submit(place, environment, *words):
+    """(job, said(text) for wait_for) of train.sbatch with these words and two processes, its log in PLACE/log.txt."""
+    _checkout(place / "checkout")
+    log = place / "log.txt"
+    environment |= {"VQSCALE_PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = ["sbatch", "--parsable", f"--output={log}", str(TRAIN), *map(str, words)]
+    options = {"cwd": place / "checkout", "env": environment, "capture_output": True, "text": True}
+    job = subprocess.run(command, check=True, **options).stdout.strip()
+    return job, lambda text: lambda: log.exists() and text in log.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not slurm.available(), reason="no SLURM here, or not root")
 def test_a_real_slurm_requeues_on_usr1_and_not_on_scancel(tmp_path, tiny_shards):
     config = jobs.write_config(tmp_path, tiny_shards, "run.steps=1000000", "run.eval_every=1000000", "run.keep=2")
-    _checkout(tmp_path / "checkout")
     run, log = tmp_path / "run", tmp_path / "log.txt"
     with slurm.cluster(tmp_path / "slurm") as environment:
-        environment |= {"VQSCALE_PROCESSES": "2", "OMP_NUM_THREADS": "1"}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        script = ROOT / "launch" / "slurm" / "train.sbatch"
-        command = ["sbatch", "--parsable", f"--output={log}", str(script), str(config)]
-        job = subprocess.run(
-            command, cwd=tmp_path / "checkout", env=environment, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-        def said(text, times=1):
-            return lambda: log.exists() and log.read_text().count(text) >= times
-
+        job, said = _submit(tmp_path, environment, config)
         jobs.wait_for(lambda: (run / "metrics.jsonl").exists() and jobs.rows(run), 120.0)
         slurm.ask(environment, "scancel", "--batch", "--signal=USR1", job)
         jobs.wait_for(said("requeue"), 120.0)
         jobs.wait_for(said("going on after step"), 120.0)
         assert "asked to stop (SIGUSR1" in log.read_text()
-        assert (run / "code" / "submit.sbatch").read_text() == script.read_text()
+        assert (run / "code" / "submit.sbatch").read_text() == TRAIN.read_text()
         before = len(jobs.rows(run))
         jobs.wait_for(lambda: len(jobs.rows(run)) > before, 120.0)
         slurm.ask(environment, "scancel", job)
@@ -205,3 +273,25 @@ def test_a_real_slurm_requeues_on_usr1_and_not_on_scancel(tmp_path, tiny_shards)
     assert log.read_text().count("going on after step") == 1
     steps = [row["step"] for row in jobs.rows(run)]
     assert steps == list(range(1, len(steps) + 1))  # no step twice, none left out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not slurm.available(), reason="no SLURM here, or not root")
+def test_a_real_slurm_requeues_a_tool(tmp_path):
+    saved_runs.small().save(tmp_path / "tokenizer")
+    shards = shard_files.write_shards(tmp_path / "shards", [300, 300])
+    cache = tmp_path / "cache"
+    words = ["tools/encode.py", tmp_path / "tokenizer", cache, "--shards", *shards, "--image-size", "8", "--batch", "1"]
+    words += ["--workers", "0", "--storage", "10", "--views", "flip", "--index-dir", tmp_path / "index"]
+    with slurm.cluster(tmp_path / "slurm") as environment:
+        job, said = _submit(tmp_path, environment, *words)
+        jobs.wait_for(lambda: [*cache.glob("ids/c.*")], 120.0)  # the first storage shards are there
+        slurm.ask(environment, "scancel", "--batch", "--signal=USR1", job)
+        jobs.wait_for(said("stopped by SIGUSR1"), 120.0)
+        jobs.wait_for(said("images are encoded already"), 120.0)
+        jobs.wait_for(lambda: not slurm.ask(environment, "squeue", "-h"), 180.0)
+        assert "JobState=COMPLETED" in slurm.ask(environment, "scontrol", "show", "job", job)
+    log = (tmp_path / "log.txt").read_text()
+    assert "start 0] requeue" in log
+    assert "start 1] the step ended with status 0, rank 0 with 0" in log
+    assert Cache(cache).ids.shape[0] == 600

@@ -1,10 +1,12 @@
-# Sourced by train.sbatch and array.sbatch: one run as one job step, with requeueing. Bash, no python of its own.
+# Sourced by train.sbatch and array.sbatch: one program as one job step, with requeueing.
 #
-#   train CONFIG [key=value ...]    torchrun on every node of the job; exits with what the job has to exit with
+#   run SCRIPT PROGRAM [word ...]    torchrun PROGRAM word ... on every node of the job; exits with what the job, which
+#                                    was submitted as SCRIPT, has to exit with
 #
 # SLURM's USR1 (time is nearly up, see --signal) or TERM (preemption) reaches every process of the step; the ranks agree,
-# save, and leave with status 75, which requeues the job: the same command goes on from the checkpoint. A job that
-# somebody cancels saves too, and is not requeued. Settings, by environment:
+# save, and leave with status 75, which requeues the job: the same command goes on where it was. A job that somebody
+# cancels saves too, and is not requeued. A program that does not listen is left alone until its time is up. Settings, by
+# environment:
 #
 #   VQSCALE_PROCESSES       processes per node (the GPUs of a node, or 1)
 #   VQSCALE_MAX_RESTARTS    requeues before the job gives up (100)
@@ -23,12 +25,13 @@ on_every_node() {
     trap '' USR1 USR2 TERM
     exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$VQSCALE_PROCESSES" --signals-to-handle=SIGINT \
         --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$VQSCALE_ENDPOINT" \
-        --local-addr="$(from_scontrol NodeAddr show node "$SLURMD_NODENAME")" launch/train.py "$@"
+        --local-addr="$(from_scontrol NodeAddr show node "$SLURMD_NODENAME")" launch/slurm/rank.py "$@"
 }
 
-train() {
-    local first step status asked
-    [ -f launch/train.py ] || { say "there is no launch/train.py in $PWD: submit from the repository"; exit 2; }
+run() {
+    local script=$1 first step status asked
+    shift
+    [ -f "$1" ] || { say "there is no $1 in $PWD: submit from the repository"; exit 2; }
     # shellcheck disable=SC1091
     [ ! -f .venv/bin/activate ] || source .venv/bin/activate
     first=$(from_scontrol NodeAddr show node "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
@@ -39,21 +42,20 @@ train() {
     # Where every node sees them: this script as it was submitted, and the status that torchrun does not pass on.
     export VQSCALE_SUBMIT_SCRIPT="$PWD/runs/slurm/$SLURM_JOB_ID.sbatch" VQSCALE_STATUS_FILE="$PWD/runs/slurm/$SLURM_JOB_ID.status"
     mkdir -p runs/slurm
-    cp "$1" "$VQSCALE_SUBMIT_SCRIPT"
-    shift
+    cp "$script" "$VQSCALE_SUBMIT_SCRIPT"
     rm -f "$VQSCALE_STATUS_FILE"
 
     say "$SLURM_JOB_NUM_NODES nodes x $VQSCALE_PROCESSES processes, $VQSCALE_ENDPOINT: $*"
     srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash -c 'source launch/slurm/job.sh; on_every_node "$@"' bash "$@" &
     step=$!
-    trap 'say "USR1: asking the run to save and leave"; kill -USR1 "$step"' USR1
-    trap 'say "TERM: asking the run to save and leave"; kill -TERM "$step"' TERM
+    trap 'say "USR1: asking it to save and leave"; kill -USR1 "$step"' USR1
+    trap 'say "TERM: asking it to save and leave"; kill -TERM "$step"' TERM
     while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done # a signal ends `wait` before the step ends
     wait "$step"
     status=$?
     asked=$(cat "$VQSCALE_STATUS_FILE" 2>/dev/null)
     rm -f "$VQSCALE_STATUS_FILE"
-    say "the step ended with status $status, the run said ${asked:-nothing}"
+    say "the step ended with status $status, rank 0 with ${asked:-none}"
     [ "$asked" = 75 ] || exit "$status"
     if [ "$(from_scontrol JobState show job "$SLURM_JOB_ID")" != RUNNING ]; then
         say "not requeued: the job is being cancelled; submit it again to go on"
