@@ -175,5 +175,10 @@ def test_a_sweep_from_the_command_line(place, tmp_path):
     assert len({row["distance_other_inception"] for row in table["rows"]}) == 4
     assert len(table["judge"]["reference"]["sha256"]) == 64
     assert "guidance  temperature  distance_other_inception" in said
+    same = ["--reference", tmp_path / "out" / ".." / "reference.npz"]
+    assert tool("sweep", *words, *same, network=Small()) == (
+        0,
+        said[said.index("guidance  temp") :],
+    )  # nothing is drawn
     status, said = tool("sweep", *words, "--top-k", ",", network=Small())
     assert (status, "sweep: --top-k names no value" in said) == (2, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from jobs import hear
+from jobs import contents, hear
 from judges import Small
 from saved_runs import small
 from test_sample import MAKE, Rule, at
@@ -44,16 +45,14 @@ def run(folder, dials=DIALS, before=None, **others):
     return rows, batches
 
 
-def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, published=False, **base):
+def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, reference=None, network=None, **base):
     """(rows, settings missing, number of batches that were drawn) of a sweep in this process, which may be one of
     several.
     """
     torch.set_num_threads(1)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    mesh, network = Mesh(world), Small(published)
-    reference = generation.read_reference(references(folder), network, mesh)
-    judge = sweep.Judge(network, reference, {"inception": dict(network.facts), "reference": {"sha256": "r"}})
-    rule = Rule()
+    mesh, rule = Mesh(world), Rule()
+    judge = sweep.Judge(network or Small(), reference or references(folder))
     every = sweep.settings(replace(BASE, **base), dials)
     tokenizer = small(mesh, tokenizer_seed)
     handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
@@ -97,7 +96,9 @@ def test_the_table_is_kept_whole(whole):
     assert table["rows"] == [json.loads(json.dumps(row)) for row in rows]
     assert table["nearest"] == min(table["rows"], key=lambda row: row["distance_other_inception"])
     assert table["prior"]["fingerprint"] == "f00d"
-    assert table["judge"]["reference"] == {"sha256": "r"}
+    path = folder / "reference.npz"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert table["judge"]["reference"] == {"file": str(path), "sha256": digest}
     with (folder / "out" / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [float(line["score_other_inception"]) for line in lines] == [row["score_other_inception"] for row in rows]
@@ -158,7 +159,7 @@ def test_the_table_has_what_other_calls_measured(tmp_path):
 def test_no_step_of_a_sweep_makes_the_table_smaller(tmp_path):
     run(tmp_path, {"guidance": [1.0, 2.0]})
     sizes = []
-    look = partial(at, LOOK, 1, 0, lambda: sizes.append(guided(tmp_path)))
+    look = partial(at, LOOK, 2, 0, lambda: sizes.append(guided(tmp_path)))  # the first is at the reference
     run(tmp_path, {"guidance": [0.5, 1.0]}, look)
     assert sizes == [[1, 2]]
     (tmp_path / "out" / "sweep.json").unlink()  # as when it was killed before
@@ -168,6 +169,49 @@ def test_no_step_of_a_sweep_makes_the_table_smaller(tmp_path):
 
 TERM = partial(hear, signal.SIGTERM)
 LOOK, SCORE = "vqscale.metrics.generation:describe", "vqscale.metrics.generation:compare"
+
+
+class Blind(Small):
+    """A network that looks at nothing."""
+
+    def __call__(self, images):
+        raise AssertionError("an image was looked at")
+
+
+def test_a_reference_is_known_by_its_content(tmp_path):
+    rows, _ = run(tmp_path, {"guidance": [1.0]})
+    other = tmp_path / "other.npz"
+    other.write_bytes(references(tmp_path).read_bytes())
+    network = Blind()
+    network.facts = {**network.facts, "file": "renamed.pth"}
+    assert run(tmp_path, {"guidance": [1.0]}, reference=other, network=network) == (rows, 0)
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["judge"]["reference"]["file"] == str(other)
+    more, _ = run(tmp_path, {"guidance": [2.0]}, reference=other)
+    assert more[0] == rows[0]
+    assert len(more) == 2
+
+
+def test_what_is_of_something_else_is_refused_before_anything_is_looked_at(tmp_path):
+    run(tmp_path, {"guidance": [2.0]})
+    np.savez(tmp_path / "other.npz", np.zeros((20, 8, 8, 3), np.uint8))
+    before = contents(tmp_path)
+    dials = {"guidance": [1.0, 2.0]}
+    told = (
+        r"guidance2-temperature1 was measured of something else, judge.reference.sha256 is \w{64}, and was \w{64}: give"
+    )
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, dials, reference=tmp_path / "other.npz", network=Blind())
+    with pytest.raises(
+        ValueError, match=r"else, judge.inception.sha256 is 0+6, and was 0+5; settings.num_images is 11"
+    ):
+        run(tmp_path, dials, network=Blind(seed=6), num_images=11)
+    result = tmp_path / "out" / "guidance2-temperature1" / "result.json"
+    result.write_text(json.dumps({"row": {}, "facts": {"prior": 1}}))
+    with pytest.raises(ValueError, match=r"result.json cannot be read .*: remove .*guidance2-temperature1, and it is"):
+        run(tmp_path, dials, network=Blind())
+    after = contents(tmp_path)
+    assert {path for path in before if before[path] != after[path]} == {result}
+    assert before.keys() == after.keys()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +244,7 @@ def test_a_file_stop_is_heard_and_removed(tmp_path):
 def test_one_rank_of_two_is_asked_to_stop_while_it_measures(tmp_path, ranks):
     references(tmp_path)
     dials = {"guidance": [1.0, 1.5]}
-    answers = ranks(2, swept, tmp_path, dials, partial(at, LOOK, 1, 1, TERM))
+    answers = ranks(2, swept, tmp_path, dials, partial(at, LOOK, 2, 1, TERM))
     assert [(len(rows), missing) for rows, missing, _ in answers] == [(1, 1)] * 2
     assert [len(rows) for rows, _ in ranks(2, run, tmp_path, dials)] == [2, 2]
 

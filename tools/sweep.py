@@ -14,7 +14,6 @@ dials: the best of many, chosen on the very reference, is not a number to publis
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shlex
 import sys
 import warnings
@@ -54,7 +53,6 @@ def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[str, int]:
     """(what to say at the end, how many settings are missing)."""
-    from vqscale.metrics import generation
     from vqscale.metrics import sweep as written
     from vqscale.nets.inception import load
     from vqscale.priors.base import Prior
@@ -65,13 +63,11 @@ def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tupl
     prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
     tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
     every = _settings(args, sample.classes_of(prior, args.classes))
-    sample.check(prior, tokenizer, every[0])  # before Inception looks at anything
     if mesh.world.rank == 0:
         for line in dict.fromkeys(line for one in every for line in sample.warnings(prior, one)):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     network = load(args.inception, args.inception_sha256).to(mesh.device)
-    reference = generation.read_reference(args.reference, network, mesh)
-    judge = sweep.Judge(network, reference, {"inception": dict(network.facts), "reference": _file(args.reference)})
+    judge = sweep.Judge(network, args.reference)
     about = {"command": shlex.join(["python", "tools/sweep.py", *words])}
     rows, missing = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
     left = f"\nstopped after {len(every) - missing} of {len(every)} settings: the same command goes on"
@@ -87,18 +83,13 @@ def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Settin
     return sweep.settings(base, {**dials, "guidance": args.guidance})
 
 
-def _file(path: str) -> dict[str, str]:
-    with open(path, "rb") as file:
-        return {"file": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = parser.add_argument
     add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
     add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")
     add("out", type=Path, metavar="OUT", help="folder of the table: new, or begun by the same command")
-    add("--reference", required=True, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
+    add("--reference", required=True, type=Path, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
     add("--inception", required=True, help="weights of FID's Inception, a path")
     add("--inception-sha256", default="6726825d", help='how its sha256 begins; "any" takes every file')
     add("--guidance", type=_numbers, default=[1.0], help="scales, such as 1,1.5,2 (default: 1)")

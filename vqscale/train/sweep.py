@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vqscale.metrics import generation
+from vqscale.metrics import generation, report
 from vqscale.metrics import sweep as written
 from vqscale.metrics.generation import Described, Network
 from vqscale.metrics.sample_file import SampleFile
@@ -30,7 +30,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.train import ending, sample_folder
 from vqscale.train.folder import StopRequest
-from vqscale.train.sample import Settings, sample
+from vqscale.train.sample import Settings, check, sample
 
 if TYPE_CHECKING:
     from vqscale.priors.base import Prior
@@ -41,11 +41,13 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Judge:
-    """What images are measured by, and against."""
+    """What images are measured by, and the file that they are compared with, which is read when there is need."""
 
     network: Network
-    reference: Described
-    about: Mapping[str, Any]  # names of the files and their sha256
+    reference: Path
+
+    def facts(self) -> dict[str, Any]:
+        return {"inception": dict(self.network.facts), "reference": report.file(str(self.reference))}
 
 
 def settings(base: Settings, dials: Mapping[str, Sequence[Any]]) -> list[Settings]:
@@ -88,7 +90,7 @@ def sweep(
     made_from = {
         "prior": {"fingerprint": prior.fingerprint},
         "tokenizer": {"fingerprint": tokenizer.fingerprint},
-        "judge": dict(judge.about),
+        "judge": ending.first(judge.facts, mesh),
     }
     stop = StopRequest(folder, mesh)
     facts = {name(one): {**made_from, "settings": json.loads(json.dumps(asdict(one)))} for one in every}
@@ -99,15 +101,18 @@ def sweep(
             written.write(folder, {**made_from, **(about or {})}, rows)
         return rows
 
-    known = ending.first(lambda: {place for place in facts if _read(folder / place, facts[place]) is not None}, mesh)
+    known = ending.first(lambda: {place for place in facts if _measured(folder / place, facts[place])}, mesh)
     rows, missing = ending.first(tabled, mesh), [one for one in every if name(one) not in known]
+    if missing:
+        check(prior, tokenizer, missing[0])
+        reference = generation.read_reference(judge.reference, judge.network, mesh, batch=measure_batch)
     while missing and not _asked(stop, mesh):
         one, place = missing[0], folder / name(missing[0])
         sample(prior, tokenizer, place, mesh, one, stop=stop)
         if _asked(stop, mesh):
             break
         seen = generation.describe(SampleFile(place / sample_folder.FILE), judge.network, mesh, batch=measure_batch)
-        ending.first(partial(_write, place, facts[place.name], one, seen, judge, keep), mesh)
+        ending.first(partial(_write, place, facts[place.name], one, seen, reference, keep), mesh)
         rows, missing = ending.first(tabled, mesh), missing[1:]
     stop.clear()
     return rows, len(missing)
@@ -121,49 +126,52 @@ def _asked(stop: StopRequest, mesh: Mesh) -> bool:
 
 def _rows(folder: Path, facts: Mapping[str, Any]) -> list[written.Row]:
     """The rows of all settings that were measured in the folder and differ from these facts in the dials alone."""
-
-    def rest(facts: Mapping[str, Any]) -> dict[str, Any]:
-        fixed = {key: value for key, value in facts["settings"].items() if key not in written.DIALS}
-        return {**facts, "settings": fixed}
-
-    found = [_result(path) for path in folder.glob(f"*/{RESULT}")]
-    return written.ordered([row for row, before in found if rest(before) == rest(facts)])
+    found = [_result(path) for path in folder.glob(f"guidance*/{RESULT}")]
+    dials = {f"settings.{dial}" for dial in written.DIALS}
+    return written.ordered([row for row, before in found if not _differences(before, facts).keys() - dials])
 
 
 def _result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(row, facts) that were written of a setting. ValueError where they cannot be read."""
     try:
         found = json.loads(path.read_text())
-        facts = dict(found["facts"])
-        return dict(found["row"]), {**facts, "settings": dict(facts["settings"])}
-    except (ValueError, KeyError, TypeError) as error:
+        row, facts = dict(found["row"]), dict(found["facts"])
+        _identity(facts)
+        return row, facts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove {path.parent}, and it is measured again") from None
 
 
-def _read(place: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row of a setting that was measured; None if it was not. ValueError if it was of something else."""
+def _measured(place: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether this setting was measured. ValueError if it was of something else."""
     if not (place / RESULT).exists():
-        return None
-    row, before = _result(place / RESULT)
-    lines = [key for key in facts if before.get(key) != facts[key]]
+        return False
+    lines = _differences(_result(place / RESULT)[1], facts).values()
     if lines:
         raise ValueError(
-            f"{place} was measured of something else, {'; '.join(_both(key, before, facts) for key in lines)}: give "
-            f"another OUT, or remove {place}"
+            f"{place} was measured of something else, {'; '.join(lines)}: give another OUT, or remove {place}"
         )
-    return row
+    return True
 
 
-def _both(key: str, before: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    old, new = before.get(key) or {}, facts[key]
-    parts = [f"{key}.{name} is {new.get(name)}, and was {old.get(name)}" for name in new if old.get(name) != new[name]]
-    return "; ".join(parts) or key
+def _differences(before: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
+    """What of two facts gives other scores: a line for each name. Files are known by what is in them, not by paths."""
+    old, new = _identity(before), _identity(facts)
+    return {key: f"{key} is {new.get(key)}, and was {old.get(key)}" for key in new if old.get(key) != new[key]}
 
 
-def _write(place: Path, facts: Mapping[str, Any], one: Settings, seen: Described, judge: Judge, keep: bool) -> None:
+def _identity(facts: Mapping[str, Any]) -> dict[str, Any]:
+    files = {f"judge.{what}.sha256": file.get("sha256") for what, file in facts["judge"].items()}
+    made_by = {f"{what}.fingerprint": facts[what]["fingerprint"] for what in ("prior", "tokenizer")}
+    return {**made_by, **files, **{f"settings.{key}": value for key, value in facts["settings"].items()}}
+
+
+def _write(
+    place: Path, facts: Mapping[str, Any], one: Settings, seen: Described, reference: Described, keep: bool
+) -> None:
     """Compare what was seen of a setting's images with the reference, and write its result."""
     dials = {key: value for key, value in asdict(one).items() if key in written.DIALS}
-    row = {**dials, **generation.compare(seen, judge.reference), "num_images": one.num_images, "seed": one.seed}
+    row = {**dials, **generation.compare(seen, reference), "num_images": one.num_images, "seed": one.seed}
     beside = place / f"{RESULT}.tmp"
     beside.write_text(json.dumps({"row": row, "facts": facts}, indent=1) + "\n")
     beside.replace(place / RESULT)
