@@ -218,15 +218,23 @@ class Stream:
             at, span = np.flatnonzero(shards == shard), self.card.span(int(shard))
             rows = numbers[at] - span.start
             views[at] = self.draw(epoch, int(shard))[rows]
-            try:
-                block = self.cache.ids[span.start : span.stop, : self.num_views]
-            except Exception as error:  # a codec may raise anything on damaged data
-                raise RuntimeError(self._damaged(int(shard), f"{type(error).__name__}: {error}")) from error
-            ids[at] = block[rows, views[at]]
+            ids[at] = self.block(int(shard))[rows, views[at]]
             wrong = bad_rows(ids[at], self.card)
             if wrong:
                 raise RuntimeError(self._damaged(int(shard), wrong))
         return _Piece(ids, numbers, views)
+
+    def block(self, shard: int) -> NDArray[Any]:
+        """The ids of the images of a storage shard in all views that are drawn from, -1 for images without ids.
+
+        RuntimeError where it cannot be read.
+        """
+        span = self.card.span(shard)
+        try:
+            found: NDArray[Any] = self.cache.ids[span.start : span.stop, : self.num_views]
+        except Exception as error:  # a codec may raise anything on damaged data
+            raise RuntimeError(self._damaged(shard, f"{type(error).__name__}: {error}")) from error
+        return found
 
     def draw(self, epoch: int, shard: int) -> Ints:
         """The view of each image of a storage shard in an epoch: a pure function of the seed."""

@@ -79,7 +79,7 @@ def prior(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows) -> 
     names = {
         "loss": ("loss on held-out ids, nats per id", "{:.3f}"),
         "perplexity": ("perplexity: as if it chose among so many ids", "{:,.0f}"),
-        "unigram": ("entropy of the ids, knowing only how often each occurs", "{:.3f}"),
+        "unigram": ("cross entropy of the ids, knowing only how often each occurs in training", "{:.3f}"),
         "uniform": ("log K, knowing nothing", "{:.3f}"),
         "images_per_s": ("images/s in training", "{:.1f}"),
     }

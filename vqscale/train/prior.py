@@ -1,8 +1,8 @@
 """Train a prior over the ids of a token cache: settle, build, resume, loop, close.
 
 Every rank runs these lines with its own images; the order of a step is that of tokenizer.py, with one player. Numbers
-to compare a loss with, in nats per id: `uniform`, log K, is knowing nothing; `unigram`, the entropy of how often the
-held-out ids occur, is knowing this and nothing of their images.
+to compare a loss with, in nats per id: `uniform`, log K, is knowing nothing; `unigram` (unigram.py) is knowing how
+often each id occurs in training, and nothing of the images.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from vqscale import priors
-from vqscale.codes import noise
-from vqscale.codes.hits import Hits
-from vqscale.codes.rows import set_aside
+from vqscale.codes import noise, tally
+from vqscale.codes.rows import Rows, set_aside
 from vqscale.data.tokens import Stream, TokenBatch
 from vqscale.metrics.board import Board
 from vqscale.metrics.progress import Progress
@@ -29,7 +28,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior
 from vqscale.seed import derive
 from vqscale.tokenizer import Tokenizer
-from vqscale.train import folder, loop
+from vqscale.train import folder, loop, unigram
 from vqscale.train.average import Average
 from vqscale.train.config_prior import PriorRun
 from vqscale.train.profile import Trace
@@ -92,14 +91,15 @@ def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int) -> dict[str, float]:
+def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int, seen_k: Tensor) -> dict[str, float]:
     """Scores over a cache, each image once, the same on every rank: loss (mean nats of an id, given the class),
     perplexity, accuracy (share of ids that were the most probable), and of the ids themselves unigram, uniform (see
     above) and usage. Collective.
 
-    `most` images at most are looked at, 0 is all.
+    `most` images at most are looked at, 0 is all; seen_k is how often each code occurs in training (unigram.count).
     """
-    hits, sums = Hits(prior.num_codes, mesh), torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    layout = Rows(prior.num_codes, mesh.codes.size, mesh.codes.rank)
+    held_k, sums = torch.zeros_like(seen_k), torch.zeros(3, dtype=torch.float64, device=mesh.device)
     with prior.evaluating():
         for number, batch in enumerate(stream.batches()):
             if most and number * stream.batch >= most:
@@ -110,13 +110,15 @@ def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int
             assert modelled.right_B is not None, f"{type(prior).__name__} does not say which ids it has right"
             each_3B = torch.stack([modelled.nats_B, modelled.right_B, valid_B]).double()
             sums += each_3B @ valid_B.double()
-            hits.add(torch.where(valid_B[:, None, None], ids, -1).flatten())
+            held_k += tally.counts(torch.where(valid_B[:, None, None], ids, -1).flatten(), layout, mesh)
     nats, right, images = ops.sum_over(sums, mesh.world).tolist()
-    found = {name: x.item() for name, x in hits.usage().items()}
     scores = {"loss": nats / images, "perplexity": perplexity(nats / images), "accuracy": right / images}
     scores |= {"images": images}
-    floors = {"unigram": math.log(found["perplexity"]), "uniform": math.log(prior.num_codes)}
-    return scores | floors | {"usage": found["usage"]}
+    known = {
+        "unigram": unigram.cross_entropy(seen_k, held_k, prior.num_codes, mesh),
+        "uniform": math.log(prior.num_codes),
+    }
+    return scores | known | {"usage": tally.usage(held_k, mesh.codes, prior.num_codes)["usage"].item()}
 
 
 def perplexity(nats: float) -> float:
@@ -157,6 +159,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         progress.say(note)
     folder.write_note(place, "tokens.json", whose(stream), mesh)
     board = Board(place, mesh.world.rank, done.step)
+    seen_k = torch.empty(0) if held_out is None else unigram.count(stream, mesh)
 
     # loop
     watch, scores = loop.Watch(), dict[str, float]()
@@ -199,7 +202,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
             progress.show({name: row[name] for name in ("loss", "perplexity")})
         if held_out is not None and (last or step % run.eval_every == 0):
             with average.applied():
-                scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images)
+                scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images, seen_k)
             board.scalars(step, loop.under("val", scores))
             progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
         if last or stop or step % run.checkpoint_every == 0:
@@ -215,7 +218,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     request.clear()
     if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
         with average.applied():
-            scores = evaluate(engine, prior, held_out, mesh, 0)
+            scores = evaluate(engine, prior, held_out, mesh, 0, seen_k)
     summary: dict[str, Any] = {"num_codes": prior.num_codes, **scores, **watch.summary(batch_size)}
     if "images_per_s" in summary:
         summary["tokens_per_s"] = summary["images_per_s"] * config.prior.num_tokens
