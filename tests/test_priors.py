@@ -229,6 +229,14 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(net):
     assert float(prior(ids, labels).loss) == pytest.approx(float(nats), rel=1e-5)
 
 
+@pytest.mark.parametrize(("cached", "tokens"), [(True, [1] * 6), (False, [1, 2, 3, 4, 5, 6])])
+def test_without_the_cache_every_position_is_computed_from_the_beginning(cached, tokens):
+    prior, seen = priors.build(config_of("autoregressive")), []
+    prior.net.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    prior.sample(torch.arange(2), numbers_B=torch.arange(2), cached=cached)
+    assert seen == tokens
+
+
 def test_no_guidance_costs_nothing_and_guidance_0_is_the_null_class(monkeypatch):
     prior = lively(priors.build(config_of("autoregressive")))
     _, labels = batch()

@@ -14,7 +14,7 @@ SMALL = {"width": 24, "num_layers": 2, "num_heads": 3, "ffn_multiple": 8}
 DESIGNS = {
     "llamagen": {"prefix_rotary": "zero"},
     "ibq": {"prefix_rotary": "zero", "adaln": True},
-    "others": {"adaln": True, "qk_norm": True, "num_prefix": 2},
+    "others": {"adaln": True, "qk_norm": True, "num_prefix": 2, "rotary_base": 50.0, "norm_eps": 0.3},
 }
 GRID = (2, 3)
 
@@ -143,16 +143,18 @@ def test_dropout_is_for_training(name, kind):
     assert not torch.allclose(net(x_BTD, turns, net.adapt(c_BD)), once)
 
 
-def test_first_values_are_those_of_the_papers():
+@pytest.mark.parametrize("scale", [None, 0.05])
+def test_first_values_are_those_of_the_papers(scale):
     torch.manual_seed(0)
-    config = TransformerConfig(width=128, num_layers=1, num_heads=4, adaln=True, adaln_gate_scale=1e-3)
-    net = Transformer(config)
-    assert float(net.blocks[0].ffn.up.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    chosen = {} if scale is None else {"init_scale": scale}
+    config = TransformerConfig(width=128, num_layers=1, num_heads=4, adaln=True, adaln_gate_scale=1e-3, **chosen)
+    net, scale = Transformer(config), scale or 0.02
+    assert float(net.blocks[0].ffn.up.weight.detach().std()) == pytest.approx(scale, rel=0.05)
     parts = net.adapters[0].linear.weight.detach().chunk(6)
-    assert [float(part.std()) for part in parts] == pytest.approx([2e-5] * 2 + [0.01] * 4, rel=0.05)
-    assert float(net.adapters[1].linear.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+    assert [float(part.std()) for part in parts] == pytest.approx([1e-3 * scale] * 2 + [scale / 2] * 4, rel=0.05)
+    assert float(net.adapters[1].linear.weight.detach().std()) == pytest.approx(scale / 2, rel=0.05)
     assert all(float(adapter.linear.bias.detach().abs().max()) == 0 for adapter in net.adapters)
-    assert float(Classes(100, config).table.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(Classes(100, config).table.weight.detach().std()) == pytest.approx(scale, rel=0.05)
 
 
 def test_in_half_precision_the_residual_stream_and_the_norms_are_not():
