@@ -160,15 +160,24 @@ def test_guidance_without_a_null_class_is_warned_of_once(place, tmp_path):
     assert said.count("warning: guidance 2.0 leads away from the null class, which this prior was never shown") == 1
 
 
+def sweeping(place: Path, folder: Path, *words: object) -> list[object]:
+    """What tools/sweep.py is told, to fill folder/out."""
+    np.savez(folder / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
+    models = [place / "prior" / "run", place / "tokenizer", folder / "out", "--reference", folder / "reference.npz"]
+    return [*models, "--inception", "small.pth", "--num-images", 10, *QUICK, *words]
+
+
+def sweep(*words: object) -> tuple[int, str]:
+    return tool("sweep", *words, network=Small())
+
+
 def test_a_sweep_from_the_command_line(place, tmp_path):
-    np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
-    words = [place / "prior" / "run", place / "tokenizer", tmp_path / "out", "--reference", tmp_path / "reference.npz"]
-    words += ["--inception", "small.pth", "--num-images", 10, "--guidance", "1,2", "--temperature", "0.9,1", *QUICK]
+    words = sweeping(place, tmp_path, "--guidance", "1,2", "--temperature", "0.9,1")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "STOP").touch()
-    status, said = tool("sweep", *words, network=Small())
+    status, said = sweep(*words)
     assert (status, "stopped after 0 of 4 settings: the same command goes on" in said) == (75, True), said
-    status, said = tool("sweep", *words, network=Small())
+    status, said = sweep(*words)
     assert status == 0, said
     table = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [(row["temperature"], row["guidance"]) for row in table["rows"]] == [(0.9, 1), (0.9, 2), (1, 1), (1, 2)]
@@ -176,9 +185,31 @@ def test_a_sweep_from_the_command_line(place, tmp_path):
     assert len(table["judge"]["reference"]["sha256"]) == 64
     assert "guidance  temperature  distance_other_inception" in said
     same = ["--reference", tmp_path / "out" / ".." / "reference.npz"]
-    assert tool("sweep", *words, *same, network=Small()) == (
+    assert sweep(*words, *same) == (
         0,
         said[said.index("guidance  temp") :],
     )  # nothing is drawn
-    status, said = tool("sweep", *words, "--top-k", ",", network=Small())
+    status, said = sweep(*words, "--top-k", ",")
     assert (status, "sweep: --top-k names no value" in said) == (2, True)
+
+
+@pytest.mark.parametrize("codes", [1, 2])
+def test_a_sweep_on_two_processes_draws_the_same(place, tmp_path, ranks, codes):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    assert sweep(*sweeping(place, alone, "--keep"))[0] == 0
+    answers = ranks(2, sweep, *sweeping(place, together, "--keep", "--codes", codes))
+    assert [status for status, _ in answers] == [0, 0], answers
+    scores = [
+        {key: value for key, value in json.loads(path.read_text())["row"].items() if key != "schedule"}
+        for path in (*alone.rglob("result.json"), *together.rglob("result.json"))
+    ]
+    assert scores[1] == pytest.approx(scores[0], rel=0.02)  # a pixel may be rounded the other way
+    with np.load(*alone.rglob("samples.npz")) as mine, np.load(*together.rglob("samples.npz")) as theirs:
+        np.testing.assert_array_equal(mine["ids"], theirs["ids"])
+
+
+def test_a_sweep_refuses_codes_that_do_not_divide_the_processes(place, tmp_path):
+    status, said = sweep(*sweeping(place, tmp_path, "--codes", 2))
+    assert (status, said.startswith("sweep: --codes 2 does not divide the 1 processes that were started")) == (2, True)

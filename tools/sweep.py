@@ -42,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
     from vqscale.train import ending
+
+    grid = ending.divide(args.codes)
     from vqscale.train.folder import EXIT_STOPPED
 
-    with ending.joined(args.device, ending.divide(), args.timeout_s) as mesh:
+    with ending.joined(args.device, grid, args.timeout_s) as mesh:
         told, missing = _measure(args, words, mesh)
     if mesh.world.rank == 0:
         print(told, flush=True)
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
     add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
+    add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
     add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
     add("--keep", action="store_true", help="keep samples.npz of every setting")
     add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
