@@ -106,6 +106,43 @@ def test_ties_go_to_the_lowest_id_across_blocks_and_ranks(ranks, codes):
         assert [ids.tolist() for ids in result["all equal"]] == [[0, 0], [0, 0]]
 
 
+def _broken(data, codes, similarity):
+    """Scores and ids with rows that are not numbers, of a search and of a mixture; and of one that has none."""
+    mesh = Mesh(data, codes)
+    out = []
+    for bad in (None, torch.nan, torch.inf):
+        rows = normal(3000, 6, seed=1).float()
+        if bad is not None:
+            rows[2017, 2] = bad
+        codebook = put(Codebook(3000, 6, mesh=mesh, similarity=similarity), rows)
+        codebook.budget = 1
+        x = mine(normal(8, 6, seed=2).float(), mesh)
+        ids, score = codebook.nearest(x)
+        mixed = codebook.mix(x, 0.5, 0.05)
+        out.append((ids, score, mixed.lse_N.detach(), mixed.entropy_N.detach(), mixed.mean_ND.detach()))
+    return out
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("similarity", ["dot", "euclid", "cosine"])
+def test_a_row_that_is_not_a_number_is_reported(ranks, grid, similarity):
+    """It must not take the codes that share its block or its rank out of the search without a word."""
+    sound, *broken = zip(*ranks(grid[0] * grid[1], _broken, *grid, similarity), strict=True)
+    x, rows = normal(8, 6, seed=2).float(), normal(3000, 6, seed=1).float()
+    assert torch.equal(torch.cat([part[0] for part in sound]), dense.nearest(x, rows, similarity)[0])
+    assert all(number.isfinite().all() for part in sound for number in part)
+    for which, name in enumerate(("nan", "inf")):
+        for part in broken[which]:
+            ids, score, *rest = part
+            assert 0 <= int(ids.min()) <= int(ids.max()) < 3000
+            if name == "nan":
+                assert score.isnan().all()
+                assert all(number.isnan().all() for number in rest)
+            # An infinite row is infinitely bad for some tokens, which then have another; it is the best of nobody.
+            elif score.isfinite().any():
+                assert 2017 not in ids[score.isfinite()].tolist()
+
+
 def _first_rows(codes):
     mesh = Mesh(1, codes)
     return [Codebook(num, 3, mesh=mesh, init=init, init_scale=0.5, seed=9).rows.detach() for num, init in FIRST]

@@ -258,6 +258,15 @@ def test_a_token_that_is_not_a_number_stays_one_and_harms_no_other():
         assert torch.equal(got[good], alone[good])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_a_number_is_reported(bad):
+    x, rows = normal(20, 8, seed=1).float().to(DEVICE), normal(150, 8, seed=2).float().to(DEVICE)
+    rows[77, 3] = bad
+    score, row = fused.best(x, Keys(rows), 0)
+    assert score.isnan().all()
+    assert 0 <= int(row.min()) <= int(row.max()) < 150
+
+
 @pytest.mark.parametrize(("num", "codes"), [(5, 0), (0, 7)])
 def test_a_rank_without_rows_and_a_batch_without_tokens(num, codes):
     x, rows = torch.ones(num, 8, device=DEVICE), torch.ones(codes, 8, device=DEVICE)

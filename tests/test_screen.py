@@ -219,11 +219,13 @@ def test_tokens_and_rows_that_are_not_finite():
     assert torch.equal(ids[~broken], right[~broken])
     assert ids[broken].tolist() == [0, 0, 0]
     assert (score[broken] == -torch.inf).all()
-    rows[int(right[0])] = torch.nan
-    ids = screen.best(x, Form(rows), BUDGET)[1]
-    rest = rows.clone()
-    rest[int(right[0])] = 0
-    assert torch.equal(ids[~broken], expected(x[~broken], Form(rest))[0])
+    for bad in (torch.nan, torch.inf):
+        rows[int(right[0])] = bad
+        score, ids = screen.best(x, Form(rows), BUDGET)
+        rest = rows.clone()
+        rest[int(right[0])] = 0
+        assert torch.equal(ids[~broken], expected(x[~broken], Form(rest))[0])
+        assert score[~broken].isnan().all()
 
 
 def test_nothing_to_search():

@@ -73,6 +73,11 @@ class Form:
             score_P /= c_PD.norm(dim=1).clamp_min_(1e-12)
         return score_P if self.bias_k is None else score_P + self.bias_k[row_P].double()
 
+    def is_finite(self, rows: slice) -> bool:
+        """Whether all numbers of some rows are."""
+        biased = self.bias_k is None or bool(self.bias_k[rows].isfinite().all())
+        return biased and bool(self.rows_kD[rows].isfinite().all())
+
     def between(self, x_BD: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Limits of the scores of tokens (float64) and a slice of rows, by one product in float64, B x r each.
 

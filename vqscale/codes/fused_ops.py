@@ -70,7 +70,9 @@ def _rescore(x_BD: Tensor, keys_kD: Tensor, peak: Tensor, given: Operands, chunk
     )  # fmt: skip
     score_B = score.amax(0)
     # Of the parts that have the best score, the lowest row.
-    return score_B, torch.where(score == score_B, row, given.rows).amin(0).to(torch.int64)
+    row_B = torch.where(score == score_B, row, given.rows).amin(0).to(torch.int64)
+    least, most = torch.aminmax(keys_kD)
+    return score_B.masked_fill(~(least.isfinite() & most.isfinite()), torch.nan), row_B.clamp_(max=given.rows - 1)
 
 
 @custom_op("vqscale::mix", mutates_args=())

@@ -112,13 +112,15 @@ def line_peaks(s_br: Tensor) -> Tensor:
 
 
 def raise_best(s_br: Tensor, peak_bL: Tensor, first_row: int, score_b: Tensor, row_b: Tensor) -> None:
-    """Raise the best so far, in place; a later row must be strictly better, so ties go to the lowest."""
+    """Raise the best so far, in place; a later row must be strictly better, so ties go to the lowest. What is not a
+    number is better than all numbers, and stays: it reaches the result.
+    """
     value_b, line_b = peak_bL.max(dim=1)  # the first among equals
     last = s_br.shape[1] - 1
     column_bl = (line_b * LINE)[:, None] + torch.arange(LINE, device=s_br.device)
     # A short last line repeats its last column, which is never the first maximum twice.
     column_bl.clamp_(max=last)
     place_b = s_br.gather(1, column_bl).max(dim=1).indices
-    better_b = value_b > score_b
+    better_b = (value_b > score_b).logical_or_(value_b.isnan())
     score_b.copy_(torch.where(better_b, value_b, score_b))
     row_b.copy_(torch.where(better_b, (line_b * LINE + place_b).clamp_(max=last) + first_row, row_b))

@@ -18,6 +18,7 @@ tokens x rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -49,8 +50,8 @@ def serves(x_BD: Tensor, form: Form) -> bool:
 def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
     """The highest score (float64) of each token over the rows of this rank and the lowest row that has it.
 
-    Without rows, and for a token that is not finite, the score is -inf and the row 0. A part of the rows in which a
-    number is not finite is searched in float64, where a score that is not a number is passed over.
+    Without rows, and for a token that is not finite, the score is -inf and the row 0. Where a row is not finite the
+    scores of all other tokens are not numbers; their rows are the best of what is finite.
     """
     num, dim = x_BD.shape
     score_B = x_BD.new_full((num,), -torch.inf, dtype=torch.float64)
@@ -61,14 +62,17 @@ def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
     size = max((bounds.key_size(stop - start, dim) for start, stop in ranges), default=0)
     memory = x_BD.new_empty(size, dtype=torch.bfloat16)
     lines = x_BD.new_empty(size // (dim + bounds.EXTRA) // LINE * min(num, TOKEN_BLOCK), dtype=torch.bfloat16)
+    sound = True
     for start, stop in ranges:
         keys = bounds.make_keys(form, start, stop, memory)
+        # Not finite may be a square alone.
+        sound = sound and (math.isfinite(keys.longest + keys.steepest) or form.is_finite(slice(start, stop)))
         for some in tokens:
             line_LT = lines[: keys.lines * (some.stop - some.start)].view(keys.lines, -1)
             _Part(form, keys, x_BD[some], finite_B[some], score_B[some], row_B[some], budget).search(line_LT)
     if form.similarity == "cosine":
         score_B /= torch.linalg.vector_norm(x_BD, dim=1, dtype=torch.float64).clamp_min_(1e-12)
-    return score_B, row_B
+    return score_B if sound else score_B.masked_fill_(finite_B, torch.nan), row_B
 
 
 def parts(num_rows: int, dim: int, num_tokens: int, budget: int) -> Iterator[tuple[int, int]]:
