@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import runpy
+import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import jobs
 import numpy as np
 import prior_runs
 import pytest
+import test_sample
 import torch
+from jobs import hear
 from judges import Small
 from saved_runs import IBQ, small
+from test_sample import at
 
 from vqscale.metrics.reconstruction import to_bytes
+from vqscale.parallel.spawn import RankError
 from vqscale.priors.base import Prior
 from vqscale.tokenizer import Tokenizer
 from vqscale.train import folder as run_folder
@@ -152,6 +159,40 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(place, tmp_path):
     status, said = tool("sample", place / "tokenizer", place / "tokenizer", tmp_path / "out")
     assert status == 2
     assert "tokenizer" in said
+
+
+def test_parts_that_a_killed_process_left_are_removed(tmp_path, ranks):
+    kill = partial(at, "vqscale.train.sample_folder:shutil.rmtree", 1, 0, partial(hear, signal.SIGKILL))
+    with pytest.raises(RankError):
+        ranks(2, test_sample.draw, tmp_path, 1, kill)
+    assert json.loads((tmp_path / "sample.json").read_text())["state"] == "done"
+    assert (tmp_path / "parts").exists()
+    assert test_sample.draw(tmp_path).state == "already"
+    assert not (tmp_path / "parts").exists()
+
+
+def test_parts_are_removed_when_what_replaces_them_is_on_the_disk(tmp_path, monkeypatch):
+    done = []
+
+    def told(module, name, where):
+        original = getattr(module, name)
+
+        def tell(*args, **kwargs):
+            result = original(*args, **kwargs)
+            done.append((name, Path(where(args[0])).name))
+            return result
+
+        monkeypatch.setattr(module, name, tell)
+
+    told(os, "fsync", lambda handle: os.readlink(f"/proc/self/fd/{handle}"))
+    told(os, "replace", str)
+    told(shutil, "rmtree", str)
+    test_sample.draw(tmp_path)
+    last = ["samples.npz.tmp", "sample.json.tmp"]
+    assert [call for call in done[-7:] if call[1] in last] == [
+        (name, file) for file in last for name in ("fsync", "replace")
+    ]
+    assert done[-2:] == [("fsync", tmp_path.name), ("rmtree", "parts")]
 
 
 def test_guidance_without_a_null_class_is_warned_of_once(place, tmp_path):

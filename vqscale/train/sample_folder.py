@@ -5,7 +5,8 @@ OUT/parts/000012.npz  images, labels and ids of batch 12, until all are there
 OUT/samples.npz       arr_0 uint8 (N, height, width, 3), arr_1 int64 labels (N,), as ADM's evaluator reads them; and ids
 OUT/grid.png          the first images of every class, a row each
 
-Every file appears by a rename, so whatever is there is whole. Nothing here knows ranks or networks.
+Every file appears by a rename, samples and facts only when they are on the disk, so whatever is there is whole. Nothing
+here knows ranks or networks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from vqscale.metrics import pictures
+from vqscale.parallel.manifest import sync_folder
 from vqscale.train.folder import RunError
 
 FACTS, FILE, GRID, PARTS = "sample.json", "samples.npz", "grid.png", "parts"
@@ -57,6 +60,7 @@ def begin(folder: Path, facts: Mapping[str, Any], overwrite: bool = False) -> li
             "these back to go on with the old ones, or --overwrite to throw them away"
         )
     if old.get("state") == "done" and (folder / FILE).exists():
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a process that was killed before its last step
         return None
     (folder / PARTS).mkdir(exist_ok=True)
     return [batch for batch in range(num_batches(facts["settings"])) if not part(folder, batch).exists()]
@@ -94,9 +98,19 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
-    beside = folder / f"{FACTS}.tmp"
-    beside.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(beside, folder / FACTS)
+    with durable(folder / FACTS) as file:
+        file.write((json.dumps(facts, indent=1) + "\n").encode())
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes its place when all is on the disk: a killed process or machine leaves no half."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def part(folder: Path, batch: int) -> Path:
@@ -107,28 +121,21 @@ def write_part(
     folder: Path, batch: int, images: NDArray[np.uint8], labels: NDArray[np.int64], ids: NDArray[np.int64]
 ) -> None:
     """Images (b, height, width, 3), labels (b,) and ids (b, h, w ...) of a batch."""
-    path = part(folder, batch)
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
+    with durable(part(folder, batch)) as file:
         np.savez(file, images=images, labels=labels, ids=ids)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def finish(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Put the parts together, a part at a time, draw the grid, and remove them."""
+    """Put the parts together, a part at a time, draw the grid, and remove them when the rest is durable."""
     count, batches = int(facts["settings"]["num_images"]), num_batches(facts["settings"])
     parts = [part(folder, batch) for batch in range(batches)]
-    beside = folder / f"{FILE}.tmp"
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as outer:
+    with durable(folder / FILE) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as outer:
         for name, key in (("arr_0", "images"), ("arr_1", "labels"), ("ids", "ids")):
             with outer.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
                 _append(file, count, (_load(path, key) for path in parts))
-    picture = grid(parts, facts["settings"])
-    os.replace(beside, folder / FILE)
-    pictures.save(folder / GRID, picture)
+    pictures.save(folder / GRID, grid(parts, facts["settings"]))
     write(folder, {"state": "done", **facts})
+    sync_folder(folder)
     shutil.rmtree(folder / PARTS)
 
 

@@ -172,8 +172,7 @@ def _write(
     """Compare what was seen of a setting's images with the reference, and write its result."""
     dials = {key: value for key, value in asdict(one).items() if key in written.DIALS}
     row = {**dials, **generation.compare(seen, reference), "num_images": one.num_images, "seed": one.seed}
-    beside = place / f"{RESULT}.tmp"
-    beside.write_text(json.dumps({"row": row, "facts": facts}, indent=1) + "\n")
-    beside.replace(place / RESULT)
+    with sample_folder.durable(place / RESULT) as file:
+        file.write((json.dumps({"row": row, "facts": facts}, indent=1) + "\n").encode())
     if not keep:
         (place / sample_folder.FILE).unlink(missing_ok=True)
