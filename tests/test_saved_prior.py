@@ -276,3 +276,18 @@ def test_weights_are_those_of_the_prior_alone(place, two, tmp_path):
     assert status == 2
     assert all(fingerprint in said for fingerprint in (average, parameters, made_by))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_prior_learns_from_the_vectors_of_the_codes_that_made_its_ids(two, tmp_path, which, world):
+    run, prints = two
+    for split in ("train", "val"):
+        prior_runs.write_cache(tmp_path / split, 12, 1, tokenizer=prints[which])
+    features = ("prior.head.embedding=codebook", "prior.feature_dim=4", f"tokenizer={run}", "run.steps=1")
+    trained = jobs.finish(prior_runs.write_config(tmp_path, tmp_path, *features), world=world)
+    tokenizer = Tokenizer.load(run, weights=("average", "parameters")[which])
+    vectors_KF = tokenizer.quantizer.decode(torch.arange(prior_runs.CODES))
+    rows = Prior.load(trained).head.inputs.rows
+    torch.testing.assert_close(rows, vectors_KF / vectors_KF.square().mean().sqrt())

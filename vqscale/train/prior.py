@@ -26,8 +26,8 @@ from vqscale.parallel import ops
 from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior
+from vqscale.priors.tokenizer import tokenizer_of
 from vqscale.seed import derive
-from vqscale.tokenizer import Tokenizer
 from vqscale.train import folder, loop, unigram
 from vqscale.train.average import Average
 from vqscale.train.config_prior import PriorRun
@@ -81,13 +81,7 @@ def known_labels(batch: TokenBatch, num_classes: int, device: torch.device) -> T
 
 def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
     """Give the head the vectors of the codes of the tokenizer in `path`, which must be the one that the ids are of."""
-    tokenizer = Tokenizer.load(path, mesh=mesh)
-    if tokenizer.fingerprint != made_by:
-        raise ValueError(
-            f"the tokenizer in {path} has the fingerprint {tokenizer.fingerprint}, and the ids of data.train were made "
-            f"by the one with {made_by}: give that tokenizer, or encode a cache with this one"
-        )
-    prior.head.set_features(tokenizer.quantizer.decode)
+    prior.head.set_features(tokenizer_of(path, made_by, mesh).quantizer.decode)
 
 
 @torch.no_grad()
