@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vqscale.codes import scan
 from vqscale.codes.config import Products
-from vqscale.codes.products import add_product, product
+from vqscale.codes.products import add_product, operand, product
 from vqscale.codes.scan import BITS, exp2_
 
 
@@ -56,8 +56,9 @@ def gauge(x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, b
     """The log-sum-exp over this rank's rows and the logits of the targets that it owns."""
     num = len(x_BD)
     top_B, sum_B, target_B = x_BD.new_full((num,), scan.LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num)
+    buffer = scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
-        l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS)
+        l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS, buffer)
         here_b, column_b = targets.columns(tokens, rows)
         target_B[tokens] += l_br.gather(1, column_b[:, None])[:, 0] * here_b
         top_b = torch.maximum(top_B[tokens], l_br.amax(1))
@@ -97,8 +98,9 @@ def ungauge(
     drows_kD = torch.zeros_like(rows_kD) if wanted[1] else None
     gx_BD = x_BD * up.g_B[:, None] if wanted[1] else None
     lse_B = up.lse_B * BITS
+    buffer, low = scan.Buffer(), scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
-        l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS)
+        l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS, buffer)
         u_br = exp2_(l_br.sub_(lse_B[tokens, None]))
         if up.lift_B is not None:
             u_br *= up.lift_B[tokens, None]
@@ -106,6 +108,7 @@ def ungauge(
             u_br -= up.floor
         here_b, column_b = targets.columns(tokens, rows)
         u_br.scatter_add_(1, column_b[:, None], (here_b.to(u_br.dtype) * -up.hit)[:, None])
+        u_br = operand(u_br, products, low)
         if dx_BD is not None:
             add_product(dx_BD[tokens], u_br, rows_kD[rows], products)
         if drows_kD is not None and gx_BD is not None:
