@@ -48,6 +48,11 @@ def test_the_reason_is_left_for_torchrun(tmp_path, command, word):
     assert int(left["extraInfo"]["timestamp"]) > 0
 
 
+def test_what_the_weights_did_is_said_in_a_line(capsys):
+    assert ending.tell("sample", FloatingPointError("logits must be finite")) == 1
+    assert capsys.readouterr().err == "sample: logits must be finite\n"
+
+
 @pytest.mark.parametrize(
     ("command", "who"),
     [

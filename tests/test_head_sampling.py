@@ -303,6 +303,7 @@ def test_gumbel_numbers_are_gumbel_in_the_tail_that_decides(dtype):
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-45}, "temperature is 1e-45"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),

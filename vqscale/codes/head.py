@@ -189,6 +189,7 @@ class Head(nn.Module):
         Guidance s, a number or one per token, with the vectors `unguided_ND` of the null class: logits u + s (c - u);
         logits are linear in h, so it costs no second head, and s = 1 is no guidance to the bit.
         Products are float32 here. Memory is the blocks; with top-k or top-p one token's k logits at the least.
+        FloatingPointError on all ranks of the code group where logits are not finite.
         """
         rule = sample.Rule(temperature, top_k, top_p)
         if unguided_ND is None and not (isinstance(guidance, float | int) and guidance == 1):

@@ -22,6 +22,7 @@ from vqscale.codes.products import product
 from vqscale.codes.rows import Rows
 from vqscale.parallel.mesh import Axis
 
+COLDEST = 1e-20
 CPU_BLOCK = 2**16  # 64-bit numbers made at once: what the caches of one core hold
 BUFFERS = 4  # tensors of the size of a chunk of logits that are alive at once
 
@@ -38,9 +39,10 @@ class Rule:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
             raise ValueError(
-                f"temperature is {self.temperature}, an argument of sample: use 0 (the highest logit) or more"
+                f"temperature is {self.temperature}, an argument of sample: use 0 (the highest logit), or {COLDEST} or "
+                "more (logits over a smaller one leave float32)"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}, an argument of sample: use 0 (all codes) or more")

@@ -90,7 +90,7 @@ def tell(tool: str, error: BaseException) -> int:
             print(text, file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"{who}{text}: a disk is full; make room, and the same command goes on", file=sys.stderr)
-    elif isinstance(error, OSError) or type(error).__name__ in EXPLAINED:
+    elif isinstance(error, OSError | FloatingPointError) or type(error).__name__ in EXPLAINED:
         print(who + text, file=sys.stderr)
     elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
         print(f"{who}{tool}: lost another rank; its own message says why", file=sys.stderr)
