@@ -86,7 +86,7 @@ class Prior(nn.Module, ABC):
         """The loss of ids int64 (B, h, w), every one of 0 .. K - 1, given classes -1 .. C - 1; collective.
 
         keys_B (noise.keys) decide what is random per image (dropped classes), on any number of ranks alike; without
-        them torch's generator does.
+        them torch's generator does. Training and the evaluations of a run always give them.
         """
 
     @abstractmethod

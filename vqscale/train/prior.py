@@ -85,12 +85,15 @@ def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int, seen_k: Tensor) -> dict[str, float]:
+def evaluate(
+    engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int, seen_k: Tensor, seed: int
+) -> dict[str, float]:
     """Scores over a cache, each image once, the same on every rank: loss (mean nats of an id, given the class),
     perplexity, accuracy (share of ids that were the most probable), and of the ids themselves unigram, uniform (see
     above) and usage. Collective.
 
     `most` images at most are looked at, 0 is all; seen_k is how often each code occurs in training (unigram.count).
+    What is random in the loss of a held-out image follows from (seed, its number in the cache).
     """
     layout = Rows(prior.num_codes, mesh.codes.size, mesh.codes.rank)
     held_k, sums = torch.zeros_like(seen_k), torch.zeros(3, dtype=torch.float64, device=mesh.device)
@@ -100,7 +103,8 @@ def evaluate(engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int
                 break
             ids, valid_B = batch.ids.to(mesh.device), batch.valid.to(mesh.device)
             labels = known_labels(batch, prior.num_classes, mesh.device)
-            modelled = engine(ids, labels)
+            keys = noise.keys(derive(seed, "held out"), batch.numbers.to(mesh.device))
+            modelled = engine(ids, labels, keys)
             assert modelled.right_B is not None, f"{type(prior).__name__} does not say which ids it has right"
             each_3B = torch.stack([modelled.nats_B, modelled.right_B, valid_B]).double()
             sums += each_3B @ valid_B.double()
@@ -196,7 +200,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
             progress.show({name: row[name] for name in ("loss", "perplexity")})
         if held_out is not None and (last or step % run.eval_every == 0):
             with average.applied():
-                scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images, seen_k)
+                scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images, seen_k, run.seed)
             board.scalars(step, loop.under("val", scores))
             progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
         if last or stop or step % run.checkpoint_every == 0:
@@ -212,7 +216,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     request.clear()
     if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
         with average.applied():
-            scores = evaluate(engine, prior, held_out, mesh, 0, seen_k)
+            scores = evaluate(engine, prior, held_out, mesh, 0, seen_k, run.seed)
     summary: dict[str, Any] = {"num_codes": prior.num_codes, **scores, **watch.summary(batch_size)}
     if "images_per_s" in summary:
         summary["tokens_per_s"] = summary["images_per_s"] * config.prior.num_tokens
