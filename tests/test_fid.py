@@ -95,10 +95,12 @@ def test_fewer_images_than_features_cost_no_digits():
 def test_files_come_back_and_are_those_of_others_too(tmp_path):
     pool, spatial = statistics(features(20)), statistics(features(20, 4))
     facts = {"sha256": "ab12", "data": "val"}
-    fid.save(tmp_path / "deep" / "a.npz", pool, spatial, facts)
+    points = torch.from_numpy(features(4)).float()
+    fid.save(tmp_path / "deep" / "a.npz", pool, spatial, facts, points)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.npz"]
     found = fid.read(tmp_path / "deep" / "a.npz", facts, (6, 4, 9))
     assert (found.facts, found.images, found.pool.count) == (facts, False, 20)
+    assert torch.equal(found.points_ND, points)
     for mine, theirs in ((found.pool, pool), (found.spatial, spatial)):
         assert torch.equal(mine.mu_D, theirs.mu_D)
         assert torch.equal(mine.sigma_DD, theirs.sigma_DD)
@@ -109,6 +111,7 @@ def test_files_come_back_and_are_those_of_others_too(tmp_path):
     np.savez(tmp_path / "others.npz", mu=mu, sigma=sigma, arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     found = fid.read(tmp_path / "others.npz", facts)
     assert (found.images, found.spatial, found.pool.count, found.facts) == (True, None, None, {})
+    assert found.points_ND is None
     np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8))
     assert fid.read(tmp_path / "images.npz").pool is None
 
@@ -137,6 +140,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         ({"mu": mu}, r"mu has shape \(3,\) and sigma None"),
         ({"mu": mu, "sigma": sigma[:2]}, r"sigma \(2, 3\), and not \(D,\) and \(D, D\)"),
         ({"mu": mu, "sigma": sigma * np.nan}, "not finite"),
+        ({"mu": mu, "sigma": sigma, "points": sigma[:, :2]}, r"points has shape \(3, 2\), and not \(N, 3\)"),
+        ({"mu": mu, "sigma": sigma, "points": np.full((2, 3), np.inf)}, "values that are not finite"),
     ):
         np.savez(tmp_path / "b.npz", **arrays)
         with pytest.raises(ValueError, match=message):

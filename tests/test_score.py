@@ -74,7 +74,8 @@ def _scored(data, codes, images, quantizer, batch):
     found = score(tokenizer, stream, mesh, Judges(Small(published=True), _distance))
     of_originals, seen = statistics(stream, Small(), mesh)
     assert seen.images == found.numbers["images"]
-    torch.testing.assert_close(of_originals[0].sigma_DD, found.statistics[0].sigma_DD)
+    torch.testing.assert_close(of_originals.pool.sigma_DD, found.statistics[0].sigma_DD)
+    assert of_originals.points_ND is None
     return found
 
 
@@ -147,6 +148,27 @@ def test_statistics_take_the_place_of_the_originals(held_out):
     assert far.numbers["rfid"] > again.numbers["rfid"] + 1
 
 
+def _points(images, most, batch, data=1):
+    mesh = Mesh(data)
+    stream = Stream(images, batch, mesh.world.rank, mesh.world.size, train=False)
+    return statistics(stream, Small(), mesh, points=most)[0].points_ND
+
+
+@pytest.mark.dist
+def test_points_are_of_the_same_images_on_any_number_of_ranks(ranks, held_out):
+    """Of 13 images one is broken; a rank has none of them in one of the cases."""
+    batches = list(Stream(held_out, 1, train=False).batches())
+    every = Small()(to_bytes(torch.cat([batch.images for batch in batches if batch.valid.all()])))[0].float()
+    assert torch.equal(_points(held_out, 100, 4).sort(0).values, every.sort(0).values)
+    some = _points(held_out, 5, 4)
+    assert 4 <= len(some) <= 5
+    assert all((every == point).all(1).sum() == 1 for point in some)
+    assert not torch.equal(some, every[: len(some)])  # drawn from all, not the first
+    for batch in (6, 16):
+        for found in ranks(2, _points, held_out, 5, batch, 2):
+            assert torch.equal(found, some)
+
+
 def test_nothing_to_see_is_an_error(tmp_path):
     path = write_tar(tmp_path / "val.tar", [("0.png", b"no"), ("1.png", b"image")])
     stream = Stream(ImagesConfig(str(path), SIDE, num_workers=0, index_dir=str(tmp_path)), 2, train=False)
@@ -215,6 +237,28 @@ def test_a_tokenizer_from_the_command_line(held_out, trained, tmp_path, capsys):
     assert "rfid" not in capsys.readouterr().out
 
 
+def test_statistics_judge_samples_as_their_images_do(held_out, tmp_path, capsys):
+    made, images, few, samples = (tmp_path / name for name in ("made.npz", "images.npz", "few.npz", "samples.npz"))
+    batches = list(Stream(held_out, 1, train=False).batches())
+    seen = to_bytes(torch.cat([batch.images for batch in batches if batch.valid.all()])).permute(0, 2, 3, 1).numpy()
+    np.savez(images, seen)
+    noise = np.random.default_rng(1).integers(0, 256, (8, 2, 2, 3), dtype=np.uint8).repeat(SIDE // 2, 1)
+    np.savez(samples, np.concatenate([*(seen[:1] ^ bits for bits in range(6)), noise.repeat(SIDE // 2, 2)]))
+    for out, more in ((made, []), (few, ["--images", 0])):
+        assert _run(["statistics", out, *_options(held_out, "--inception", "x", *more)]) == 0
+        told = capsys.readouterr().out
+        assert f"statistics of 12 images, features of {0 if more else 12}" in told
+    found = {}
+    for reference in (made, images, few):
+        options = ["--reference", reference, "--inception", "x", "--out", tmp_path / "out", "--device", "cpu"]
+        assert _run(["samples", samples, *options]) == 0
+        found[reference] = _result(tmp_path / "out")
+    assert found[made]["numbers"] == pytest.approx(found[images]["numbers"], rel=1e-9)
+    assert 0 < found[made]["numbers"]["precision"] < found[made]["numbers"]["recall"] < 1
+    assert [found[path]["protocol"]["reference images"] for path in (made, images, few)] == [12, 12, 0]
+    assert found[made]["numbers"].keys() - found[few]["numbers"].keys() == {"precision", "recall"}
+
+
 def test_originals_are_made_as_the_tokenizer_knew_them(held_out, tmp_path, capsys):
     """What is not asked for is in the card: another filter would measure other images than the run did."""
     card = {"image_size": SIDE, "interpolation": "bilinear", "resize": SIDE + 4}
@@ -280,6 +324,7 @@ def test_bad_input_is_told_and_nothing_is_written(held_out, trained, tmp_path, c
     refused([*ask, *_options(held_out, "--image-size", 18)], "images of 18 x 18 pixels cannot be cut into tokens of 4")
     refused([*ask, *_options(held_out, "--codes", 2)], "--codes 2 does not divide the 1 processes")
     refused(["tokenizer", tmp_path / "none", *_options(held_out)], "does not exist")
+    refused(["statistics", tmp_path / "o", *_options(held_out, "--inception", "x", "--images", 3)], "at least 4, or 0")
     np.savez(tmp_path / "other.npz", mu=np.zeros(9), sigma=np.eye(9))
     with_other = _options(held_out, "--inception", "x", "--reference", tmp_path / "other.npz", "--out", tmp_path / "o")
     refused([*ask, *with_other], "statistics of 6 and of 9 features", "the same network")

@@ -6,7 +6,7 @@
     python tools/evaluate.py samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
 
 tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
-statistics   mean and covariance of Inception's features, for --reference
+statistics   mean and covariance of Inception's features, and the features of some images: a --reference
 samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout)
 
 Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
+KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
 
@@ -71,9 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--save-stats", help="npz for the statistics of the originals, a later --reference")
     statistics = commands.add_parser("statistics", help="statistics of a data set, for --reference")
     statistics.add_argument("out", metavar="OUT.npz")
+    statistics.add_argument("--images", type=int, default=10_000, help=KEPT)
     samples = commands.add_parser("samples", help="generated images against a reference")
     samples.add_argument("path", metavar="SAMPLES.npz", help="uint8 N x height x width x 3 under arr_0")
-    samples.add_argument("--reference", required=True, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
+    samples.add_argument(
+        "--reference", required=True, help="npz of `statistics`, or with mu, sigma, mu_s, sigma_s, arr_0, or some"
+    )
     for images in (tokenizer, statistics):
         images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
         images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
@@ -104,6 +108,8 @@ def _check(args: argparse.Namespace) -> None:
         ]
         if args.reference and args.save_stats:
             wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
+    elif args.command == "statistics" and args.images and args.images < 4:
+        wrong.append(f"--images is {args.images}, and a third neighbour takes 4: give at least 4, or 0 to keep none")
     if args.batch < 1:
         wrong.append(f"--batch is {args.batch}: give at least 1")
     if wrong:
@@ -227,17 +233,18 @@ def _statistics(args: argparse.Namespace) -> str:
         inception = _inception(args, mesh)
         stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
         progress = _progress(stream.num_samples, args, mesh)
-        (pool, spatial), seen = score.statistics(stream, inception, mesh, progress)
+        found, seen = score.statistics(stream, inception, mesh, progress, points=args.images)
         progress.close()
     if mesh.world.rank:
         return ""
-    numbers = {"images": seen.images, "broken": seen.broken, "enlarged": seen.enlarged}
+    points = 0 if found.points_ND is None else len(found.points_ND)
+    numbers = {"images": seen.images, "broken": seen.broken, "enlarged": seen.enlarged, "points": points}
     facts = {
         **inception.facts,
         **_result(numbers, mesh, report.judged_by(inception, PREPROCESSING), data=_data(config, stream)),
     }
-    fid.save(args.out, pool, spatial, facts)
-    return f"{args.out}: statistics of {seen.images} images" + "".join(
+    fid.save(args.out, found.pool, found.spatial, facts, found.points_ND)
+    return f"{args.out}: statistics of {seen.images} images, features of {points}" + "".join(
         f"\nnote: {note}" for note in report.notes(numbers, inception, seen.told)
     )
 

@@ -113,10 +113,18 @@ class Reference:
     images: bool = False
     """whether there are images too, under arr_0"""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    points_ND: Tensor | None = None
+    """pooled features of some of the images"""
 
 
-def save(path: Path | str, pool: Statistics, spatial: Statistics | None, facts: Mapping[str, Any]) -> None:
-    """Write an npz with the keys of ADM's reference batches (mu, sigma, mu_s, sigma_s), and count and facts (JSON).
+def save(
+    path: Path | str,
+    pool: Statistics,
+    spatial: Statistics | None,
+    facts: Mapping[str, Any],
+    points_ND: Tensor | None = None,
+) -> None:
+    """Write an npz with the keys of ADM's reference batches (mu, sigma, mu_s, sigma_s), count, facts (JSON), points.
 
     The file is written beside and renamed: a reader never sees half of one.
     """
@@ -126,6 +134,8 @@ def save(path: Path | str, pool: Statistics, spatial: Statistics | None, facts: 
         arrays |= {"mu_s": spatial.mu_D.numpy(), "sigma_s": spatial.sigma_DD.numpy()}
     if pool.count is not None:
         arrays["count"] = np.int64(pool.count)
+    if points_ND is not None:
+        arrays["points"] = points_ND.cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
@@ -147,7 +157,7 @@ def read(path: Path | str, facts: Mapping[str, Any] | None = None, dims: Sequenc
         raise ValueError(f"the statistics {path} are no file: {where}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            known = ("mu", "sigma", "mu_s", "sigma_s", "count", "facts")
+            known = ("mu", "sigma", "mu_s", "sigma_s", "count", "facts", "points")
             arrays = {name: file[name] for name in known if name in file.files}
             images = "arr_0" in file.files
     except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
@@ -167,7 +177,19 @@ def read(path: Path | str, facts: Mapping[str, Any] | None = None, dims: Sequenc
     for found, dim in zip((pool, spatial), dims, strict=False):
         if found is not None:
             _check_dims(dim, found.dim, str(path))
-    return Reference(path, pool, spatial, images, said)
+    return Reference(path, pool, spatial, images, said, _points(path, arrays, pool))
+
+
+def _points(path: Path, arrays: Mapping[str, Any], pool: Statistics | None) -> Tensor | None:
+    if pool is None or "points" not in arrays:
+        return None
+    points_ND = torch.from_numpy(arrays["points"])
+    if points_ND.ndim != 2 or points_ND.shape[1] != pool.dim or not points_ND.isfinite().all():
+        raise ValueError(
+            f"{path}: points has shape {tuple(points_ND.shape)}, and not (N, {pool.dim}), or values that are not "
+            "finite: make it again"
+        )
+    return points_ND
 
 
 def _pair(path: Path, arrays: Mapping[str, Any], mu: str, sigma: str, count: int | None) -> Statistics | None:

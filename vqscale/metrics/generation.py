@@ -137,7 +137,7 @@ class Described:
 
     pool: Statistics
     spatial: Statistics | None
-    points_ND: Tensor | None  # pooled features of every image, in order, float32
+    points_ND: Tensor | None  # pooled features of its images, or of some of a data set's
     inception_score: float | None
     facts: Mapping[str, Any]  # of the network
 
@@ -186,13 +186,15 @@ def read_reference(
 ) -> Described:
     """A reference from its file: the statistics that it states, and what must be seen of its images. Collective.
 
-    A batch of ADM states mu and sigma of the whole training set, while its 10,000 images serve precision and recall. A
-    file without images gives no precision and recall, one without statistics those of its images.
+    A batch of ADM states mu and sigma of the whole training set, while its 10,000 images serve precision and recall. In
+    a file of ours, which has no images, points (score.Points) do; one with neither gives no precision and recall, and
+    one without statistics those of its images.
     """
     stated = fid.read(path, network.facts, network.dims)
     if not stated.images:
         assert stated.pool is not None, "a file without statistics has images"
-        return Described(stated.pool, stated.spatial, None, None, network.facts)
+        points_ND = None if stated.points_ND is None else stated.points_ND.to(mesh.device)
+        return Described(stated.pool, stated.spatial, points_ND, None, network.facts)
     seen = describe(SampleFile(path), network, mesh, batch=batch, progress=progress)
     return replace(seen, pool=stated.pool or seen.pool, spatial=stated.spatial or seen.spatial)
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from vqscale.codes.hits import Hits
 from vqscale.data.images import Stream
+from vqscale.data.order import permutation
 from vqscale.metrics.fid import Moments, Reference, Statistics, frechet
-from vqscale.metrics.generation import Network, named
+from vqscale.metrics.generation import Described, Network, named
 from vqscale.metrics.progress import Progress
 from vqscale.metrics.reconstruction import Reconstruction, to_bytes
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantizer
+from vqscale.seed import derive
 from vqscale.tokenizer import Tokenizer
 from vqscale.train.loop import timed
 
@@ -56,16 +58,42 @@ class Features:
         self.inception, self.mesh = inception, mesh
         self._pool, self._spatial = (Moments(dim, mesh.device) for dim in inception.dims[:2])
 
-    def add(self, images: Tensor) -> None:
-        """Count images (B, 3, H, W) in [-1, 1] of this rank, as 8-bit images; B may be 0."""
-        if len(images):
-            pool, spatial, _ = self.inception(to_bytes(images))
-            self._pool.add(pool)
-            self._spatial.add(spatial)
+    def add(self, images: Tensor) -> Tensor:
+        """Count images (B, 3, H, W) in [-1, 1] of this rank, as 8-bit images; B may be 0. Returns pooled features."""
+        if not len(images):
+            return images.new_zeros(0, self.inception.dims[0])
+        pool, spatial, _ = self.inception(to_bytes(images))
+        self._pool.add(pool)
+        self._spatial.add(spatial)
+        return pool
 
     def statistics(self) -> tuple[Statistics, Statistics]:
         """(pooled, spatial) over all ranks, the same on every rank. Collective."""
         return self._pool.statistics(self.mesh.world), self._spatial.statistics(self.mesh.world)
+
+
+class Points:
+    """Pooled features, float32, of `most` images of a data set, for precision and recall against it.
+
+    Which ones their numbers alone say, drawn from all: another number of ranks, another batch, the same points.
+    """
+
+    def __init__(self, num_images: int, most: int, dim: int, mesh: Mesh) -> None:
+        self.mesh, chosen = mesh, torch.from_numpy(permutation(num_images, derive("points"))[:most])
+        self._place = torch.full((num_images,), -1, device=mesh.device)
+        self._place[chosen.to(mesh.device)] = torch.arange(len(chosen), device=mesh.device)
+        self._rows = torch.zeros(len(chosen), dim + 1, device=mesh.device)  # the last column: 1 where one was seen
+
+    def add(self, pool_ND: Tensor, numbers_N: Tensor) -> None:
+        """Take those that are chosen from features of images of this rank."""
+        place_N = self._place[numbers_N]
+        taken_N = place_N >= 0
+        self._rows[place_N[taken_N]] = torch.nn.functional.pad(pool_ND[taken_N].float(), (0, 1), value=1.0)
+
+    def all(self) -> Tensor:
+        """Of all ranks, on every rank, without images that could not be read. Collective."""
+        rows = ops.sum_over(self._rows, self.mesh.world)
+        return rows[rows[:, -1] > 0, :-1]
 
 
 class Pass:
@@ -143,7 +171,7 @@ def score(
     judges = judges or Judges()
     passed, shown = Pass(tokenizer.quantizer, mesh, judges), list[Tensor]()
 
-    def look(images: Tensor, valid: Tensor) -> None:
+    def look(images: Tensor, valid: Tensor, numbers: Tensor) -> None:
         recon, ids = through(tokenizer, images)
         passed.add(images, recon, ids, valid)
         if not shown:
@@ -174,12 +202,17 @@ def through(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def statistics(
-    stream: Stream, inception: Network, mesh: Mesh, progress: Progress | None = None
-) -> tuple[tuple[Statistics, Statistics], Seen]:
-    """(pooled, spatial) statistics of every image of an evaluation stream, on every rank. Collective."""
-    features = Features(inception, mesh)
-    seen = walk(stream, mesh, lambda images, valid: features.add(images[valid]), progress)
-    return features.statistics(), seen
+    stream: Stream, inception: Network, mesh: Mesh, progress: Progress | None = None, *, points: int = 0
+) -> tuple[Described, Seen]:
+    """Statistics of every image of an evaluation stream, and points of so many of them, on every rank. Collective."""
+    features, chosen = Features(inception, mesh), Points(stream.num_samples, points, inception.dims[0], mesh)
+
+    def look(images: Tensor, valid: Tensor, numbers: Tensor) -> None:
+        chosen.add(features.add(images[valid]), numbers[valid])
+
+    seen = walk(stream, mesh, look, progress)
+    pool, spatial = features.statistics()
+    return Described(pool, spatial, chosen.all() if points else None, None, inception.facts), seen
 
 
 @dataclass(frozen=True)
@@ -192,14 +225,16 @@ class Seen:
     told: list[str]  # a few of the broken
 
 
-def walk(stream: Stream, mesh: Mesh, look: Callable[[Tensor, Tensor], None], progress: Progress | None = None) -> Seen:
-    """look(images, valid) on every batch of an evaluation stream, on the mesh's device. Collective.
+def walk(
+    stream: Stream, mesh: Mesh, look: Callable[[Tensor, Tensor, Tensor], None], progress: Progress | None = None
+) -> Seen:
+    """look(images, valid, numbers) on every batch of an evaluation stream, on the mesh's device. Collective.
 
     ValueError on all ranks when not one image could be read.
     """
     counts, told = torch.zeros(3, dtype=torch.float64), list[str]()
     for batch, waited in timed(stream.batches()):
-        look(batch.images.to(mesh.device), batch.valid.to(mesh.device))
+        look(*(tensor.to(mesh.device) for tensor in (batch.images, batch.valid, batch.numbers)))
         counts += torch.tensor([int(batch.valid.sum()), len(batch.broken), batch.enlarged])
         told = (told + batch.broken)[:MOST_TOLD]
         if progress is not None:
