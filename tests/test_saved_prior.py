@@ -219,7 +219,9 @@ def test_an_exported_prior_draws_what_its_run_draws(place, tmp_path, ranks):
 @pytest.mark.dist
 def test_a_sweep_takes_an_exported_prior(place, two, tmp_path):
     np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
-    more = ["--reference", tmp_path / "reference.npz", "--inception", "small.pth", "--num-images", 10, *QUICK]
+    (tmp_path / "small.pth").touch()  # `tool` puts a network in its place
+    files = ["--reference", tmp_path / "reference.npz", "--inception", tmp_path / "small.pth"]
+    more = [*files, "--num-images", 10, *QUICK]
     words = [place / "tokenizer", tmp_path / "out", *more, "--guidance", "1,2"]
     status, said = tool("sweep", place / "prior", *words, network=Small())
     assert status == 0, said
