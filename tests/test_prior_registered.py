@@ -14,6 +14,7 @@ from torch import nn
 
 from vqscale import config_schema, priors
 from vqscale.codes import noise
+from vqscale.metrics import story
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.priors import base
 from vqscale.priors.config import AutoregressiveConfig, IdsConfig
@@ -77,6 +78,13 @@ def drawn(path, codes):
     register()
     prior = priors.Prior.load(path, mesh=base.Mesh(codes=codes))
     return prior.sample(torch.tensor([0, 3, -1]), numbers_B=torch.arange(3)), prior.fingerprint
+
+
+def test_the_page_speaks_of_a_prior_without_network_and_classes():
+    settings = {"name": "bag", "num_codes": 37, "grid": [2, 3], "num_classes": 0}
+    summary = {"steps": 8, "processes": 2, "loss": 3.5}
+    _, text = story.prior({"prior": settings, "data": {"batch": 8}}, summary, [])
+    assert "A model (<b>bag</b>) learns which of the 37 ids stand at the 2 x 3 places of a picture. Trained" in text
 
 
 def test_another_prior_is_trained_planned_and_sampled(tmp_path, registered, ranks):

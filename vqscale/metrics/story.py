@@ -68,13 +68,14 @@ def reconstructions(picture: Path) -> Part:
 
 def prior(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows) -> Part:
     """What the prior is in words, and its loss beside what is reached by knowing less."""
-    settings, net = config["prior"], config["prior"]["net"]
+    settings, net = config["prior"], config["prior"].get("net", {})
     h, w = settings["grid"]
+    model = f"A transformer of {net['num_layers']} blocks of width {net['width']}" if net else "A model"
+    given = f", given one of {settings['num_classes']} classes" if settings["num_classes"] else ""
     text = (
-        f"A transformer of {net['num_layers']} blocks of width {net['width']} (<b>{html.escape(settings['name'])}</b>) "
-        f"learns which of the {settings['num_codes']:,} ids stand at the {h} x {w} places of a picture, given one of "
-        f"{settings['num_classes']} classes. Trained for {summary['steps']:,} steps of {config['data']['batch']} "
-        f"pictures on {summary['processes']} processes."
+        f"{model} (<b>{html.escape(settings['name'])}</b>) learns which of the {settings['num_codes']:,} ids stand at "
+        f"the {h} x {w} places of a picture{given}. Trained for {summary['steps']:,} steps of "
+        f"{config['data']['batch']} pictures on {summary['processes']} processes."
     )
     names = {
         "loss": ("loss on held-out ids, nats per id", "{:.3f}"),
