@@ -9,6 +9,8 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -135,6 +137,14 @@ def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ("--temperature", -1, "--top-p", 0, "--classes", "x", "--codes", 2, "--timeout-s", 0, "--num-images", 0),
+            "sample: --codes 2 does not divide the 1 processes that were started: change --codes or --nproc_per_node; "
+            "--classes has 'x': give numbers and ranges such as 0,5,10-19; num_images is 0: use at least 1; "
+            "temperature is -1.0: use 0 (the likeliest id) or more; top_p is 0.0: use a share above 0 and at most 1; "
+            "--timeout-s is 0.0, and processes have to wait for each other: use more than 0\n",
+        ),
+        (("--classes", "2,2"), "class 2 is in the list of classes twice"),
         (("--classes", "3,5"), r"sample: class 5 is none of the prior's (0 .. 4): change --classes"),
         (("--classes", ","), "sample: --classes names no class"),
         (("--num-images", 0), "num_images is 0: use at least 1"),
@@ -149,6 +159,44 @@ def test_bad_input_is_said_and_nothing_written(place, tmp_path, words, message):
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_options_are_checked_before_processes_meet_and_models_are_read(tmp_path):
+    taken = tmp_path / "taken"
+    taken.touch()
+    for out in (taken, taken / "below"):
+        status, said = tool("sample", tmp_path / "no prior", tmp_path, out, "--temperature", -1, "--device", "cuda")
+        assert (status, said) == (
+            2,
+            f"sample: temperature is -1.0: use 0 (the likeliest id) or more; OUT {out} cannot be written: {taken} is "
+            "no folder; choose another OUT\n",
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_options_of_a_sweep_are_checked_before_processes_meet_and_models_are_read(tmp_path):
+    files = ("--reference", tmp_path / "r.npz", "--inception", tmp_path)
+    words = ("--temperature", "1,-1", "--top-k", ",", "--schedule", "step", "--classes", ",", "--num-images", 3)
+    command = [TOOLS / "sweep.py", tmp_path / "no prior", tmp_path, tmp_path / "out", *files, *words]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "--device", "cuda"],
+        env={**os.environ, "WORLD_SIZE": "4", "RANK": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    for message in (
+        "sweep: --classes names no class",
+        "--top-k names no value",
+        "schedule is step: use constant, linear, cosine",
+        "temperature is -1.0: use 0",
+        "--num-images 3 is less than the 4 processes that were started, of which each measures a part: give more",
+        f"--reference {tmp_path}/r.npz does not exist (looked from {Path.cwd()}), and nothing is downloaded: give the",
+        f"--inception {tmp_path} is no file, and nothing is downloaded: give the path of pt_inception",
+    ):
+        assert done.stderr.count(message) == 1, done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(place, tmp_path):
@@ -204,8 +252,9 @@ def test_guidance_without_a_null_class_is_warned_of_once(place, tmp_path):
 def sweeping(place: Path, folder: Path, *words: object) -> list[object]:
     """What tools/sweep.py is told, to fill folder/out."""
     np.savez(folder / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
+    (folder / "small.pth").touch()  # `sweep` puts a network in its place
     models = [place / "prior" / "run", place / "tokenizer", folder / "out", "--reference", folder / "reference.npz"]
-    return [*models, "--inception", "small.pth", "--num-images", 10, *QUICK, *words]
+    return [*models, "--inception", folder / "small.pth", "--num-images", 10, *QUICK, *words]
 
 
 def sweep(*words: object) -> tuple[int, str]:

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
-    from vqscale.train.sample import Outcome, Settings
+    from vqscale.train.sample import Outcome
+    from vqscale.train.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.train import ending
+    from vqscale.train import ending, settings
 
-    grid = ending.divide(args.codes)
+    grid = settings.settle(args, lambda classes: _settings(args, classes).problems())
     from vqscale.train import sample
     from vqscale.train.folder import EXIT_STOPPED
 
     with ending.joined(args.device, grid, args.timeout_s) as mesh:
-        settings, outcome = _draw(args, words, mesh)
+        asked, outcome = _draw(args, words, mesh)
     if mesh.world.rank == 0:
-        print(sample.summary(outcome, args.out, settings, mesh.world.size), flush=True)
+        print(sample.summary(outcome, args.out, asked, mesh.world.size), flush=True)
     return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 
@@ -73,7 +74,7 @@ def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[S
 
 
 def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> Settings:
-    from vqscale.train.sample import Settings
+    from vqscale.train.settings import Settings
 
     return Settings(
         num_images=args.num_images if args.per_class is None else args.per_class * len(classes),

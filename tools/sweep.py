@@ -14,6 +14,7 @@ dials: the best of many, chosen on the very reference, is not a number to publis
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
-    from vqscale.train.sample import Settings
+    from vqscale.train.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.train import ending
-
-    grid = ending.divide(args.codes)
+    from vqscale.train import ending, settings
     from vqscale.train.folder import EXIT_STOPPED
+
+    grid = settings.settle(args, lambda classes: _problems(args, classes))
 
     with ending.joined(args.device, grid, args.timeout_s) as mesh:
         told, missing = _measure(args, words, mesh)
@@ -76,9 +77,32 @@ def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tupl
     return f"{written.table(rows)}\n{args.out}: sweep.json, sweep.csv, sweep.png{left * bool(missing)}", missing
 
 
+def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
+    """All that is wrong with the settings and the files, as far as can be seen without a model."""
+    from vqscale.train.settings import noted
+
+    found = list[str]()
+    with noted(found):
+        _settings(args, classes)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if 0 < args.num_images < world:
+        found.append(
+            f"--num-images {args.num_images} is less than the {world} processes that were started, of which each "
+            "measures a part: give more images, or start fewer"
+        )
+    for option, path, what in (
+        ("reference", args.reference, "an npz of ADM, or of `tools/evaluate.py statistics`"),
+        ("inception", args.inception, "pt_inception-2015-12-05-6726825d.pth"),
+    ):
+        if not path.is_file():
+            why = "is no file" if path.exists() else f"does not exist (looked from {Path.cwd()})"
+            found.append(f"--{option} {path} {why}, and nothing is downloaded: give the path of {what}")
+    return found
+
+
 def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Settings]:
     from vqscale.train import sweep
-    from vqscale.train.sample import Settings
+    from vqscale.train.settings import Settings
 
     base = Settings(num_images=args.num_images, classes=classes, seed=args.seed, batch=args.batch)
     dials = {"schedule": args.schedule, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
@@ -92,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")
     add("out", type=Path, metavar="OUT", help="folder of the table: new, or begun by the same command")
     add("--reference", required=True, type=Path, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
-    add("--inception", required=True, help="weights of FID's Inception, a path")
+    add("--inception", required=True, type=Path, help="weights of FID's Inception, a path")
     add("--inception-sha256", default="6726825d", help='how its sha256 begins; "any" takes every file')
     add("--guidance", type=_numbers, default=[1.0], help="scales, such as 1,1.5,2 (default: 1)")
     add("--temperature", type=_numbers, default=[1.0], help="temperatures (default: 1)")

@@ -26,54 +26,11 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.train import ending, sample_folder
 from vqscale.train.folder import StopRequest, commit, versions
+from vqscale.train.settings import Settings, parse_classes
 
 if TYPE_CHECKING:
-    from vqscale.priors.base import Prior, Schedule
+    from vqscale.priors.base import Prior
     from vqscale.tokenizer import Tokenizer
-
-SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that images follow from, beside the weights of the prior and the tokenizer."""
-
-    num_images: int
-    classes: tuple[int, ...]
-    guidance: float = 1.0
-    schedule: Schedule = "constant"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    batch: int = 64  # of a step and process
-    cached: bool = True  # without, every step of the prior is computed anew: slow, and the check of the cache
-
-    def problems(self) -> list[str]:
-        """What cannot be drawn whatever the prior is."""
-        found = []
-        for name, least in (("num_images", 1), ("batch", 1), ("top_k", 0)):
-            if getattr(self, name) < least:
-                found.append(f"{name} is {getattr(self, name)}: use at least {least}")
-        if not self.classes:
-            found.append("the list of classes is empty, so there is nothing to draw: give at least one class")
-        twice = sorted({c for c in self.classes if self.classes.count(c) > 1}) if len(self.classes) < 10_000 else []
-        if twice:
-            found.append(f"class {twice[0]} is in the list of classes twice: images take turns, give each once")
-        if self.schedule not in SCHEDULES:
-            found.append(f"schedule is {self.schedule}: use {', '.join(SCHEDULES)}")
-        for name, good, rule in (
-            ("temperature", self.temperature >= 0, "0 (the likeliest id) or more"),
-            ("top_p", 0 < self.top_p <= 1, "a share above 0 and at most 1"),
-            ("guidance", self.guidance >= 0, "0 (the null class), 1 (no guidance) or more"),
-        ):
-            if not good:
-                found.append(f"{name} is {getattr(self, name)}: use {rule}")
-        return found
-
-    def labels(self, first: int, count: int) -> NDArray[np.int64]:
-        """Classes of the images first, first + 1, ..."""
-        return np.asarray(self.classes, dtype=np.int64)[np.arange(first, first + count) % len(self.classes)]
 
 
 @dataclass(frozen=True)
@@ -89,19 +46,6 @@ class Outcome:
     @property
     def rate(self) -> float:
         return self.images / max(self.seconds, 1e-9)
-
-
-def parse_classes(text: str) -> tuple[int, ...]:
-    """`0,5,10-19` -> numbers in this order; ValueError for what is none."""
-    found: list[int] = []
-    for word in filter(None, (word.strip() for word in text.split(","))):
-        low, dash, high = word.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
-            raise ValueError(f"--classes has {word!r}: give numbers and ranges such as 0,5,10-19")
-        found += range(int(low), int(high) + 1) if dash else [int(low)]
-    if not found:
-        raise ValueError("--classes names no class: give numbers and ranges such as 0,5,10-19, or leave it out for all")
-    return tuple(found)
 
 
 def check(prior: Prior, tokenizer: Tokenizer, settings: Settings) -> None:

@@ -30,7 +30,8 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.train import ending, sample_folder
 from vqscale.train.folder import StopRequest
-from vqscale.train.sample import Settings, check, sample
+from vqscale.train.sample import check, sample
+from vqscale.train.settings import Settings
 
 if TYPE_CHECKING:
     from vqscale.priors.base import Prior
@@ -52,11 +53,14 @@ class Judge:
 
 def settings(base: Settings, dials: Mapping[str, Sequence[Any]]) -> list[Settings]:
     """Every combination of the dials' positions, the last dial turning fastest. ValueError for what cannot be drawn."""
-    empty = [name for name, values in dials.items() if not values]
-    if empty:
-        raise ValueError(f"--{empty[0].replace('_', '-')} names no value: give some, such as 1,1.5,2")
-    made = [replace(base, **dict(zip(dials, values, strict=True))) for values in itertools.product(*dials.values())]
-    problems = list(dict.fromkeys(problem for one in made for problem in one.problems()))
+    problems = [
+        f"--{name.replace('_', '-')} names no value: give some, such as 1,1.5,2"
+        for name, values in dials.items()
+        if not values
+    ]
+    turned = {name: values for name, values in dials.items() if values}
+    made = [replace(base, **dict(zip(turned, values, strict=True))) for values in itertools.product(*turned.values())]
+    problems += dict.fromkeys(problem for one in made for problem in one.problems())
     if problems:
         raise ValueError("; ".join(problems))
     return list(dict.fromkeys(made))
