@@ -37,7 +37,8 @@ def known_ids(card: Card, number: int) -> np.ndarray:
 def card(num_images: int, **others) -> Card:
     settings = {"grid": GRID, "num_ids": 1, "views": VIEWS, "storage": STORAGE, "num_codes": 1 << 18} | others
     settings = {"image_size": 8, "short_side": 8, "interpolation": "bicubic", "tokenizer": "abc123"} | settings
-    return Card(num_images=num_images, source="images", command="python tools/encode.py T OUT", **settings)
+    settings = {"source": "images", "command": "python tools/encode.py T OUT"} | settings
+    return Card(num_images=num_images, **settings)
 
 
 def fill(writer: writing.Writer, shard: int, broken=()) -> None:
