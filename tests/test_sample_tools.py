@@ -150,6 +150,7 @@ def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
         (("--num-images", 0), "num_images is 0: use at least 1"),
         (("--per-class", 0), "num_images is 0: use at least 1"),
         (("--temperature", -1), "temperature is -1.0: use 0"),
+        (("--resize", 0), "resize is 0: use at least 1 pixel"),
         (("--codes", 2), "sample: --codes 2 does not divide the 1 processes that were started"),
     ],
 )
@@ -207,6 +208,58 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(place, tmp_path):
     status, said = tool("sample", place / "tokenizer", place / "tokenizer", tmp_path / "out")
     assert status == 2
     assert "tokenizer" in said
+
+
+def _cubic(images, side):
+    """(N, H, W, C) -> (N, side, side, C) by Keys' kernel with a = -3/4 on the four nearest pixels, none but the last
+    beyond the border.
+    """
+
+    def weight(x):
+        x = abs(x)
+        return 1.25 * x**3 - 2.25 * x**2 + 1 if x <= 1 else -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    for axis in (1, 2):
+        old = images.shape[axis]
+        places = [(new + 0.5) * old / side - 0.5 for new in range(side)]
+        near = [range(int(np.floor(place)) - 1, int(np.floor(place)) + 3) for place in places]
+        rows = [
+            sum(weight(place - at) * images.take(min(max(at, 0), old - 1), axis) for at in taps)
+            for place, taps in zip(places, near, strict=True)
+        ]
+        images = np.stack(rows, axis)
+    return images
+
+
+def test_images_are_resized_before_they_are_rounded(tmp_path):
+    assert test_sample.draw(tmp_path, resize=5).state == "sampled"
+    with np.load(tmp_path / "samples.npz") as file:
+        decoded = small().decode(torch.from_numpy(file["ids"])).permute(0, 2, 3, 1).double().numpy()
+        expected = (_cubic(decoded, 5).clip(-1, 1) + 1) * 127.5
+        assert file["arr_0"].shape == (23, 5, 5, 3)
+        assert np.abs(file["arr_0"] - expected).max() < 0.51
+    with pytest.raises(ValueError, match=r"holds other samples .*\n  settings.resize is null, and was 5\n"):
+        test_sample.draw(tmp_path)
+
+
+def test_samples_from_before_there_was_resize_are_those_as_they_are_decoded(tmp_path):
+    test_sample.draw(tmp_path)
+    facts = json.loads((tmp_path / "sample.json").read_text())
+    del facts["settings"]["resize"]
+    (tmp_path / "sample.json").write_text(json.dumps(facts))
+    assert test_sample.draw(tmp_path).state == "already"
+    with pytest.raises(ValueError, match=r"settings.resize is 5, and was null"):
+        test_sample.draw(tmp_path, resize=5)
+
+
+def test_the_tools_resize(place, tmp_path):
+    assert draw(place, tmp_path / "samples", "--resize", 2, "--num-images", 5)[0] == 0
+    assert sweep(*sweeping(place, tmp_path, "--resize", 2, "--keep"))[0] == 0
+    for path in tmp_path.rglob("samples.npz"):
+        with np.load(path) as file:
+            assert file["arr_0"].shape[1:] == (2, 3, 3)  # 4 x 6 as they are decoded
+    status, said = sweep(*sweeping(place, tmp_path, "--resize", 3))
+    assert (status, "settings.resize is 3, and was 2" in said) == (2, True)
 
 
 def test_parts_that_a_killed_process_left_are_removed(tmp_path, ranks):

@@ -86,6 +86,7 @@ def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> Settings:
         top_p=args.top_p,
         seed=args.seed,
         batch=args.batch,
+        resize=args.resize,
         cached=not args.uncached,
     )
 
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="draw from the likeliest ids with this share together (default: 1)")
     add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
     add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
+    add("--resize", type=int, help="pixels of the shorter side, bicubic as LlamaGen resizes (default: as decoded)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
     add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
     add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")

@@ -104,7 +104,7 @@ def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Settin
     from vqscale.train import sweep
     from vqscale.train.settings import Settings
 
-    base = Settings(num_images=args.num_images, classes=classes, seed=args.seed, batch=args.batch)
+    base = Settings(args.num_images, classes, seed=args.seed, batch=args.batch, resize=args.resize)
     dials = {"schedule": args.schedule, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     return sweep.settings(base, {**dials, "guidance": args.guidance})
 
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes", help="numbers and ranges such as 0,5,10-19, which take turns (default: all)")
     add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
     add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
+    add("--resize", type=int, help="pixels of the shorter side, bicubic as LlamaGen resizes (default: as decoded)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
     add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
     add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")

@@ -35,6 +35,7 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     batch: int = 64  # of a step and process
+    resize: int | None = None  # pixels of the shorter side of what is written; None: as they are decoded
     cached: bool = True  # without, every step of the prior is computed anew: slow, and the check of the cache
 
     def problems(self) -> list[str]:
@@ -43,6 +44,10 @@ class Settings:
         for name, least in (("num_images", 1), ("batch", 1), ("top_k", 0)):
             if getattr(self, name) < least:
                 found.append(f"{name} is {getattr(self, name)}: use at least {least}")
+        if self.resize is not None and self.resize < 1:
+            found.append(
+                f"resize is {self.resize}: use at least 1 pixel, or leave it out for images as they are decoded"
+            )
         if not self.classes:
             found.append("the list of classes is empty, so there is nothing to draw: give at least one class")
         twice = sorted({c for c in self.classes if self.classes.count(c) > 1}) if len(self.classes) < 10_000 else []
