@@ -17,12 +17,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW; while `idle`, step() changes nothing, wherever it is called from."""
+    """torch's AdamW; while `idle`, step() changes nothing, wherever it is called from.
 
-    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+    `fused` goes over each parameter once and needs no memory beside it, where torch else makes several tensors of its
+    size; for large tables. Its rounding depends on where a number lies in a tensor, so parameters that DeepSpeed cuts
+    at every stage in another way are stepped without: they are equal at all stages, to the bit.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig, fused: bool = False) -> None:
         self.idle = False
         self._final_weight_decay = optim.final_weight_decay
-        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
         for group in self.param_groups:
             group["initial_weight_decay"] = group["weight_decay"]
 
@@ -33,7 +38,7 @@ class AdamW(torch.optim.AdamW):
         """Make the moments of these parameters now (torch makes them in the first step), so that they can be read."""
         for parameter in parameters:
             self.state[parameter] = {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=parameter.device if self.defaults["fused"] else "cpu"),
                 **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS},
             }
 

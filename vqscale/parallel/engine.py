@@ -104,7 +104,7 @@ class Engine:
         self._rows_adam = None
         if self._learned:
             group = {"params": list(self._learned.values()), "weight_decay": optim.rows_weight_decay}
-            self._rows_adam = adamw.AdamW([group], optim)
+            self._rows_adam = adamw.AdamW([group], optim, fused=True)
             self._rows_adam.prepare(self._learned.values())
         self.dense = _dense(module, config, optim, mesh)
         self._micro = self._boundaries = self._skipped = self._skipped_in_a_row = 0
