@@ -76,6 +76,7 @@ def test_the_fingerprint_names_what_order_and_ids_follow_from(tmp_path):
         {"grid": (3, 2)},
         {"image_size": 16},
         {"short_side": 9},
+        {"interpolation": "bilinear"},
         {"storage": 8},
         {"broken": ()},
         {"broken": (5,)},

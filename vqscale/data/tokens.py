@@ -84,7 +84,7 @@ class Cache:
         card = self.card
         left_out = [number for number, _, _ in card.broken]
         parts = (card.tokenizer, card.source, card.views, card.grid, card.image_size, card.short_side, card.storage)
-        return hashlib.blake2b(repr((*parts, left_out)).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(repr((*parts, card.interpolation, left_out)).encode(), digest_size=16).hexdigest()
 
     def expect(
         self,
