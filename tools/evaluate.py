@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Measure a trained tokenizer on held-out images, or generated images against a reference; plain or under torchrun.
+"""Measure a tokenizer or a prior on held-out images, or generated images against a reference; plain or by torchrun.
 
     torchrun --nproc_per_node=8 tools/evaluate.py tokenizer RUN --shards 'val-{00..49}.tar' --inception FILE.pth
     python tools/evaluate.py statistics OUT.npz --shards 'train-{000..999}.tar' --inception FILE.pth
     python tools/evaluate.py samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
+    torchrun --nproc_per_node=8 tools/evaluate.py prior PRIOR --cache caches/imagenet-val
 
 tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
 statistics   mean and covariance of Inception's features, and the features of some images: a --reference
 samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout)
+prior        nats, perplexity and accuracy of held-out ids, the first view of every image of a token cache
 
 Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
 """
@@ -24,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vqscale.data.config import INTERPOLATIONS, ImagesConfig, as_trained
+import evaluate_command
+
+from vqscale.data.config import ImagesConfig, TokensConfig, as_trained
 
 if TYPE_CHECKING:
     from vqscale.data.images import Stream
@@ -33,19 +37,15 @@ if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
     from vqscale.train.score import Judges
 
-WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
-LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
-KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
-ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when the numbers are there; 2, with the reason on stderr, when the input is wrong."""
-    args = _parser().parse_args(argv)
+    args = evaluate_command.parser(__doc__).parse_args(argv)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        _check(args)
-        told = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples}[args.command](args)
+        evaluate_command.check(args)
+        commands = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples, "prior": _prior}
+        told = commands[args.command](args)
     except (ValueError, OSError) as error:
         # What is wrong with the input every rank finds, and one says it; a disk may be bad on one only.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
@@ -56,64 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if told:
         print(told)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    tokenizer = commands.add_parser("tokenizer", help="reconstructions and use of codes of a trained tokenizer")
-    tokenizer.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder")
-    tokenizer.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
-    tokenizer.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
-    tokenizer.add_argument("--vgg", help="vgg16-397923af.pth, for LPIPS")
-    tokenizer.add_argument("--heads", help="linear heads of LPIPS 0.1 for VGG, for LPIPS")
-    tokenizer.add_argument("--vgg-sha256", default="397923af", help=ANY)
-    tokenizer.add_argument("--reference", help="statistics that rFID compares with (default: those of the originals)")
-    tokenizer.add_argument("--save-stats", help="npz for the statistics of the originals, a later --reference")
-    statistics = commands.add_parser("statistics", help="statistics of a data set, for --reference")
-    statistics.add_argument("out", metavar="OUT.npz")
-    statistics.add_argument("--images", type=int, default=10_000, help=KEPT)
-    samples = commands.add_parser("samples", help="generated images against a reference")
-    samples.add_argument("path", metavar="SAMPLES.npz", help="uint8 N x height x width x 3 under arr_0")
-    samples.add_argument(
-        "--reference", required=True, help="npz of `statistics`, or with mu, sigma, mu_s, sigma_s, arr_0, or some"
-    )
-    for images in (tokenizer, statistics):
-        images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
-        images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
-        images.add_argument("--interpolation", choices=INTERPOLATIONS, help=f"of the resize {LEARNT}, bicubic)")
-        images.add_argument("--workers", type=int, default=2, help="reading processes per rank (default: %(default)s)")
-    for command in (tokenizer, statistics, samples):
-        command.add_argument(
-            "--inception", required=command is not tokenizer, help="weights of FID's Inception, a path"
-        )
-        command.add_argument("--inception-sha256", default="6726825d", help=ANY)
-        command.add_argument("--batch", type=int, default=64, help="images of all processes at once (default: 64)")
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    for command in (tokenizer, samples):
-        command.add_argument("--out", help="folder for result.json and a page")
-    return parser
-
-
-def _check(args: argparse.Namespace) -> None:
-    """ValueError for options that do not go together, all at once, before anything is opened."""
-    wrong = []
-    if args.command == "tokenizer":
-        if bool(args.vgg) != bool(args.heads):
-            wrong.append("LPIPS takes two files, and one was given: give --vgg and --heads, or neither")
-        wrong += [
-            f"--{name} is about features of Inception, and there is no --inception: give its weights"
-            for name, value in (("reference", args.reference), ("save-stats", args.save_stats))
-            if value and not args.inception
-        ]
-        if args.reference and args.save_stats:
-            wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
-    elif args.command == "statistics" and args.images and args.images < 4:
-        wrong.append(f"--images is {args.images}, and a third neighbour takes 4: give at least 4, or 0 to keep none")
-    if args.batch < 1:
-        wrong.append(f"--batch is {args.batch}: give at least 1")
-    if wrong:
-        raise ValueError("; ".join(wrong))
 
 
 def _joined(args: argparse.Namespace) -> AbstractContextManager[Mesh]:
@@ -276,6 +218,43 @@ def _samples(args: argparse.Namespace) -> str:
     _, some = next(images.batches(16))
     picture = pictures.tiles(some, scale=pictures.scale(*some.shape[2:]))
     return report.tell(result, args.out, f"Samples {args.path}", {"samples, the first": picture})
+
+
+def _prior(args: argparse.Namespace) -> str:
+    from vqscale.data.tokens import Stream
+    from vqscale.metrics import report
+    from vqscale.priors.base import Prior
+    from vqscale.train import prior, unigram
+
+    Stream(TokensConfig(args.cache), args.batch, train=False)  # refused before processes meet
+    with _joined(args) as mesh:
+        model, notes = Prior.load(args.path, mesh=mesh, weights=args.weights), list[str]()
+
+        def stream(path: str, train: bool) -> Stream:
+            found = Stream(TokensConfig(path), args.batch, mesh.world.rank, mesh.world.size, train=train)
+            found.cache.expect(model.card.get("tokenizer"), model.num_codes, model.config.grid, 1)
+            notes.extend(prior.check_labels(found, model.num_classes))
+            return found
+
+        held_out = stream(args.cache, train=False)
+        seen_k = unigram.count(stream(args.training, train=True), mesh) if args.training else None
+        progress = _progress(min(args.images or held_out.num_samples, held_out.num_samples), args, mesh)
+        numbers = prior.evaluate(model, model, held_out, mesh, args.images, seen_k, seed=0, progress=progress)
+        progress.close()
+        fingerprint = model.fingerprint  # collective
+    if mesh.world.rank:
+        return ""
+    if numbers["images"] < held_out.num_samples:
+        notes.append(f"the first {numbers['images']:.0f} of {held_out.num_samples} images alone were looked at")
+    of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": model.card}
+    data = {"cache": args.cache, "fingerprint": held_out.fingerprint, "tokenizer": held_out.tokenizer_fingerprint}
+    protocol = {
+        "loss": "mean cross entropy of the ids of the first view, given the class, in nats; nothing is dropped",
+        "accuracy": "share of ids that are the most probable, the lowest id among equals",
+        "unigram": "with add-one frequencies of storage shards spread over the cache of --training",
+    }
+    result = {**_result(numbers, mesh, protocol, prior=of, data=data), "notes": notes}
+    return report.tell(result, args.out, f"Prior {args.path}", {})
 
 
 def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:

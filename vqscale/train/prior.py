@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vqscale.nets.transformer import Block
 from vqscale.parallel import ops
 from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import Prior
+from vqscale.priors.base import Modelled, Prior
 from vqscale.priors.tokenizer import tokenizer_of
 from vqscale.seed import derive
 from vqscale.train import folder, loop, unigram
@@ -86,17 +87,26 @@ def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, prior: Prior, stream: Stream, mesh: Mesh, most: int, seen_k: Tensor, seed: int
+    model: Callable[..., Modelled],
+    prior: Prior,
+    stream: Stream,
+    mesh: Mesh,
+    most: int,
+    seen_k: Tensor | None,
+    seed: int,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Scores over a cache, each image once, the same on every rank: loss (mean nats of an id, given the class),
     perplexity, accuracy (share of ids that were the most probable), and of the ids themselves unigram, uniform (see
     above) and usage. Collective.
 
-    `most` images at most are looked at, 0 is all; seen_k is how often each code occurs in training (unigram.count).
-    What is random in the loss of a held-out image follows from (seed, its number in the cache).
+    `model` is the prior, or the engine that holds it. `most` images at most are looked at, 0 is all; seen_k is how
+    often each code occurs in training (unigram.count); without it unigram is not there. What is random in the loss of a
+    held-out image follows from (seed, its number in the cache).
     """
     layout = Rows(prior.num_codes, mesh.codes.size, mesh.codes.rank)
-    held_k, sums = torch.zeros_like(seen_k), torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    held_k = torch.zeros(layout.count, dtype=torch.int64, device=mesh.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     with prior.evaluating():
         for number, batch in enumerate(stream.batches()):
             if most and number * stream.batch >= most:
@@ -104,19 +114,20 @@ def evaluate(
             ids, valid_B = batch.ids.to(mesh.device), batch.valid.to(mesh.device)
             labels = known_labels(batch, prior.num_classes, mesh.device)
             keys = noise.keys(derive(seed, "held out"), batch.numbers.to(mesh.device))
-            modelled = engine(ids, labels, keys)
+            modelled = model(ids, labels, keys)
             assert modelled.right_B is not None, f"{type(prior).__name__} does not say which ids it has right"
             each_3B = torch.stack([modelled.nats_B, modelled.right_B, valid_B]).double()
             sums += each_3B @ valid_B.double()
             held_k += tally.counts(torch.where(valid_B[:, None, None], ids, -1).flatten(), layout, mesh)
+            if progress is not None:
+                progress.advance(stream.batch, 0.0)
     nats, right, images = ops.sum_over(sums, mesh.world).tolist()
     scores = {"loss": nats / images, "perplexity": perplexity(nats / images), "accuracy": right / images}
     scores |= {"images": images}
-    known = {
-        "unigram": unigram.cross_entropy(seen_k, held_k, prior.num_codes, mesh),
-        "uniform": math.log(prior.num_codes),
-    }
-    return scores | known | {"usage": tally.usage(held_k, mesh.codes, prior.num_codes)["usage"].item()}
+    if seen_k is not None:
+        scores["unigram"] = unigram.cross_entropy(seen_k, held_k, prior.num_codes, mesh)
+    used = tally.usage(held_k, mesh.codes, prior.num_codes)["usage"].item()
+    return scores | {"uniform": math.log(prior.num_codes), "usage": used}
 
 
 def perplexity(nats: float) -> float:
@@ -157,7 +168,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         progress.say(note)
     folder.write_note(place, "tokens.json", whose(stream), mesh)
     board = Board(place, mesh.world.rank, done.step)
-    seen_k = torch.empty(0) if held_out is None else unigram.count(stream, mesh)
+    seen_k = None if held_out is None else unigram.count(stream, mesh)
 
     # loop
     watch, scores = loop.Watch(), dict[str, float]()

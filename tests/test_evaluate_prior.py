@@ -1,0 +1,85 @@
+"""tools/evaluate.py prior: what a run says of its held-out ids, said of any cache, on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jobs
+import prior_runs
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return prior_runs.write_caches(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, caches):
+    return jobs.finish(prior_runs.write_config(tmp_path_factory.mktemp("run"), caches))
+
+
+def evaluate(*words, world=1):
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    command += ["tools/evaluate.py", "prior", "--device", "cpu", "--batch", "4", *map(str, words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def numbers(folder):
+    return json.loads((folder / "result.json").read_text())["numbers"]
+
+
+def test_the_numbers_are_those_of_the_run(run, caches, tmp_path):
+    summary = json.loads((run / "summary.json").read_text())
+    options = [run, "--cache", caches / "val", "--training", caches / "train", "--out"]
+    assert evaluate(*options, tmp_path / "one").returncode == 0
+    done = evaluate(*options, tmp_path / "two", "--codes", 2, world=2)
+    assert done.returncode == 0, done.stderr
+    names = ("loss", "perplexity", "accuracy", "unigram", "uniform", "usage")
+    for folder in ("one", "two"):
+        found = numbers(tmp_path / folder)
+        assert found.pop("images") == prior_runs.NUM_VAL
+        assert found == pytest.approx({name: summary[name] for name in names}, rel=1e-5)
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["data"]["tokenizer"] == prior_runs.TOKENIZER
+    assert (result["processes"], result["notes"]) == (2, [])
+    assert (tmp_path / "two" / "index.html").exists()
+
+
+def test_other_weights_fewer_images_and_no_training_cache(run, caches, tmp_path):
+    done = evaluate(run, "--cache", caches / "val", "--weights", "parameters", "--images", 5, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = numbers(tmp_path)
+    assert found["images"] == 8  # two whole batches
+    assert "unigram" not in found
+    assert "note: the first 8 of 10 images alone were looked at" in done.stdout
+    assert found["loss"] != pytest.approx(json.loads((run / "summary.json").read_text())["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--cache", "nowhere"), "nowhere"),
+        (
+            ("--cache", "{caches}/val", "--images", "-1", "--batch", "0"),
+            "--images is -1: give 0 (all) or more; --batch",
+        ),
+        (("--cache", "{other}"), "tokenizer"),
+        (("--cache", "{caches}/val", "--codes", "2"), "--codes 2 does not divide the 1 processes"),
+    ],
+)
+def test_what_does_not_fit_is_said(run, caches, tmp_path, words, said):
+    other = prior_runs.write_cache(tmp_path / "other", 8, 3, tokenizer="beef" * 16)
+    done = evaluate(run, *(word.format(caches=caches, other=other) for word in words), "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

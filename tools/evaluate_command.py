@@ -1,0 +1,80 @@
+"""The arguments of tools/evaluate.py, and what is wrong with them before anything is opened."""
+
+from __future__ import annotations
+
+import argparse
+
+from vqscale.data.config import INTERPOLATIONS
+
+WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
+LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
+KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
+ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = out.add_subparsers(dest="command", required=True)
+    tokenizer = commands.add_parser("tokenizer", help="reconstructions and use of codes of a trained tokenizer")
+    tokenizer.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder")
+    tokenizer.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
+    tokenizer.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    tokenizer.add_argument("--vgg", help="vgg16-397923af.pth, for LPIPS")
+    tokenizer.add_argument("--heads", help="linear heads of LPIPS 0.1 for VGG, for LPIPS")
+    tokenizer.add_argument("--vgg-sha256", default="397923af", help=ANY)
+    tokenizer.add_argument("--reference", help="statistics that rFID compares with (default: those of the originals)")
+    tokenizer.add_argument("--save-stats", help="npz for the statistics of the originals, a later --reference")
+    statistics = commands.add_parser("statistics", help="statistics of a data set, for --reference")
+    statistics.add_argument("out", metavar="OUT.npz")
+    statistics.add_argument("--images", type=int, default=10_000, help=KEPT)
+    samples = commands.add_parser("samples", help="generated images against a reference")
+    samples.add_argument("path", metavar="SAMPLES.npz", help="uint8 N x height x width x 3 under arr_0")
+    samples.add_argument(
+        "--reference", required=True, help="npz of `statistics`, or with mu, sigma, mu_s, sigma_s, arr_0, or some"
+    )
+    prior = commands.add_parser("prior", help="how likely held-out ids are to a trained prior")
+    prior.add_argument("path", metavar="PRIOR", help="run folder, checkpoint folder or exported folder")
+    prior.add_argument("--cache", required=True, help="token cache of held-out images, by the prior's tokenizer")
+    prior.add_argument("--training", help="token cache that the prior was trained on, for unigram")
+    prior.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
+    prior.add_argument("--codes", type=int, default=1, help="processes that share the vocabulary (default: 1)")
+    prior.add_argument("--images", type=int, default=0, help="the first so many, in whole batches; 0 is all (default)")
+    for images in (tokenizer, statistics):
+        images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
+        images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
+        images.add_argument("--interpolation", choices=INTERPOLATIONS, help=f"of the resize {LEARNT}, bicubic)")
+        images.add_argument("--workers", type=int, default=2, help="reading processes per rank (default: %(default)s)")
+    for command in (tokenizer, statistics, samples):
+        command.add_argument(
+            "--inception", required=command is not tokenizer, help="weights of FID's Inception, a path"
+        )
+        command.add_argument("--inception-sha256", default="6726825d", help=ANY)
+    for command in (tokenizer, statistics, samples, prior):
+        command.add_argument("--batch", type=int, default=64, help="images of all processes at once (default: 64)")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    for command in (tokenizer, samples, prior):
+        command.add_argument("--out", help="folder for result.json and a page")
+    return out
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError for options that do not go together, all at once, before anything is opened."""
+    wrong = []
+    if args.command == "tokenizer":
+        if bool(args.vgg) != bool(args.heads):
+            wrong.append("LPIPS takes two files, and one was given: give --vgg and --heads, or neither")
+        wrong += [
+            f"--{name} is about features of Inception, and there is no --inception: give its weights"
+            for name, value in (("reference", args.reference), ("save-stats", args.save_stats))
+            if value and not args.inception
+        ]
+        if args.reference and args.save_stats:
+            wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
+    elif args.command == "statistics" and args.images and args.images < 4:
+        wrong.append(f"--images is {args.images}, and a third neighbour takes 4: give at least 4, or 0 to keep none")
+    elif args.command == "prior" and args.images < 0:
+        wrong.append(f"--images is {args.images}: give 0 (all) or more")
+    if args.batch < 1:
+        wrong.append(f"--batch is {args.batch}: give at least 1")
+    if wrong:
+        raise ValueError("; ".join(wrong))
