@@ -113,12 +113,9 @@ class Codebook(Table):
                 q_BD = self.queries(x_BD) if keys is None else x_BD
                 score_B, row_B = backend.pick(q_BD).best(q_BD, keys or self.keys(rows_kD), self.budget)
             # In float64, so that two ranks' best codes are told apart as two codes of one rank are.
-            # What is not a number wins as infinity: a maximum over ranks may leave it out.
-            score_B = score_B.double().masked_fill(score_B.isnan(), torch.inf)
-            ids_B, top_B = merge_best(score_B, row_B, self.layout, self.axis)
-            top_N = own(top_B, self.axis)
-            broken_N = ~x_ND.isfinite().all(1) | ~top_N.isfinite()
-            return own(ids_B, self.axis), top_N.to(rows_kD.dtype).masked_fill(broken_N, torch.nan)
+            ids_B, top_B = merge_best(score_B.double(), row_B, self.layout, self.axis)
+            score_N = own(top_B, self.axis).to(rows_kD.dtype)
+            return own(ids_B, self.axis), score_N.masked_fill(~x_ND.isfinite().all(1), torch.nan)
 
     def lookup(self, ids_N: Tensor) -> Tensor:
         """The rows of ids, z_ND, from whichever ranks own them; the gradient goes to the rows."""

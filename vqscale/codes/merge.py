@@ -39,12 +39,16 @@ def own(x_B: Tensor, axis: Axis) -> Tensor:
 
 
 def merge_best(score_B: Tensor, row_B: Tensor, layout: Rows, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The best id and score over all ranks of all B tokens; the lowest id among equal scores."""
+    """The best id and score over all ranks of all B tokens; the lowest id among equal scores.
+
+    A score that is not a number, or infinite, wins on any rank, and comes out as no number: what is wrong is reported.
+    """
+    score_B = score_B.masked_fill(score_B.isnan(), torch.inf)  # a maximum over ranks may leave out what is no number
     top_B = ops.max_over(score_B, axis)
     here_B = (score_B >= top_B) if layout.count else torch.zeros_like(score_B, dtype=torch.bool)
     ids_B = ops.min_over(torch.where(here_B, row_B + layout.start, layout.num_codes), axis)
-    # Scores that are not a number compare with nothing: such a token takes an id that exists, and its loss tells.
-    return ids_B.clamp(max=layout.num_codes - 1), top_B
+    # A rank without rows has LOWEST: below it nobody reaches the top, and such a token takes an id that exists.
+    return ids_B.clamp(max=layout.num_codes - 1), top_B.masked_fill(top_B == torch.inf, torch.nan)
 
 
 def merge_softmax(part: Softmax, fall_B: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:

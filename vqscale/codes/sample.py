@@ -90,8 +90,6 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
             l_br = product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
             first_id = shard.layout.start if rule.temperature else None
             _race(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
-    # What is no number wins here, so that one rank's is seen by all; a maximum over ranks may leave it out.
-    score_B.masked_fill_(score_B.isnan(), float("inf"))
     ids_B, top_B = merge_best(score_B, row_B, shard.layout, shard.axis)
     _check_scores(top_B)
     return ids_B
