@@ -20,15 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vqscale.metrics import generation, report
 from vqscale.metrics import sweep as written
 from vqscale.metrics.generation import Described, Network
 from vqscale.metrics.sample_file import SampleFile
-from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.train import ending, sample_folder
+from vqscale.train import ending, loop, sample_folder
 from vqscale.train.folder import StopRequest
 from vqscale.train.sample import check, sample
 from vqscale.train.settings import Settings
@@ -110,22 +107,16 @@ def sweep(
     if missing:
         check(prior, tokenizer, missing[0])
         reference = generation.read_reference(judge.reference, judge.network, mesh, batch=measure_batch)
-    while missing and not _asked(stop, mesh):
+    while missing and not loop.agree(mesh, stop.here(), 0)[0]:
         one, place = missing[0], folder / name(missing[0])
         sample(prior, tokenizer, place, mesh, one, stop=stop)
-        if _asked(stop, mesh):
+        if loop.agree(mesh, stop.here(), 0)[0]:
             break
         seen = generation.describe(SampleFile(place / sample_folder.FILE), judge.network, mesh, batch=measure_batch)
         ending.first(partial(_write, place, facts[place.name], one, seen, reference, keep), mesh)
         rows, missing = ending.first(tabled, mesh), missing[1:]
     stop.clear()
     return rows, len(missing)
-
-
-def _asked(stop: StopRequest, mesh: Mesh) -> bool:
-    """Whether a rank was asked to stop, the same on every rank. Collective."""
-    here = torch.tensor([float(stop.here())], device=mesh.device)
-    return bool(ops.sum_over(here, mesh.world) > 0)
 
 
 def _rows(folder: Path, facts: Mapping[str, Any]) -> list[written.Row]:
