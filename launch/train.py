@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vqscale import config as configuration
-from vqscale.train import ending, folder
+from vqscale.run import folder, processes
 from vqscale.train.config import Run, TokenizerRun
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         # What is wrong with the input every rank finds, and one says it; a disk or a network may be bad on one only.
         if rank == 0 or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr)
-        ending.leave_word(f"error: {error}")
+        processes.leave_word(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     try:
         return _run(config, device)
@@ -97,10 +97,10 @@ def _arguments(argv: list[str]) -> tuple[Path, list[str], bool, int | None]:
 
 def _plan(config: Run, world: int) -> str:
     if config.task == "prior":
-        from vqscale.train.plan_prior import plan as plan_prior
+        from vqscale.plan.prior import plan as plan_prior
 
         return plan_prior(config, world).text()
-    from vqscale.train.plan import plan
+    from vqscale.plan.tokenizer import plan
 
     return plan(config, world).text()
 
@@ -108,13 +108,12 @@ def _plan(config: Run, world: int) -> str:
 def _check_machine(config: Run) -> str:
     """Everything about this machine that can be wrong, before any process group: device, compiler, weights,
     shards or caches."""
-    from vqscale.parallel.config import check_engine
-    from vqscale.train.loop import check_compiler, pick_device
+    from vqscale.engine.config import check_engine
 
-    device = pick_device(config.run.device)
+    device = processes.pick_device(config.run.device)
     check_engine(config.engine, device)
     if config.run.compile:
-        check_compiler(device)
+        processes.check_compiler(device)
     if config.task == "prior":
         from vqscale.train.prior import open_streams
 
@@ -167,7 +166,7 @@ def _tell(error: BaseException, rank: int, world: int) -> None:
     who = f"[rank {rank} of {world}] " if world > 1 else ""
     if isinstance(error, KeyboardInterrupt):
         print(f"{who}interrupted", file=sys.stderr)
-    elif isinstance(error, RuntimeError) and ending.LOST_PEER.search(str(error)):
+    elif isinstance(error, RuntimeError) and processes.LOST_PEER.search(str(error)):
         first = str(error).strip().splitlines()[0]
         print(f"{who}error: lost another rank ({first[:160]}); its own message says why", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -176,13 +175,13 @@ def _tell(error: BaseException, rank: int, world: int) -> None:
             "checkpoints that are finished stand",
             file=sys.stderr,
         )
-    elif isinstance(error, ValueError | FloatingPointError) or type(error).__name__ in ending.EXPLAINED:
+    elif isinstance(error, ValueError | FloatingPointError) or type(error).__name__ in processes.EXPLAINED:
         print(f"{who}error: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"{who}error: {type(error).__name__}: {error}", file=sys.stderr)
     sys.stderr.flush()
-    ending.leave_word(f"error: {error}")
+    processes.leave_word(f"error: {error}")
 
 
 def _leave_status(status: int) -> None:

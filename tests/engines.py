@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.engine import Engine
 from vqscale.parallel import ops
-from vqscale.parallel.config import EngineConfig, OptimConfig
-from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
 
 K, DIM, STEPS = 12, 5, 5

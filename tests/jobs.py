@@ -30,8 +30,8 @@ import yaml
 import zarr
 from PIL import Image
 
-from vqscale.data import shapes
-from vqscale.train import folder as run_folder
+from vqscale.data.made import shapes
+from vqscale.run import folder as run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch" / "train.py"
@@ -186,7 +186,7 @@ def finish(path: Path, *overrides: str, world: int = 1, **more) -> Path:
 def stopped(folder: Path, shards: Path) -> Path:
     """The config of a run on one process that was stopped after step 5; it has checkpoints of 2, 4 and 5."""
     path = write_config(folder, shards)
-    stop = partial(at_call, "vqscale.parallel.engine:Engine.backward", 5, partial(hear, signal.SIGTERM), 0)
+    stop = partial(at_call, "vqscale.engine.engine:Engine.backward", 5, partial(hear, signal.SIGTERM), 0)
     assert start(path, before=stop).wait() == [STOPPED]
     assert steps_saved(folder / "run") == [2, 4, 5]
     return path

@@ -9,8 +9,8 @@ import jobs
 import numpy as np
 import token_caches
 
-from vqscale.data import tokens_format as form
-from vqscale.data import tokens_write as writing
+from vqscale.data.tokens import format as form
+from vqscale.data.tokens import write as writing
 
 CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER = 37, (2, 3), 24, 10, "f00d" * 16
 

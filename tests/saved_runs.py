@@ -10,11 +10,11 @@ import torch
 
 from vqscale import config as configuration
 from vqscale.codes.rows import set_aside
-from vqscale.export import entries
-from vqscale.parallel import checkpoint
+from vqscale.disk import checkpoint
 from vqscale.parallel.mesh import Mesh
-from vqscale.tokenizer import Tokenizer
-from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.export import entries
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import loop
 from vqscale.train.config import TokenizerRun
 

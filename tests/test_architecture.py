@@ -16,30 +16,36 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "vqscale").rglob("*.py"))
 SOURCES = PACKAGE + [path for room in ("launch", "tools") for path in sorted((ROOT / room).rglob("*.py"))]
 
-# What each room may import of the package, beside itself: parallel <- codes <- quantizers, nets <- tokenizer <-
-# priors <- train; data and metrics stand beside. A room that is not here is one that nobody has decided on.
-GROUND = {"config", "config_schema", "config_yaml", "seed"}
+# What each room may import of the package, beside itself. A room that is not here is one that nobody has decided on.
+GROUND = {"config", "seed"}
 BESIDE = GROUND | {"parallel"}
+MODELS = BESIDE | {"disk", "codes", "quantizers", "nets", "tokenizer", "priors"}
 MAY_IMPORT = {
     "config": GROUND,
-    "config_schema": GROUND,
-    "config_yaml": GROUND,
     "seed": GROUND,
     "parallel": GROUND,
-    "losses": GROUND,
+    "disk": BESIDE,
+    "engine": BESIDE | {"disk"},
     "codes": BESIDE,
-    "data": BESIDE,
-    "metrics": BESIDE,
     "quantizers": BESIDE | {"codes"},
-    "nets": BESIDE | {"codes"},
-    "tokenizer_config": GROUND | {"quantizers", "nets"},
-    "export": BESIDE | {"codes", "tokenizer_config"},
-    "published": BESIDE | {"nets", "tokenizer", "tokenizer_config", "export"},
-    "saved": BESIDE | {"codes", "nets", "tokenizer_config", "export"},
-    "tokenizer": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer_config", "saved", "export"},
-    "priors": BESIDE | {"codes", "quantizers", "nets", "losses", "tokenizer", "saved", "export"},
+    "nets": BESIDE,
+    "tokenizer": BESIDE | {"disk", "codes", "quantizers", "nets"},
+    "priors": BESIDE | {"disk", "codes", "quantizers", "nets", "tokenizer"},
+    "data": BESIDE | {"disk"},
+    "metrics": MODELS | {"data"},
+    "show": GROUND | {"disk", "metrics"},
+    "run": BESIDE | {"disk"},
+    "train": MODELS | {"engine", "data", "metrics", "show", "run"},
+    "plan": MODELS | {"train"},
+    "programs": MODELS | {"engine", "data", "metrics", "show", "run", "train", "plan"},
 }
-TOP = {"train", "__init__"}  # these may import everything below them
+TOP = {"__init__"}  # it may import everything
+
+# What the folders inside a room may import of each other; files beside them serve all, and use what they like.
+INSIDE = {
+    "codes": {"softmax": set(), "search": set(), "heads": set(), "convex": set(), "gpu": {"softmax"}},
+    "data": {"shards": set(), "made": {"shards"}, "tokens": {"shards"}},
+}
 
 
 def _name(path):
@@ -62,34 +68,75 @@ def _room(path):
     return path.relative_to(ROOT / "vqscale").parts[0].removesuffix(".py")
 
 
+def _wing(parts):
+    """The folder inside a room that a module lies in; None for files of the room itself."""
+    return parts[2] if len(parts) > 2 and (ROOT.joinpath(*parts[:3])).is_dir() else None
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=_name)
 def test_imports_go_downward_only(path):
     room = _room(path)
     if room in TOP:
         return
     assert room in MAY_IMPORT, f"{_name(path)}: say in tests/test_architecture.py what this room may import"
+    wing = _wing(path.relative_to(ROOT).parts)
     for line, name in _imports(path):
-        if name.split(".")[0] == "vqscale" and name != "vqscale":
-            other = name.split(".")[1]
-            assert other == room or other in MAY_IMPORT[room], f"{_name(path)}:{line}: {room} imports {other}"
+        if name.split(".")[0] != "vqscale" or name == "vqscale":
+            continue
+        other = name.split(".")[1]
+        assert other == room or other in MAY_IMPORT[room], f"{_name(path)}:{line}: {room} imports {other}"
+        beside = _wing(name.split("."))
+        if other == room and wing and beside and beside != wing:
+            allowed = INSIDE.get(room, {}).get(wing, set())
+            assert beside in allowed, f"{_name(path)}:{line}: {room}/{wing} imports {room}/{beside}"
 
 
-def test_nothing_below_imports_train_and_no_rooms_import_each_other():
-    assert not any("train" in allowed for allowed in MAY_IMPORT.values())
+def test_every_room_knows_its_folders():
+    """A new folder inside a room says what it may import, or may import none of its neighbours."""
+    for room, wings in INSIDE.items():
+        inside = {path.parent.name for path in (ROOT / "vqscale" / room).glob("*/__init__.py")}
+        assert inside == set(wings), f"{room}: {sorted(inside ^ set(wings))}"
+
+
+def test_no_rooms_import_each_other():
     for room, allowed in MAY_IMPORT.items():
         for other in allowed - {room}:
             assert room in GROUND or room not in MAY_IMPORT[other], f"{room} and {other} import each other"
 
 
+def test_no_modules_import_each_other_when_they_are_imported():
+    """No circle of imports at the top of modules, through however many of them."""
+    modules = {_module(path): path for path in PACKAGE}
+    graph = {name: _at_the_top(path) & set(modules) - {name} for name, path in modules.items()}
+    while leaves := {name for name, others in graph.items() if not others}:
+        graph = {name: others - leaves for name, others in graph.items() if name not in leaves}
+    assert not graph, f"in a circle, or above one: {sorted(graph)}"
+
+
+def _module(path):
+    return _name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _at_the_top(path):
+    """Dotted names that a module imports while it is imported itself, each with the module that it may lie in."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_only_parallel_talks(path):
-    """torch.distributed and deepspeed, imported or reached through torch, are in vqscale/parallel alone."""
-    if (ROOT / "vqscale" / "parallel") in path.parents:
-        return
+def test_only_parallel_talks_and_only_the_engine_knows_deepspeed(path):
+    """torch.distributed is in vqscale/parallel alone, deepspeed in vqscale/engine, imported or through torch."""
+    home = {"parallel": "deepspeed.", "engine": "torch.distributed."}.get(path.parent.name)
+    foreign = (home,) if home else ("torch.distributed.", "deepspeed.")
     tree = ast.parse(path.read_text())
     reached = {f"{_dotted(node)}." for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for name in {f"{name}." for _, name in _imports(path)} | reached:
-        assert not name.startswith(("torch.distributed.", "deepspeed.")), f"{_name(path)} uses {name[:-1]}"
+        assert not name.startswith(foreign), f"{_name(path)} uses {name[:-1]}"
 
 
 def _dotted(node):
@@ -99,12 +146,12 @@ def _dotted(node):
 
 
 # Configs, the ground and the doors of the rooms answer --help and errors of a config without torch.
-DOORS = ("config.py", "tokenizer_config.py", "__init__.py")
+DOORS = ("config.py", "tokenizer/config.py", "__init__.py")
 LIGHT = [path for path in PACKAGE if path.name in DOORS or _room(path) in GROUND]
 
 
 def test_configs_need_no_torch():
-    modules = [_name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in LIGHT]
+    modules = [_module(path) for path in LIGHT]
     code = f"""
 import importlib, sys
 for name in {modules!r}:
@@ -125,8 +172,8 @@ def test_files_stay_small_and_say_what_they_are_for(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_tokens_by_codes_has_no_name(path):
-    """A tensor of tokens x codes is for codes/dense*.py, the slow definitions, alone."""
-    if re.fullmatch(r"vqscale/codes/dense(_\w+)?\.py", _name(path)):
+    """A tensor of tokens x codes is for the slow definitions alone, each a file dense.py."""
+    if re.fullmatch(r"vqscale/codes/(\w+/)?dense\.py", _name(path)):
         return
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
         if token.type == tokenize.NAME:

@@ -11,7 +11,7 @@ from vqscale import config as configuration
 from vqscale.data.images import Stream
 from vqscale.metrics.reconstruction import Reconstruction
 from vqscale.parallel.mesh import Mesh
-from vqscale.tokenizer import Tokenizer
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.average import Average
 from vqscale.train.config import Run
 from vqscale.train.config_losses import AverageConfig

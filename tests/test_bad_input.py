@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from vqscale import config as configuration
-from vqscale.train import folder
+from vqscale.run import folder
 from vqscale.train.config import TokenizerRun
 
 

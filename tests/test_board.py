@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vqscale.metrics.board import Board
-from vqscale.metrics.progress import Progress
+from vqscale.show.board import Board
+from vqscale.show.progress import Progress
 
 
 def rows(folder):

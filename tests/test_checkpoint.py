@@ -13,8 +13,8 @@ import pytest
 import torch
 import zarr
 
-from vqscale.parallel import checkpoint
-from vqscale.parallel.checkpoint import CheckpointError
+from vqscale.disk import checkpoint
+from vqscale.disk.checkpoint import CheckpointError
 from vqscale.parallel.mesh import Mesh
 
 K = 37  # does not divide by 2, 3 or 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vqscale import quantizers
-from vqscale.codes import mixing
+from vqscale.codes.softmax import forward
 from vqscale.parallel.clock import clock
 
 TABLE = {"num_codes": 40, "dim": 6}
@@ -28,9 +28,9 @@ CASES = {
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch):
-    """The blocks of mixing.py as a GPU has them; on a CPU it reads on the host which blocks are sparse."""
-    whole = mixing._pass
-    monkeypatch.setattr(mixing, "_pass", lambda *args, **_: whole(*args[:4], sparse=False))
+    """The blocks of softmax/forward.py as a GPU has them; on a CPU it reads on the host which blocks are sparse."""
+    whole = forward._pass
+    monkeypatch.setattr(forward, "_pass", lambda *args, **_: whole(*args[:4], sparse=False))
     monkeypatch.setattr(clock, "on", True)
     torch._dynamo.reset()
     yield

@@ -13,8 +13,8 @@ import torch
 
 from vqscale import quantizers
 from vqscale.nets.config import ConvConfig
-from vqscale.tokenizer import Tokenizer
-from vqscale.train import loop
+from vqscale.run import processes
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.tokenizer import compile_nets
 
 TINY = ConvConfig(
@@ -49,10 +49,10 @@ def test_no_compiler_is_said_at_once(monkeypatch, tmp_path, device):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(ValueError, match=r"run\.compile needs a compiler.*no g(\+\+|cc or cc or clang) on the PATH"):
-        loop.check_compiler(device)
+        processes.check_compiler(device)
     (tmp_path / "g++").write_text("#!/bin/sh\n")
     (tmp_path / "g++").chmod(0o755)
-    loop.check_compiler("cpu")
+    processes.check_compiler("cpu")
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ import torch
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.codes.rows import set_aside
-from vqscale.train import study as studies
+from vqscale.plan.prior import plan as plan_prior
+from vqscale.plan.tokenizer import plan, planned_mesh
+from vqscale.programs import study as studies
+from vqscale.programs.study import StudyConfig
 from vqscale.train.config import Run
-from vqscale.train.plan import plan, planned_mesh
-from vqscale.train.plan_prior import plan as plan_prior
-from vqscale.train.study import StudyConfig
 from vqscale.train.tokenizer import build
 
 ROOT = Path(__file__).resolve().parents[1]

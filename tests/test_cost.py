@@ -10,16 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vqscale import quantizers
 from vqscale.codes.rows import set_aside
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.engine import Engine
 from vqscale.nets.config import ConvConfig
 from vqscale.nets.conv import Decoder, Encoder
 from vqscale.parallel import ops
-from vqscale.parallel.config import EngineConfig, OptimConfig
-from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
-from vqscale.tokenizer import Tokenizer
-from vqscale.train import cost, loop, traffic, walk
-from vqscale.train.machines import MACHINES, Wire
-from vqscale.train.traffic import Grid, Work
+from vqscale.plan import cost, count, traffic
+from vqscale.plan.machines import MACHINES, Wire
+from vqscale.plan.traffic import Grid, Work
+from vqscale.tokenizer.model import Tokenizer
+from vqscale.train import loop
 
 NET = ConvConfig(
     channels=8, patch=2, multipliers=(1, 1), num_blocks=1, attention_levels=(), mid_attention=False, z_channels=8
@@ -79,18 +80,18 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(ranks, grid):
 
 def test_the_walk_finds_the_products_that_the_scan_names():
     settings = {"name": "ibq", "num_codes": 4, "dim": 4}
-    plain = walk.code_axis(settings)
+    plain = count.code_axis(settings)
     assert plain.products == 6  # 2 of mix, 4 of unmix
-    entropy = walk.code_axis({**settings, "entropy_weight": 0.1})
+    entropy = count.code_axis({**settings, "entropy_weight": 0.1})
     assert entropy.products == plain.products + 2  # column sums, and their mean in the backward pass
     assert entropy.passes > plain.passes
     assert entropy.exponentials > plain.exponentials > 0
-    assert walk.code_axis({"name": "vq", "num_codes": 4, "dim": 4}).products == 1
+    assert count.code_axis({"name": "vq", "num_codes": 4, "dim": 4}).products == 1
 
 
 def test_passes_are_counted_by_tensor_and_views_are_free():
     x, y = torch.randn(2, 6, 7), torch.randn(7)
-    with walk.Walk() as counted:
+    with count.Walk() as counted:
         x.transpose(1, 2).exp_()  # in and out
         (x[0] @ y[:, None]).relu()
         torch.addmm(x[0, :, :6], x[0], x[1].t())
@@ -103,7 +104,7 @@ def test_passes_are_counted_by_tensor_and_views_are_free():
 
 
 def test_the_network_is_counted_as_the_flop_counter_does():
-    counted = walk.network(NET, SIDE, DIM)
+    counted = count.network(NET, SIDE, DIM)
     encoder, decoder = Encoder(NET), Decoder(NET)
     latents = torch.randn(1, NET.z_channels, SIDE // NET.stride, SIDE // NET.stride)
     with FlopCounterMode(display=False) as flops:
@@ -117,7 +118,7 @@ def test_the_network_is_counted_as_the_flop_counter_does():
     )
 
 
-AXIS = walk.CodeAxis(products=6, passes=30, exponentials=2)
+AXIS = count.CodeAxis(products=6, passes=30, exponentials=2)
 
 
 def test_products_do_not_depend_on_the_split_and_fall_with_the_ranks_of_a_fixed_batch():

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from vqscale.data.config import ImagesConfig
 from vqscale.data.images import Batch, Stream
 from vqscale.data.order import Order, permutation
-from vqscale.data.workers import read, room
+from vqscale.data.shards.workers import read, room
 
 COUNTS = [5, 9, 0, 7, 10]  # 31 samples, a prime
 

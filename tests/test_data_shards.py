@@ -13,14 +13,14 @@ import webdataset
 from shard_files import SIZE, colour, member_offset, patch, png, sample, write_shards, write_tar
 from test_data_order import facts
 
-from vqscale.data import cache as cache_module
-from vqscale.data import index as index_module
-from vqscale.data.cache import ShardCache
 from vqscale.data.config import ImagesConfig
-from vqscale.data.contents import read_contents
 from vqscale.data.images import Stream
-from vqscale.data.index import build
-from vqscale.data.shards import expand
+from vqscale.data.shards import cache as cache_module
+from vqscale.data.shards import index as index_module
+from vqscale.data.shards.cache import ShardCache
+from vqscale.data.shards.contents import read_contents
+from vqscale.data.shards.index import build
+from vqscale.data.shards.patterns import expand
 
 
 @pytest.fixture(autouse=True)

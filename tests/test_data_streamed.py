@@ -16,10 +16,10 @@ import pytest
 from shard_files import SIZE, read_slowly, write_shards
 from test_data_order import facts, same, take
 
-from vqscale.data import cache as cache_module
-from vqscale.data.cache import ShardCache
 from vqscale.data.config import ImagesConfig
 from vqscale.data.images import BrokenData, Stream
+from vqscale.data.shards import cache as cache_module
+from vqscale.data.shards.cache import ShardCache
 
 
 @pytest.fixture(autouse=True)

@@ -24,14 +24,15 @@ from PIL import Image
 from shard_files import member_offset, patch, write_tar
 
 from vqscale import config as configuration
-from vqscale.data import pixels, shapes
-from vqscale.data import tokens_format as form
+from vqscale.data import pixels
 from vqscale.data.config import VIEWS, ImagesConfig, TokensConfig
-from vqscale.data.tokens import Cache, Stream
+from vqscale.data.made import shapes
+from vqscale.data.tokens import format as form
+from vqscale.data.tokens.stream import Cache, Stream
 from vqscale.parallel.spawn import RankError
-from vqscale.tokenizer import Tokenizer
-from vqscale.tokenizer_config import TokenizerConfig
-from vqscale.train import folder as run_folder
+from vqscale.run import folder as run_folder
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.model import Tokenizer
 
 TOOL = Path(__file__).parent.parent / "tools/encode.py"
 SIDE, COUNTS = 16, (20, 17)  # of the two shards; 37 images are 5 storage shards of 8
@@ -109,8 +110,8 @@ def at(target: str, number: int, on_rank: int, action, rank: int, changes) -> No
     at_call(target, number, action, on_rank, rank)
 
 
-AGREED = "vqscale.train.encode:_Work._agree"
-CARD = "vqscale.data.tokens_format:write_card"
+AGREED = "vqscale.programs.encode:_Work._agree"
+CARD = "vqscale.data.tokens.format:write_card"
 
 
 def encode(argv: list[str], ranks=None, world: int = 1, before=None) -> str:
@@ -199,7 +200,7 @@ def test_a_killed_process_leaves_a_cache_that_goes_on(place, whole, tmp_path, ra
     out = tmp_path / "cache"
     argv = words(place, out, "--views", "flip")
     with pytest.raises(RankError, match=r"rank . of 2 died"):  # rank 0 for want of rank 1
-        ranks(2, start, argv, partial(at, "vqscale.parallel.manifest:sync_folder", 3, 1, partial(hear, signal.SIGKILL)))
+        ranks(2, start, argv, partial(at, "vqscale.disk.manifest:sync_folder", 3, 1, partial(hear, signal.SIGKILL)))
     assert (out / "ids" / "c.3.0.0.0").exists()
     assert {0, 1} <= set(form.finished(out, form.read_card(out))) <= {0, 1, 2}
     encode(argv)
@@ -210,7 +211,7 @@ def _full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("what", "call"), [(CARD, 1), ("vqscale.parallel.manifest:seal", 4), (CARD, 2)])
+@pytest.mark.parametrize(("what", "call"), [(CARD, 1), ("vqscale.disk.manifest:seal", 4), (CARD, 2)])
 def test_a_full_disk(place, whole, tmp_path, what, call):
     """At the beginning, at a storage shard, at the end."""
     out = tmp_path / "cache"
@@ -264,7 +265,7 @@ def test_a_shard_that_cannot_be_read_is_no_broken_image(place, tmp_path):
     argv = words(place, tmp_path / "cache", "--shards", f"{tmp_path}/s-0.tar")
     content = (tmp_path / "s-0.tar").read_bytes()
     cut = partial((tmp_path / "s-0.tar").write_bytes, content[:1024])
-    status, said = start(argv, partial(at, "vqscale.train.encode:_begin", 1, 0, cut))
+    status, said = start(argv, partial(at, "vqscale.programs.encode:_begin", 1, 0, cut))
     assert status == 1
     assert "the same command goes on" in said
     assert "Traceback" not in said

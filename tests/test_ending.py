@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from vqscale.train import ending
+from vqscale.run import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +49,7 @@ def test_the_reason_is_left_for_torchrun(tmp_path, command, word):
 
 
 def test_what_the_weights_did_is_said_in_a_line(capsys):
-    assert ending.tell("sample", FloatingPointError("logits must be finite")) == 1
+    assert processes.tell("sample", FloatingPointError("logits must be finite")) == 1
     assert capsys.readouterr().err == "sample: logits must be finite\n"
 
 
@@ -72,7 +72,7 @@ def test_processes_that_do_not_fit_the_codes_never_meet(tiny_shards, tmp_path, c
 def _parted(error, agreed):
     """The shape of the mesh inside, and whether this process has left the others after an error inside."""
     expected = nullcontext() if error is None else pytest.raises(type(error), match=str(error))
-    with expected, ending.joined("cpu", ending.divide(2), 60.0, agreed=agreed) as mesh:
+    with expected, processes.joined("cpu", processes.divide(2), 60.0, agreed=agreed) as mesh:
         shape = mesh.data.size, mesh.codes.size
         if error is not None:
             raise error

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from vqscale.parallel.config import EngineConfig, OptimConfig, check_engine
-from vqscale.parallel.engine import Engine, _sum_of_squares
+from vqscale.engine.config import EngineConfig, OptimConfig, check_engine
+from vqscale.engine.engine import Engine, _sum_of_squares
 from vqscale.parallel.mesh import Mesh
 
 

@@ -1,6 +1,7 @@
 """The fused kernels against dense.py, in Triton's interpreter on a CPU, on the device where there is one.
 
-Forward and backward go through the functions of fused.py as soft.py calls them, with one process's merging done here.
+Forward and backward go through the functions of gpu/passes.py as softmax/autograd.py calls
+them, with one process's merging done here.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from whole import integers, normal
 
 pytest.importorskip("triton")
 
-from vqscale.codes import backend, dense, fused, fused_ops, fused_tiles, mixing, products
-from vqscale.codes.fused_tiles import Tile
-from vqscale.codes.mixing import Wanted
+from vqscale.codes import backend, dense, products
+from vqscale.codes.gpu import operators, passes, tiles
+from vqscale.codes.gpu.tiles import Tile
 from vqscale.codes.scan import BITS, Keys
-from vqscale.codes.unmixing import Upstream
+from vqscale.codes.softmax import forward
+from vqscale.codes.softmax.backward import Upstream
+from vqscale.codes.softmax.forward import Wanted
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -33,9 +36,9 @@ SIMILARITIES = ["dot", "euclid", "cosine"]
 @pytest.fixture(autouse=True)
 def _several_programs(monkeypatch):
     """Enough programs that every kernel splits its inner loop; few and large tiles, which an interpreter likes."""
-    monkeypatch.setattr(fused_tiles, "programs", lambda device: 3)
+    monkeypatch.setattr(tiles, "programs", lambda device: 3)
     if INTERPRETED:
-        monkeypatch.setattr(fused_tiles, "FULL", (Tile(32, 64, 1, 1), Tile(16, 64, 1, 1)))
+        monkeypatch.setattr(tiles, "FULL", (Tile(32, 64, 1, 1), Tile(16, 64, 1, 1)))
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
@@ -56,7 +59,7 @@ def _float(x):
 
 
 def _wanted(codes, temperature=1.0, sharper=None):
-    """What soft.py asks for where there are kernels."""
+    """What softmax/autograd.py asks for where there are kernels."""
     low = torch.get_float32_matmul_precision() == "medium"
     return Wanted(codes, 0, temperature, sharper, "bf16" if low else "fp32")
 
@@ -67,12 +70,12 @@ def _fused(query, keys, rows, temperature, sharper, weights):
     if keys.keys_kD is rows:
         values = given.keys_kD
     wanted = _wanted(len(rows), temperature, sharper)
-    mixed = fused.mix(x, given, values, wanted)
+    mixed = passes.mix(x, given, values, wanted)
     score = mixed.score_B
     log, mean = mixed.soft.sum_B.log2(), mixed.sum_BD / mixed.soft.sum_B[:, None]
     sharp_log = mixed.sharp.sum_B.log2()
     entropy = (sharp_log - mixed.sharp.excess_B / mixed.sharp.sum_B) / BITS
-    columns = fused.column_sums(x, given, mixed, score, sharp_log, wanted)
+    columns = passes.column_sums(x, given, mixed, score, sharp_log, wanted)
     values_of = {
         "score": mixed.score_B / temperature,
         "lse": score / temperature + log / BITS,
@@ -88,7 +91,7 @@ def _fused(query, keys, rows, temperature, sharper, weights):
         shift = shift - w["lse"]
     column_mean = None
     if "columns" in w:
-        column_mean = fused.row_means(x, given, mixed, score, sharp_log, w["columns"], wanted)
+        column_mean = passes.row_means(x, given, mixed, score, sharp_log, w["columns"], wanted)
     up = Upstream(
         score_B=score,
         log_B=log,
@@ -100,7 +103,7 @@ def _fused(query, keys, rows, temperature, sharper, weights):
         columns_mean_B=column_mean,
         sharp_log_B=sharp_log,
     )
-    out = fused.unmix(x, given, values, mixed, up, wanted)
+    out = passes.unmix(x, given, values, mixed, up, wanted)
     assert (out.bias_k is None) == (keys.bias_k is None)
     return mixed.row_B, values_of, out
 
@@ -177,7 +180,7 @@ def test_the_best_row_is_exact_where_bfloat16_cannot_tell(low):
     x = normal(20, 24, seed=3).float().to(DEVICE)
     ids, score = dense.nearest(x.double(), rows.double())
     assert len(set(ids.tolist())) > 3
-    for got_score, got in (fused.best(x, Keys(rows), 0), _best_of_mix(x, rows)):
+    for got_score, got in (passes.best(x, Keys(rows), 0), _best_of_mix(x, rows)):
         assert torch.equal(got, ids)
         torch.testing.assert_close(got_score.double(), score, rtol=1e-6, atol=0.0)
     if low:
@@ -186,7 +189,7 @@ def test_the_best_row_is_exact_where_bfloat16_cannot_tell(low):
 
 
 def _best_of_mix(x, rows):
-    mixed = fused.mix(x, Keys(rows), rows, _wanted(len(rows)))
+    mixed = passes.mix(x, Keys(rows), rows, _wanted(len(rows)))
     assert mixed.sharp is None
     return mixed.score_B, mixed.row_B
 
@@ -201,11 +204,11 @@ def test_ties_go_to_the_lowest_row(low):
     x = integers(25, 6, seed=3).to(DEVICE)
     x[7] = 0.0
     l_nk = x @ rows.t() + bias
-    score, row = fused.best(x, Keys(rows, bias), 0)
+    score, row = passes.best(x, Keys(rows, bias), 0)
     assert torch.equal(row, l_nk.argmax(1))
     assert torch.equal(score.float(), l_nk.amax(1))
     # with one row, all equal, everything is in doubt
-    assert fused.best(x, Keys(rows[:1].expand(150, -1)), 0)[1].eq(0).all()
+    assert passes.best(x, Keys(rows[:1].expand(150, -1)), 0)[1].eq(0).all()
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -229,11 +232,11 @@ def test_numbers_near_the_end_of_float32():
     x = torch.tensor([[1e3, 0.0], [0.0, -1e3]], device=DEVICE)
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
-        mixed = fused.mix(x, Keys(rows), rows, _wanted(3, 1.0, 100.0))
+        mixed = passes.mix(x, Keys(rows), rows, _wanted(3, 1.0, 100.0))
         assert mixed.row_B.tolist() == [0, 0]
         assert torch.isfinite(mixed.sum_BD).all()
         torch.testing.assert_close(mixed.sharp.sum_B, torch.tensor([1.0, 2.0], device=DEVICE))
-    _, row = fused.best(x * 1e17, Keys(rows), 0)  # beyond float32: norms are infinite, float64 scores are not
+    _, row = passes.best(x * 1e17, Keys(rows), 0)  # beyond float32: norms are infinite, float64 scores are not
     assert row.tolist() == [0, 0]
 
 
@@ -243,12 +246,12 @@ def test_a_token_that_is_not_a_number_stays_one_and_harms_no_other():
     bad = x.clone()
     bad[3, 2] = torch.nan
     good = torch.arange(20, device=DEVICE) != 3
-    score, row = fused.best(bad, Keys(rows), 0)
-    expected = fused.best(x, Keys(rows), 0)
+    score, row = passes.best(bad, Keys(rows), 0)
+    expected = passes.best(x, Keys(rows), 0)
     assert int(row[3]) == 0
     assert torch.equal(row[good], expected[1][good])
     assert torch.equal(score[good], expected[0][good])
-    mixed, plain = (fused.mix(tokens, Keys(rows), rows, _wanted(50, 1.0, 5.0)) for tokens in (bad, x))
+    mixed, plain = (passes.mix(tokens, Keys(rows), rows, _wanted(50, 1.0, 5.0)) for tokens in (bad, x))
     for got, alone in (
         (mixed.soft.sum_B, plain.soft.sum_B),
         (mixed.sharp.excess_B, plain.sharp.excess_B),
@@ -262,7 +265,7 @@ def test_a_token_that_is_not_a_number_stays_one_and_harms_no_other():
 def test_a_row_that_is_not_a_number_is_reported(bad):
     x, rows = normal(20, 8, seed=1).float().to(DEVICE), normal(150, 8, seed=2).float().to(DEVICE)
     rows[77, 3] = bad
-    score, row = fused.best(x, Keys(rows), 0)
+    score, row = passes.best(x, Keys(rows), 0)
     assert score.isnan().all()
     assert 0 <= int(row.min()) <= int(row.max()) < 150
 
@@ -273,17 +276,17 @@ def test_a_rank_without_rows_and_a_batch_without_tokens(num, codes):
     keys = Keys(rows, rows.sum(1))
     blocks = backend.BLOCKS
     wanted = Wanted(7, 2**20, 0.5, 4.0)
-    got, expected = (side.mix(x, keys, rows, wanted) for side in (fused, blocks))
+    got, expected = (side.mix(x, keys, rows, wanted) for side in (passes, blocks))
     for name in ("row_B", "score_B", "sum_BD"):
         assert torch.equal(getattr(got, name), getattr(expected, name))
     assert torch.equal(got.soft.sum_B, expected.soft.sum_B)
     assert torch.equal(got.sharp.sum_B, expected.sharp.sum_B)
-    assert fused.best(x, keys, 0)[1].tolist() == [0] * num
+    assert passes.best(x, keys, 0)[1].tolist() == [0] * num
     zero = torch.zeros(num, device=DEVICE)
-    assert fused.column_sums(x, keys, got, zero, zero, wanted).tolist() == [0.0] * codes
-    assert fused.row_means(x, keys, got, zero, zero, rows.sum(1), wanted).tolist() == [0.0] * num
+    assert passes.column_sums(x, keys, got, zero, zero, wanted).tolist() == [0.0] * codes
+    assert passes.row_means(x, keys, got, zero, zero, rows.sum(1), wanted).tolist() == [0.0] * num
     up = Upstream(score_B=zero, log_B=zero, mean_BD=x, shift_B=zero)
-    out = fused.unmix(x, keys, rows, got, up, wanted)
+    out = passes.unmix(x, keys, rows, got, up, wanted)
     assert [part.shape for part in (out.x_BD, out.keys_kD, out.bias_k)] == [x.shape, rows.shape, (codes,)]
     assert not out.x_BD.any()
     assert not out.keys_kD.any()
@@ -291,7 +294,7 @@ def test_a_rank_without_rows_and_a_batch_without_tokens(num, codes):
 
 def test_half_inputs_are_read_as_they_are():
     x, rows = normal(20, 12, seed=1).bfloat16().to(DEVICE), normal(60, 12, seed=2).bfloat16().to(DEVICE)
-    mixed = fused.mix(x, Keys(rows), rows, _wanted(60))
+    mixed = passes.mix(x, Keys(rows), rows, _wanted(60))
     truth = dense.mix(x.double(), rows.double())
     assert torch.equal(mixed.row_B, dense.nearest(x.double(), rows.double())[0])
     assert mixed.sum_BD.dtype == mixed.soft.sum_B.dtype == torch.float32
@@ -300,7 +303,7 @@ def test_half_inputs_are_read_as_they_are():
     up = Upstream(
         score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), mean_BD=None, shift_B=-torch.ones(20, device=DEVICE)
     )
-    out = fused.unmix(x, Keys(rows), rows, mixed, up, _wanted(60))
+    out = passes.unmix(x, Keys(rows), rows, mixed, up, _wanted(60))
     assert out.x_BD.dtype == out.keys_kD.dtype == torch.bfloat16
     _near(out.x_BD, torch.softmax(x.double() @ rows.double().t(), 1) @ rows.double(), 1e-2)
 
@@ -321,7 +324,7 @@ class _NoWaiting(TorchDispatchMode):
 def test_no_operation_waits_for_the_device():
     x, rows = torch.randn(20, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
     bias, zero, numbers = rows.sum(1), torch.zeros(20, device=DEVICE), torch.zeros(7, 20, device=DEVICE)
-    plain = {name: getattr(fused_ops, name)._init_fn for name in ("best", "mix", "column_sums", "row_means", "unmix")}
+    plain = {name: getattr(operators, name)._init_fn for name in ("best", "mix", "column_sums", "row_means", "unmix")}
     with _NoWaiting():
         for low in (False, True):
             plain["best"](x, rows, bias, low)
@@ -338,29 +341,29 @@ def test_no_operation_waits_for_the_device():
 def test_operators_keep_their_promises():
     x, rows = torch.randn(5, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fused_ops.best, (x, rows, None, False), test_utils=checks)
-    torch.library.opcheck(fused_ops.mix, (x, rows, None, rows, 1.0, 5.0, False), test_utils=checks)
+    torch.library.opcheck(operators.best, (x, rows, None, False), test_utils=checks)
+    torch.library.opcheck(operators.mix, (x, rows, None, rows, 1.0, 5.0, False), test_utils=checks)
     zero, numbers = torch.zeros(5, device=DEVICE), torch.zeros(7, 5, device=DEVICE)
-    torch.library.opcheck(fused_ops.column_sums, (x, rows, None, 1.0, zero, zero, False), test_utils=checks)
-    torch.library.opcheck(fused_ops.row_means, (x, rows, None, 1.0, zero, zero, rows[:, 0], False), test_utils=checks)
+    torch.library.opcheck(operators.column_sums, (x, rows, None, 1.0, zero, zero, False), test_utils=checks)
+    torch.library.opcheck(operators.row_means, (x, rows, None, 1.0, zero, zero, rows[:, 0], False), test_utils=checks)
     given = (x, rows, rows.sum(1), rows, numbers, x, None, True, False, 1.0, 1.0, 5.0, False)
-    torch.library.opcheck(fused_ops.unmix, given, test_utils=checks)
+    torch.library.opcheck(operators.unmix, given, test_utils=checks)
 
 
 def test_parts_cover_the_loop_and_none_is_empty():
-    for tiles in (1, 5, 32, 131, 132, 133, 2048):
+    for count in (1, 5, 32, 131, 132, 133, 2048):
         for length in (1, 63, 64, 65, 1000, 262144):
-            num, per_part = fused_tiles.parts(tiles, length, 64, 132)
-            assert 1 <= num <= fused_tiles.MOST_PARTS
+            num, per_part = tiles.parts(count, length, 64, 132)
+            assert 1 <= num <= tiles.MOST_PARTS
             assert per_part % 64 == 0
             assert (num - 1) * per_part < length <= num * per_part
     # 4096 tokens in tiles of 128 on 132 processors: 4 parts fill 128 of them
-    assert fused_tiles.parts(32, 262144, 64, 132) == (4, 65536)
+    assert tiles.parts(32, 262144, 64, 132) == (4, 65536)
 
 
 def test_blocks_serve_a_cpu_whatever_is_wanted():
     assert backend.pick(torch.zeros(2, 8), "bf16") is backend.BLOCKS
-    assert backend.BLOCKS.mix is mixing.mix
+    assert backend.BLOCKS.mix is forward.mix
 
 
 def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
@@ -387,16 +390,16 @@ def test_on_the_device_the_kernels_are_chosen_and_need_little():
     x = torch.randn(4096, 256, device="cuda")
     rows = torch.randn(262144, 256, device="cuda") / 16
     assert products.wanted("cuda", x.dtype) == "fp32"
-    assert backend.pick(x).mix is mixing.mix
-    assert backend.pick(x).best is backend.pick(x.bfloat16()).best is fused.best
+    assert backend.pick(x).mix is forward.mix
+    assert backend.pick(x).best is backend.pick(x.bfloat16()).best is passes.best
     torch.set_float32_matmul_precision("medium")
-    assert backend.pick(x, products.wanted("cuda", x.dtype)).mix is fused.mix
+    assert backend.pick(x, products.wanted("cuda", x.dtype)).mix is passes.mix
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    mixed = fused.mix(x, Keys(rows), rows, _wanted(len(rows), 1.0, 100.0))
+    mixed = passes.mix(x, Keys(rows), rows, _wanted(len(rows), 1.0, 100.0))
     zero = torch.zeros(4096, device="cuda")
     up = Upstream(score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), mean_BD=x, shift_B=zero)
-    fused.unmix(x, Keys(rows), rows, mixed, up, _wanted(len(rows), 1.0, 100.0))
+    passes.unmix(x, Keys(rows), rows, mixed, up, _wanted(len(rows), 1.0, 100.0))
     assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30
     for first in range(0, 4096, 512):
         ids = (x[first : first + 512].double() @ rows.double().t()).argmax(1)

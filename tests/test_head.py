@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from whole import CODES, GRIDS, close, engine_gradient, mine, normal, put, table
 
 import vqscale
-from vqscale.codes import dense_head, head_scan
 from vqscale.codes.config import HeadConfig
-from vqscale.codes.head import Head
+from vqscale.codes.heads import dense, passes
+from vqscale.codes.heads.flat import Head
 from vqscale.codes.rows import Rows, draw, set_aside
 from vqscale.config import parse
 from vqscale.parallel import ops
@@ -67,7 +67,7 @@ def test_loss_and_its_gradients_are_those_of_cross_entropy(ranks, grid):
             h = normal(TOKENS, DIM, seed=2).requires_grad_()
             rows = normal(num_codes, DIM, seed=num_codes).requires_grad_()
             targets = whole_targets(num_codes, options.get("ignore", -1))
-            expected = dense_head.loss(h, rows, targets, **options)
+            expected = dense.loss(h, rows, targets, **options)
             (expected * normal(TOKENS, seed=3)).mean().backward()
             got = [result[num_codes, case] for result in results]
             loss = torch.cat([part[0] for part in got])
@@ -85,7 +85,7 @@ def test_the_dense_loss_is_cross_entropy_plus_the_square_of_the_normaliser():
     own = [torch.logsumexp(line, 0) - line[t] for line, t in zip(logits, targets, strict=True)]
     squares = torch.logsumexp(logits, 1).square()
     expected = (torch.stack(own) + 0.5 * squares) * (targets >= 0)
-    close(dense_head.loss(h, rows, targets, z_loss=0.5), expected)
+    close(dense.loss(h, rows, targets, z_loss=0.5), expected)
 
 
 def _at_zero(codes):
@@ -171,7 +171,7 @@ def test_autocast_does_not_lower_the_precision_and_bf16_products_do_a_little(ran
 
 def test_rows_gradients_of_bf16_products_accumulate_in_float32(monkeypatch):
     """Over many blocks of tokens the error is that of one rounding, not of a sum kept in bf16."""
-    monkeypatch.setattr(head_scan.scan, "TOKEN_BLOCK", 4)
+    monkeypatch.setattr(passes.scan, "TOKEN_BLOCK", 4)
     head, exact = (put_rows(Head(8, 4, products=kind), torch.zeros(8, 4)) for kind in ("bf16", "fp32"))
     h = normal(4096, 4, seed=1).float() + 3.0
     targets = torch.arange(4096) % 8
@@ -421,7 +421,7 @@ def test_on_a_gpu(products, loose):
     loss.mean().backward()
     exact = normal(TOKENS, DIM, seed=2).requires_grad_()
     rows = normal(70001, DIM, seed=70001).requires_grad_()
-    expected = dense_head.loss(exact, rows, targets.cpu(), label_smoothing=0.1, z_loss=1e-3)
+    expected = dense.loss(exact, rows, targets.cpu(), label_smoothing=0.1, z_loss=1e-3)
     expected.mean().backward()
     for got, value in ((loss.detach(), expected.detach()), (h.grad, exact.grad), (head.rows.grad, rows.grad)):
         assert (got.cpu().double() - value).norm() < loose * value.norm()

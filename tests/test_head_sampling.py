@@ -8,8 +8,9 @@ import pytest
 import torch
 from whole import CODES, integers, mine, normal, put
 
-from vqscale.codes import cut, dense_head, noise
-from vqscale.codes.head import Head
+from vqscale.codes import noise
+from vqscale.codes.heads import dense, restrict
+from vqscale.codes.heads.flat import Head
 from vqscale.codes.rows import Rows
 from vqscale.parallel.mesh import Axis, Mesh
 
@@ -52,7 +53,7 @@ def test_frequencies_are_the_dense_distribution(num_codes, rule):
     rows, h = normal(num_codes, DIM, seed=1).float() / 2, normal(1, DIM, seed=2).float()
     keys = noise.keys(11, torch.arange(DRAWS) // 64, torch.arange(DRAWS) % 64)
     ids = head_of(rows).sample(h.expand(DRAWS, -1), keys, **options)
-    p_K = dense_head.distribution(h, rows, **options)[0]
+    p_K = dense.distribution(h, rows, **options)[0]
     assert ids.dtype == torch.int64
     statistic, freedom = chi_square(ids, p_K)
     if temperature == 0:
@@ -65,7 +66,7 @@ def test_frequencies_are_the_dense_distribution(num_codes, rule):
 def test_the_test_of_frequencies_sees_a_wrong_temperature():
     rows, h = normal(40, DIM, seed=1).float() / 2, normal(1, DIM, seed=2).float()
     ids = head_of(rows).sample(h.expand(DRAWS, -1), noise.keys(11, torch.arange(DRAWS)), temperature=1.1)
-    assert not likely(*chi_square(ids, dense_head.distribution(h, rows)[0]))
+    assert not likely(*chi_square(ids, dense.distribution(h, rows)[0]))
 
 
 def _draws(codes, order):
@@ -107,11 +108,11 @@ def _kept(codes):
     mesh, out = Mesh(1, codes), {}
     layout = Rows(50, mesh.codes.size, mesh.codes.rank)
     for top_k, top_p in SETS:
-        for cut.CANDIDATES in (1024, 0):
+        for restrict.CANDIDATES in (1024, 0):
             logits = integers(30, 50, seed=1, most=2)[:, layout.start : layout.stop].clone()
-            cut.apply_(logits, cut.restrict(logits, top_k, top_p, 50, mesh.codes), mesh.codes)
-            out[top_k, top_p, cut.CANDIDATES] = logits
-    cut.CANDIDATES = 1024
+            restrict.apply_(logits, restrict.restrict(logits, top_k, top_p, 50, mesh.codes), mesh.codes)
+            out[top_k, top_p, restrict.CANDIDATES] = logits
+    restrict.CANDIDATES = 1024
     return out
 
 
@@ -124,7 +125,7 @@ def test_the_sets_of_top_k_and_top_p_are_exact_and_ties_go_to_the_lowest_ids(ran
     results = ranks(codes, _kept, codes)
     for top_k, top_p in SETS:
         # rows that give these logits for unit vectors: distribution() then sorts them
-        p_NK = dense_head.distribution(torch.eye(30), logits.t(), top_k=top_k, top_p=top_p)
+        p_NK = dense.distribution(torch.eye(30), logits.t(), top_k=top_k, top_p=top_p)
         for candidates in (1024, 0):
             kept = torch.cat([result[top_k, top_p, candidates] for result in results], 1)
             assert torch.equal(kept > -1e29, p_NK > 0), (top_k, top_p, candidates)
@@ -146,7 +147,7 @@ def test_a_definition_by_hand():
         ({"temperature": 0.5, "top_p": 0.52}, [0, 1, 0, 0]),
     ]
     for options, expected in cases:
-        got = dense_head.distribution(torch.ones(1, 1).double(), rows, **options)[0]
+        got = dense.distribution(torch.ones(1, 1).double(), rows, **options)[0]
         torch.testing.assert_close(got, torch.tensor(expected).double())
 
 
@@ -156,12 +157,12 @@ def test_bisection_finds_numbers_of_every_size_to_the_bit(dtype):
     numbers = torch.tensor(
         [[-huge, -3.5, -tiny, -0.0, 0.0, tiny, 1.0, 1.0 + torch.finfo(dtype).eps, huge]], dtype=dtype
     )
-    order = cut._ordered(numbers)
-    assert torch.equal(cut._number(order, dtype), numbers)
+    order = restrict._ordered(numbers)
+    assert torch.equal(restrict._number(order, dtype), numbers)
     assert (order.diff() >= 0).all()
     assert (order.diff() > 0).sum() == 7
     for num in range(1, 10):
-        value, above = cut._lowest(numbers, None, torch.tensor([num]).double(), Axis("codes"))
+        value, above = restrict._lowest(numbers, None, torch.tensor([num]).double(), Axis("codes"))
         assert value == numbers[0, 9 - num]
         assert above == (numbers > value).sum()
 
@@ -177,7 +178,7 @@ def test_guidance_of_one_is_no_guidance_and_of_zero_is_the_null_class():
     mixed = head.sample(h, keys, unguided_ND=null, guidance=scales.float())
     assert torch.equal(mixed, torch.where(scales == 1, plain, head.sample(null, keys)))
     best = head.sample(h, keys, unguided_ND=null, guidance=3.0, temperature=0.0)
-    assert torch.equal(best, dense_head.distribution(h, rows, unguided_ND=null, guidance=3.0).argmax(1))
+    assert torch.equal(best, dense.distribution(h, rows, unguided_ND=null, guidance=3.0).argmax(1))
 
 
 def test_guided_frequencies_come_before_temperature_and_top_p():
@@ -185,7 +186,7 @@ def test_guided_frequencies_come_before_temperature_and_top_p():
     options = {"temperature": 1.5, "top_p": 0.9, "guidance": 2.5}
     keys = noise.keys(3, torch.arange(DRAWS))
     ids = head_of(rows).sample(h.expand(DRAWS, -1), keys, unguided_ND=null[:1].expand(DRAWS, -1), **options)
-    assert likely(*chi_square(ids, dense_head.distribution(h, rows, unguided_ND=null[:1], **options)[0]))
+    assert likely(*chi_square(ids, dense.distribution(h, rows, unguided_ND=null[:1], **options)[0]))
 
 
 def test_ties_of_the_highest_logit_go_to_the_lowest_id():

@@ -13,15 +13,15 @@ from whole import GRIDS, mine, normal
 
 from vqscale import config as configuration
 from vqscale import quantizers
-from vqscale.codes.hits import DENSE_MOST, Hits, Usage
 from vqscale.codes.rows import set_aside
-from vqscale.metrics import pictures
+from vqscale.codes.usage import DENSE_MOST, Hits, Usage
 from vqscale.nets.config import ConvConfig
 from vqscale.parallel.mesh import Mesh
-from vqscale.tokenizer import Tokenizer
+from vqscale.plan.tokenizer import plan
+from vqscale.show import pictures
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
-from vqscale.train.plan import plan
 
 SIZES = [3, 50, DENSE_MOST, DENSE_MOST + 1, 2**62]
 WIDER = [*GRIDS, pytest.param((4, 1), marks=pytest.mark.dist)]

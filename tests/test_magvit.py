@@ -13,7 +13,7 @@ from vqscale import config as configuration
 from vqscale import nets
 from vqscale.nets.config import MagvitConfig
 from vqscale.nets.magvit import Residual, Upsample
-from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.tokenizer.config import TokenizerConfig
 
 SMALL = MagvitConfig(channels=8, multipliers=(1, 2), num_blocks=2, z_channels=4, num_groups=4)
 

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 from shard_files import png
 
-from vqscale.data import images, make
+from vqscale.data import images
 from vqscale.data.config import ImagesConfig, ShapesConfig
-from vqscale.data.shapes import CLASS_NAMES, draw
+from vqscale.data.made import make
+from vqscale.data.made.shapes import CLASS_NAMES, draw
 
 TOOL = Path(__file__).parent.parent / "tools/make_shards.py"
 main = runpy.run_path(str(TOOL))["main"]

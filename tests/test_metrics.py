@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vqscale.metrics import pictures
 from vqscale.metrics.reconstruction import Reconstruction, psnr, ssim, to_bytes
+from vqscale.show import pictures
 
 
 def pair(batch=3, height=14, width=17, noise=0.2):

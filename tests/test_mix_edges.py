@@ -11,9 +11,10 @@ import pytest
 import torch
 from whole import CODES, mine, normal, put
 
-from vqscale.codes import convex, dense, relaxed, scan
+from vqscale.codes import dense, scan
 from vqscale.codes.codebook import Codebook
-from vqscale.codes.head import Head
+from vqscale.codes.convex import exact, relaxed
+from vqscale.codes.heads.flat import Head
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
@@ -41,7 +42,7 @@ def test_second_derivatives_of_a_mixture_are_refused(temperature):
     [
         lambda x: Head(50, 8).loss(x, torch.arange(5)),
         lambda x: relaxed.combine(x, Codebook(50, 8, similarity="euclid"), 0.1)[0],
-        lambda x: convex.combine(x, Codebook(50, 8, similarity="euclid"), 0.1)[0],
+        lambda x: exact.combine(x, Codebook(50, 8, similarity="euclid"), 0.1)[0],
     ],
 )
 def test_second_derivatives_of_other_closed_forms_are_refused(function):
@@ -215,9 +216,9 @@ def test_random_cases_are_as_near_to_float64_as_the_dense_form(ranks, codes, see
     ids, *got = [torch.cat(part) for part in parts]
     logits, truth = _dense(seed, torch.float64)
     _, naive = _dense(seed, torch.float32)
-    for value, plain, exact, term in zip(got, naive, truth, _terms(seed), strict=True):
-        error = float((value.double() - exact).abs().max())
-        assert error <= 4 * float((plain - exact).abs().max()) + 4e-6 * float(exact.abs().max()) + 2.0**-22 * term
+    for value, plain, exactly, term in zip(got, naive, truth, _terms(seed), strict=True):
+        error = float((value.double() - exactly).abs().max())
+        assert error <= 4 * float((plain - exactly).abs().max()) + 4e-6 * float(exactly.abs().max()) + 2.0**-22 * term
     # the best logit up to rounding, and of rows that are twins the first
     chosen = logits.gather(1, ids[:, None])[:, 0]
     assert float((logits.amax(1) - chosen).max()) <= 4e-6 * float(logits.abs().max())

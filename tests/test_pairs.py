@@ -8,9 +8,10 @@ import pytest
 import torch
 from whole import close, normal, put
 
-from vqscale.codes import dense, mixing, pairs, scan
+from vqscale.codes import dense, scan
 from vqscale.codes.codebook import Codebook
-from vqscale.codes.pairs import Collector, Pairs
+from vqscale.codes.softmax import forward, pairs
+from vqscale.codes.softmax.pairs import Collector, Pairs
 
 
 def _pairs(num_tokens=5, num_rows=9):
@@ -74,7 +75,7 @@ def test_a_list_is_bounded_by_its_tokens():
 
 
 def _mixed(x, rows, temperature, sharper=None, budget=1):
-    return mixing.mix(x, scan.Keys(rows), rows, mixing.Wanted(len(rows), budget, temperature, sharper))
+    return forward.mix(x, scan.Keys(rows), rows, forward.Wanted(len(rows), budget, temperature, sharper))
 
 
 @pytest.mark.parametrize("temperature", [0.003, 0.03, 0.3, 3.0])

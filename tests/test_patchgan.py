@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from vqscale import config as configuration
-from vqscale import losses
 from vqscale.nets.config_patchgan import PatchGANConfig
 from vqscale.nets.patchgan import PatchGAN, SyncBatchNorm
 from vqscale.parallel.mesh import Mesh
+from vqscale.train import losses
 
 
 def test_the_published_size_names_and_patches():

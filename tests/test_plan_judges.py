@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from vqscale import config as configuration
-from vqscale.train.activations import activation_bytes
+from vqscale.plan.activations import activation_bytes
+from vqscale.plan.adversarial import judges
+from vqscale.plan.tokenizer import plan
 from vqscale.train.config import Run
-from vqscale.train.plan import plan
-from vqscale.train.plan_judges import judges
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "configs" / "tokenizer" / "ibq_imagenet256_1024.yaml"

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from vqscale import config_schema, priors
+from vqscale import priors
 from vqscale.codes import noise
-from vqscale.metrics import story
+from vqscale.config import schema
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.priors import base
 from vqscale.priors.config import AutoregressiveConfig, IdsConfig
+from vqscale.show import run_page
 from vqscale.train import config_prior
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -62,7 +63,7 @@ def register(rank=0, put=setattr):
     priors.PRIORS["bag"] = f"{__name__}:Bag"
     for module in (priors, base, config_prior):
         put(module, "PriorConfig", AutoregressiveConfig | BagConfig)
-    config_schema.fields_of.cache_clear()
+    schema.fields_of.cache_clear()
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def registered(monkeypatch):
     register(put=monkeypatch.setattr)
     yield
     monkeypatch.undo()
-    config_schema.fields_of.cache_clear()
+    schema.fields_of.cache_clear()
 
 
 def drawn(path, codes):
@@ -83,7 +84,7 @@ def drawn(path, codes):
 def test_the_page_speaks_of_a_prior_without_network_and_classes():
     settings = {"name": "bag", "num_codes": 37, "grid": [2, 3], "num_classes": 0}
     summary = {"steps": 8, "processes": 2, "loss": 3.5}
-    _, text = story.prior({"prior": settings, "data": {"batch": 8}}, summary, [])
+    _, text = run_page.prior({"prior": settings, "data": {"batch": 8}}, summary, [])
     assert "A model (<b>bag</b>) learns which of the 37 ids stand at the 2 x 3 places of a picture. Trained" in text
 
 

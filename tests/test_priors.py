@@ -14,7 +14,8 @@ from whole import engine_gradient
 
 from vqscale import config as configuration
 from vqscale import priors
-from vqscale.codes import dense_head, noise
+from vqscale.codes import noise
+from vqscale.codes.heads import dense
 from vqscale.codes.rows import set_aside
 from vqscale.nets.transformer import Transformer
 from vqscale.parallel.mesh import Mesh
@@ -192,7 +193,7 @@ def test_every_option_of_sampling_does_what_it_says(options):
         ids = prior.train().sample(labels, numbers_B=numbers, seed=seed, **options)
         h_BTD, null_BTD = (prior.eval().states(ids, classes) for classes in (labels, torch.full_like(labels, -1)))
         for at, (scale, drawn_B) in enumerate(zip(scales, ids.flatten(1).t(), strict=True)):
-            p_BK = dense_head.distribution(
+            p_BK = dense.distribution(
                 h_BTD[:, at], prior.head.rows, unguided_ND=null_BTD[:, at], guidance=scale, **rule
             )
             g_BK = noise.gumbel(noise.keys(derive(seed, "sample"), numbers, at), 0, CODES, torch.float64)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from whole import GRIDS, engine_gradient, mine, normal, put
 
-from vqscale.codes import dense, mixing, products
+from vqscale.codes import dense, products
 from vqscale.codes.codebook import Codebook
+from vqscale.codes.softmax import forward
 from vqscale.parallel.mesh import Mesh
 
 TOKENS, CODES, DIM = 24, 700, 12
@@ -102,8 +103,8 @@ def test_they_are_taken_where_torch_is_set_to_it_and_the_machine_is_worth_it(mon
 
 def test_a_mixture_asks_for_them(monkeypatch):
     asked = []
-    whole = mixing._pass
-    monkeypatch.setattr(mixing, "_pass", lambda *args, **more: asked.append(args[3]) or whole(*args, **more))
+    whole = forward._pass
+    monkeypatch.setattr(forward, "_pass", lambda *args, **more: asked.append(args[3]) or whole(*args, **more))
     monkeypatch.setattr(products, "fast_on_cpu", lambda: True)
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)

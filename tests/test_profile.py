@@ -8,7 +8,7 @@ import re
 import jobs
 import pytest
 
-from vqscale.train import profile
+from vqscale.run import profile
 
 
 def _shares(text):

@@ -10,10 +10,10 @@ import published
 import pytest
 import torch
 
-from vqscale.export import entries
 from vqscale.nets.config import ConvConfig, MagvitConfig
-from vqscale.published import FAMILIES, convert
-from vqscale.tokenizer import Tokenizer
+from vqscale.tokenizer.export import entries
+from vqscale.tokenizer.model import Tokenizer
+from vqscale.tokenizer.published import FAMILIES, convert
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "import_checkpoint.py"
 FROZEN = {"ibq": (), "simvq": ("quantize.embedding.weight",)}

@@ -11,7 +11,7 @@ from whole import GRIDS, close, engine_gradient, mine, normal, table
 
 from vqscale import quantizers
 from vqscale.codes.rows import set_aside
-from vqscale.config_schema import classes_of, fields_of, named
+from vqscale.config.schema import classes_of, fields_of, named
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import QUANTIZERS

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from vqscale.data import shapes
-from vqscale.metrics import story
+from vqscale.data.made import shapes
+from vqscale.show import run_page
 
 TOOL = Path(__file__).parents[1] / "tools" / "page.py"
 SIDE = 16
@@ -124,5 +124,5 @@ def test_points_are_those_that_are_finite_numbers():
         {"step": 4, "a": float("nan")},
         {"step": 5, "a": 2},
     ]
-    assert story.points(rows, "a") == [(1, 1.5), (5, 2.0)]
-    assert story.figure({"a": {"b": []}}, "nothing") == ""
+    assert run_page.points(rows, "a") == [(1, 1.5), (5, 2.0)]
+    assert run_page.figure({"a": {"b": []}}, "nothing") == ""

@@ -14,7 +14,7 @@ import torch
 
 import vqscale
 from vqscale import config as configuration
-from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.tokenizer.config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -43,7 +43,7 @@ def _saved(run):
 
 def _tear(rank):
     """Die within the line of step 7 of metrics.jsonl."""
-    from vqscale.metrics.board import Board
+    from vqscale.show.board import Board
 
     original = Board.scalars
 
@@ -63,30 +63,30 @@ def _dies(target, call, rank):
 
 # In this order: (where a rank dies, more of the command, checkpoints that stand then, what else is left)
 DEATHS = {
-    "in the backward pass of step 3": (_dies("vqscale.parallel.engine:Engine.backward", 3, 1), (), [2], []),
+    "in the backward pass of step 3": (_dies("vqscale.engine.engine:Engine.backward", 3, 1), (), [2], []),
     "half its rows of step 4 written": (
-        _dies("vqscale.parallel.checkpoint:_write_rows", 3, 1),
+        _dies("vqscale.disk.checkpoint:_write_rows", 3, 1),
         (),
         [2],
         ["0000000004.tmp"],
     ),
-    "before the manifest of step 4": (_dies("vqscale.parallel.manifest:write", 1, 0), (), [2], ["0000000004.tmp"]),
+    "before the manifest of step 4": (_dies("vqscale.disk.manifest:write", 1, 0), (), [2], ["0000000004.tmp"]),
     "before step 4 is renamed": (_dies("pathlib:Path.rename", 1, 0), (), [2], ["0000000004.tmp"]),
-    "after step 4 is renamed": (_dies("vqscale.parallel.checkpoint:_finished", 2, 0), (KEEP_ONE,), [2, 4], []),
+    "after step 4 is renamed": (_dies("vqscale.disk.checkpoint:_finished", 2, 0), (KEEP_ONE,), [2, 4], []),
     "while old ones are removed": (
-        _dies("vqscale.parallel.checkpoint:shutil.rmtree", 1, 0),
+        _dies("vqscale.disk.checkpoint:shutil.rmtree", 1, 0),
         (KEEP_ONE,),
         [6],
         ["0000000002.old.tmp", "0000000004.old.tmp"],
     ),
     "within a line of metrics": (_tear, (), [6], ["0000000002.old.tmp", "0000000004.old.tmp"]),
     "in the last evaluation": (
-        _dies("vqscale.metrics.pictures:usage", 1, 0),
+        _dies("vqscale.show.pictures:usage", 1, 0),
         (),
         [6],
         ["0000000002.old.tmp", "0000000004.old.tmp"],
     ),
-    "before the summary": (_dies("vqscale.train.folder:write_summary", 1, 0), (), [6, 8], []),
+    "before the summary": (_dies("vqscale.run.folder:write_summary", 1, 0), (), [6, 8], []),
 }
 
 
@@ -111,14 +111,14 @@ def test_other_quantizers_go_on_to_the_bit(tmp_path, tiny_shards, whole, name):
     upkeep = "warmup_steps: 2, revive_every: 2, revive_after: 1, revive_below: 0.5, revive_most: 16"
     quantizer = f"tokenizer.quantizer={{name: {name}, num_codes: 101, dim: 8, {upkeep}}}"
     path = jobs.write_config(tmp_path, tiny_shards, quantizer)
-    job = jobs.start(path, before=_dies("vqscale.parallel.engine:Engine.backward", 6, 0))
+    job = jobs.start(path, before=_dies("vqscale.engine.engine:Engine.backward", 6, 0))
     assert job.wait() == [-9]
     jobs.same_bits(whole(1, quantizer), jobs.finish(path), 8)
 
 
 def test_the_survivor_of_a_killed_rank_says_so_and_leaves(tmp_path, tiny_shards):
     path = jobs.write_config(tmp_path, tiny_shards)
-    job = jobs.start(path, world=2, before=_dies("vqscale.parallel.engine:Engine.backward", 3, 1))
+    job = jobs.start(path, world=2, before=_dies("vqscale.engine.engine:Engine.backward", 3, 1))
     assert job.wait() == [1, -9]
     assert "[rank 0 of 2] error: lost another rank" in job.output
     assert "Traceback" not in job.output
@@ -162,7 +162,7 @@ def test_torchrun_killed_terminated_and_started_again(tmp_path, tiny_shards, who
 
 def test_signals_and_a_file_stop_at_a_step_and_the_run_goes_on(tmp_path, tiny_shards, whole):
     path, run = jobs.write_config(tmp_path, tiny_shards, DROPOUT), tmp_path / "run"
-    backward = "vqscale.parallel.engine:Engine.backward"
+    backward = "vqscale.engine.engine:Engine.backward"
     stops = [
         (partial(jobs.at_call, backward, 3, partial(jobs.hear, signal.SIGUSR1), 1), 3),  # one rank of two hears it
         (partial(jobs.at_call, backward, 2, partial(jobs.hear, signal.SIGTERM), 0), 5),
@@ -184,7 +184,7 @@ def test_signals_and_a_file_stop_at_a_step_and_the_run_goes_on(tmp_path, tiny_sh
 @pytest.mark.parametrize(("world", "more"), [(1, ()), (4, ("mesh.data=2",)), (1, ("engine.name=deepspeed",))])
 def test_stopped_on_two_processes_and_continued_on_others(tmp_path, tiny_shards, whole, world, more):
     path = jobs.write_config(tmp_path, tiny_shards)
-    stop = partial(jobs.at_call, "vqscale.parallel.engine:Engine.backward", 5, partial(jobs.hear, signal.SIGTERM), 0)
+    stop = partial(jobs.at_call, "vqscale.engine.engine:Engine.backward", 5, partial(jobs.hear, signal.SIGTERM), 0)
     assert jobs.start(path, world=2, before=stop).wait() == [jobs.STOPPED] * 2
     assert _saved(tmp_path / "run")[0][-1] == 5
     jobs.same_numbers(whole(2), jobs.finish(path, *more, world=world))
@@ -193,7 +193,7 @@ def test_stopped_on_two_processes_and_continued_on_others(tmp_path, tiny_shards,
 @pytest.mark.parametrize(("first", "then"), [(0, 2), (2, 0)])
 def test_workers_and_a_resume_within_an_epoch_change_nothing(tmp_path, tiny_shards, whole, first, then):
     path = jobs.write_config(tmp_path, tiny_shards, DROPOUT)
-    death = _dies("vqscale.parallel.engine:Engine.backward", 6, 0)
+    death = _dies("vqscale.engine.engine:Engine.backward", 6, 0)
     assert jobs.start(path, f"data.train.num_workers={first}", before=death).wait() == [-9]
     run = jobs.finish(path, f"data.train.num_workers={then}", f"data.val.num_workers={then}")
     jobs.same_bits(whole(1, DROPOUT), run, 8)

@@ -15,14 +15,14 @@ from jobs import at_call, hear
 from PIL import Image
 from saved_runs import small
 
-from vqscale.data.lock import hold
+from vqscale.disk.lock import hold
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError
+from vqscale.programs import sample_folder
+from vqscale.programs.sample import Settings, check, parse_classes, sample, summary, warnings
+from vqscale.run import folder as run_folder
 from vqscale.seed import derive
-from vqscale.train import folder as run_folder
-from vqscale.train import sample_folder
-from vqscale.train.sample import Settings, check, parse_classes, sample, summary, warnings
 
 CODES, GRID = 13, (4, 4)
 
@@ -76,7 +76,7 @@ def at(target: str, number: int, on_rank: int, action, rank: int, changes) -> No
     at_call(target, number, action, on_rank, rank)
 
 
-MAKE = "vqscale.train.sample:_Work.make_batch"
+MAKE = "vqscale.programs.sample:_Work.make_batch"
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from test_sample import at
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel.spawn import RankError
 from vqscale.priors.base import Prior
-from vqscale.tokenizer import Tokenizer
-from vqscale.train import folder as run_folder
+from vqscale.run import folder as run_folder
+from vqscale.tokenizer.model import Tokenizer
 
 pytestmark = pytest.mark.dist
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -263,7 +263,7 @@ def test_the_tools_resize(place, tmp_path):
 
 
 def test_parts_that_a_killed_process_left_are_removed(tmp_path, ranks):
-    kill = partial(at, "vqscale.train.sample_folder:shutil.rmtree", 1, 0, partial(hear, signal.SIGKILL))
+    kill = partial(at, "vqscale.programs.sample_folder:shutil.rmtree", 1, 0, partial(hear, signal.SIGKILL))
     with pytest.raises(RankError):
         ranks(2, test_sample.draw, tmp_path, 1, kill)
     assert json.loads((tmp_path / "sample.json").read_text())["state"] == "done"

@@ -20,13 +20,13 @@ from test_quantizers import CASES, K
 import vqscale
 from vqscale import config as configuration
 from vqscale.codes.rows import set_aside
-from vqscale.config_schema import classes_of, fields_of, named
-from vqscale.export import entries
+from vqscale.config.schema import classes_of, fields_of, named
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.config import QuantizerConfig
-from vqscale.tokenizer import Tokenizer
-from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.export import entries
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import config as train_config
 
 
@@ -254,7 +254,7 @@ def test_what_cannot_be_loaded_or_saved_is_an_error_on_all_ranks(ranks, tmp_path
 
 
 def test_without_torch_the_config_is_there():
-    code = "import sys, vqscale, vqscale.tokenizer_config as t; t.TokenizerConfig(); assert 'torch' not in sys.modules"
+    code = "import sys, vqscale, vqscale.tokenizer.config as t; t.TokenizerConfig(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert train_config.TokenizerConfig is TokenizerConfig
 

@@ -19,12 +19,12 @@ from test_sample_tools import QUICK, tool
 
 from vqscale import config as configuration
 from vqscale import priors
-from vqscale.export import CARD, WEIGHTS, entries
-from vqscale.parallel import manifest
+from vqscale.disk import manifest
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS, Prior
-from vqscale.priors.tokenizer import tokenizer_of
-from vqscale.tokenizer import Tokenizer
+from vqscale.tokenizer.export import CARD, WEIGHTS, entries
+from vqscale.tokenizer.matching import tokenizer_of
+from vqscale.tokenizer.model import Tokenizer
 
 CODEBOOK = {**IBQ, "num_codes": prior_runs.CODES}
 HEADS = {"rows": {}, "tied": {"head": {"embedding": "tied"}}}

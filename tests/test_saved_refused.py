@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from saved_runs import small, write_run
 
-from vqscale.export import CARD, WEIGHTS
-from vqscale.parallel import manifest
-from vqscale.tokenizer import Tokenizer
+from vqscale.disk import manifest
+from vqscale.tokenizer.export import CARD, WEIGHTS
+from vqscale.tokenizer.model import Tokenizer
 
 
 @pytest.fixture

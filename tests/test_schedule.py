@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
-from vqscale.parallel.schedule import decay_share, learning_rate
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.schedule import decay_share, learning_rate
+from vqscale.parallel.config import MeshConfig
 
 
 def test_warm_up_grows_evenly_to_the_peak():
@@ -90,5 +91,5 @@ def test_problems_are_named_by_key_and_defaults_have_none():
 
 
 def test_the_configuration_does_not_import_torch():
-    code = "import sys, vqscale.parallel.config, vqscale.parallel.schedule; sys.exit('torch' in sys.modules)"
+    code = "import sys, vqscale.parallel.config, vqscale.engine.schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

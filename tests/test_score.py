@@ -20,15 +20,15 @@ from shard_files import png, write_tar
 from test_metrics import slow_psnr, slow_ssim
 
 from vqscale import config as configuration
-from vqscale.data import shapes
 from vqscale.data.config import ImagesConfig
 from vqscale.data.images import Stream
+from vqscale.data.made import shapes
 from vqscale.metrics import fid
+from vqscale.metrics.held_out import Judges, score, statistics
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel.mesh import Mesh
-from vqscale.tokenizer import Tokenizer
-from vqscale.tokenizer_config import TokenizerConfig
-from vqscale.train.score import Judges, score, statistics
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.model import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, COUNT, CODES = 16, 11, 37

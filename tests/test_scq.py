@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from whole import CODES, GRIDS, close, engine_gradient, mine, normal, put
 
 from vqscale import quantizers
-from vqscale.codes import convex, relaxed
+from vqscale.codes.convex import exact, relaxed
 from vqscale.config import ConfigError
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -46,7 +46,7 @@ def weights(quantizer, x):
 
 
 def _combined(quantizer, x):
-    solve = relaxed.combine if quantizer.config.solver == "relaxed" else convex.combine
+    solve = relaxed.combine if quantizer.config.solver == "relaxed" else exact.combine
     return solve(x, quantizer.codebook, quantizer.config.lam)
 
 
@@ -131,8 +131,8 @@ def test_the_residual_is_below_the_tolerance_and_is_what_it_says(dtype, lam):
     violation = dense.violation(p, x, rows, lam) / size
     # the tolerance, and as much again: the scores that are compared are rounded to the rows' precision
     assert float(violation.max()) < (2e-6 if dtype == torch.float32 else 2e-12)
-    reported = convex.solve(x.to(dtype), quantizer.codebook, lam)
-    assert float((reported.residual_N - violation).abs().max()) < convex.TOLERANCE[dtype]
+    reported = exact.solve(x.to(dtype), quantizer.codebook, lam)
+    assert float((reported.residual_N - violation).abs().max()) < exact.TOLERANCE[dtype]
     assert float(quantizer(x.to(dtype)).stats["residual"]) == float(reported.residual_N.max())
     assert reported.passes < 25
 
@@ -318,7 +318,7 @@ def test_many_equal_rows_end_with_a_residual_that_says_so():
     x = torch.tensor([[0.4, 0.4]], dtype=torch.float64).expand(4, 2).clone().requires_grad_()
     quantizer = built(rows)
     out = quantizer(x)
-    most = convex.MOST + convex.MOST_PER_DIM * 2
+    most = exact.MOST + exact.MOST_PER_DIM * 2
     assert most <= float(out.stats["support"]) < most + 20
     assert 1e-6 < float(out.stats["residual"]) < 1e-2
     p = weights(quantizer, x)
@@ -326,7 +326,7 @@ def test_many_equal_rows_end_with_a_residual_that_says_so():
     value = dense.objective(p, x.detach(), rows, 0.1)
     w = torch.linspace(0, 1, 100001, dtype=torch.float64)
     best = (2 * (0.4 - w).square() + 0.1 * (w.square() + w.square() / 1024)).min()
-    assert float((value - best).max()) < 0.1 / convex.MOST
+    assert float((value - best).max()) < 0.1 / exact.MOST
     out.z.sum().backward()
     assert torch.isfinite(x.grad).all()
 
@@ -368,6 +368,6 @@ def test_65536_codes_in_little_memory(ranks, codes, solver):
     for more, _, stats in results:
         assert more < 90
         assert 5 < stats["support"] < 40
-        assert stats.get("residual", 0.0) < convex.TOLERANCE[torch.float32]
+        assert stats.get("residual", 0.0) < exact.TOLERANCE[torch.float32]
     z = torch.cat([part for _, part, _ in results])
     assert z.shape == (256, 16)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from whole import CODES, integers, mine, normal, put
 
-from vqscale.codes import bounds, dense, scan, screen
-from vqscale.codes.bounds import Form
+from vqscale.codes import dense, scan
 from vqscale.codes.codebook import Codebook
+from vqscale.codes.search import bounds, prefilter
+from vqscale.codes.search.bounds import Form
 from vqscale.parallel.mesh import Mesh
 
 SIMILARITIES = ["dot", "euclid", "cosine"]
@@ -27,7 +28,7 @@ def expected(x, form):
 
 
 def check(x, form, budget=BUDGET):
-    score, ids = screen.best(x, form, budget)
+    score, ids = prefilter.best(x, form, budget)
     right, best = expected(x, form)
     assert torch.equal(ids, right)
     assert score.dtype == torch.float64
@@ -152,7 +153,7 @@ def test_ties_go_to_the_lowest(similarity):
     check(integers(200, 4, seed=6).float(), Form(rows.float(), similarity if similarity != "cosine" else "dot"))
     some = f32(50, 40, seed=7)
     many = some[torch.randint(50, (6000,), generator=torch.Generator().manual_seed(1))]
-    score, ids = screen.best(f32(70, 40, seed=8), Form(many, similarity), BUDGET)
+    score, ids = prefilter.best(f32(70, 40, seed=8), Form(many, similarity), BUDGET)
     right = expected(f32(70, 40, seed=8), Form(some, similarity))[0]
     first = torch.stack([(many == some[j]).all(1).nonzero()[0, 0] for j in range(50)])
     assert torch.equal(ids, first[right])
@@ -168,7 +169,7 @@ def test_rows_that_are_there_thousands_of_times(similarity, distinct, monkeypatc
     monkeypatch.setattr(Form, "between", lambda form, x, rows: plain.append(len(x)) or whole(form, x, rows))
     some, x = f32(distinct, 40, seed=7), f32(70, 40, seed=8)
     x[5] = 0
-    found = screen.best(x, Form(some.repeat(8192 // distinct, 1), similarity), 2**25)
+    found = prefilter.best(x, Form(some.repeat(8192 // distinct, 1), similarity), 2**25)
     assert max(plain) >= 60
     score, ids = found
     assert torch.equal(ids, expected(x, Form(some, similarity))[0])
@@ -214,14 +215,14 @@ def test_tokens_and_rows_that_are_not_finite():
     x, rows = f32(30, 32, seed=1), f32(2000, 32, seed=2)
     right = expected(x, Form(rows))[0]
     x[4, 3], x[9, 0], x[11, 5] = torch.nan, torch.inf, -torch.inf
-    score, ids = screen.best(x, Form(rows), BUDGET)
+    score, ids = prefilter.best(x, Form(rows), BUDGET)
     broken = ~x.isfinite().all(1)
     assert torch.equal(ids[~broken], right[~broken])
     assert ids[broken].tolist() == [0, 0, 0]
     assert (score[broken] == -torch.inf).all()
     for bad in (torch.nan, torch.inf):
         rows[int(right[0])] = bad
-        score, ids = screen.best(x, Form(rows), BUDGET)
+        score, ids = prefilter.best(x, Form(rows), BUDGET)
         rest = rows.clone()
         rest[int(right[0])] = 0
         assert torch.equal(ids[~broken], expected(x[~broken], Form(rest))[0])
@@ -230,7 +231,7 @@ def test_tokens_and_rows_that_are_not_finite():
 
 def test_nothing_to_search():
     for tokens, codes in ((0, 500), (3, 0), (0, 0)):
-        score, ids = screen.best(torch.ones(tokens, 40), Form(torch.ones(codes, 40)), BUDGET)
+        score, ids = prefilter.best(torch.ones(tokens, 40), Form(torch.ones(codes, 40)), BUDGET)
         assert ids.tolist() == [0] * tokens
         assert score.tolist() == [-torch.inf] * tokens
 
@@ -245,7 +246,7 @@ def test_sorted_rows_and_long_ones_cost_nothing_but_time():
 
 def test_parts_cover_all_rows_and_follow_the_budget():
     for budget in (1, 2**20, 2**26):
-        covered = list(screen.parts(70000, 256, 2048, budget))
+        covered = list(prefilter.parts(70000, 256, 2048, budget))
         assert covered[0][0] == 0
         assert covered[-1][1] == 70000
         assert all(a[1] == b[0] for a, b in pairwise(covered))
@@ -259,9 +260,9 @@ def everybody_served():
     """As if every size and every processor were one on which screening is faster."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("LEAST_TOKENS", "LEAST_ROWS", "LEAST_PAIRS"):
-            patch.setattr(screen, name, 0)
-        patch.setattr(screen, "DIMS", (1, 4096))
-        patch.setattr(screen.products, "fast_on_cpu", lambda: True)
+            patch.setattr(prefilter, name, 0)
+        patch.setattr(prefilter, "DIMS", (1, 4096))
+        patch.setattr(prefilter.products, "fast_on_cpu", lambda: True)
         yield
 
 
@@ -312,14 +313,14 @@ def test_any_number_of_ranks_finds_the_same(ranks, codes):
 
 
 def test_who_is_served(monkeypatch):
-    monkeypatch.setattr(screen.products, "fast_on_cpu", lambda: True)
+    monkeypatch.setattr(prefilter.products, "fast_on_cpu", lambda: True)
     x, rows = torch.empty(2048, 256), torch.empty(8192, 256)
-    assert screen.serves(x, Form(rows))
-    assert not screen.serves(x[:200], Form(rows.expand(100, -1, -1).flatten(0, 1)))
-    assert not screen.serves(x[:1024], Form(rows))
-    assert not screen.serves(x, Form(rows[:256]))
-    assert not screen.serves(x[:, :4], Form(rows[:, :4]))
-    assert not screen.serves(x.double(), Form(rows.double()))
-    assert not screen.serves(x.to("meta"), Form(rows.to("meta")))
-    monkeypatch.setattr(screen.products, "fast_on_cpu", lambda: False)
-    assert not screen.serves(x, Form(rows))
+    assert prefilter.serves(x, Form(rows))
+    assert not prefilter.serves(x[:200], Form(rows.expand(100, -1, -1).flatten(0, 1)))
+    assert not prefilter.serves(x[:1024], Form(rows))
+    assert not prefilter.serves(x, Form(rows[:256]))
+    assert not prefilter.serves(x[:, :4], Form(rows[:, :4]))
+    assert not prefilter.serves(x.double(), Form(rows.double()))
+    assert not prefilter.serves(x.to("meta"), Form(rows.to("meta")))
+    monkeypatch.setattr(prefilter.products, "fast_on_cpu", lambda: False)
+    assert not prefilter.serves(x, Form(rows))

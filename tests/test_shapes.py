@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vqscale.data.shapes import CLASS_NAMES, NUM_CLASSES, draw
+from vqscale.data.made.shapes import CLASS_NAMES, NUM_CLASSES, draw
 
 
 def test_a_picture_depends_on_its_arguments_alone():

@@ -9,8 +9,9 @@ import simplex_dense
 import torch
 from whole import CODES, close, integers, normal, put
 
-from vqscale.codes import active, scan, simplex
+from vqscale.codes import scan
 from vqscale.codes.codebook import Codebook
+from vqscale.codes.convex import active_set, simplex
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
@@ -148,10 +149,10 @@ def test_minimise_is_the_best_of_all_supports(lam):
     for inside in itertools.product([False, True], repeat=5):
         if any(inside):
             mask = torch.tensor(inside).expand(30, 5)
-            p = active.on_support(gram, linear, mask)
+            p = active_set.on_support(gram, linear, mask)
             value = torch.where((p >= -1e-12).all(1), _objective(p, gram, linear), torch.inf)
             best = torch.minimum(best, value)
-    p = active.minimise(gram, linear, start, allowed)
+    p = active_set.minimise(gram, linear, start, allowed)
     close(_objective(p, gram, linear), best, 1e-12)
     assert (p >= 0).all()
     close(p.sum(1), torch.ones(30, dtype=torch.float64), 1e-12)
@@ -162,24 +163,24 @@ def test_minimise_is_the_best_of_all_supports(lam):
 )
 def test_minimise_ends_at_the_optimum_from_anywhere(size, dim, lam):
     gram, linear, start, allowed = _programs(50, size, dim, lam)
-    p = active.minimise(gram, linear, start, allowed)
+    p = active_set.minimise(gram, linear, start, allowed)
     slope = torch.einsum("nst,nt->ns", gram, p) - linear
     level = (p * slope).sum(1, keepdim=True)
     assert float((level - slope).max()) < 1e-13
     assert float(torch.where(p > 0, (slope - level).abs(), 0).max()) < 1e-13
     other = torch.softmax(normal(50, size, seed=2), 1)
-    close(active.minimise(gram, linear, other, allowed), p, 1e-11 / lam**0.5)
+    close(active_set.minimise(gram, linear, other, allowed), p, 1e-11 / lam**0.5)
 
 
 def test_minimise_keeps_out_what_is_not_allowed_and_leaves_what_is_no_number():
     gram, linear, start, allowed = _programs(6, 8, 3, 0.1)
     allowed[:, 4:] = False
-    p = active.minimise(gram, linear, start, allowed)
+    p = active_set.minimise(gram, linear, start, allowed)
     assert (p[:, 4:] == 0).all()
-    few = active.minimise(gram[:, :4, :4], linear[:, :4], start[:, :4], allowed[:, :4])
+    few = active_set.minimise(gram[:, :4, :4], linear[:, :4], start[:, :4], allowed[:, :4])
     close(p[:, :4], few, 1e-12)
     gram[2] = torch.nan
-    broken = active.minimise(gram, linear, start, allowed)
+    broken = active_set.minimise(gram, linear, start, allowed)
     assert torch.equal(broken[2], start[2])
     assert torch.equal(broken[[0, 1, 3, 4, 5]], p[[0, 1, 3, 4, 5]])
 
@@ -189,14 +190,16 @@ def test_equal_codes_share_a_weight_equally():
     twice = torch.tensor([0, 1, 1, 1, 2])
     shared = gram[:, twice][:, :, twice] - 0.1 * torch.ones(5, 5).double() * (twice[:, None] == twice[None])
     shared = shared + 0.1 * torch.eye(5, dtype=torch.float64)
-    p = active.minimise(shared, linear[:, twice] * torch.tensor([1.0, 0, 0, 0, 0]), start[:, twice], allowed[:, twice])
+    p = active_set.minimise(
+        shared, linear[:, twice] * torch.tensor([1.0, 0, 0, 0, 0]), start[:, twice], allowed[:, twice]
+    )
     close(p[:, 1], p[:, 2], 1e-13)
     close(p[:, 1], p[:, 3], 1e-13)
 
 
 def test_differentiate_is_what_autograd_says_of_the_bordered_system():
     gram, linear, start, allowed = _programs(5, 7, 4, 0.1)
-    p = active.minimise(gram, linear, start, allowed)
+    p = active_set.minimise(gram, linear, start, allowed)
     assert int((p > 0).sum(1).min()) > 1
     slope = normal(5, 7, seed=9)
     for token in range(5):
@@ -209,6 +212,6 @@ def test_differentiate_is_what_autograd_says_of_the_bordered_system():
         solved = torch.linalg.solve(system, torch.cat([free, torch.ones(1, dtype=torch.float64)]))
         close(solved[:size].detach(), p[token][inside], 1e-12)
         (expected,) = torch.autograd.grad((solved[:size] * slope[token][inside]).sum(), free)
-        got = active.differentiate(gram, p > 0, slope)[token]
+        got = active_set.differentiate(gram, p > 0, slope)[token]
         close(got[inside], expected, 1e-12)
         assert (got[~inside] == 0).all()

@@ -15,7 +15,7 @@ import saved_runs
 import shard_files
 import slurm
 
-from vqscale.data.tokens import Cache
+from vqscale.data.tokens.stream import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "slurm" / "train.sbatch"

@@ -15,9 +15,9 @@ import pytest
 from jobs import ROOT, write_config, write_shards
 
 from vqscale import config as configuration
-from vqscale.metrics import page
-from vqscale.train import study as studies
-from vqscale.train.study import StudyConfig
+from vqscale.programs import study as studies
+from vqscale.programs.study import StudyConfig
+from vqscale.show import page
 
 
 @pytest.fixture(scope="module")

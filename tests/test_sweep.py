@@ -19,12 +19,12 @@ from saved_runs import small
 from test_sample import MAKE, Rule, at
 
 from vqscale.metrics import generation
-from vqscale.metrics import sweep as written
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
-from vqscale.train import folder as run_folder
-from vqscale.train import sweep
-from vqscale.train.sample import Settings
+from vqscale.programs import sweep
+from vqscale.programs.sample import Settings
+from vqscale.run import folder as run_folder
+from vqscale.show import sweep_table as written
 
 BASE = Settings(num_images=12, classes=(0, 1, 2), batch=4)
 DIALS = {"temperature": [0.9, 1.0], "guidance": [1.0, 1.5, 2.0]}

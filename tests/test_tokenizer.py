@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqscale import config as configuration
-from vqscale import losses, quantizers
+from vqscale import quantizers
 from vqscale.nets.config import ConvConfig
 from vqscale.quantizers.base import Quantized, Quantizer
 from vqscale.quantizers.config import IBQConfig
-from vqscale.tokenizer import Tokenizer
-from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.model import Tokenizer
+from vqscale.train import losses
 
 NET = ConvConfig(
     channels=8, multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,), z_channels=6, num_groups=4, dropout=0.3

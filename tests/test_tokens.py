@@ -14,10 +14,10 @@ import torch
 import zarr
 
 from vqscale import config as configuration
-from vqscale.data import tokens_format as form
-from vqscale.data import tokens_write as writing
 from vqscale.data.config import TokensConfig
-from vqscale.data.tokens import Cache, Stream, TokenBatch
+from vqscale.data.tokens import format as form
+from vqscale.data.tokens import write as writing
+from vqscale.data.tokens.stream import Cache, Stream, TokenBatch
 
 NUM, BROKEN = 31, (0, 5, 6, 30)  # a prime number of images; one storage shard begins, one ends with a broken one
 GOOD = [number for number in range(NUM) if number not in BROKEN]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import token_caches as caches
 
-from vqscale.data import tokens_format as form
-from vqscale.data import tokens_write as writing
 from vqscale.data.config import TokensConfig
-from vqscale.data.tokens import Cache, Stream
+from vqscale.data.tokens import format as form
+from vqscale.data.tokens import write as writing
+from vqscale.data.tokens.stream import Cache, Stream
 
 NUM = 8
 # Other values: of what a writer that continues a cache must agree in, and of what may differ.

@@ -19,14 +19,15 @@ from prior_runs import CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER
 from vqscale import config as configuration
 from vqscale.codes import noise, tally
 from vqscale.data.config import TokensConfig
-from vqscale.data.tokens import Cache, Stream
+from vqscale.data.tokens.stream import Cache, Stream
+from vqscale.metrics import unigram
 from vqscale.nets.config import ConvConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
 from vqscale.quantizers.config import VQConfig
-from vqscale.tokenizer import Tokenizer
-from vqscale.tokenizer_config import TokenizerConfig
-from vqscale.train import folder, unigram
+from vqscale.run import folder
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import PriorRun, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -159,7 +160,7 @@ def test_a_global_batch_gives_the_same_run(tmp_path, caches, alone, world, more)
 def test_killed_and_stopped_and_continued_on_others(tmp_path, caches, alone):
     """Killed in step 4 (the second of an epoch of three) on two processes, stopped in step 6 on one, ended on two."""
     path = prior_runs.write_config(tmp_path, caches)
-    backward = "vqscale.parallel.engine:Engine.backward"
+    backward = "vqscale.engine.engine:Engine.backward"
     kill = partial(jobs.at_call, backward, 4, partial(jobs.hear, signal.SIGKILL), 1)
     assert jobs.start(path, world=2, before=kill).wait() == [1, -9]
     run = tmp_path / "run"
@@ -175,7 +176,7 @@ def test_accumulation_may_change_on_the_way(tmp_path, caches, alone):
     """Two processes, then one with two micro-batches of the same images, then one with four."""
     path = prior_runs.write_config(tmp_path, caches)
     for step, world, accumulation in ((3, 2, 1), (2, 1, 2)):
-        stop = partial(jobs.at_call, "vqscale.parallel.engine:Engine.backward", 1 + step * accumulation)
+        stop = partial(jobs.at_call, "vqscale.engine.engine:Engine.backward", 1 + step * accumulation)
         stop = partial(stop, partial(jobs.hear, signal.SIGTERM), 0)
         job = jobs.start(path, f"engine.accumulation={accumulation}", world=world, before=stop)
         assert job.wait() == [jobs.STOPPED] * world, job.output
@@ -205,7 +206,7 @@ def test_with_dropout_to_the_bit(tmp_path, caches):
     dropout = ("prior.net.dropout_ffn=0.2", "prior.net.dropout_token=0.1", "engine.precision=bf16")
     whole = jobs.finish(prior_runs.write_config(tmp_path / "1", caches, *dropout))
     path = prior_runs.write_config(tmp_path / "2", caches, *dropout)
-    kill = partial(jobs.at_call, "vqscale.parallel.engine:Engine.backward", 6, partial(jobs.hear, signal.SIGKILL), 0)
+    kill = partial(jobs.at_call, "vqscale.engine.engine:Engine.backward", 6, partial(jobs.hear, signal.SIGKILL), 0)
     assert jobs.start(path, before=kill).wait() == [-9]
     jobs.same_bits(whole, jobs.finish(path), 8)
 

@@ -8,7 +8,7 @@ from whole import CODES, GRIDS, mine, normal, put, table
 
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.config import UpkeepConfig
-from vqscale.codes.upkeep import Upkeep, choose, first_dead
+from vqscale.codes.revival import Upkeep, choose, first_dead
 from vqscale.parallel.mesh import Mesh
 
 K, DIM, TOKENS = 13, 3, 8

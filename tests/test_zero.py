@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.engine import Engine
 from vqscale.parallel import ops
-from vqscale.parallel.config import EngineConfig, OptimConfig
-from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
 
 KINDS = [{"name": "torch"}, *({"name": "deepspeed", "stage": stage} for stage in range(4))]

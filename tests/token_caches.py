@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vqscale.data import tokens_format as form
-from vqscale.data import tokens_write as writing
-from vqscale.data.contents import Contents
-from vqscale.data.index import Index
-from vqscale.data.tokens_format import Card
+from vqscale.data.shards.contents import Contents
+from vqscale.data.shards.index import Index
+from vqscale.data.tokens import format as form
+from vqscale.data.tokens import write as writing
+from vqscale.data.tokens.format import Card
 
 GRID, VIEWS, STORAGE = (2, 3), ("center", "center mirrored", "left"), 4
 LABELS = 5

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: ImagesConfig, batch: int, images: int, rounds: int) -> dict[str, Any]:
     """Both readers in turns, `images` each a round after their first batch."""
     from vqscale.data.images import Stream
-    from vqscale.data.index import build
+    from vqscale.data.shards.index import build
 
     begin = time.perf_counter()
     index = build(config)
@@ -115,7 +115,7 @@ def _plain(config: ImagesConfig, shards: list[str], batch: int) -> Iterator[Any]
     from webdataset import WebDataset, WebLoader
 
     from vqscale.data import pixels
-    from vqscale.data.contents import IMAGE_KEYS
+    from vqscale.data.shards.contents import IMAGE_KEYS
 
     def decode(sample: dict[str, Any]) -> tuple[Any, int]:
         data = next(sample[key] for key in IMAGE_KEYS if key in sample)
@@ -139,7 +139,7 @@ def _draw(place: Path, count: int) -> str:
     from PIL import Image
     from webdataset import TarWriter
 
-    from vqscale.data.shapes import draw
+    from vqscale.data.made.shapes import draw
 
     for shard in range(4):
         with TarWriter(str(place / f"{shard}.tar")) as tar:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vqscale.codes import noise
 from vqscale.codes.config import Products
-from vqscale.codes.head import Head
+from vqscale.codes.heads.flat import Head
 from vqscale.codes.rows import Rows, draw
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive

@@ -25,26 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while encoding, 2 the user's input, 75 stopped on request."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(words)
-    from vqscale.train import ending
+    from vqscale.run import processes
 
     try:
         return _encode(args, words)
     except BaseException as error:
-        return ending.leave(ending.tell("encode", error))
+        return processes.leave(processes.tell("encode", error))
 
 
 def _encode(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.train import ending
+    from vqscale.run import processes
 
-    shards, grid = _images(args), ending.divide(args.codes)
+    shards, grid = _images(args), processes.divide(args.codes)
     from vqscale.data import images
     from vqscale.data.views import Source
-    from vqscale.tokenizer import Tokenizer
-    from vqscale.train import encode
-    from vqscale.train.folder import EXIT_STOPPED
+    from vqscale.programs import encode
+    from vqscale.run.folder import EXIT_STOPPED
+    from vqscale.tokenizer.model import Tokenizer
 
     images.prepare(shards)
-    with ending.joined(args.device, grid, args.timeout_s) as mesh:
+    with processes.joined(args.device, grid, args.timeout_s) as mesh:
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
         size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
         source = Source(_images(args, size, tokenizer.card), args.views)

@@ -32,10 +32,10 @@ from vqscale.data.config import ImagesConfig, TokensConfig, as_trained
 
 if TYPE_CHECKING:
     from vqscale.data.images import Stream
-    from vqscale.metrics.progress import Progress
+    from vqscale.metrics.held_out import Judges
     from vqscale.nets.inception import Inception
     from vqscale.parallel.mesh import Mesh
-    from vqscale.train.score import Judges
+    from vqscale.show.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _joined(args: argparse.Namespace) -> AbstractContextManager[Mesh]:
-    from vqscale.train import ending
+    from vqscale.run import processes
 
     # Weights and images are files, which may be wrong on one rank only: no error is one that all have agreed on.
-    return ending.joined(args.device, ending.divide(getattr(args, "codes", 1)), agreed=())
+    return processes.joined(args.device, processes.divide(getattr(args, "codes", 1)), agreed=())
 
 
 def _images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> ImagesConfig:
@@ -86,15 +86,15 @@ def _inception(args: argparse.Namespace, mesh: Mesh) -> Inception:
 
 
 def _progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
-    from vqscale.metrics.progress import Progress
+    from vqscale.show.progress import Progress
 
     return Progress(-(-images // args.batch), rank=mesh.world.rank, stream=sys.stderr)
 
 
 def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
     from vqscale.metrics import fid
+    from vqscale.metrics.held_out import Judges
     from vqscale.nets import lpips
-    from vqscale.train.score import Judges
 
     inception = reference = distance = None
     if args.inception:
@@ -118,10 +118,10 @@ def _tokenizer(args: argparse.Namespace) -> str:
     import torch
 
     from vqscale.data.images import Stream
-    from vqscale.metrics import fid, pictures, report
+    from vqscale.metrics import fid, held_out
     from vqscale.nets.inception import PREPROCESSING
-    from vqscale.tokenizer import Tokenizer
-    from vqscale.train import score
+    from vqscale.show import pictures, report
+    from vqscale.tokenizer.model import Tokenizer
 
     with _joined(args) as mesh:
         judges = _judges(args, mesh)
@@ -130,7 +130,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
         stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
         tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
         progress = _progress(stream.num_samples, args, mesh)
-        found = score.score(tokenizer, stream, mesh, judges, progress)
+        found = held_out.score(tokenizer, stream, mesh, judges, progress.advance)
         progress.close()
         fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
@@ -167,15 +167,15 @@ def _tokenizer(args: argparse.Namespace) -> str:
 def _statistics(args: argparse.Namespace) -> str:
     config = _images(args)
     from vqscale.data.images import Stream
-    from vqscale.metrics import fid, report
+    from vqscale.metrics import fid, held_out
     from vqscale.nets.inception import PREPROCESSING
-    from vqscale.train import score
+    from vqscale.show import report
 
     with _joined(args) as mesh:
         inception = _inception(args, mesh)
         stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
         progress = _progress(stream.num_samples, args, mesh)
-        found, seen = score.statistics(stream, inception, mesh, progress, points=args.images)
+        found, seen = held_out.statistics(stream, inception, mesh, progress.advance, points=args.images)
         progress.close()
     if mesh.world.rank:
         return ""
@@ -192,9 +192,10 @@ def _statistics(args: argparse.Namespace) -> str:
 
 
 def _samples(args: argparse.Namespace) -> str:
-    from vqscale.metrics import generation, pictures, report
+    from vqscale.metrics import generation
     from vqscale.metrics.sample_file import SampleFile
     from vqscale.nets.inception import PREPROCESSING
+    from vqscale.show import pictures, report
 
     images = SampleFile(args.path)
     with _joined(args) as mesh:
@@ -202,7 +203,7 @@ def _samples(args: argparse.Namespace) -> str:
         progress = _progress(len(images), args, mesh)
         batch = max(1, args.batch // mesh.world.size)
         reference = generation.read_reference(args.reference, inception, mesh, batch=batch)
-        samples = generation.describe(images, inception, mesh, batch=batch, progress=progress)
+        samples = generation.describe(images, inception, mesh, batch=batch, advance=progress.advance)
         progress.close()
     if mesh.world.rank:
         return ""
@@ -221,10 +222,11 @@ def _samples(args: argparse.Namespace) -> str:
 
 
 def _prior(args: argparse.Namespace) -> str:
-    from vqscale.data.tokens import Stream
-    from vqscale.metrics import report
+    from vqscale.data.tokens.stream import Stream
+    from vqscale.metrics import unigram
     from vqscale.priors.base import Prior
-    from vqscale.train import prior, unigram
+    from vqscale.show import report
+    from vqscale.train import prior
 
     Stream(TokensConfig(args.cache), args.batch, train=False)  # refused before processes meet
     with _joined(args) as mesh:
@@ -266,7 +268,7 @@ def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:
 
 def _result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], **what: Any) -> dict[str, Any]:
     """What is written: numbers, what they are of, how they were measured, by which code, on how many processes."""
-    from vqscale.train import folder
+    from vqscale.run import folder
 
     code = {"commit": folder.commit(), "versions": folder.versions(), "command": " ".join(sys.argv)}
     return {"numbers": numbers, **what, "protocol": protocol, **code, "processes": mesh.world.size}

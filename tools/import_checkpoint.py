@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     asked = parser.parse_args(argv)
     from vqscale.nets.weights import read_state
-    from vqscale.published import FAMILIES, convert
+    from vqscale.tokenizer.published import FAMILIES, convert
 
     try:
         family = FAMILIES[asked.family]

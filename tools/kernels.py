@@ -1,6 +1,6 @@
 """`kernels.py`: what the fused kernels of vqscale/codes need of a GPU that need not be here.
 
-Compiles each with Triton for compute capability 9.0 (H100, H200), with the tiles that vqscale/codes/fused_tiles.py
+Compiles each with Triton for compute capability 9.0 (H100, H200), with the tiles that vqscale/codes/gpu/tiles.py
 gives it, and prints registers per thread, bytes of stack (what does not fit into registers), shared memory and the
 warp-group products in its code. Times nothing.
 """
@@ -50,30 +50,30 @@ def main() -> int:
 
 def cases(dim: int, full: bool) -> Iterator[Case]:
     """Every kernel with a bias, in the variants that differ in what they hold."""
-    from vqscale.codes import fused_gradients, fused_kernels, fused_tiles
+    from vqscale.codes.gpu import kernels, kernels_backward, tiles
 
-    def case(kernel: Any, kind: fused_tiles.Kernel, says: str, wide: bool = False, **flags: bool) -> Case:
-        tile = fused_tiles.tile(kind, dim, 4 if full else 2, wide)
-        blocks = {"BLOCK_N": tile.tokens, "BLOCK_K": tile.codes, "BLOCK_D": fused_tiles.padded(dim)}
+    def case(kernel: Any, kind: tiles.Kernel, says: str, wide: bool = False, **flags: bool) -> Case:
+        tile = tiles.tile(kind, dim, 4 if full else 2, wide)
+        blocks = {"BLOCK_N": tile.tokens, "BLOCK_K": tile.codes, "BLOCK_D": tiles.padded(dim)}
         return Case(kernel, {"HAS_BIAS": True, **flags, **blocks}, tile.warps, tile.stages, says)
 
-    yield case(fused_kernels.peaks_kernel, "peaks", "")
+    yield case(kernels.peaks_kernel, "peaks", "")
     for kind in ("peaks", "mix"):
-        chunk = fused_tiles.tile(kind, dim, 4 if full else 2).codes
-        flags = {"HAS_BIAS": True, "CHUNK": chunk, "BLOCK_D": fused_tiles.RESCORE_DIM}
-        yield Case(fused_kernels.widths_kernel, flags, 4, 3, f"after {kind}")
-        flags = {**flags, "BLOCK_N": fused_tiles.RESCORE_TOKENS}
-        yield Case(fused_kernels.rescore_kernel, flags, 4, 3, f"after {kind}")
-    yield case(fused_kernels.column_sums_kernel, "columns", "")
-    yield case(fused_kernels.row_means_kernel, "means", "")
+        chunk = tiles.tile(kind, dim, 4 if full else 2).codes
+        flags = {"HAS_BIAS": True, "CHUNK": chunk, "BLOCK_D": tiles.RESCORE_DIM}
+        yield Case(kernels.widths_kernel, flags, 4, 3, f"after {kind}")
+        flags = {**flags, "BLOCK_N": tiles.RESCORE_TOKENS}
+        yield Case(kernels.rescore_kernel, flags, 4, 3, f"after {kind}")
+    yield case(kernels.column_sums_kernel, "columns", "")
+    yield case(kernels.row_means_kernel, "means", "")
     for same in (True, False):
         for sharp in (False, True):
             says = ", ".join(word for word, said in (("values apart", not same), ("two temperatures", sharp)) if said)
-            yield case(fused_kernels.mix_kernel, "mix", says, SHARP=sharp, SAME=same)
+            yield case(kernels.mix_kernel, "mix", says, SHARP=sharp, SAME=same)
             marks = {"HAS_MEAN": True, "HAS_SHIFT": True, "HAS_ENTROPY": sharp, "HAS_COLUMNS": sharp, "SAME": same}
             wide = sharp or not same
-            yield case(fused_gradients.token_gradient_kernel, "tokens", says, wide, **marks)
-            yield case(fused_gradients.key_gradient_kernel, "keys", says, wide, **marks)
+            yield case(kernels_backward.token_gradient_kernel, "tokens", says, wide, **marks)
+            yield case(kernels_backward.key_gradient_kernel, "keys", says, wide, **marks)
 
 
 def compiled(case: Case, operand: str) -> tuple[int, int, int, int]:

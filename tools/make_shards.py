@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when the shards are there; 2, with the reason on stderr, when they cannot be made."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from vqscale.data import make  # after the arguments: it brings the webdataset library, and that brings torch
     from vqscale.data.config import ShapesConfig
+    from vqscale.data.made import make  # after the arguments: it brings the webdataset library, and that brings torch
 
     try:
         if args.source == "shapes":

@@ -22,7 +22,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from vqscale.metrics.pictures import Picture
+    from vqscale.show.pictures import Picture
 
 MOST_CLASSES, DRAWN, REAL = 20, 8, 4
 MOST_READ = 4096  # real images that are looked at for some of every class
@@ -49,19 +49,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _page(args: argparse.Namespace) -> Path:
-    from vqscale.metrics import story
+    from vqscale.show import run_page
 
     first, second = _run(args.tokenizer, "tokenizer"), _run(args.prior, "prior")
     settings, drawn = _drawn(args.samples)
-    parts = [story.tokenizer(*first)]
+    parts = [run_page.tokenizer(*first)]
     pictures = sorted((args.tokenizer / "samples" / "reconstructions").glob("*.png"))
     if pictures:
-        parts.append(story.reconstructions(pictures[-1]))
-    parts.append(story.prior(*second))
+        parts.append(run_page.reconstructions(pictures[-1]))
+    parts.append(run_page.prior(*second))
     source = first[0]["data"].get("val") or first[0]["data"]["train"]
-    parts.append(story.samples(drawn, _real(source, list(drawn)), _names(source), settings))
-    parts.append(story.commands(_commands(args)))
-    return story.write(args.out, "From images to samples", parts)
+    parts.append(run_page.samples(drawn, _real(source, list(drawn)), _names(source), settings))
+    parts.append(run_page.commands(_commands(args)))
+    return run_page.write(args.out, "From images to samples", parts)
 
 
 def _run(folder: Path, task: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -84,7 +84,7 @@ def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
     import numpy as np
 
     from vqscale.metrics.sample_file import SampleFile
-    from vqscale.train import sample_folder
+    from vqscale.programs import sample_folder
 
     facts = sample_folder.read(folder)
     if facts is None or facts.get("state") != "done":

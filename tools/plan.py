@@ -7,7 +7,7 @@
 A run as for launch/train.py; without one, configs/tokenizer/ibq_imagenet256_262144.yaml. For every number of GPUs: the
 split data x codes with the shortest predicted step, what it holds, sends and takes, and the smallest code axis that
 fits. engine.matmul=highest, high or medium is the precision on the code axis. The formulas: bytes in
-vqscale/train/traffic.py, seconds and memory in vqscale/train/cost.py. They do not know waiting for data, nor what the
+vqscale/plan/traffic.py, seconds and memory in vqscale/plan/cost.py. They do not know waiting for data, nor what the
 discriminator sends.
 
 --check measures here: rates of this machine and real steps of the code axis on 1, 2 and 4 processes, predicted beside
@@ -27,10 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vqscale import config as configuration
+from vqscale.plan.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
+from vqscale.plan.machines import MACHINES, Machine
+from vqscale.plan.traffic import Work, grids, rows
 from vqscale.train.config import TokenizerRun
-from vqscale.train.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
-from vqscale.train.machines import MACHINES, Machine
-from vqscale.train.traffic import Work, grids, rows
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tokenizer" / "ibq_imagenet256_262144.yaml"
 WORLDS = [2**i for i in range(11)]
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    from vqscale.train.plan import workload
+    from vqscale.plan.tokenizer import workload
 
     config, worlds = _run(args), _worlds(args.gpus) if args.gpus else WORLDS
     machine = _machine(args.gpu)

@@ -26,11 +26,11 @@ from vqscale import quantizers
 from vqscale.codes import scan, tally
 from vqscale.parallel import ops, spawn
 from vqscale.parallel.mesh import Axis, Mesh, world_size
+from vqscale.plan import cost, traffic
+from vqscale.plan.count import Walk, code_axis
+from vqscale.plan.machines import Kind, Machine, Wire
+from vqscale.plan.traffic import Grid, Work
 from vqscale.seed import derive
-from vqscale.train import cost, traffic
-from vqscale.train.machines import Kind, Machine, Wire
-from vqscale.train.traffic import Grid, Work
-from vqscale.train.walk import Walk, code_axis
 
 PROCESSES = (1, 2, 4)
 SIZES = ((512, 8192, 64), (512, 32768, 64), (1024, 16384, 128))  # tokens of all processes, codes, dim

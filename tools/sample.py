@@ -26,30 +26,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
-    from vqscale.train.sample import Outcome
-    from vqscale.train.settings import Settings
+    from vqscale.programs.sample import Outcome
+    from vqscale.programs.sample_settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while drawing, 2 the user's input, 75 stopped on request."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(words)
-    from vqscale.train import ending
+    from vqscale.run import processes
 
     try:
         return _sample(args, words)
     except BaseException as error:
-        return ending.leave(ending.tell("sample", error))
+        return processes.leave(processes.tell("sample", error))
 
 
 def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.train import ending, settings
+    from vqscale.programs import sample_settings
+    from vqscale.run import processes
 
-    grid = settings.settle(args, lambda classes: _settings(args, classes).problems())
-    from vqscale.train import sample
-    from vqscale.train.folder import EXIT_STOPPED
+    grid = sample_settings.settle(args, lambda classes: _settings(args, classes).problems())
+    from vqscale.programs import sample
+    from vqscale.run.folder import EXIT_STOPPED
 
-    with ending.joined(args.device, grid, args.timeout_s) as mesh:
+    with processes.joined(args.device, grid, args.timeout_s) as mesh:
         asked, outcome = _draw(args, words, mesh)
     if mesh.world.rank == 0:
         print(sample.summary(outcome, args.out, asked, mesh.world.size), flush=True)
@@ -58,8 +59,8 @@ def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[Settings, Outcome]:
     from vqscale.priors.base import Prior
-    from vqscale.priors.tokenizer import tokenizer_of
-    from vqscale.train import sample
+    from vqscale.programs import sample
+    from vqscale.tokenizer.matching import tokenizer_of
 
     warnings.filterwarnings("ignore", message="guidance is")  # said below, once
     prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
@@ -74,7 +75,7 @@ def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[S
 
 
 def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> Settings:
-    from vqscale.train.settings import Settings
+    from vqscale.programs.sample_settings import Settings
 
     return Settings(
         num_images=args.num_images if args.per_class is None else args.per_class * len(classes),

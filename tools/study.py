@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from vqscale import config as configuration
-from vqscale.metrics import page
-from vqscale.train import folder as run_folder
-from vqscale.train import study as studies
-from vqscale.train.study import Member, StudyConfig
+from vqscale.programs import study as studies
+from vqscale.programs.study import Member, StudyConfig
+from vqscale.run import folder as run_folder
+from vqscale.show import page
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 1.0
@@ -134,7 +134,7 @@ def report(study: StudyConfig, members: list[Member], failures: dict[str, str]) 
 
 
 def print_plan(study: StudyConfig, members: list[Member]) -> None:
-    from vqscale.train.plan import MIB, plan
+    from vqscale.plan.tokenizer import MIB, plan
 
     print(f"{len(members)} runs of {study.processes} processes, {study.jobs} side by side, in {study.folder}")
     for member in members:

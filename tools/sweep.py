@@ -26,28 +26,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
-    from vqscale.train.settings import Settings
+    from vqscale.programs.sample_settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed on the way, 2 the user's input, 75 stopped on request."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(words)
-    from vqscale.train import ending
+    from vqscale.run import processes
 
     try:
         return _sweep(args, words)
     except BaseException as error:
-        return ending.leave(ending.tell("sweep", error))
+        return processes.leave(processes.tell("sweep", error))
 
 
 def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.train import ending, settings
-    from vqscale.train.folder import EXIT_STOPPED
+    from vqscale.programs import sample_settings
+    from vqscale.run import processes
+    from vqscale.run.folder import EXIT_STOPPED
 
-    grid = settings.settle(args, lambda classes: _problems(args, classes))
+    grid = sample_settings.settle(args, lambda classes: _problems(args, classes))
 
-    with ending.joined(args.device, grid, args.timeout_s) as mesh:
+    with processes.joined(args.device, grid, args.timeout_s) as mesh:
         told, missing = _measure(args, words, mesh)
     if mesh.world.rank == 0:
         print(told, flush=True)
@@ -56,11 +57,11 @@ def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[str, int]:
     """(what to say at the end, how many settings are missing)."""
-    from vqscale.metrics import sweep as written
     from vqscale.nets.inception import load
     from vqscale.priors.base import Prior
-    from vqscale.priors.tokenizer import tokenizer_of
-    from vqscale.train import sample, sweep
+    from vqscale.programs import sample, sweep
+    from vqscale.show import sweep_table as written
+    from vqscale.tokenizer.matching import tokenizer_of
 
     warnings.filterwarnings("ignore", message="guidance is")  # said below, once
     prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
@@ -79,7 +80,7 @@ def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tupl
 
 def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
     """All that is wrong with the settings and the files, as far as can be seen without a model."""
-    from vqscale.train.settings import noted
+    from vqscale.programs.sample_settings import noted
 
     found = list[str]()
     with noted(found):
@@ -101,8 +102,8 @@ def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
 
 
 def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Settings]:
-    from vqscale.train import sweep
-    from vqscale.train.settings import Settings
+    from vqscale.programs import sweep
+    from vqscale.programs.sample_settings import Settings
 
     base = Settings(args.num_images, classes, seed=args.seed, batch=args.batch, resize=args.resize)
     dials = {"schedule": args.schedule, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqscale.codes.codebook import Codebook
-    from vqscale.codes.head import Head
+    from vqscale.codes.heads.flat import Head
     from vqscale.parallel.mesh import Mesh
-    from vqscale.tokenizer import Tokenizer
+    from vqscale.tokenizer.model import Tokenizer
 
 __all__ = ["Codebook", "Head", "Mesh", "Tokenizer"]
 
 _HOMES = {
     "Codebook": "vqscale.codes.codebook",
-    "Head": "vqscale.codes.head",
+    "Head": "vqscale.codes.heads.flat",
     "Mesh": "vqscale.parallel.mesh",
-    "Tokenizer": "vqscale.tokenizer",
+    "Tokenizer": "vqscale.tokenizer.model",
 }
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqscale.codes import mixing, scan, unmixing
+from vqscale.codes import scan
 from vqscale.codes.config import Products
+from vqscale.codes.softmax import backward, forward
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
 LEAST_CAPABILITY = (8, 0)  # of the device: products of bfloat16
@@ -31,7 +32,7 @@ class Passes:
     unmix: Any
 
 
-BLOCKS = Passes(scan.best, mixing.mix, mixing.column_sums, mixing.row_means, unmixing.unmix)
+BLOCKS = Passes(scan.best, forward.mix, forward.column_sums, forward.row_means, backward.unmix)
 
 
 def pick(x_BD: Tensor, products: Products = "fp32") -> Passes:
@@ -43,11 +44,11 @@ def pick(x_BD: Tensor, products: Products = "fp32") -> Passes:
     """
     if not _has_kernels(x_BD):
         return BLOCKS
-    from vqscale.codes import fused
+    from vqscale.codes.gpu import passes
 
     if x_BD.dtype == torch.bfloat16 or products == "bf16":
-        return Passes(fused.best, fused.mix, fused.column_sums, fused.row_means, fused.unmix)
-    return Passes(fused.best, mixing.mix, mixing.column_sums, mixing.row_means, unmixing.unmix)
+        return Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.unmix)
+    return Passes(passes.best, forward.mix, forward.column_sums, forward.row_means, backward.unmix)
 
 
 def readable(rows_kD: Tensor) -> Tensor:

@@ -27,13 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.codes import backend, products, scan, screen, soft
-from vqscale.codes.bounds import Form
+from vqscale.codes import backend, products, scan
 from vqscale.codes.config import Similarity, TableConfig
 from vqscale.codes.merge import full_precision, merge_best, own
-from vqscale.codes.mixing import Wanted
 from vqscale.codes.rows import Init, Rows, Table, draw
-from vqscale.codes.soft import Mixture
+from vqscale.codes.search import prefilter
+from vqscale.codes.search.bounds import Form
+from vqscale.codes.softmax import autograd
+from vqscale.codes.softmax.autograd import Mixture
+from vqscale.codes.softmax.forward import Wanted
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis, Mesh
@@ -107,8 +109,8 @@ class Codebook(Table):
             rows_kD = backend.readable(self.rows)
             form = Form(rows_kD, self.similarity) if keys is None else Form(keys.keys_kD, "dot", keys.bias_k)
             x_BD = ops.gather(x_ND.to(rows_kD.dtype), self.axis)
-            if screen.serves(x_BD, form):
-                score_B, row_B = screen.best(x_BD, form, self.budget)
+            if prefilter.serves(x_BD, form):
+                score_B, row_B = prefilter.best(x_BD, form, self.budget)
             else:
                 q_BD = self.queries(x_BD) if keys is None else x_BD
                 score_B, row_B = backend.pick(q_BD).best(q_BD, keys or self.keys(rows_kD), self.budget)
@@ -128,16 +130,17 @@ class Codebook(Table):
         With an `entropy_temperature`, also the entropy of each token and the column sums of the softmax at that
         temperature. Gradients go to x and, through the logits, to the rows; as values of the mean the rows are
         detached. `code_ND`, the rows of the best ids, has its gradient to the rows as `lookup` has. There are first
-        derivatives only. Bytes sent and memory kept: soft.py; products: mixing.py, or fused.py where that serves.
+        derivatives only. Bytes sent and memory kept: softmax/autograd.py; products: softmax/forward.py, or
+        gpu/passes.py where that serves.
         """
         with clock.span("codes"), full_precision(x_ND):
             rows_kD = backend.readable(self.rows)
             sharper = None if entropy_temperature is None else temperature / entropy_temperature
             chosen = products.wanted(rows_kD.device.type, rows_kD.dtype)
             wanted = Wanted(self.num_codes, self.budget, temperature, sharper, chosen)
-            plan = soft.Plan(self.layout, self.axis, wanted, bias=self.similarity == "euclid")
+            plan = autograd.Plan(self.layout, self.axis, wanted, bias=self.similarity == "euclid")
             keys_kD = F.normalize(rows_kD, dim=1) if self.similarity == "cosine" else None
-            return soft.mix(self.queries(x_ND.to(rows_kD.dtype)), rows_kD, keys_kD, plan)
+            return autograd.mix(self.queries(x_ND.to(rows_kD.dtype)), rows_kD, keys_kD, plan)
 
     @torch.no_grad()
     def replace(self, ids_P: Tensor, values_PD: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqscale.codes.mixing import Softmax
 from vqscale.codes.rows import Rows
+from vqscale.codes.softmax.forward import Softmax
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 

@@ -2,7 +2,7 @@
 
 Scores are s_nj = x_n . key_j + bias_j. They are made in blocks of tokens x rows whose size follows a memory budget, in
 one buffer, and what is needed of them is kept per token. Here: the blocks, the scores and the highest of them; the
-softmax over all rows and its backward pass are in mixing.py and unmixing.py.
+softmax over all rows and its backward pass are in softmax/forward.py and softmax/backward.py.
 """
 
 from __future__ import annotations

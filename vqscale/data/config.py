@@ -1,5 +1,5 @@
 """What a source of images, or of their ids, is asked for, without torch: the configs of data/images.py and
-data/tokens.py, read before anything heavy is imported.
+data/tokens/stream.py, read before anything heavy is imported.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
 """

@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 from vqscale.data import pixels
 from vqscale.data.config import ImagesConfig
-from vqscale.data.index import Index, build
-from vqscale.data.make import make_missing
+from vqscale.data.made.make import make_missing
 from vqscale.data.order import Order, Sequential
-from vqscale.data.reader import Reader
-from vqscale.data.workers import read, room
+from vqscale.data.shards.index import Index, build
+from vqscale.data.shards.reader import Reader
+from vqscale.data.shards.workers import read, room
 from vqscale.seed import derive
 
 

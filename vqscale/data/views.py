@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from vqscale.data import pixels
 from vqscale.data.config import VIEWS, ImagesConfig, Views
-from vqscale.data.index import build
 from vqscale.data.order import Sequential
-from vqscale.data.reader import Reader
-from vqscale.data.workers import read, room
+from vqscale.data.shards.index import build
+from vqscale.data.shards.reader import Reader
+from vqscale.data.shards.workers import read, room
 
 
 @dataclass

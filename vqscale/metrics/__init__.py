@@ -1,1 +1,1 @@
-"""What a run is judged by, and the board on which it is written."""
+"""Numbers by which tokenizers, priors and samples are judged."""

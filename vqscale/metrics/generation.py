@@ -9,7 +9,7 @@ there. The network is an argument. Not here: what reconstructions are measured b
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from vqscale.metrics import fid
 from vqscale.metrics.fid import Moments, Statistics, frechet
-from vqscale.metrics.progress import Progress
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
@@ -144,7 +143,12 @@ class Described:
 
 @torch.no_grad()
 def describe(
-    images: SampleFile, network: Network, mesh: Mesh, *, batch: int = 64, progress: Progress | None = None
+    images: SampleFile,
+    network: Network,
+    mesh: Mesh,
+    *,
+    batch: int = 64,
+    advance: Callable[[int, float], None] | None = None,
 ) -> Described:
     """Look once at every image of a file, each rank at its part; the same answer on every rank. Collective.
 
@@ -165,8 +169,8 @@ def describe(
         spatial.add(spatial_NE)
         score.add(logits_NC, first)
         points.append(pool_ND)
-        if progress is not None:
-            progress.advance(len(part) * world.size, waited)
+        if advance is not None:
+            advance(len(part) * world.size, waited)
         since = time.perf_counter()
     points_ND = _whole(torch.cat(points), images, mesh)
     return Described(pool.statistics(world), spatial.statistics(world), points_ND, score.value(world), network.facts)
@@ -182,7 +186,12 @@ def _whole(part_ND: Tensor, images: SampleFile, mesh: Mesh) -> Tensor:
 
 
 def read_reference(
-    path: Path | str, network: Network, mesh: Mesh, *, batch: int = 64, progress: Progress | None = None
+    path: Path | str,
+    network: Network,
+    mesh: Mesh,
+    *,
+    batch: int = 64,
+    advance: Callable[[int, float], None] | None = None,
 ) -> Described:
     """A reference from its file: the statistics that it states, and what must be seen of its images. Collective.
 
@@ -195,7 +204,7 @@ def read_reference(
         assert stated.pool is not None, "a file without statistics has images"
         points_ND = None if stated.points_ND is None else stated.points_ND.to(mesh.device)
         return Described(stated.pool, stated.spatial, points_ND, None, network.facts)
-    seen = describe(SampleFile(path), network, mesh, batch=batch, progress=progress)
+    seen = describe(SampleFile(path), network, mesh, batch=batch, advance=advance)
     return replace(seen, pool=stated.pool or seen.pool, spatial=stated.spatial or seen.spatial)
 
 

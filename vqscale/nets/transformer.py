@@ -3,7 +3,7 @@
 
 RMSNorm before each part, SwiGLU, no biases, two-dimensional rotary embedding, and with `adaln` scales, shifts and gates
 made of the class. The residual stream and all norms are float32 under autocast. Not here: ids and their number, which
-is the head's (codes/head.py), the order in which tokens are made, and losses.
+is the head's (codes/heads/flat.py), the order in which tokens are made, and losses.
 
 B sequences of T tokens of D numbers, S heads of d numbers, P tokens of prefix before the h x w of the grid.
 """

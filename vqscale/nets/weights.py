@@ -1,6 +1,6 @@
 """Weights that others published: read from a file that the user fetched, checked, and loaded key by key or not at all.
 
-Nothing here downloads, renames keys or guesses. Not here: checkpoints of runs (parallel/checkpoint.py), and which keys
+Nothing here downloads, renames keys or guesses. Not here: checkpoints of runs (disk/checkpoint.py), and which keys
 a network has (the network's file).
 """
 

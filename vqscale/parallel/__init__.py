@@ -1,1 +1,1 @@
-"""The only room that imports torch.distributed or deepspeed: the grid of ranks, collectives, engines, checkpoints."""
+"""The only room that imports torch.distributed: the grid of ranks, collectives with gradients, starting processes."""

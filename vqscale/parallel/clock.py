@@ -2,7 +2,7 @@
 
 On a CPU a span is two readings of a clock. On a GPU it is two events on the current stream, read only in `take`, so
 that measuring a span does not wait for the device. Off by default: a span then costs a few comparisons. While a trace
-is taken (train/profile.py) spans are marked in it, too. Names in use: codes, data, forward, backward, step and
+is taken (run/profile.py) spans are marked in it, too. Names in use: codes, data, forward, backward, step and
 communication.
 """
 
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch.profiler import record_function
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -65,3 +68,15 @@ class Clock:
 
 
 clock = Clock()
+
+
+def timed(batches: Iterator[T]) -> Generator[tuple[T, float], None, None]:
+    """Each item with the seconds that one waited for it."""
+    while True:
+        start = time.perf_counter()
+        try:
+            with clock.span("data"):
+                item = next(batches)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - start

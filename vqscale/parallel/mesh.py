@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,14 @@ def disconnect() -> None:
 def world_size() -> int:
     """How many processes there are: what torch.distributed says, else what torchrun promised, else one."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def world_group(device: torch.device) -> Any:
+    """The group of all processes, for a library that talks by itself: what `connect` made, or one of this process."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD
 
 
 class Mesh:

@@ -1,7 +1,7 @@
 """What every prior has: the interface, its vocabulary and classes, guidance, and how it is found and left on disk.
 
-A prior is called with this rank's images and talks to nobody; its head does (codes/head.py). All ranks of a code group
-have the same number of images. Not here: how ids are modelled (one file each), and training (train/prior.py).
+A prior is called with this rank's images and talks to nobody; its head does (codes/heads/flat.py). All ranks of a code
+group have the same number of images. Not here: how ids are modelled (one file each), and training (train/prior.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vqscale import export, saved
 from vqscale.codes import noise, tally
-from vqscale.codes.head import Head
+from vqscale.codes.heads.flat import Head
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.transformer import Classes
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.priors.config import IdsConfig, PriorConfig
 from vqscale.seed import derive
+from vqscale.tokenizer import export, saved
 
 Schedule = Literal["constant", "linear", "cosine"]
 NOBODY = torch.iinfo(torch.int64).min  # what the head ignores, so that -1 is an error like any other wrong id

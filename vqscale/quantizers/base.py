@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqscale.codes import tally
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.config import Similarity, TableConfig
-from vqscale.codes.upkeep import Upkeep
+from vqscale.codes.revival import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.codes import bits
-from vqscale.codes.hits import Usage
+from vqscale.codes.usage import Usage
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import binary
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full

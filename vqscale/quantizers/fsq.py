@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqscale.codes.hits import Usage
+from vqscale.codes.usage import Usage
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full
 from vqscale.quantizers.config_implicit import FSQConfig

@@ -10,8 +10,9 @@ code whose weight is not zero at WEIGHT_BITS bits, and those bits for each weigh
 Compare quantizers at equal bits.
 
 Gradients are exact and pass through P, with no straight-through estimator: the decoder's gradient reaches the encoder
-and the rows by the implicit derivative of the minimum (codes/convex.py), or of the relaxation (codes/relaxed.py). Where
-P has one code, that is a zero gradient to the encoder, and only the loss trains it: as lam grows, everywhere.
+and the rows by the implicit derivative of the minimum (codes/convex/exact.py), or of the relaxation
+(codes/convex/relaxed.py). Where P has one code, that is a zero gradient to the encoder, and only the loss trains it:
+as lam grows, everywhere.
 
 What the paper's loss is could not be established beyond |Z - Z_q|^2; its public re-implementations have it without
 stop-gradients, and so has this one. Their relaxation ends in a projection that is not exact; here it is.
@@ -25,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.codes import convex, relaxed, simplex, tally
-from vqscale.codes.simplex import Shape
+from vqscale.codes import tally
+from vqscale.codes.convex import exact, relaxed, simplex
+from vqscale.codes.convex.simplex import Shape
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, TableQuantizer, full
@@ -60,7 +62,7 @@ class SCQ(TableQuantizer):
         if self.config.solver == "relaxed":
             z_ND, entries = relaxed.combine(x_ND, self.codebook, self.config.lam)
         else:
-            z_ND, entries, solution = convex.combine(x_ND, self.codebook, self.config.lam)
+            z_ND, entries, solution = exact.combine(x_ND, self.codebook, self.config.lam)
             residual_N = solution.residual_N
         return z_ND, simplex.describe(entries, len(x_ND), self.codebook, 0.5**WEIGHT_BITS / 2), residual_N
 

@@ -18,7 +18,7 @@ from vqscale.codes import scan
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.config import UpkeepConfig
 from vqscale.codes.merge import full_precision
-from vqscale.codes.upkeep import Upkeep
+from vqscale.codes.revival import Upkeep
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
 from vqscale.quantizers.config import SimVQConfig

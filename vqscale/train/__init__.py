@@ -1,1 +1,1 @@
-"""The training loops."""
+"""The two training loops, and the functions that both call."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqscale.parallel.engine import Engine
+from vqscale.engine.engine import Engine
 from vqscale.train.config_losses import AverageConfig
 
 

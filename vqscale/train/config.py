@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.data.config import ImagesConfig
-from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
-from vqscale.tokenizer_config import TokenizerConfig
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.parallel.config import MeshConfig
+from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.train.config_losses import AverageConfig, LossConfig
 from vqscale.train.config_prior import PriorRun
-from vqscale.train.config_run import RunConfig, check_batch
+from vqscale.train.config_run import FREE_TO_CHANGE, RunConfig, check_batch
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class TokenizerRun:
                 "apart before it can be had: use a stage up to 2, or adaptive: false with a constant weight",
             )
 
+    def free_to_change(self) -> tuple[str, ...]:
+        return FREE_TO_CHANGE
+
     def check_world(self, world: int) -> None:
         """ValueError when this run does not fit `world` processes."""
         self.mesh.resolve(world)
@@ -108,40 +112,3 @@ LEAST_PERCEPTUAL = 16
 
 # A run is one of these; `task` tells which.
 Run = TokenizerRun | PriorRun
-
-# What may change when a run goes on: none of these changes what is computed, only where, how fast and how often.
-FREE_TO_CHANGE = (
-    "mesh.",
-    "engine.name",
-    "engine.zero_stage",
-    "engine.max_skipped",
-    "engine.timeout_s",
-    "run.folder",
-    "run.device",
-    "run.steps",
-    "run.log_every",
-    "run.eval_every",
-    "run.eval_images",
-    "run.checkpoint_every",
-    "run.keep",
-    "run.profile_steps",
-    "run.compile",
-    "loss.perceptual.vgg:",
-    "loss.perceptual.heads:",
-    "tokenizer.net.checkpointing",
-    "tokenizer.quantizer.scan_mib",
-    "prior.net.checkpointing",
-    "prior.head.scan_mib",
-    "tokenizer:",
-    "data.train.path",
-    "data.train.shards",
-    "data.train.num_workers",
-    "data.train.max_broken",
-    "data.train.cache_",
-    "data.train.index_dir",
-    "data.val.",
-    "data.val:",
-)
-
-# Of a prior the micro-batches too: nothing in it is of one of them, as entropies and revival are in a tokenizer.
-FREE_OF_PRIORS = ("engine.accumulation",)

@@ -1,7 +1,7 @@
 """What a tokenizer is trained for, and the average of its weights: settings without torch.
 
-The formulas are in vqscale/losses.py, the networks that judge in vqscale/nets, the order of play in train/game.py. The
-defaults of the adversarial loss are those of the published IBQ and SimVQ tokenizers.
+The formulas are in vqscale/train/losses.py, the networks that judge in vqscale/nets, the order of play in
+train/adversarial.py. The defaults of the adversarial loss are those of the published IBQ and SimVQ tokenizers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vqscale.engine.config import OptimConfig
 from vqscale.nets.config_patchgan import PatchGANConfig
-from vqscale.parallel.config import OptimConfig
 
 PatchMean = Literal["before", "after"]
 Player = Literal["hinge", "nonsaturating"]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.data.config import TokensConfig
-from vqscale.parallel.config import EngineConfig, MeshConfig, OptimConfig
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.parallel.config import MeshConfig
 from vqscale.priors.config import AutoregressiveConfig, PriorConfig
 from vqscale.train.config_losses import AverageConfig
-from vqscale.train.config_run import RunConfig, check_batch
+from vqscale.train.config_run import FREE_OF_PRIORS, FREE_TO_CHANGE, RunConfig, check_batch
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class PriorRun:
                         f"{key} does not go with engine.zero_stage 3, which takes parameters away between the layers "
                         f"of a network: use a stage up to 2, or {key}: false",
                     )
+
+    def free_to_change(self) -> tuple[str, ...]:
+        return FREE_TO_CHANGE + FREE_OF_PRIORS
 
     def check_world(self, world: int) -> None:
         """ValueError when this run does not fit `world` processes."""

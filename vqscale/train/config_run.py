@@ -53,3 +53,41 @@ def check_batch(batch: int, accumulation: int, world: int) -> None:
             f"data.batch (nearest that divide: {batch // parts * parts or parts} and {(batch // parts + 1) * parts}), "
             "engine.accumulation or --nproc_per_node"
         )
+
+
+# What may change when a run goes on: none of these changes what is computed, only where, how fast and how often.
+FREE_TO_CHANGE = (
+    "mesh.",
+    "engine.name",
+    "engine.zero_stage",
+    "engine.max_skipped",
+    "engine.timeout_s",
+    "run.folder",
+    "run.device",
+    "run.steps",
+    "run.log_every",
+    "run.eval_every",
+    "run.eval_images",
+    "run.checkpoint_every",
+    "run.keep",
+    "run.profile_steps",
+    "run.compile",
+    "loss.perceptual.vgg:",
+    "loss.perceptual.heads:",
+    "tokenizer.net.checkpointing",
+    "tokenizer.quantizer.scan_mib",
+    "prior.net.checkpointing",
+    "prior.head.scan_mib",
+    "tokenizer:",
+    "data.train.path",
+    "data.train.shards",
+    "data.train.num_workers",
+    "data.train.max_broken",
+    "data.train.cache_",
+    "data.train.index_dir",
+    "data.val.",
+    "data.val:",
+)
+
+# Of a prior the micro-batches too: nothing in it is of one of them, as entropies and revival are in a tokenizer.
+FREE_OF_PRIORS = ("engine.accumulation",)

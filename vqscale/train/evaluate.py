@@ -1,5 +1,5 @@
 """What a tokenizer in training does to held-out images: PSNR, SSIM, usage, perplexity, pictures. Collective, each image
-once. The full look at a trained one, with FID and LPIPS, is train/score.py.
+once. The full look at a trained one, with FID and LPIPS, is metrics/held_out.py.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from functools import partial
 import torch
 
 from vqscale.data.images import Stream
-from vqscale.metrics import pictures
-from vqscale.metrics.board import Board
-from vqscale.parallel.engine import Engine
+from vqscale.engine.engine import Engine
+from vqscale.metrics.held_out import Pass, first_images
 from vqscale.parallel.mesh import Mesh
-from vqscale.tokenizer import Tokenizer
-from vqscale.train.score import Pass, first_images
+from vqscale.show import pictures
+from vqscale.show.board import Board
+from vqscale.tokenizer.model import Tokenizer
 
 
 @torch.no_grad()

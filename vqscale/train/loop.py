@@ -4,11 +4,9 @@ in the files beside this one; each reads top to bottom, and what stands here has
 
 from __future__ import annotations
 
-import os
-import shutil
 import statistics
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,15 +16,16 @@ from torch import Tensor, nn
 
 from vqscale.codes import tally
 from vqscale.codes.rows import Rows, Table
-from vqscale.metrics.board import Board
-from vqscale.metrics.progress import Progress
-from vqscale.parallel import checkpoint, ops
+from vqscale.disk import checkpoint
+from vqscale.engine.engine import Engine
+from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
-from vqscale.parallel.engine import Engine
 from vqscale.parallel.mesh import Mesh
+from vqscale.run.folder import RunError, read_json
+from vqscale.run.profile import Trace
 from vqscale.seed import derive
-from vqscale.train.folder import RunError, read_json
-from vqscale.train.profile import Trace
+from vqscale.show.board import Board
+from vqscale.show.progress import Progress
 
 T = TypeVar("T")
 
@@ -68,38 +67,9 @@ class Watch:
         return {"images_per_s": rate, "code_axis_share": share, "data_wait": self.waited / self.seconds}
 
 
-def pick_device(name: str) -> str:
-    """cpu or cuda for run.device; auto takes CUDA where there is a device for every local process."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "cpu"
-
-
-def check_compiler(device: str) -> None:
-    """ValueError where torch.compile would find no compiler: C++ for a CPU, C for what launches kernels on a GPU."""
-    names = [os.environ.get("CXX") or "g++"] if device == "cpu" else [os.environ.get("CC") or "gcc", "cc", "clang"]
-    if not any(shutil.which(name) for name in names):
-        raise ValueError(
-            f"run.compile needs a compiler at run time, and there is no {' or '.join(names)} on the PATH of this "
-            f"machine: install one, name it in {'CXX' if device == 'cpu' else 'CC'}, or use run.compile=false"
-        )
-
-
 def seed_step(seed: int, step: int, mesh: Mesh) -> None:
     """Make torch's own randomness (dropout) a function of the step, so that there is no state of it to save."""
     torch.manual_seed(derive(seed, "step", step, mesh.world.rank))
-
-
-def timed(batches: Iterator[T]) -> Generator[tuple[T, float], None, None]:
-    """Each item with the seconds that one waited for it."""
-    while True:
-        start = time.perf_counter()
-        try:
-            with clock.span("data"):
-                item = next(batches)
-        except StopIteration:
-            return
-        yield item, time.perf_counter() - start
 
 
 def agree(mesh: Mesh, stop: bool, broken: int) -> tuple[bool, int]:

@@ -19,20 +19,23 @@ from torch import Tensor
 from vqscale import priors
 from vqscale.codes import noise, tally
 from vqscale.codes.rows import Rows, set_aside
-from vqscale.data.tokens import Stream, TokenBatch
-from vqscale.metrics.board import Board
-from vqscale.metrics.progress import Progress
+from vqscale.data.tokens.stream import Stream, TokenBatch
+from vqscale.engine.engine import Engine
+from vqscale.metrics import unigram
 from vqscale.nets.transformer import Block
 from vqscale.parallel import ops
-from vqscale.parallel.engine import Engine
+from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Modelled, Prior
-from vqscale.priors.tokenizer import tokenizer_of
+from vqscale.run import folder
+from vqscale.run.profile import Trace
 from vqscale.seed import derive
-from vqscale.train import folder, loop, unigram
+from vqscale.show.board import Board
+from vqscale.show.progress import Progress
+from vqscale.tokenizer.matching import tokenizer_of
+from vqscale.train import loop
 from vqscale.train.average import Average
 from vqscale.train.config_prior import PriorRun
-from vqscale.train.profile import Trace
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
 
@@ -172,7 +175,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
 
     # loop
     watch, scores = loop.Watch(), dict[str, float]()
-    batches = loop.timed(stream.batches(done.consumed))
+    batches = timed(stream.batches(done.consumed))
     trace = Trace(place, run.profile_steps, mesh)
     for step in range(done.step + 1, run.steps + 1):
         last, log = step == run.steps, step % run.log_every == 0 or step == run.steps

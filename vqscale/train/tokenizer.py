@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqscale import losses
 from vqscale.codes.rows import set_aside
 from vqscale.data.images import Stream
-from vqscale.metrics.board import Board
-from vqscale.metrics.progress import Progress
-from vqscale.parallel.engine import Engine
+from vqscale.engine.engine import Engine
+from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
+from vqscale.run import folder
+from vqscale.run.profile import Trace
 from vqscale.seed import derive
-from vqscale.tokenizer import Tokenizer
-from vqscale.train import folder, loop
+from vqscale.show.board import Board
+from vqscale.show.progress import Progress
+from vqscale.tokenizer.model import Tokenizer
+from vqscale.train import loop, losses
+from vqscale.train.adversarial import Discriminator, Perceptual
 from vqscale.train.average import Average
 from vqscale.train.config import TokenizerConfig, TokenizerRun
 from vqscale.train.evaluate import evaluate
-from vqscale.train.game import Discriminator, Perceptual
-from vqscale.train.profile import Trace
 
 
 def build(config: TokenizerConfig, mesh: Mesh, seed: int) -> Tokenizer:
@@ -89,7 +90,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
 
     # loop
     watch, recent, scores = loop.Watch(), deque[str](maxlen=5), dict[str, float]()
-    batches = loop.timed(stream.batches(done.consumed))
+    batches = timed(stream.batches(done.consumed))
     trace = Trace(place, run.profile_steps, mesh)
     for step in range(done.step + 1, run.steps + 1):
         last, log = step == run.steps, step % run.log_every == 0 or step == run.steps

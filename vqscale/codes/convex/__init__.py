@@ -1,0 +1,1 @@
+"""SCQ: convex combinations of codes, exact and relaxed, as the few entries that are not zero."""

@@ -1,0 +1,270 @@
+"""Convex combinations of codes, exactly: minimise |x - C P|^2 + lam |P - onehot|^2 over the simplex, per token.
+
+onehot is the nearest code (the lowest id among equals). A solution has few codes, so columns are generated: with the
+residual r = x - C P and the level theta = c_j . r - lam (p_j - onehot_j) that the support shares, a code off it
+belongs to the solution if c_j . r > theta. One pass over the rows finds the best such code in each of 16 classes of
+ids; their rows travel to the token's rank, which solves the small program over its support and these codes exactly
+(active_set.py); until no code is better than TOLERANCE times the size of the slope, |r| max |c| + lam. Every pass
+lowers the objective.
+
+Per pass and open token, D numbers (r), the ids of its support, 16 scores and ids, and D numbers per new code are sent;
+at the end the ids and weights of supports. K is in none of them, and nothing is tokens x K.
+
+The solution is differentiated on its support S with onehot constant. With A = C_S C_S^T + lam I, an upstream gradient g
+of C P, v = (A^-1 - A^-1 1 1^T A^-1 / 1^T A^-1 1) C_S g and h = C_S^T v:
+
+    dx = h,    dc_j = v_j r + p_j (g - h)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.convex import active_set, simplex
+from vqscale.codes.convex.simplex import Entries
+from vqscale.codes.merge import full_precision, own, refuse_second_order
+from vqscale.codes.rows import Rows
+from vqscale.parallel import ops
+from vqscale.parallel.clock import clock
+from vqscale.parallel.mesh import Axis
+
+# Codes whose score is better by less than this share of the slope's size are left out: about the rounding of a score.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+# Supports have one or two codes per dimension. But many equal rows share a weight among all of them: supports stop
+# growing here, and so do the passes. What is left, about lam / MOST of the objective, shows in the residual.
+MOST, MOST_PER_DIM = 128, 4
+FLOOR = 1e-13  # of |x - c|^2: float64 cannot tell a smaller lam from this
+PASSES = 200
+
+
+@dataclass
+class Support:
+    """What n tokens of this rank are made of: s places each, the nearest code in place 0, id -1 where there is none."""
+
+    ids_Ns: Tensor
+    weight_Ns: Tensor  # float64
+    rows_NsD: Tensor
+
+    def at(self, which_n: Tensor | slice) -> Support:
+        return Support(self.ids_Ns[which_n], self.weight_Ns[which_n], self.rows_NsD[which_n])
+
+    def widened(self, places: int) -> Support:
+        more = max(0, places - self.ids_Ns.shape[1])
+        return Support(
+            F.pad(self.ids_Ns, (0, more), value=-1),
+            F.pad(self.weight_Ns, (0, more)),
+            F.pad(self.rows_NsD, (0, 0, 0, more)),
+        )
+
+    def joined(self, ids_nm: Tensor, rows_nmD: Tensor) -> Support:
+        wide = self.widened(self.ids_Ns.shape[1] + ids_nm.shape[1])
+        wide.ids_Ns[:, -ids_nm.shape[1] :] = ids_nm
+        wide.rows_NsD[:, -ids_nm.shape[1] :] = rows_nmD
+        return wide
+
+    def trimmed(self) -> Support:
+        """Without the places whose weight is zero, but for place 0."""
+        keep_Ns = self.weight_Ns > 0
+        keep_Ns[:, 0] = True
+        order_Ns = torch.argsort((~keep_Ns).to(torch.uint8), dim=1, stable=True)[:, : int(keep_Ns.sum(1).amax())]
+        ids_Ns = torch.where(keep_Ns, self.ids_Ns, -1).gather(1, order_Ns)
+        rows_NsD = self.rows_NsD.gather(1, order_Ns[:, :, None].expand(-1, -1, self.rows_NsD.shape[2]))
+        return Support(ids_Ns, self.weight_Ns.gather(1, order_Ns), rows_NsD)
+
+    def put(self, which_n: Tensor, other: Support) -> Support:
+        """These tokens with `other` in place of tokens `which_n`."""
+        places = max(self.ids_Ns.shape[1], other.ids_Ns.shape[1])
+        out, new = self.widened(places), other.widened(places)
+        out.ids_Ns[which_n], out.weight_Ns[which_n] = new.ids_Ns, new.weight_Ns
+        out.rows_NsD[which_n] = new.rows_NsD
+        return out
+
+
+@dataclass
+class Solution:
+    """The answer for the tokens of this rank."""
+
+    support: Support
+    residual_N: Tensor  # of the KKT conditions, as a share of the size of the slope
+    passes: int  # over the rows
+
+
+@dataclass
+class _Slope:
+    """Minus half the gradient of the objective at a point: scores c_j . r - lam (p_j - onehot_j)."""
+
+    r_nD: Tensor
+    theta_n: Tensor  # the scores' mean, weighted with p: at a solution every score on the support
+    uneven_n: Tensor  # the largest distance of a score on the support from theta
+    size_n: Tensor
+
+    @staticmethod
+    def of(x_nD: Tensor, support: Support, lam: float, longest: Tensor) -> _Slope:
+        rows_nsD, p_ns = support.rows_NsD.double(), support.weight_Ns
+        r_nD = x_nD - torch.einsum("ns,nsd->nd", p_ns, rows_nsD)
+        score_ns = torch.einsum("nsd,nd->ns", rows_nsD, r_nD) - lam * p_ns
+        score_ns[:, 0] += lam
+        theta_n = (p_ns * score_ns).sum(1)
+        uneven_n = torch.where(p_ns > 0, (score_ns - theta_n[:, None]).abs(), 0.0).amax(1)
+        return _Slope(r_nD, theta_n, uneven_n, longest * r_nD.norm(dim=1) + lam)
+
+
+@torch.no_grad()
+def solve(x_ND: Tensor, codebook: Codebook, lam: float) -> Solution:
+    """The supports and weights of the tokens of this rank. A token that is not a number is its nearest code."""
+    axis = codebook.axis
+    hot_N, _ = codebook.nearest(x_ND)
+    rows_ND = codebook.lookup(hot_N)
+    open_N = torch.isfinite(x_ND).all(1)
+    x_ND = torch.where(open_N[:, None], x_ND.to(rows_ND.dtype), rows_ND).double()
+    held = Support(hot_N[:, None], torch.ones_like(x_ND[:, :1]), rows_ND[:, None])
+    longest = simplex.longest(codebook)
+    residual_N, passes = torch.zeros_like(x_ND[:, 0]), 0
+    while passes < PASSES:
+        # Tokens that are done stay home; every rank sends as many as the one with the most, supports as wide.
+        sizes = torch.stack([open_N.sum(), open_N.new_tensor(held.ids_Ns.shape[1], dtype=torch.int64)])
+        most, places = ops.max_over(sizes, axis).tolist()
+        if not most:
+            break
+        passes += 1
+        which_n = torch.argsort((~open_N).to(torch.uint8), stable=True)[:most]
+        here = held.at(which_n).widened(places)
+        found, residual_N[which_n], better_n = _improve(x_ND[which_n], here, codebook, lam, longest)
+        held = held.put(which_n, found)
+        open_N[which_n] = better_n & ((found.weight_Ns > 0).sum(1) < MOST + MOST_PER_DIM * codebook.dim)
+    return Solution(held, residual_N, passes)
+
+
+def _improve(
+    x_nD: Tensor, support: Support, codebook: Codebook, lam: float, longest: Tensor
+) -> tuple[Support, Tensor, Tensor]:
+    """One pass: (better supports, the residual before, which tokens were not yet solved)."""
+    axis, low = codebook.axis, codebook.rows.dtype
+    slope = _Slope.of(x_nD, support, lam, longest)
+    score_Bq, ids_Bq = simplex.best_in_stripes(
+        ops.gather(slope.r_nD.to(low), axis), codebook, ops.gather(support.ids_Ns, axis)
+    )
+    over_nq = own(score_Bq, axis) - slope.theta_n[:, None]
+    bar_n1 = (TOLERANCE[low] * slope.size_n)[:, None]
+    some_nq = over_nq > bar_n1
+    width = int(ops.max_over(F.pad(some_nq.sum(1), (0, 1)).amax(), axis))
+    residual_n = torch.maximum(over_nq.amax(1).clamp_min(0.0), slope.uneven_n) / slope.size_n
+    if not width:
+        return support, residual_n, torch.zeros_like(some_nq[:, 0])
+    order_nm = torch.argsort((~some_nq).to(torch.uint8), dim=1, stable=True)[:, :width]
+    ids_nm = torch.where(some_nq, own(ids_Bq, axis), -1).gather(1, order_nm)
+    rows_nmD = codebook.lookup(ids_nm.flatten()).unflatten(0, ids_nm.shape)
+    # A score found in float32 may be better by rounding alone: the rows are here now, so look again.
+    over_nm = torch.einsum("nmd,nd->nm", rows_nmD.double(), slope.r_nD) - slope.theta_n[:, None]
+    over_nm = torch.where(ids_nm >= 0, over_nm, 0.0)
+    some_n, better_n = some_nq.any(1), (over_nm > bar_n1).any(1)
+    residual_n = torch.where(
+        some_n, torch.maximum(over_nm.amax(1).clamp_min(0.0), slope.uneven_n) / slope.size_n, residual_n
+    )
+    wide = support.joined(ids_nm, rows_nmD)
+    if bool(better_n.any()):
+        which_n = torch.nonzero(better_n)[:, 0]
+        part = wide.at(which_n)
+        for some in _chunks(len(which_n), part.ids_Ns.shape[1], codebook.budget):
+            part.weight_Ns[some] = _reweigh(x_nD[which_n[some]], part.at(some), lam)
+        # New codes that got no weight have nothing to give beyond rounding.
+        better_n[which_n] = (part.weight_Ns[:, -width:] > 0).any(1)
+        wide.weight_Ns[which_n] = part.weight_Ns
+    return wide.trimmed(), residual_n, better_n
+
+
+def _chunks(num: int, places: int, budget: int) -> Iterator[slice]:
+    """Slices of tokens whose matrices of places x places, six at a time, fit into `budget` bytes."""
+    size = max(1, budget // (48 * places * places))
+    return (slice(first, first + size) for first in range(0, num, size))
+
+
+def _program(x_nD: Tensor, support: Support, lam: float) -> tuple[Tensor, Tensor]:
+    """(A, b) of the small programs. On the simplex c_j may be seen from x, which keeps A's entries small."""
+    away_nsD = x_nD[:, None] - support.rows_NsD.double()
+    gram_nss = torch.bmm(away_nsD, away_nsD.transpose(1, 2))
+    diagonal_ns = gram_nss.diagonal(dim1=1, dim2=2)
+    diagonal_ns += (FLOOR * diagonal_ns.amax(1, keepdim=True)).clamp_min(lam)
+    linear_ns = torch.zeros_like(support.weight_Ns)
+    linear_ns[:, 0] = lam
+    return gram_nss, linear_ns
+
+
+def _reweigh(x_nD: Tensor, support: Support, lam: float) -> Tensor:
+    gram_nss, linear_ns = _program(x_nD, support, lam)
+    return active_set.minimise(gram_nss, linear_ns, support.weight_Ns, support.ids_Ns >= 0)
+
+
+def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entries, Solution]:
+    """C P of the tokens of this rank, with gradients to x and the rows; the columns of P, sharded; how it was found."""
+    with clock.span("codes"), full_precision(x_ND):
+        solution = solve(x_ND.detach(), codebook, lam)
+        entries, place_E = _entries(solution.support, codebook.layout, codebook.axis)
+        plan = _Plan(codebook.layout, codebook.axis, codebook.budget, lam)
+        z_ND = _Combine.apply(x_ND.to(codebook.rows.dtype), codebook.rows, solution.support, entries, place_E, plan)
+        return z_ND, entries, solution
+
+
+def _entries(support: Support, layout: Rows, axis: Axis) -> tuple[Entries, Tensor]:
+    """The entries on this rank's rows, and their places in the supports of their tokens."""
+    places = int(ops.max_over(torch.tensor(support.ids_Ns.shape[1], device=support.ids_Ns.device), axis))
+    wide = support.widened(places)
+    ids_Bs, weight_Bs = ops.gather(wide.ids_Ns, axis), ops.gather(wide.weight_Ns, axis)
+    mine_Bs, local_Bs = layout.find(ids_Bs)
+    token_E, place_E = torch.nonzero(mine_Bs & (weight_Bs > 0), as_tuple=True)
+    return Entries(token_E, local_Bs[token_E, place_E], weight_Bs[token_E, place_E]), place_E
+
+
+@dataclass(frozen=True)
+class _Plan:
+    layout: Rows
+    axis: Axis
+    budget: int
+    lam: float
+
+
+class _Combine(torch.autograd.Function):
+    """C P forward; backward the implicit gradient, from the rows of the supports that the tokens' rank has kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, rows_kD: Tensor, support: Support, entries: Entries, place_E: Tensor, plan: _Plan
+    ) -> Tensor:
+        ctx.save_for_backward(x_ND)
+        ctx.support, ctx.entries, ctx.place_E, ctx.plan, ctx.shape = support, entries, place_E, plan, rows_kD.shape
+        return torch.einsum("ns,nsd->nd", support.weight_Ns, support.rows_NsD.double()).to(x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("a convex combination of codes")
+        (x_ND,) = ctx.saved_tensors
+        with clock.span("codes"), full_precision(x_ND):
+            plan, entries, low = ctx.plan, ctx.entries, x_ND.dtype
+            part_Ns, h_ND, r_ND = _implicit(x_ND.double(), ctx.support, grads[0].double(), plan)
+            places = int(ops.max_over(torch.tensor(part_Ns.shape[1], device=x_ND.device), plan.axis))
+            part_Bs = ops.gather(F.pad(part_Ns, (0, places - part_Ns.shape[1])), plan.axis)
+            part_E = part_Bs[entries.token_E, ctx.place_E]
+            r_BD, rest_BD = ops.gather(torch.cat([r_ND, grads[0] - h_ND], 1).to(low), plan.axis).chunk(2, 1)
+            rows_kD = entries.spread(part_E, r_BD, ctx.shape[0], plan.budget)
+            rows_kD += entries.spread(entries.weight_E, rest_BD, ctx.shape[0], plan.budget)
+            return h_ND.to(low), rows_kD, None, None, None, None
+
+
+def _implicit(x_ND: Tensor, support: Support, g_ND: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """(v_Ns, h_ND, r_ND) of the module's formulas, float64; local."""
+    part_Ns, h_ND, r_ND = torch.zeros_like(support.weight_Ns), torch.zeros_like(x_ND), torch.zeros_like(x_ND)
+    for some in _chunks(len(x_ND), support.ids_Ns.shape[1], plan.budget):
+        here, rows_nsD = support.at(some), support.rows_NsD[some].double()
+        gram_nss, _ = _program(x_ND[some], here, plan.lam)
+        slope_ns = torch.einsum("nsd,nd->ns", rows_nsD, g_ND[some])
+        part_Ns[some] = active_set.differentiate(gram_nss, here.weight_Ns > 0, slope_ns)
+        h_ND[some] = torch.einsum("ns,nsd->nd", part_Ns[some], rows_nsD)
+        r_ND[some] = x_ND[some] - torch.einsum("ns,nsd->nd", here.weight_Ns, rows_nsD)
+    return part_Ns, h_ND, r_ND

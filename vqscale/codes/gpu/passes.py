@@ -1,0 +1,122 @@
+"""The passes of scan, mixing and unmixing as fused GPU kernels: same signatures, same answers, no wait for the device.
+
+The budget is ignored: tiles live in registers and shared memory. Beyond its outputs an operation needs operands in the
+kernels' type, the peaks of chunks of codes (4 bytes per token and 64 codes; 64 MiB at 4096 x 262,144), and parts of
+token sums (16 x tokens x D floats at most). Products of 2 B k D operations:
+
+    best         1   logits                                             + float64 products of the few chunks in doubt
+    mix          2   logits, mean row                                   + the same
+    column_sums  1   logits
+    row_means    1   logits
+    unmix        6   logits and values twice, once for the gradient of x and once for that of the keys; unmixing has 4
+
+The operands of the products are bfloat16 in `best`, elsewhere with torch.set_float32_matmul_precision("medium") or if x
+and the keys are; else float32 without tensor cores, by which the kernels are judged: backend.py does not choose it.
+Sums, powers and the state of the softmax are float32 in both. At 256 dimensions and logits of unit variance bfloat16
+moves entropies at temperature 0.01, which are 0.06 in the mean, by 0.02 (root mean square).
+
+Ids do not depend on it: they are the arg max of the float64 scores of the given numbers. For that the kernels keep the
+best score of every chunk of codes, and score again, in float64, every chunk that the error bound of its peak does not
+exclude. With x = x' + dx, c = c' + dc, and x', c' what was multiplied,
+
+    |x.c - x'.c'| <= |dx| |c| + |x'| |dc| + rounding of D additions,    in the worst of the codes of a chunk
+
+(Cauchy-Schwarz). That leaves 1.7 chunks per token of 131,072 normal rows for normal tokens, one for tokens near their
+rows, and all of them where all rows are equal: that is slow and right. Equal scores go to the lowest row.
+
+torch's scaled_dot_product_attention is not used. Its flash form makes the same mean row and returns the log-normaliser,
+but no arg max, no second temperature and no bias per code: ids and entropies would each be another pass over the codes.
+Its backward pass has no gradient for the log-normaliser and makes one for the values, a product that nobody wants here.
+
+Every kernel is compared with dense.py in Triton's interpreter and compiles for sm_90. None has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vqscale.codes.gpu import operators as ops
+from vqscale.codes.scan import Keys
+from vqscale.codes.softmax.backward import Gradients, Upstream
+from vqscale.codes.softmax.forward import Mixed, Softmax, Wanted
+
+
+def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:
+    """The highest score of each token over the rows of this rank, float64, and the lowest row that has it.
+
+    Exact, so its products are bfloat16 whatever torch is set to.
+    """
+    score_B, row_B = ops.best(x_BD, keys.keys_kD, keys.bias_k, True)
+    return score_B, row_B
+
+
+@dataclass
+class FusedMixed(Mixed):
+    """The softmax is one of the products' scores plus `gain_B`, a shift per token that makes the best of them exact."""
+
+    gain_B: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+def _top(mixed: Mixed, score_B: Tensor) -> Tensor:
+    """The best score over all K, as the products of this rank see it."""
+    assert isinstance(mixed, FusedMixed)
+    return score_B - mixed.gain_B
+
+
+def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> Mixed:
+    """One pass, as mixing.mix. The best row is exact; the softmax is that of the products' precision, in float32."""
+    score_B, row_B, state_4B, sum_BD = ops.mix(
+        x_BD, keys.keys_kD, keys.bias_k, values_kD, wanted.scale, wanted.sharper, wanted.products == "bf16"
+    )
+    top_B, sum_B, sharp_sum_B, excess_B = state_4B.unbind(0)
+    soft = Softmax(sum_B, torch.zeros_like(sum_B))
+    sharp = None if wanted.sharper is None else Softmax(sharp_sum_B, excess_B)
+    score_B = score_B.to(top_B.dtype)
+    return FusedMixed(row_B, score_B, soft, sum_BD, sharp, gain_B=score_B - top_B)
+
+
+def column_sums(x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, wanted: Wanted) -> Tensor:
+    """sum_n q_nj of the rows of this rank, as mixing.column_sums: k numbers."""
+    low = wanted.products == "bf16"
+    out_k: Tensor = ops.column_sums(
+        x_BD, keys.keys_kD, keys.bias_k, wanted.sharp_scale, _top(mixed, score_B), log_B, low
+    )
+    return out_k
+
+
+def row_means(
+    x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
+) -> Tensor:
+    """sum_j q_nj weight_j over the rows of this rank, as mixing.row_means: B numbers."""
+    low = wanted.products == "bf16"
+    out_B: Tensor = ops.row_means(
+        x_BD, keys.keys_kD, keys.bias_k, wanted.sharp_scale, _top(mixed, score_B), log_B, weight_k, low
+    )
+    return out_B
+
+
+def unmix(x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: Mixed, up: Upstream, wanted: Wanted) -> Gradients:
+    """The backward pass, as unmixing.unmix; gradients come in the types of x and the keys."""
+    zero_B = torch.zeros_like(up.log_B)
+    sharp = (up.sharp_log_B, up.entropy_B, up.entropy_value_B, up.columns_mean_B)
+    numbers = (_top(mixed, up.score_B), up.log_B, up.shift_B, *sharp)
+    numbers_7B = torch.stack([zero_B if part_B is None else part_B for part_B in numbers])
+    dx_BD, dkeys_kD, dbias_k = ops.unmix(
+        x_BD,
+        keys.keys_kD,
+        keys.bias_k,
+        values_kD,
+        numbers_7B,
+        up.mean_BD,
+        up.columns_k,
+        up.shift_B is not None,
+        up.entropy_B is not None,
+        wanted.scale,
+        1.0 / wanted.temperature,
+        wanted.sharper or 1.0,
+        wanted.products == "bf16",
+    )
+    return Gradients(dx_BD, dkeys_kD, None if keys.bias_k is None else dbias_k)

@@ -1,0 +1,136 @@
+"""Drawing ids from logits whose K columns are split over the ranks; the logits are never gathered.
+
+The Gumbel maximum: argmax_j (l_j + G_nj) is a draw from softmax(l), so each rank finds its own maximum and the ranks
+compare one number per token. G_nj is a function of the token's key and the global id (noise.py): a sample does not
+depend on the ranks, the batch or the blocks, except where two perturbed logits are within the rounding of a product.
+
+The order of operations is temperature, top-k, top-p, each on what the one before left; the set of ids that they leave
+is found in restrict.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqscale.codes import noise, scan
+from vqscale.codes.heads import restrict
+from vqscale.codes.merge import merge_best
+from vqscale.codes.products import product
+from vqscale.codes.rows import Rows
+from vqscale.parallel.mesh import Axis
+
+COLDEST = 1e-20
+CPU_BLOCK = 2**16  # 64-bit numbers made at once: what the caches of one core hold
+BUFFERS = 4  # tensors of the size of a chunk of logits that are alive at once
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How to draw: logits / temperature, then the `top_k` highest, then the fewest that hold the mass `top_p`.
+
+    Temperature 0 takes the highest logit, the lowest id among equals. top_k 0 and top_p 1 leave all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
+            raise ValueError(
+                f"temperature is {self.temperature}, an argument of sample: use 0 (the highest logit), or {COLDEST} or "
+                "more (logits over a smaller one leave float32)"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}, an argument of sample: use 0 (all codes) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, an argument of sample: use a share above 0, at most 1 (all)")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / self.temperature if self.temperature else 1.0
+
+    def restricts(self, num_codes: int) -> bool:
+        return self.temperature > 0 and (0 < self.top_k < num_codes or self.top_p < 1)
+
+
+@dataclass
+class Shard:
+    """The rows that this rank gives to a draw, and whom it compares with."""
+
+    rows_kD: Tensor
+    layout: Rows
+    axis: Axis
+    budget: int
+
+
+@torch.no_grad()
+def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
+    """One id for each of the B tokens of the code group, the same on every rank. Collective.
+
+    Without top-k and top-p the logits are made in blocks and forgotten. With them, the logits of some tokens at a time
+    stay until their set is known: tokens x k numbers and as much again, within the budget (or one token's).
+
+    FloatingPointError on all ranks of the code group where a token's logits are not finite; on a GPU the check waits
+    for nobody and fails inside the device.
+    """
+    score_B = x_BD.new_full((len(x_BD),), scan.LOWEST)
+    row_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
+    if rule.restricts(shard.layout.num_codes):
+        for tokens in _chunks(len(x_BD), x_BD.element_size(), shard):
+            l_tk = product(x_BD[tokens], shard.rows_kD.t(), "fp32", rule.scale)
+            kept = restrict.restrict(l_tk, rule.top_k, rule.top_p, shard.layout.num_codes, shard.axis)
+            restrict.apply_(l_tk, kept, shard.axis)
+            _race(l_tk, keys_B[tokens], 0, shard.layout.start, score_B[tokens], row_B[tokens])
+    else:
+        for tokens, rows in scan.blocks_of(x_BD, len(shard.rows_kD), shard.budget):
+            l_br = product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
+            first_id = shard.layout.start if rule.temperature else None
+            _race(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
+    ids_B, top_B = merge_best(score_B, row_B, shard.layout, shard.axis)
+    _check_scores(top_B)
+    return ids_B
+
+
+def _check_scores(top_B: Tensor) -> None:
+    finite_B = (top_B > scan.LOWEST) & (top_B < float("inf"))
+    if top_B.device.type != "cpu":
+        torch._assert_async(finite_B.all(), "logits must be finite for an id to be drawn")
+        return
+    wrong = (~finite_B).nonzero()[:, 0].tolist()
+    if wrong:
+        named = ", ".join(map(str, wrong[:5])) + (" ..." if len(wrong) > 5 else "")
+        raise FloatingPointError(
+            f"logits must be finite for an id to be drawn, but those of {len(wrong)} of the {len(top_B)} tokens of the "
+            f"code group are not (token {named}): the weights of the model, or the vectors it was given, are not "
+            "finite or too large; load an earlier checkpoint, or train again with a lower optim.lr"
+        )
+
+
+def _chunks(num_tokens: int, item_bytes: int, shard: Shard) -> Iterator[slice]:
+    """Tokens whose logits fit into the budget on the rank with the most rows: the same on every rank."""
+    widest = -(-shard.layout.num_codes // shard.axis.size)
+    step = max(1, shard.budget // (BUFFERS * item_bytes * widest))
+    for token in range(0, num_tokens, step):
+        yield slice(token, min(token + step, num_tokens))
+
+
+def _race(l_br: Tensor, keys_b: Tensor, first_row: int, first_id: int | None, score_b: Tensor, row_b: Tensor) -> None:
+    """Raise the best perturbed logit so far and its row, in place; a later row must be strictly better. A logit that
+    is no number makes the best none.
+
+    `first_id` is the id of this rank's first row, from which the noise follows; None is no noise.
+    """
+    at_once = max(1, CPU_BLOCK // max(1, len(l_br))) if l_br.device.type == "cpu" else max(1, l_br.shape[1])
+    for column in range(0, l_br.shape[1], at_once):
+        part_bc, row = l_br[:, column : column + at_once], first_row + column
+        if first_id is not None:
+            first = first_id + row
+            part_bc += noise.gumbel(keys_b, first, first + part_bc.shape[1], l_br.dtype)
+        value_b, place_b = part_bc.max(dim=1)
+        row_b.copy_(torch.where(value_b > score_b, place_b + row, row_b))
+        score_b.copy_(torch.maximum(value_b, score_b))

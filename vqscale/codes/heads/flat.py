@@ -1,0 +1,283 @@
+"""Head: the vocabulary of a prior, K rows of D numbers split over the ranks of the code axis; logits are not sent.
+
+What has K in its shape in a prior are two tables, of its inputs and of its outputs. Both are Codebooks, so the rows are
+drawn, kept apart from the module, stepped and saved as a codebook's are. Traffic is as a codebook's: the tokens of the
+M ranks of the code group are gathered (N x D per rank), a few numbers per token are merged, N x D go back to their
+owners. N, the tokens of a rank, is the same on all ranks of a code group. With one process nothing is sent.
+
+    embed    gather ids                reduce-scatter vectors                        gradient to the input rows
+    loss     gather h, targets         merge log-sum-exp, target logit               gradients to h, the output rows
+    sample   gather h, keys            merge the best score, its id (and the set)    no gradient
+
+Logits are h . row, without a bias. The definitions in plain torch are in dense.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.codes.codebook import SCAN_MIB, Codebook
+from vqscale.codes.config import Embedding, HeadConfig, Products
+from vqscale.codes.heads import draw, passes
+from vqscale.codes.merge import full_precision, own, refuse_second_order
+from vqscale.codes.rows import Rows
+from vqscale.parallel import ops
+from vqscale.parallel.clock import clock
+from vqscale.parallel.mesh import Axis, Mesh
+from vqscale.seed import derive
+
+FEATURES_AT_ONCE = 4096  # ids whose codebook vectors are asked for at a time
+
+
+class Head(nn.Module):
+    """Embedding, loss and sampling over `num_codes` ids for a model of width `dim`. `mesh` None is one process.
+
+    `embedding` says what an id looks like to the model:
+
+        rows       a table of its own, drawn N(0, init_scale^2); the output rows begin at zero (loss log K exactly)
+        tied       the output rows themselves, drawn N(0, init_scale^2)
+        codebook   the frozen vector of its code, `feature_dim` numbers, through a learned linear map; give the vectors
+                   to `set_features`. The output rows begin at zero or, with output_scale, as the same vectors in a
+                   random frame of D dimensions, times output_scale: codes that are alike then begin with like logits,
+                   which a short training does not find out by itself
+
+    `outputs` and `inputs` are Tables: set_aside takes them from the module, and the linear map stays in it. Arithmetic
+    is in the type of the rows (float32) whatever the autocast; `products: bf16` multiplies tokens with rows in bf16 and
+    keeps the rest, the sums between blocks and all gradients of rows, in float32.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        mesh: Mesh | None = None,
+        *,
+        embedding: Embedding = "rows",
+        feature_dim: int | None = None,
+        init_scale: float = 0.02,
+        output_scale: float = 0.0,
+        products: Products = "fp32",
+        seed: int = 0,
+        scan_mib: int = SCAN_MIB,
+    ) -> None:
+        super().__init__()
+        if (feature_dim is None) == (embedding == "codebook"):
+            raise ValueError(
+                f"embedding is {embedding} and feature_dim is {feature_dim}, arguments of Head: give feature_dim, the "
+                "dimension of the codebook's vectors, with embedding codebook and with no other"
+            )
+        mesh = mesh or Mesh()
+        self.num_codes, self.dim, self.products = num_codes, dim, products
+        self.embedding: Embedding = embedding
+        self.output_scale, self._frame_seed = output_scale, derive(seed, "head", "frame")
+
+        def table(name: str, width: int, scale: float, learned: bool = True) -> Codebook:
+            chosen = derive(seed, "head", name)
+            return Codebook(
+                num_codes, width, mesh=mesh, init_scale=scale, seed=chosen, learned=learned, scan_mib=scan_mib
+            )
+
+        self.outputs = table("outputs", dim, init_scale if embedding == "tied" else 0.0)
+        if embedding == "rows":
+            self.inputs = table("inputs", dim, init_scale)
+        elif feature_dim is not None:
+            self.inputs = table("features", feature_dim, 0.0, learned=False)
+            self.map = nn.Linear(feature_dim, dim)
+
+    @classmethod
+    def from_config(
+        cls, config: HeadConfig, num_codes: int, dim: int, mesh: Mesh, *, seed: int, feature_dim: int | None = None
+    ) -> Head:
+        """The head of a prior's settings; `feature_dim` counts with embedding: codebook only."""
+        wanted = feature_dim if config.embedding == "codebook" else None
+        return cls(num_codes, dim, mesh, seed=seed, feature_dim=wanted, **asdict(config))
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """The output rows of this rank, k x D."""
+        return self.outputs.rows
+
+    @property
+    def layout(self) -> Rows:
+        """Which ids this rank owns."""
+        return self.outputs.layout
+
+    @property
+    def axis(self) -> Axis:
+        return self.outputs.axis
+
+    @torch.no_grad()
+    def set_features(self, decode: Callable[[Tensor], Tensor]) -> None:
+        """Read the frozen vectors of embedding: codebook from ids_N -> z_NF, a quantizer's `decode`. Collective.
+
+        They are divided by the root mean square over all K codes. A checkpoint has them: a resumed run needs no call.
+        """
+        assert self.embedding == "codebook", f"embedding is {self.embedding}"
+        rows_kF, layout = self.inputs.rows, self.layout
+        # All ranks ask for as many ids as the rank with the most codes, so that a decode that talks has equal shapes.
+        for first in range(0, -(-self.num_codes // self.axis.size), FEATURES_AT_ONCE):
+            ids = torch.arange(first, first + FEATURES_AT_ONCE, device=rows_kF.device) + layout.start
+            values = decode(ids.clamp_(max=self.num_codes - 1))
+            if values.shape[1] != self.inputs.dim:
+                raise ValueError(
+                    f"the vectors of codes have {values.shape[1]} numbers, from the tokenizer, but feature_dim is "
+                    f"{self.inputs.dim}, an argument of Head: give the dimension of the tokenizer's codes"
+                )
+            here = rows_kF[first : first + FEATURES_AT_ONCE]
+            here.copy_(values[: len(here)])
+        square = ops.sum_over(rows_kF.double().square().sum(), self.axis)
+        rows_kF.div_((square / (self.num_codes * self.inputs.dim)).sqrt().clamp(min=1e-30))
+        if self.output_scale:
+            drawn = torch.Generator().manual_seed(self._frame_seed)
+            frame_FD = torch.randn(self.inputs.dim, self.dim, generator=drawn) / self.dim**0.5
+            self.outputs.rows.copy_(self.output_scale * rows_kF @ frame_FD.to(rows_kF))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> vectors, (*shape, D) in the type of the rows; the id -1 is nobody: zeros. Collective.
+
+        ValueError on all ranks of the code group for other ids outside 0 .. K - 1; on a GPU the check waits for nobody
+        and fails inside the device.
+        """
+        table = self.outputs if self.embedding == "tied" else self.inputs
+        ids_N = ids.reshape(-1).to(torch.int64)
+        _check_ids(ids_N, -1, self.num_codes, "ids to embed", self.axis)
+        x_ND = table.lookup(ids_N)
+        if self.embedding == "codebook":
+            with full_precision(x_ND):
+                x_ND = torch.where(ids_N[:, None] >= 0, self.map(x_ND.to(self.map.weight.dtype)), 0.0)
+        return x_ND.unflatten(0, ids.shape) if ids.dim() else x_ND[0]
+
+    def loss(
+        self, h_ND: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore: int = -1
+    ) -> Tensor:
+        """Cross entropy of softmax(h rows^T) with the targets: loss_N, 0 at `ignore`. Collective.
+
+        Each of the N tokens by itself: take the mean over those that count. label_smoothing e mixes the target with the
+        uniform distribution, (1 - e) one-hot + e / K; z_loss z adds z lse^2, which keeps the normaliser near 1. Memory
+        is tokens x D and the blocks; logits are made once here and once more in the backward pass. Targets outside
+        0 .. K - 1 are an error as in `embed`.
+        """
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}, an argument of loss: use a share from 0 to 1")
+        plan = _Plan(self.layout, self.axis, label_smoothing, z_loss, ignore, self.products, self.outputs.budget)
+        with clock.span("codes"), full_precision(h_ND):
+            loss_N: Tensor = _Loss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan)
+            return loss_N
+
+    @torch.no_grad()
+    def sample(
+        self,
+        h_ND: Tensor,
+        keys_N: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        unguided_ND: Tensor | None = None,
+        guidance: float | Tensor = 1.0,
+    ) -> Tensor:
+        """ids_N drawn from softmax(h rows^T): guidance, then temperature, top-k, top-p. Collective, no gradient.
+
+        keys_N (noise.keys of a seed, the image's number, the position) decide the random numbers: the same key and h
+        give the same id on any number of ranks and in any batch, but where two candidates are within rounding.
+        Temperature 0 is the highest logit; top_k 0 and top_p 1 leave all codes. Equal logits are ordered by id.
+        Guidance s, a number or one per token, with the vectors `unguided_ND` of the null class: logits u + s (c - u);
+        logits are linear in h, so it costs no second head, and s = 1 is no guidance to the bit.
+        Products are float32 here. Memory is the blocks; with top-k or top-p one token's k logits at the least.
+        FloatingPointError on all ranks of the code group where logits are not finite.
+        """
+        rule = draw.Rule(temperature, top_k, top_p)
+        if unguided_ND is None and not (isinstance(guidance, float | int) and guidance == 1):
+            raise ValueError(
+                f"guidance is {guidance}, an argument of sample, but there is nothing to guide away from: give "
+                "unguided_ND, the vectors of the null class, or leave guidance at 1"
+            )
+        with clock.span("codes"), full_precision(h_ND):
+            x_ND = h_ND.to(self.rows.dtype)
+            if unguided_ND is not None:
+                scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
+                x_ND = x_ND + (scale - 1.0) * (x_ND - unguided_ND.to(self.rows.dtype))
+            x_BD, keys_B = ops.gather(x_ND, self.axis), ops.gather(keys_N, self.axis)
+            shard = draw.Shard(self.rows, self.layout, self.axis, self.outputs.budget)
+            return own(draw.draw(x_BD, keys_B, shard, rule), self.axis)
+
+
+def _check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
+    """ValueError on every rank of the axis when any has an id outside lowest .. num_codes - 1; see `Head.embed`."""
+    if ids_N.device.type != "cpu":
+        inside = ((ids_N >= lowest) & (ids_N < num_codes)).all()
+        torch._assert_async(inside, f"{what} must be in {lowest} .. {num_codes - 1}")
+        return
+    found = torch.stack([-ids_N.min(), ids_N.max()]) if len(ids_N) else torch.tensor([0, 0])
+    least, most = ops.max_over(found, axis).tolist()
+    if -least < lowest or most >= num_codes:
+        raise ValueError(
+            f"{what} must be in {lowest} .. {num_codes - 1}, for the head has {num_codes} codes, but they go from "
+            f"{-least} to {most}: give ids of the tokenizer that the head was built for"
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    layout: Rows
+    axis: Axis
+    smoothing: float
+    z_loss: float
+    ignore: int
+    products: Products
+    budget: int
+
+
+class _Loss(torch.autograd.Function):
+    """`Head.loss` with its own backward pass, because autograd would keep tokens x K.
+
+    Saved are the gathered tokens in the type they came in, the rows, and a few numbers per token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: _Plan) -> Tensor:
+        axis, layout = plan.axis, plan.layout
+        h_BD, targets_B = ops.gather(h_ND, axis), ops.gather(targets_N, axis)
+        counts_B = targets_B != plan.ignore
+        # Checked after the gather: what one rank sees all see, and nothing more is sent.
+        _check_ids(torch.where(counts_B, targets_B, 0), 0, layout.num_codes, "targets", Axis(axis.name))
+        at = passes.Targets(*layout.find(torch.where(counts_B, targets_B, -1)))
+        x_BD = h_BD.to(rows_kD.dtype)
+        part = passes.gauge(x_BD, rows_kD, at, plan.products, plan.budget)
+        top_B = ops.max_over(part.top_B, axis)
+        both_2B = torch.stack([part.sum_B * torch.exp(part.top_B - top_B), part.target_B])
+        sum_B, target_B = ops.sum_over(both_2B, axis)
+        lse_B = top_B + sum_B.log()
+        loss_B = lse_B - (1.0 - plan.smoothing) * target_B + plan.z_loss * lse_B.square()
+        if plan.smoothing:
+            # The mean logit of a token is its product with the mean row.
+            mean_D = ops.sum_over(rows_kD.sum(0), axis) / layout.num_codes
+            loss_B -= plan.smoothing * (x_BD @ mean_D)
+        ctx.plan = plan
+        ctx.save_for_backward(h_BD, rows_kD, lse_B, counts_B, at.mine_B, at.local_B)
+        return own(torch.where(counts_B, loss_B, 0.0), axis).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        refuse_second_order("Head.loss")
+        # A backward pass runs under the autocast of whoever calls it.
+        with clock.span("codes"), full_precision(grads[0]):
+            h_BD, rows_kD, lse_B, counts_B, mine_B, local_B = ctx.saved_tensors
+            plan = ctx.plan
+            up = passes.Upstream(
+                g_B=ops.gather(grads[0], plan.axis) * counts_B,
+                lse_B=lse_B,
+                lift_B=1.0 + 2.0 * plan.z_loss * lse_B if plan.z_loss else None,
+                hit=1.0 - plan.smoothing,
+                floor=plan.smoothing / plan.layout.num_codes,
+            )
+            at = passes.Targets(mine_B, local_B)
+            x_BD, wanted = h_BD.to(rows_kD.dtype), ctx.needs_input_grad[:2]
+            dx_BD, drows_kD = passes.ungauge(x_BD, rows_kD, at, up, wanted, plan.products, plan.budget)
+            dh_ND = None if dx_BD is None else ops.scatter_sum(dx_BD, plan.axis).to(h_BD.dtype)
+            return dh_ND, drows_kD, None, None

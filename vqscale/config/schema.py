@@ -1,0 +1,193 @@
+"""What a config schema says of itself: keys, types, defaults, doc lines, what tells a union's members apart, the help.
+
+A schema is a frozen dataclass, or a union of dataclasses. Nothing here reads a config: that is config.py, which also
+passes on `describe`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vqscale.config.text import inline
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a dataclass: its type with all names resolved, and its default (MISSING: the key must be given)."""
+
+    kind: Any
+    default: Any
+
+
+@functools.cache
+def fields_of(cls: type) -> dict[str, Field]:
+    """The keys of a dataclass in the order of declaration, its name (a one-value Literal) before what it inherits.
+
+    A field that is derived (init=False) is no key.
+    """
+    kinds = get_type_hints(cls)
+    found = {}
+    for field in sorted(dataclasses.fields(cls), key=lambda field: not _is_name(kinds[field.name])):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.init:
+            found[field.name] = Field(kinds[field.name], default)
+    return found
+
+
+def _is_name(kind: Any) -> bool:
+    return get_origin(kind) is Literal and len(get_args(kind)) == 1
+
+
+@functools.cache
+def doc_lines(cls: type) -> dict[str, str]:
+    """Key -> the string literal under the field in the source, on one line; empty where there is no source to read."""
+    docs: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        assert isinstance(tree.body[0], ast.ClassDef)
+        for field, below in itertools.pairwise(tree.body[0].body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[key] = " ".join(text.split())
+    return docs
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union without null; a type that is no union is its own only member."""
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(choice for choice in choices if choice is not NoneType)
+
+
+def allows_none(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind)
+
+
+def classes_of(kind: Any) -> tuple[type, ...]:
+    """The dataclasses among the members of a type."""
+    return tuple(choice for choice in members(kind) if isinstance(choice, type) and is_dataclass(choice))
+
+
+@functools.cache
+def named(classes: tuple[type, ...]) -> tuple[str, dict[Any, type]]:
+    """The key that tells these dataclasses apart, and its value -> dataclass; ("", {}) for less than two."""
+    if len(classes) < 2:
+        return "", {}
+    for key in fields_of(classes[0]):
+        kinds = [fields_of(cls)[key].kind for cls in classes if key in fields_of(cls)]
+        values = [get_args(kind)[0] for kind in kinds if _is_name(kind)]
+        if len(set(values)) == len(classes):
+            return key, dict(zip(values, classes, strict=True))
+    names = ", ".join(cls.__name__ for cls in classes)
+    raise TypeError(f"nothing tells {names} apart: give each a key whose type is a one-value Literal of its own")
+
+
+def join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix and key else prefix or key
+
+
+def dotted_keys(kind: Any, prefix: str = "", above: tuple[type, ...] = ()) -> Iterator[str]:
+    """All keys under a type, those of all members of a union; a dataclass that holds itself is not entered again."""
+    for cls in classes_of(kind):
+        if cls not in above:
+            for key, field in fields_of(cls).items():
+                yield join(prefix, key)
+                yield from dotted_keys(field.kind, join(prefix, key), (*above, cls))
+
+
+def is_config(value: Any) -> bool:
+    """Whether this is an object of a dataclass, not a dataclass itself."""
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def plain(value: Any) -> Any:
+    """A value with dataclasses as dicts in the order of declaration, and tuples as lists."""
+    if is_config(value):
+        return {key: plain(getattr(value, key)) for key in fields_of(value.__class__)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def notes(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, doc line) of all keys of a config; items of lists go by their number."""
+    if is_config(value):
+        docs = doc_lines(value.__class__)
+        for name in fields_of(value.__class__):
+            if name in docs:
+                yield join(key, name), docs[name]
+            yield from notes(getattr(value, name), join(key, name))
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from notes(item, join(key, str(i)))
+
+
+def type_name(kind: Any) -> str:
+    """A type as it looks in YAML: `int or null`, `adam | sgd`, `[int, ...]`, `{name: vq | ibq, ...}`."""
+    if get_origin(kind) is Literal:
+        return " | ".join(inline(value) for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"[{', '.join('...' if item is ... else type_name(item) for item in get_args(kind))}]"
+    classes = classes_of(kind)
+    if not classes and members(kind) == (kind,):
+        return getattr(kind, "__name__", str(kind))
+    texts = [type_name(choice) for choice in members(kind) if choice not in classes]
+    if classes:
+        key, by_name = named(classes)
+        texts.append(f"{{{key}: {' | '.join(inline(name) for name in by_name)}, ...}}" if key else "{...}")
+    return " or ".join([*texts, "null"] if allows_none(kind) else texts)
+
+
+def describe(schema: Any) -> str:
+    """The help: each key with its type, default and doc line, the members of a union each under its name."""
+    rows = list(_rows(schema, "", MISSING, ()))
+    width = min(max((len(left) for left, _ in rows), default=0), 60)
+    return "\n".join(f"{left:<{width}}  {doc}".rstrip() for left, doc in rows)
+
+
+def _rows(kind: Any, prefix: str, default: Any, above: tuple[type, ...]) -> Iterator[tuple[str, str]]:
+    """(key with type and default, doc line) of all under a type. `default` is what stands there if nothing is given."""
+    for items in (choice for choice in members(kind) if get_origin(choice) is tuple):
+        for item in dict.fromkeys(get_args(items)):
+            yield from _rows(item, join(prefix, "N"), MISSING, above)
+    classes = classes_of(kind)
+    if any(cls in above for cls in classes):
+        yield join(prefix, "*"), "the same keys as above"
+        return
+    key, by_name = named(classes)
+    names = {cls: name for name, cls in by_name.items()}
+    for cls in classes:
+        if key:
+            yield f"{join(prefix, key)}={inline(names[cls])}", _first_line(cls) or doc_lines(cls).get(key, "")
+        for name, field in fields_of(cls).items():
+            value = getattr(default, name) if isinstance(default, cls) else field.default
+            rows = [(_key_line(join(prefix, name), field.kind, value), doc_lines(cls).get(name, ""))]
+            rows += _rows(field.kind, join(prefix, name), value, (*above, cls))
+            yield from ((f"  {left}" if key else left, doc) for left, doc in rows if name != key)
+
+
+def _key_line(key: str, kind: Any, default: Any) -> str:
+    left = f"{key}: {type_name(kind)}"
+    if default is MISSING:
+        return f"{left} (required)"
+    if not is_config(default):
+        return f"{left} = {inline(plain(default))}"
+    tag, _ = named(classes_of(kind))
+    return f"{left} = {{{tag}: {inline(getattr(default, tag))}, ...}}" if tag else left
+
+
+def _first_line(cls: type) -> str:
+    """The first line of a docstring that a person wrote: without one, dataclass makes one of the signature."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    return "" if doc.startswith(f"{cls.__name__}(") else doc.split("\n")[0]

@@ -1,0 +1,1 @@
+"""Drawn data: labelled pictures by arithmetic, and the shards that hold them."""

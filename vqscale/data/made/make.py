@@ -1,0 +1,216 @@
+"""Making WebDataset shards: from drawn shapes, or from a folder of image files. Shards appear by a rename when they
+are whole, so an interrupted making goes on where it stopped; `_info.json` (timm's layout) is written last and says
+what the shards were made of.
+
+It makes shards for this package or any other that reads WebDataset; nothing here reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from vqscale.data.config import ImagesConfig, ShapesConfig
+from vqscale.data.made.shapes import CLASS_NAMES, draw
+from vqscale.data.order import permutation
+from vqscale.data.shards.contents import IMAGE_KEYS
+from vqscale.data.shards.patterns import expand, is_local
+from vqscale.disk.lock import hold
+from vqscale.seed import derive
+
+Sample = dict[str, Any]  # what TarWriter takes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What shards are made of: number -> sample for num_samples of them, and `facts` that name all they depend on."""
+
+    num_samples: int
+    facts: Mapping[str, Any]
+    sample: Callable[[int], Sample]
+
+
+def shapes(config: ShapesConfig) -> Plan:
+    """Drawn pictures as PNG, with their class."""
+
+    def sample(number: int) -> Sample:
+        index = config.first_index + number
+        picture, label = draw(index, config.size, config.seed)
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        facts = json.dumps({"label": label, "class": CLASS_NAMES[label]})
+        made = {"png": file.getvalue(), "cls": str(label).encode(), "json": facts.encode()}
+        return {"__key__": f"{index:08d}", **made}
+
+    return Plan(config.num_images, {"source": "shapes", **asdict(config), "classes": list(CLASS_NAMES)}, sample)
+
+
+def folder(root: Path, seed: int = 0) -> Plan:
+    """The image files under `root`, unchanged; the folders directly below it are the classes, in the order of their
+    names. The order of the files is mixed by `seed`, so that a shard holds many classes. ValueError if there is none.
+    """
+    if not root.is_dir():
+        raise ValueError(
+            f"{root} is not a folder: --source takes `shapes`, or a folder of images, one folder for each class"
+        )
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_KEYS and path.is_file())
+    if not files:
+        raise ValueError(
+            f"no image in {root}: files that end in {', '.join(IMAGE_KEYS)} are looked for, in all folders below; "
+            "give the folder that holds the class folders"
+        )
+    paths = [path.relative_to(root) for path in files]
+    classes = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
+    labels = {name: number for number, name in enumerate(classes)}
+    order = permutation(len(files), derive("make", seed))
+    listing = hashlib.blake2b(digest_size=16)
+    for name, path in zip(paths, files, strict=True):
+        listing.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+
+    def sample(number: int) -> Sample:
+        chosen = int(order[number])
+        name, data = paths[chosen], files[chosen].read_bytes()
+        try:
+            Image.open(io.BytesIO(data)).verify()
+        except Exception as error:  # Pillow raises many kinds on bytes that are no image
+            raise ValueError(f"{files[chosen]} is not a whole image ({error}): repair it or take it out") from error
+        label = labels.get(name.parts[0], -1) if len(name.parts) > 1 else -1
+        facts = {"label": label, "class": name.parts[0] if label >= 0 else None, "file": str(name)}
+        made = {"__key__": f"{chosen:08d}", name.suffix.lower().lstrip("."): data, "json": json.dumps(facts).encode()}
+        return made if label < 0 else {**made, "cls": str(label).encode()}
+
+    facts = {"source": "folder", "listing": listing.hexdigest(), "seed": seed, "classes": classes}
+    return Plan(len(files), facts, sample)
+
+
+def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
+    """Make the shards of one folder, the samples spread evenly over them in their order; those that are finished are
+    kept. Safe when several processes do it at once. ValueError if there are shards made of something else.
+    """
+    place = shards[0].parent
+    wanted = {**plan.facts, "num_samples": plan.num_samples, "shards": [shard.name for shard in shards]}
+    if _is_made(place, split, wanted, shards):  # before the lock: the folder may be one that cannot be written
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    with hold(place / ".making.lock", why=f"it is making {split} shards in {place}"):
+        if _is_made(place, split, wanted, shards):
+            return
+        note = place / f".{split}.making.json"
+        _clear(note, wanted)
+        _replace(note, json.dumps(wanted))
+        ends = [plan.num_samples * (number + 1) // len(shards) for number in range(len(shards))]
+        with tqdm(total=plan.num_samples, desc=f"making {split}", unit="image", disable=None) as bar:
+            for shard, begin, end in zip(shards, [0, *ends], ends, strict=False):
+                if not shard.exists():
+                    _write_shard(plan, shard, range(begin, end), bar)
+                bar.update(end - bar.n)
+        lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        _record(place, split, wanted, lengths)
+        note.unlink()
+
+
+def names(place: Path, name: str, num_samples: int, shard_size: int) -> list[Path]:
+    """As many names as it takes: place/name-0000.tar and so on, all of the same length."""
+    count = -(-num_samples // shard_size)
+    digits = max(4, len(str(count - 1)))
+    return [place / f"{name}-{number:0{digits}d}.tar" for number in range(count)]
+
+
+def make_missing(config: ImagesConfig) -> None:
+    """Make the shards that `config.make` describes where they are not there; nothing without `config.make`."""
+    if config.make is None:
+        return
+    shards = expand(config.patterns, must_exist=False)
+    places = {os.path.dirname(shard) for shard in shards}
+    if len(places) > 1 or not all(is_local(shard) for shard in shards):
+        raise ValueError(
+            f"`make` writes to one folder, but `shards` = {config.shards!r} names {len(shards)} shards in "
+            f"{len(places)}: name local files of one folder, or take `make` out of the config"
+        )
+    write(shapes(config.make), [Path(shard) for shard in shards], split_name(shards[0]))
+
+
+def split_name(shard: str) -> str:
+    """`train` for a/train-0007.tar: what stands before the last number."""
+    return re.sub(r"[-_.]?\d+$", "", Path(shard).name.removesuffix(".tar")) or "data"
+
+
+def _is_made(place: Path, split: str, wanted: Mapping[str, Any], shards: Sequence[Path]) -> bool:
+    """Whether all is there: made by this plan, or brought by somebody (of which nothing is asked)."""
+    made = _read(place / "_info.json").get("splits", {}).get(split, {}).get("made")
+    if made is not None and made != wanted:
+        differing = [key for key in {**made, **wanted} if made.get(key) != wanted.get(key)]
+        raise ValueError(
+            f"the {split} shards in {place} were made with {_show(made, differing)}, but now asked for is "
+            f"{_show(wanted, differing)}: take another folder, or delete the old shards and _info.json"
+        )
+    there = [shard for shard in shards if shard.exists()]
+    started = (place / f".{split}.making.json").exists()
+    if made is None and not started and 0 < len(there) < len(shards):
+        raise ValueError(
+            f"{len(there)} of the {len(shards)} {split} shards to be made are in {place} already, and nothing says "
+            "what they were made of: take another folder, or delete them"
+        )
+    return len(there) == len(shards) and not started
+
+
+def _show(facts: Mapping[str, Any], keys: Sequence[str]) -> str:
+    text = ", ".join(f"{key} = {facts.get(key)}" for key in keys)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _clear(note: Path, wanted: Mapping[str, Any]) -> None:
+    """Delete what an interrupted making of something else left."""
+    old = _read(note)
+    if old and old != wanted:
+        for name in old.get("shards", []):
+            (note.parent / name).unlink(missing_ok=True)
+    for working in note.parent.glob(".*.tar.tmp"):
+        working.unlink(missing_ok=True)
+
+
+def _write_shard(plan: Plan, shard: Path, numbers: range, bar: tqdm[Any]) -> None:
+    working = shard.with_name(f".{shard.name}.tmp")
+    with open(working, "wb") as file:
+        with TarWriter(file, encoder=False, mtime=0) as tar:  # the time would make every making another file
+            for number in numbers:
+                tar.write(plan.sample(number))
+                bar.update()
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(working, shard)
+
+
+def _record(place: Path, split: str, made: Mapping[str, Any], lengths: Sequence[int]) -> None:
+    """Add the split to _info.json, and write the names of the classes."""
+    info = _read(place / "_info.json")
+    entry = {"name": split, "num_samples": sum(lengths), "filenames": made["shards"], "shard_lengths": lengths}
+    info["name"] = info.get("name", place.name)
+    info["splits"] = {**info.get("splits", {}), split: {**entry, "made": made}}
+    if made["classes"]:
+        _replace(place / "classes.txt", "\n".join(made["classes"]) + "\n")
+    _replace(place / "_info.json", json.dumps(info, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _replace(path: Path, text: str) -> None:
+    working = path.with_name(f".{path.name}.tmp")
+    working.write_text(text)
+    os.replace(working, path)

@@ -1,0 +1,184 @@
+"""Local files for shards that have no random access: what comes from a command or a URL is streamed whole into a
+folder of bounded size, which the processes of a machine share; a compressed shard is unpacked there. Local
+uncompressed shards are read where they lie.
+
+A shard in the folder is taken for what its URL gives now: if the content behind a URL changes, delete the folder.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import logging
+import lzma
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from webdataset.gopen import gopen
+
+from vqscale.data.shards.patterns import is_local
+from vqscale.disk.lock import hold
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+_PAUSE_S = 1.0
+_STALE_S = 3600.0
+_CHUNK = 1 << 20
+_UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+class ShardCache:
+    """At most `limit` bytes of shards in `folder`, the least recently used deleted first; files that are open stay
+    readable.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    def open(self, shard: str, keep: Collection[str] = ()) -> int:
+        """A descriptor of the shard as a plain tar, fetched if it must be. The shards in `keep` are not deleted for
+        it. OSError if it cannot be had.
+        """
+        while True:
+            path = self.fetch(shard, keep)
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if path == shard:
+                    raise
+                # another process deleted it in between to stay below the limit
+
+    def fetch(self, shard: str, keep: Collection[str] = (), wait: bool = True) -> str:
+        """The path of the shard as a plain tar; "" where wait is False and another process is fetching it."""
+        if is_direct(shard):
+            return shard
+        path = self.path(shard)
+        if not _touch(path):
+            with hold(f"{path}.lock", wait, f"it is fetching {shard}") as mine:
+                if not mine:
+                    return ""
+                if not _touch(path):
+                    _download(shard, path)
+                    self._make_room({path, *(self.path(other) for other in keep if not is_direct(other))})
+        return path
+
+    def path(self, shard: str) -> str:
+        """Where the shard lies once it is fetched. A compressed local file that changes has another place."""
+        name = shard
+        if is_local(shard):
+            facts = os.stat(shard)
+            name = f"{os.path.abspath(shard)} {facts.st_size} {facts.st_mtime_ns}"
+        return str(self.folder / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.tar")
+
+    def _make_room(self, keep: Collection[str]) -> None:
+        """Delete what was not used for the longest time until the folder is within its limit."""
+        with hold(self.folder / "room.lock"):
+            found = [(facts.st_mtime_ns, facts.st_size, path) for path, facts in _facts(self.folder.glob("*.tar"))]
+            total = sum(size for _, size, _ in found)
+            for _, size, path in sorted(found):
+                if total <= self.limit:
+                    break
+                if str(path) not in keep:
+                    path.unlink(missing_ok=True)
+                    total -= size
+            for path, facts in _facts(self.folder.glob("*.tmp")):  # left by processes that were killed
+                if time.time() - facts.st_mtime > _STALE_S:
+                    path.unlink(missing_ok=True)
+
+
+def _facts(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Each path with what the disk says of it; without those that another process renamed or deleted meanwhile."""
+    for path in paths:
+        try:
+            yield path, path.stat()
+        except FileNotFoundError:
+            continue
+
+
+def is_direct(shard: str) -> bool:
+    """Whether the shard can be read where it is: a local file that is not compressed."""
+    return is_local(shard) and _unpacker(shard) is None
+
+
+def _unpacker(path: str) -> Callable[..., Any] | None:
+    with open(path, "rb") as file:
+        begin = file.read(6)
+    return next((opener for magic, opener in _UNPACKERS.items() if begin.startswith(magic)), None)
+
+
+def _touch(path: str) -> bool:
+    """Note that the shard is in use; False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _download(shard: str, path: str) -> None:
+    """Stream `shard` whole, unpack it if it is compressed, and rename it to `path` when all is on disk. OSError after
+    ATTEMPTS failures.
+    """
+    working = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                if is_local(shard):
+                    _unpack(shard, working)
+                else:
+                    _stream(shard, working)
+                    if _unpacker(working):
+                        _unpack(working, f"{working}.tmp")
+                        os.replace(f"{working}.tmp", working)
+                os.replace(working, path)
+                return
+            except OSError as error:
+                if attempt == ATTEMPTS or is_local(shard):
+                    raise OSError(f"cannot fetch {shard} (attempt {attempt} of {ATTEMPTS}): {error}") from error
+                log.warning("attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, shard, error)
+                time.sleep(_PAUSE_S * attempt)
+    finally:
+        Path(working).unlink(missing_ok=True)
+
+
+def _stream(shard: str, path: str) -> None:
+    """All that the command or the URL gives, to a file. OSError if it says that it failed, even after giving
+    something.
+    """
+    source: Any = gopen(shard)
+    try:
+        with open(path, "wb") as file:
+            shutil.copyfileobj(source, file, _CHUNK)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        source.close()
+
+
+def _unpack(source: str, path: str) -> None:
+    """Decompress as far as it goes: what is missing from a cut or damaged archive is then reported like that of any
+    other shard.
+    """
+    opener = _unpacker(source)
+    assert opener is not None
+    with opener(source) as packed, open(path, "wb") as file:
+        while chunk := _read_packed(packed, source):
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_packed(packed: IO[bytes], source: str) -> bytes:
+    try:
+        return packed.read(_CHUNK)
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        log.warning("%s cannot be unpacked to its end: %s", source, error)
+        return b""

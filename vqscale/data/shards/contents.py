@@ -1,0 +1,123 @@
+"""The samples of one shard: its members grouped as the webdataset library groups them, where each image lies, its key
+and its label.
+
+A name splits at the first dot of its last part, consecutive members of one key are one sample, names like `__meta__`
+are skipped. A sample without an image stays in the list, so that it is met, reported and replaced like any other
+broken one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext
+
+from vqscale.data.shards.tar import Damage, Member, walk
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+LABEL_KEYS = ("cls", "class", "txt")
+_SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's skip_meta
+_NO_MEMBER = (0, 0)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The n whole samples of one shard in file order, as arrays, and a line for each damage."""
+
+    offsets: NDArray[np.int64]  # (n,) first byte of the image in the shard
+    sizes: NDArray[np.uint32]  # (n,) bytes of the image; 0 = the sample has none
+    labels: NDArray[np.int32]  # (n,) -1 = unknown
+    key_ends: NDArray[np.int64]  # (n,) where each key ends in key_bytes
+    key_bytes: NDArray[np.uint8]
+    damage: tuple[str, ...]
+
+
+@dataclass
+class _Sample:
+    key: str
+    doubtful: bool  # beside damage: members may be missing
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def read_contents(descriptor: int) -> Contents:
+    """Walk an open shard. Damage is reported, not raised; OSError if the file cannot be read."""
+    samples, damage, suspicion = _group(walk(descriptor))
+    kept = _whole(samples)
+    if suspicion and (not kept or kept[-1] is not samples[-1]):
+        damage.append(suspicion)
+    images = [next((s.members[key] for key in IMAGE_KEYS if key in s.members), _NO_MEMBER) for s in kept]
+    keys = [sample.key.encode("utf-8", "surrogateescape") for sample in kept]
+    return Contents(
+        np.array([offset for offset, _ in images], dtype=np.int64),
+        np.array([size for _, size in images], dtype=np.uint32),
+        np.array([_label(descriptor, sample.members) for sample in kept], dtype=np.int32),
+        np.cumsum([len(key) for key in keys], dtype=np.int64),
+        np.frombuffer(b"".join(keys), dtype=np.uint8),
+        tuple(damage),
+    )
+
+
+def _group(members: Iterable[Member | Damage]) -> tuple[list[_Sample], list[str], str]:
+    """(samples, certain damage, damage that counts only if the last sample is not whole)."""
+    samples: list[_Sample] = []
+    damage: list[str] = []
+    suspicion = ""
+    current: _Sample | None = None
+    lost = False
+    for member in members:
+        if isinstance(member, Damage):
+            if member.certain:
+                damage.append(member.what)
+            else:
+                suspicion = member.what
+            if current is not None:
+                current.doubtful = True
+            current, lost = None, True
+            continue
+        key, suffix = base_plus_ext(member.name)
+        if key is None or _SKIPPED.match(member.name):
+            continue
+        if current is None or current.key != key:
+            current = _Sample(key, doubtful=lost)
+            samples.append(current)
+            lost = False
+        if suffix.lower() in current.members:
+            damage.append(f"{member.name!r} comes twice: the first is used")
+        current.members.setdefault(suffix.lower(), (member.offset, member.size))
+    return samples, damage, suspicion
+
+
+def _whole(samples: list[_Sample]) -> list[_Sample]:
+    """Without the samples beside damage that lack a member which the first undoubted sample has."""
+    expected = next((set(sample.members) for sample in samples if not sample.doubtful), None)
+    return [s for s in samples if not s.doubtful or (expected is not None and expected <= set(s.members))]
+
+
+def _label(descriptor: int, members: dict[str, tuple[int, int]]) -> int:
+    """The integer of cls, class or txt, or of `label`, `cls` or `class` in json; -1 where there is none."""
+    found: object = None
+    for key in LABEL_KEYS:
+        if key in members and members[key][1] <= 32:  # longer is a caption
+            try:
+                found = int(_read(descriptor, members[key]))
+                break
+            except ValueError:
+                continue
+    if found is None and "json" in members:
+        try:
+            facts = json.loads(_read(descriptor, members["json"]))
+        except ValueError:
+            return -1
+        named = [facts[key] for key in ("label", "cls", "class") if key in facts] if isinstance(facts, dict) else []
+        found = next((value for value in named if isinstance(value, int) and not isinstance(value, bool)), None)
+    return found if isinstance(found, int) and 0 <= found < 2**31 else -1
+
+
+def _read(descriptor: int, member: tuple[int, int]) -> bytes:
+    return os.pread(descriptor, member[1], member[0])

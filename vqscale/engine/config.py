@@ -1,0 +1,125 @@
+"""What a user can choose about precision, the engine and its optimiser. Imports no torch.
+
+How the choices act: engine.py (both engines), schedule.py (the learning rate).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How gradients become steps: which engine, how it is split, in which precision, with which limits."""
+
+    name: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed (ZeRO), or torch: the plain twin, which holds everything on every process"""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """what DeepSpeed splits over the processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the forward pass (autocast); parameters and moments are fp32 in both"""
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; on a GPU high is TF32, and medium fuses the softmax over codes in bf16; on a
+    CPU with bfloat16 products medium rounds soft mean rows to 2^-8 and gradients over codes to 2^-6, but no logits"""
+    accumulation: int = 1
+    """micro-batches added up before a step; entropies and the tokens for revival are those of one micro-batch"""
+    clip_norm: float = 1.0
+    """largest norm of the gradient over all parameters together; 0 switches clipping off"""
+    max_skipped: int = 20
+    """steps in a row that may be skipped for non-finite gradients before the run stops"""
+    timeout_s: float = 600.0
+    """how long a process waits for the others before it calls them lost"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.accumulation < 1:
+            yield "accumulation", f"a step needs at least 1 micro-batch, not {self.accumulation}: use 1 or more"
+        if self.clip_norm < 0:
+            yield "clip_norm", f"a norm is not negative, but clip_norm is {self.clip_norm}: use 0 to switch it off"
+        if self.max_skipped < 0:
+            yield "max_skipped", f"a number of steps is not negative, but it is {self.max_skipped}: use 0 or more"
+        if self.timeout_s <= 0:
+            yield "timeout_s", f"waiting takes time, but timeout_s is {self.timeout_s}: use a positive number"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate and its weight decay, which biases and norms never have."""
+
+    lr: float = 1e-4
+    """peak learning rate, reached at the end of the warm-up"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """decay of the first and the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.0
+    """decoupled decay of matrices: per step they lose this times the learning rate"""
+    rows_weight_decay: float = 0.0
+    """the same of tables: codebook rows, a prior's tables of ids, embeddings; rows decay in every step, used or not"""
+    final_weight_decay: float | None = None
+    """what both decays, where they are not 0, have become by the last step, along half a cosine over all steps; null:
+    they stay"""
+    schedule: Literal["constant", "cosine", "linear", "steps"] = "cosine"
+    """what the learning rate does after the warm-up"""
+    warmup_steps: int = 0
+    """steps of linear growth before the schedule"""
+    drop_steps: tuple[int, ...] = ()
+    """for schedule steps: at each of these the learning rate is multiplied by drop_factor"""
+    drop_factor: float = 0.1
+    """for schedule steps: see drop_steps"""
+    final_factor: float = 0.0
+    """for schedules cosine and linear: the last step has lr * final_factor"""
+    flat_share: float = 0.0
+    """for schedule linear: so large a share of the steps after the warm-up still has lr"""
+    rows_lr_factor: float = 1.0
+    """codebook rows learn at lr times this"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for key in ("lr", "eps", "drop_factor"):
+            if getattr(self, key) <= 0:
+                yield key, f"{key} must be positive, but it is {getattr(self, key)}: give a number above 0"
+        for key in (
+            *("weight_decay", "rows_weight_decay", "final_weight_decay"),
+            *("warmup_steps", "final_factor", "rows_lr_factor"),
+        ):
+            if (getattr(self, key) or 0) < 0:
+                yield key, f"{key} must not be negative, but it is {getattr(self, key)}: use 0 or more"
+        if self.final_weight_decay is not None and self.weight_decay == self.rows_weight_decay == 0:
+            yield (
+                "final_weight_decay",
+                f"final_weight_decay {self.final_weight_decay} is where a decay goes, but weight_decay and "
+                "rows_weight_decay are 0, which stays 0: give one of them, or leave final_weight_decay out",
+            )
+        if not 0 <= self.flat_share < 1:
+            yield "flat_share", f"flat_share is {self.flat_share}, a share of the steps: use 0 to below 1"
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield "betas", f"a decay lies in [0, 1), but betas are {list(self.betas)}: bring both into that range"
+        if (self.schedule == "steps") != bool(self.drop_steps):
+            yield (
+                "drop_steps",
+                f"drop_steps {list(self.drop_steps)} and schedule {self.schedule} do not go together: "
+                "schedule steps needs drop_steps, the others have none",
+            )
+        if list(self.drop_steps) != sorted(set(self.drop_steps)) or any(s < 1 for s in self.drop_steps):
+            yield (
+                "drop_steps",
+                f"drop_steps are growing step numbers from 1 on, not {list(self.drop_steps)}: put them in order",
+            )
+
+
+def check_engine(config: EngineConfig, device: str) -> None:
+    """ValueError where this machine cannot run the engine on `device`; call it before any process group is made."""
+    if config.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "engine.name deepspeed needs the package deepspeed, which is not installed here: "
+            "pip install deepspeed, or use engine.name: torch"
+        )
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "run.device cuda needs a GPU that torch can use, and it finds none here: use run.device=cpu or auto"
+            )

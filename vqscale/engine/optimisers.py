@@ -1,0 +1,72 @@
+"""AdamW as both engines use it: moments that exist from the start, and a switch for steps that must change nothing.
+
+Not here: what is stepped when, and gradients (engine.py); how the rates change (schedule.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.engine.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW; while `idle`, step() changes nothing, wherever it is called from.
+
+    `fused` goes over each parameter once and needs no memory beside it, where torch else makes several tensors of its
+    size; for large tables. Its rounding depends on where a number lies in a tensor, so parameters that DeepSpeed cuts
+    at every stage in another way are stepped without: they are equal at all stages, to the bit.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig, fused: bool = False) -> None:
+        self.idle = False
+        self._final_weight_decay = optim.final_weight_decay
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
+        for group in self.param_groups:
+            group["initial_weight_decay"] = group["weight_decay"]
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.idle else super().step(closure)
+
+    def prepare(self, parameters: Iterable[Tensor]) -> None:
+        """Make the moments of these parameters now (torch makes them in the first step), so that they can be read."""
+        for parameter in parameters:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if self.defaults["fused"] else "cpu"),
+                **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS},
+            }
+
+    def set_rates(self, lr: float, decay_share: float) -> None:
+        """The learning rate, and how far every decay that is not 0 has gone to its final value."""
+        for group in self.param_groups:
+            group["lr"] = lr
+            first = group["initial_weight_decay"]
+            if first and self._final_weight_decay is not None:
+                group["weight_decay"] = first + (self._final_weight_decay - first) * decay_share
+
+    def set_steps(self, steps: int) -> None:
+        """How many steps the moments have seen, for their bias correction."""
+        for state in self.state.values():
+            state["step"].fill_(steps)
+
+
+def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters of a module by how they decay: matrices, embeddings, and the rest, which does not.
+
+    An embedding is a row per thing and no matrix: a row that a batch does not have decays all the same.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    matrices = {id(p) for p in trainable if p.ndim >= 2} - tables
+    split = [
+        {"params": [p for p in trainable if id(p) in matrices], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if id(p) in tables], "weight_decay": optim.rows_weight_decay},
+        {"params": [p for p in trainable if id(p) not in matrices | tables], "weight_decay": 0.0},
+    ]
+    return [group for group in split if group["params"]]

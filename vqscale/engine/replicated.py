@@ -1,0 +1,114 @@
+"""The plain engine of the replicated parameters: every rank holds all of them, their gradients and their moments.
+
+It is what the DeepSpeed engine (zero.py) is compared with, step by step, and it needs neither it nor a compiler.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.engine import optimisers
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+
+
+class Replicated:
+    """One module's trainable parameters, averaged and stepped the plain way."""
+
+    whole = True  # every rank holds all gradients, so one of them counts in the norm
+
+    def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
+        self._module, self._mesh = module, mesh
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._adam = optimisers.AdamW(optimisers.groups(module, optim), optim) if self._parameters else None
+        if self._adam is not None:
+            self._adam.prepare(self._parameters.values())
+
+    def forward(self, *args: Any) -> Any:
+        return self._module(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def advance(self) -> None:
+        """A micro-batch that is not the last of its step: gradients stay where they are."""
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """All gradients, averaged over the world in one flat buffer per dtype; zeros where there were none."""
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for p in self._parameters.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            by_dtype[p.dtype].append(p)
+        for members in by_dtype.values() if self._mesh.world.size > 1 else ():
+            flat = torch.cat([p.grad.flatten() for p in members if p.grad is not None])
+            flat = ops.sum_over(flat, self._mesh.world).div_(self._mesh.world.size)
+            for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                p.grad = part.view_as(p)
+        return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+    def apply(self, lr: float, decay_share: float, skip: bool) -> None:
+        """Step with what `gradients` returned, or change nothing; either way the gradients are gone afterwards."""
+        if self._adam is not None and not skip:
+            self._adam.set_rates(lr, decay_share)
+            self._adam.step()
+        for p in self._parameters.values():
+            p.grad = None
+
+    def read(self) -> dict[str, Tensor]:
+        """Full parameters and moments: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME. Collective at ZeRO stages."""
+        return read_whole(self._module, self._parameters, self._adam)
+
+    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """Take over what `read` gave, here or anywhere, after `steps` steps."""
+        write_whole(self._module, self._parameters, self._adam, tensors, steps)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The live values of what learns, as far as this rank holds them: here all. To be read, not changed."""
+        return {name: p.detach() for name, p in self._parameters.items()}
+
+    def join(self, name: str, part: Tensor) -> Tensor:
+        """The whole of what has the form of a part. Collective where parts are not whole."""
+        return part
+
+    def split(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a whole."""
+        return whole
+
+    @torch.no_grad()
+    def put(self, name: str, whole: Tensor) -> None:
+        """Other values for a parameter, to compute with until the next `put`; the optimiser does not see them, so that
+        the values it left must be back before the next step. Collective where parts are not whole."""
+        self._parameters[name].copy_(whole)
+
+
+def read_whole(
+    module: nn.Module, trainable: dict[str, nn.Parameter], adam: optimisers.AdamW | None
+) -> dict[str, Tensor]:
+    """`read` where every rank holds whole parameters and moments."""
+    out = {f"parameter/{name}": p.detach() for name, p in module.named_parameters()}
+    for key in optimisers.MOMENTS if adam is not None else ():
+        assert adam is not None
+        out |= {f"{key}/{name}": adam.state[p][key] for name, p in trainable.items()}
+    return out
+
+
+@torch.no_grad()
+def write_whole(
+    module: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    adam: optimisers.AdamW | None,
+    tensors: dict[str, Tensor],
+    steps: int,
+) -> None:
+    """`write` where every rank holds whole parameters and moments."""
+    for name, tensor in read_whole(module, trainable, adam).items():
+        tensor.copy_(tensors[name])
+    if adam is not None:
+        adam.set_steps(steps)

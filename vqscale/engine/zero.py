@@ -1,0 +1,221 @@
+"""The replicated parameters under DeepSpeed, ZeRO stages 0 to 3: the only file that knows DeepSpeed.
+
+DeepSpeed averages gradients in its backward pass and holds the part of this rank; engine.py reads them there, finds the
+norm, scales them, and lets DeepSpeed step. Its own clipping, schedules, loss scaling and checkpoints stay off: clipping
+at stage 0 uses the mean of local norms, a stage 0 step takes NaN gradients, and its checkpoints are for one world size.
+
+Private names of DeepSpeed 0.19 that are used here, each at one place: averaged_gradients (stages 1 to 3, between
+backward and step), fp32_partitioned_groups_flat (stage 3), _lazy_init_hp_params_optimizer_state (stages 1 and 2).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.engine import optimisers
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.replicated import read_whole, write_whole
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh, world_group
+
+LARGEST_BUCKET = 50_000_000
+_joined: Any = None  # the process group that DeepSpeed was last started in
+
+
+def settings(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary. A misspelt key at its top level passes silently, so nothing else writes it."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage in (1, 2):
+        # Buckets are allocated whole (2 GB by default); the norm is engine.py's.
+        zero |= {"reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_parameters)), "compute_grad_norm": False}
+    if config.zero_stage == 3:
+        # It would replace torch.nn.functional.linear in the whole process, for every other network in it too.
+        zero |= {"memory_efficient_linear": False}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only counted by DeepSpeed, never used
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+
+
+def _import(device: torch.device) -> Any:
+    """deepspeed, for this device, quiet, in the process group that `connect` made (one of its own for one process)."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups, logger
+
+    world = world_group(device)
+    # On a CPU it would compile an operator for inference in shared memory first: a minute, a compiler, and a lock file
+    # that a killed process leaves behind for the next one to wait for. Training has no use for it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.addFilter(_worth_saying)
+    global _joined
+    if _joined is not world:
+        # DeepSpeed keeps its groups for good; those of processes that have been left are of no use with these. It also
+        # numbers modules and parameters by process, and at stage 3 compares the numbers between processes.
+        deepspeed.comm.comm.cdb = None
+        groups._release_process_group_references()
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
+        Init.param_id = 0
+        _joined = world
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not that torch's AdamW is untested, nor that outputs are dataclasses (see Zero)."""
+    return not any(known in record.getMessage() for known in ("untested optimizer", "unknown inputs or outputs type"))
+
+
+class Zero:
+    """One module's trainable parameters under DeepSpeed; at stage 3 the module's own parameters are taken apart.
+
+    Forward goes through the module itself at all stages: the hooks that stage 3 needs are on the modules, while those
+    of DeepSpeed's forward, on its outputs, would take torch.autograd.grad for a backward pass. At stage 3 a module that
+    owns parameters of more than 100,000 elements directly must return tensors, tuples or dicts: DeepSpeed does not
+    look into dataclasses for what to fetch before the backward pass, which then fails at once. Stages 2 and 3 pair the
+    gradients of the ranks by the order in which backward makes them, so every rank must build the same graph.
+    """
+
+    def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
+        self._module, self._stage, self._world = module, config.zero_stage, mesh.world
+        self.whole = config.zero_stage == 0
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError(
+                "engine.name deepspeed steps parameters, and this network has none that learn: use engine.name: torch"
+            )
+        self._deepspeed = _import(mesh.device)
+        self._adam = optimisers.AdamW(optimisers.groups(module, optim), optim)
+        numel = sum(p.numel() for p in self._parameters.values())
+        self._engine, *_ = self._deepspeed.initialize(
+            model=module, optimizer=self._adam, config=settings(config, numel), dist_init_required=False
+        )
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the moments of what the optimiser steps: parameters, flat partitions, or flat parts of partitions."""
+        if self._stage == 3:
+            self._adam.prepare(self._engine.optimizer.fp32_partitioned_groups_flat)
+            return
+        self._adam.prepare(p for group in self._adam.param_groups for p in group["params"])
+        if self._stage > 0:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def forward(self, *args: Any) -> Any:
+        return self._module(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._stage > 0:
+            # What DeepSpeed's own forward would do: at stage 3 it says whether this backward accumulates.
+            self._engine.optimizer.clear_backward_seen_flag()
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def advance(self) -> None:
+        self._engine.step()
+
+    def gradients(self) -> list[Tensor]:
+        """The averaged gradients of this rank: all of them at stage 0, its partition (padding is zero) above."""
+        if self._stage == 0:
+            return [p.grad for p in self._parameters.values() if p.grad is not None]
+        return [part for group in self._engine.optimizer.averaged_gradients.values() for part in group]
+
+    def apply(self, lr: float, decay_share: float, skip: bool) -> None:
+        gradients = self.gradients()
+        if skip:
+            for gradient in gradients:
+                gradient.zero_()
+        self._adam.idle = skip
+        self._adam.set_rates(lr, decay_share)
+        self._engine.step()
+        self._adam.idle = False
+        if self._stage == 3:
+            # Its buffers live on: a parameter without a gradient in the next step would step with this one's.
+            for gradient in gradients:
+                gradient.zero_()
+
+    def read(self) -> dict[str, Tensor]:
+        if self._stage == 0:
+            return read_whole(self._module, self._parameters, self._adam)
+        out = {}
+        for name, p in self._module.named_parameters():
+            with self._whole(p):
+                out[f"parameter/{name}"] = p.detach().clone()
+        for name, p in self._parameters.items():
+            for key in optimisers.MOMENTS:
+                out[f"{key}/{name}"] = self._deepspeed.utils.safe_get_full_optimizer_state(p, key)
+        return out
+
+    @torch.no_grad()
+    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
+        if self._stage == 0:
+            write_whole(self._module, self._parameters, self._adam, tensors, steps)
+            return
+        api = self._deepspeed.utils
+        put_moment = self._put_partition if self._stage == 3 else api.safe_set_full_optimizer_state
+        put_fp32 = self._put_partition if self._stage == 3 else api.safe_set_full_fp32_param
+        for name, p in self._module.named_parameters():
+            value = tensors[f"parameter/{name}"].to(p.device)
+            with self._whole(p, write=True):
+                p.copy_(value)
+            if name in self._parameters:
+                put_fp32(p, value)
+        for name, p in self._parameters.items():
+            for key in optimisers.MOMENTS:
+                put_moment(p, tensors[f"{key}/{name}"].to(p.device), key)
+        self._adam.set_steps(steps)
+
+    def parts(self) -> dict[str, Tensor]:
+        """See replicated.py. At stage 3 a part is a share of the flattened parameter, the last one padded."""
+        live: dict[str, Any] = dict(self._parameters)
+        return {name: (p if self._stage < 3 else p.ds_tensor).detach() for name, p in live.items()}
+
+    def join(self, name: str, part: Tensor) -> Tensor:
+        if self._stage < 3:
+            return part
+        p: Any = self._parameters[name]
+        return ops.gather(part, self._world)[: p.ds_numel].view(p.ds_shape)
+
+    def split(self, name: str, whole: Tensor) -> Tensor:
+        return whole if self._stage < 3 else self._partition(self._parameters[name], whole)
+
+    @torch.no_grad()
+    def put(self, name: str, whole: Tensor) -> None:
+        p = self._parameters[name]
+        with self._whole(p, write=True):
+            p.copy_(whole)
+
+    def _partition(self, p: Any, value: Tensor) -> Tensor:
+        """Stage 3: this rank's share of the flattened value of a parameter, padded with zeros."""
+        part = p.ds_tensor.numel()
+        flat = torch.nn.functional.pad(value.flatten(), (0, part * self._world.size - value.numel()))
+        return flat[part * self._world.rank :][:part]
+
+    def _whole(self, p: nn.Parameter, write: bool = False) -> AbstractContextManager[Any]:
+        """The whole parameter inside the block; at stage 3 it is gathered, and with `write` rank 0's is kept."""
+        if self._stage < 3:
+            return nullcontext()
+        gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(
+            [p], modifier_rank=0 if write else None
+        )
+        return gathered
+
+    def _put_partition(self, p: Any, value: Tensor, key: str | None = None) -> None:
+        """Stage 3: this rank's part of the fp32 parameter or a moment. DeepSpeed's own setter fails on padded parts."""
+        mine = self._partition(p, value)
+        if key is None:
+            self._deepspeed.utils.safe_set_local_fp32_param(p, mine)
+        else:
+            self._deepspeed.utils.safe_set_local_optimizer_state(p, mine, key)

@@ -1,0 +1,60 @@
+"""What judges and averages cost beside the tokenizer: LPIPS, a discriminator, the average of weights. Meta device.
+
+The parts of plan.py for what a config may leave out. Memory is counted at the worst moment of each: the discriminator's
+own step keeps the graphs of its answers to images and to reconstructions, LPIPS keeps what the gradient to the
+reconstructions needs. The tokenizer's own graph waits for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from vqscale.nets.lpips import LPIPS
+from vqscale.nets.patchgan import PatchGAN
+from vqscale.plan.activations import activation_bytes
+from vqscale.plan.cost import split_bytes
+from vqscale.train.config import TokenizerRun
+
+
+@dataclass
+class Judges:
+    """Lines for the tables of a plan; empty for what the run does without."""
+
+    parameters: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+def judges(config: TokenizerRun, images: int, world: int, dense: int, rows: int) -> Judges:
+    """The costs for `images` per rank and micro-batch, of a tokenizer with `dense` parameters and `rows` numbers in the
+    learned rows of a rank."""
+    found, size = Judges(), config.data.train.image_size
+    stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
+    with torch.device("meta"):
+        pixels = torch.empty(images, 3, size, size)
+        if config.loss.adversarial is not None:
+            net = PatchGAN(config.loss.adversarial.net)  # on an axis of one: nothing is sent here
+            params = _count(net)
+            found.parameters["discriminator"] = params
+            found.memory["discriminator"] = split_bytes(params, stage, world)
+            found.memory[f"activations of the discriminator, {images} images twice"] = 2 * activation_bytes(net, pixels)
+            found.sent["data axis and ZeRO: gradients of the discriminator"] = 8 * params * (world - 1) // world
+        if config.loss.perceptual is not None:
+            lpips = LPIPS()
+            found.parameters["LPIPS (frozen)"] = _count(lpips)
+            found.memory["LPIPS"] = 4 * _count(lpips)
+            recon = torch.empty_like(pixels).requires_grad_()
+            found.memory[f"activations of LPIPS, {images} images"] = activation_bytes(lpips, pixels, recon)
+    if config.engine.precision == "bf16":
+        found.memory = {name: x // 2 if name.startswith("activations") else x for name, x in found.memory.items()}
+    if config.average.decay:
+        here = -(-dense // world) if stage >= 3 else dense
+        found.memory["average of the weights"] = 4 * (here + rows)
+    return found
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,80 @@
+"""What a run of a prior would cost, without running it: the model on the meta device, arithmetic for the rest.
+
+As plan.py for tokenizers, and with the same gaps. Bytes sent are those of ring collectives: what the head sends on the
+code axis (tokens x width, whatever K is), and the gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vqscale import priors
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.rows import set_aside
+from vqscale.nets.transformer import Transformer, rotary
+from vqscale.plan.activations import activation_bytes
+from vqscale.plan.cost import split_bytes
+from vqscale.plan.tokenizer import MIB, Costs, planned_mesh
+from vqscale.train.config_prior import PriorRun
+
+FP32, INT64 = 4, 8
+
+
+def plan(config: PriorRun, world: int) -> Costs:
+    """The costs of a run on `world` processes."""
+    data, codes = config.mesh.resolve(world)
+    with torch.device("meta"):
+        prior = priors.build(config.prior, planned_mesh(data, codes))
+    tables = {name: table for name, table in set_aside(prior).items() if isinstance(table, Codebook)}
+    images = config.data.batch // world // config.engine.accumulation
+    tokens = images * config.prior.num_tokens
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.named_children()}
+    dense = sum(parameters.values())
+    parameters |= {name: table.num_codes * table.dim for name, table in tables.items()}
+    stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
+    engine = config.engine.name if config.engine.name == "torch" else f"deepspeed, stage {stage}"
+    held = [table.rows.numel() * FP32 * (4 if table.rows.requires_grad else 1) for table in tables.values()]
+    learned = sum(table.rows.numel() for table in tables.values() if table.rows.requires_grad)
+    average = FP32 * (learned + (-(-dense // world) if stage == 3 else dense))
+    width = config.prior.net.width
+    return Costs(
+        f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
+        f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
+        parameters,
+        {
+            f"transformer, classes ({engine})": split_bytes(dense, stage, world),
+            "rows, their gradients and moments": sum(held),
+            **({"average of the weights": average} if config.average.decay else {}),
+            f"activations of {images} images": _activations(config, images),
+            f"gathered tokens of {codes} processes": 3 * tokens * codes * width * FP32,
+            "blocks of the scan": config.prior.head.scan_mib * MIB,
+        },
+        {
+            "gradients of the replicated part": _ring(2, world, dense * FP32),
+            "gradients of the rows (data axis)": _ring(2, data, learned * FP32),
+            "tokens of the head (code axis)": config.engine.accumulation * _head_bytes(tokens, width, codes),
+        },
+    )
+
+
+def _activations(config: PriorRun, images: int) -> int:
+    """Bytes that autograd keeps of the transformer for one micro-batch, counted on meta tensors."""
+    net = config.prior.net
+    with torch.device("meta"):
+        transformer = Transformer(net)
+        turns = rotary(net, config.prior.grid)[:-1]
+        adapt = transformer.adapt(torch.empty(images, net.width))
+        kept = activation_bytes(transformer, torch.empty(images, len(turns), net.width), turns, adapt)
+    return kept // 2 if config.engine.precision == "bf16" else kept
+
+
+def _head_bytes(tokens: int, width: int, codes: int) -> int:
+    """One pass of the head forward and backward: vectors of the embedding and of the loss go to all and come back."""
+    vectors = 4 * _ring(1, codes, tokens * codes * width * FP32)
+    numbers = _ring(1, codes, tokens * codes * (2 * INT64 + FP32)) + _ring(2, codes, tokens * codes * 3 * FP32)
+    return vectors + numbers
+
+
+def _ring(times: int, size: int, nbytes: int) -> int:
+    """An all-gather or reduce-scatter of `nbytes` in all (times 1), or an all-reduce of them (times 2)."""
+    return times * (size - 1) * nbytes // size

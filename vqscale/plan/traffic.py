@@ -1,0 +1,213 @@
+"""What a rank sends in one tokenizer training step, by operation: the arithmetic of ops.count_bytes. No torch.
+
+N tokens of D numbers per rank and micro-batch, B = N M tokens of a code group, k rows of this rank, P replicated
+parameters, W = R M ranks (data R x codes M). A gather or a scatter sends its part (M - 1) times, an all-reduce
+2 (M - 1) / M of the whole; fp32 numbers have 4 bytes, ids and counts 8.
+
+    axis    operation                            collective            bytes of the part or the whole
+    codes   tokens                               gather                4 N D
+            best score, best id                  all-reduce            4 B, 8 B         8 B, 8 B without a softmax
+            ids, to be counted                   gather                8 N
+            softmax: sum and excess              all-reduce            8 B              ibq
+            mean rows and chosen rows            scatter               8 N D            ibq
+            their gradients, a shift             gather                8 N D + 4 N      ibq
+            gradient of the tokens               scatter               4 N D            ibq
+            sharp softmax: sum and excess        all-reduce            8 B              entropy
+            gradient of the entropies            (with the gradients)  4 N              entropy
+            means of the columns' gradient       all-reduce            4 B              entropy
+            entropy of the mean, its gradient    all-reduce            4, 4             entropy
+            ids, to be looked up; rows back      gather, scatter       8 N, 4 N D       vq, ema
+            gradient of the rows looked up       gather                4 N D            vq
+            sums of tokens for averages          gather, gather        8 N, 4 N D       ema
+            sum of their counts                  all-reduce            4                ema; once a step
+            statistics, on logged steps          all-reduce            24, 4
+    data    counts                               all-reduce            8 k
+            mean probability, its gradient       all-reduce            4 k, 4 k         entropy
+            gradient of the rows                 all-reduce            4 k D            ibq, vq; once a step
+            sums of tokens for averages          all-reduce            4 k D            ema
+    world   gradients of the network             by engine and stage   4 P              once a step
+            norm, buffers, agreement             all-reduce            8, 8, 8          once a step
+    every revive_every steps, Q = min(candidates, K): gather 8 Q on the codes axis, all-reduce 4 Q D on the world
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from vqscale.plan.machines import Kind
+
+KNOWN = ("ibq", "vq", "ema")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step of one rank is made of, whatever the grid."""
+
+    codes: int
+    dim: int
+    tokens: int
+    """per rank and micro-batch"""
+    quantizer: str = "ibq"
+    entropy: bool = False
+    accumulation: int = 1
+    parameters: int = 0
+    """replicated and trained: encoder, decoder, 1x1 convolutions"""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: int = 1
+    scan_mib: int = 64
+    revive_every: int = 10
+    revive_most: int | None = None
+    images: int = 0
+    """per rank and micro-batch; 0 is a step without a network"""
+    activations: int = 0
+    """bytes that autograd keeps for one image, of the network and of what judges it"""
+    beside: int = 0
+    """bytes of what judges, and of the average of the replicated weights"""
+    averaged: bool = False
+    """there is an average of the weights, and so of the rows"""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """of the network"""
+    codes_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 products: engine.matmul"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    data: int
+    codes: int
+
+    @property
+    def world(self) -> int:
+        return self.data * self.codes
+
+    def size(self, axis: str) -> int:
+        return {"codes": self.codes, "data": self.data, "world": self.world}[axis]
+
+    def stride(self, axis: str) -> int:
+        """How far neighbours on the axis lie apart in the world."""
+        return self.codes if axis == "data" else 1
+
+
+def grids(world: int) -> list[Grid]:
+    """Every split of a world into data x codes with codes a power of two."""
+    out, size = [], 1
+    while size <= world:
+        if world % size == 0:
+            out.append(Grid(world // size, size))
+        size *= 2
+    return out
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective. `part` is bytes: what a rank gives to a gather or gets of a scatter; all of an all-reduce."""
+
+    what: str
+    axis: Literal["codes", "data", "world"]
+    kind: Kind
+    part: int
+    times: float = 1
+
+    def sent(self, ranks: int) -> int:
+        """Bytes that one rank sends, once, as a ring does (the formulas of ops.count_bytes)."""
+        return 2 * (ranks - 1) * self.part // ranks if self.kind == "all_reduce" else (ranks - 1) * self.part
+
+
+def rows(work: Work, grid: Grid, rank: int | None = None) -> int:
+    """Rows of a rank of the code group; of the last, which has no fewer than any other, when none is given."""
+    rank = grid.codes - 1 if rank is None else rank
+    return work.codes * (rank + 1) // grid.codes - work.codes * rank // grid.codes
+
+
+def messages(work: Work, grid: Grid, *, rank: int | None = None, logged: bool = False) -> Iterator[Message]:
+    """The collectives of one step after the warm-up, without a revival; `rank` is the place in the code group."""
+    for part in (*_codes(work, grid, logged), *_data(work, rows(work, grid, rank)), *_world(work, grid)):
+        if grid.size(part.axis) > 1:
+            yield part
+
+
+def _codes(work: Work, grid: Grid, logged: bool) -> Iterator[Message]:
+    num, all_tokens, often = work.tokens, work.tokens * grid.codes, work.accumulation
+    vectors = 4 * num * work.dim
+
+    def message(what: str, kind: Kind, part: int) -> Message:
+        return Message(what, "codes", kind, part, often)
+
+    yield message("tokens", "gather", vectors)
+    yield message("best score", "all_reduce", (4 if work.quantizer == "ibq" else 8) * all_tokens)
+    yield message("best id", "all_reduce", 8 * all_tokens)
+    yield message("ids, to be counted", "gather", 8 * num)
+    if work.quantizer == "ibq":
+        yield message("softmax: sum and excess", "all_reduce", 8 * all_tokens)
+        yield message("mean rows and chosen rows", "scatter", 2 * vectors)
+        yield message("their gradients, a shift", "gather", 2 * vectors + 4 * num * (2 if work.entropy else 1))
+        yield message("gradient of the tokens", "scatter", vectors)
+    else:
+        yield message("ids, to be looked up", "gather", 8 * num)
+        yield message("rows looked up", "scatter", vectors)
+    if work.quantizer == "vq":
+        yield message("gradient of the rows looked up", "gather", vectors)
+    if work.quantizer == "ema":
+        yield message("ids, for sums", "gather", 8 * num)
+        yield message("tokens, for sums", "gather", vectors)
+        yield Message("sum of the counts", "codes", "all_reduce", 4)
+    if work.entropy:
+        yield message("sharp softmax: sum and excess", "all_reduce", 8 * all_tokens)
+        yield message("means of the columns' gradient", "all_reduce", 4 * all_tokens)
+        yield message("entropy of the mean", "all_reduce", 4)
+        yield message("its gradient", "all_reduce", 4)
+    if logged:
+        yield message("statistics: usage", "all_reduce", 24)
+        yield message("statistics: norm of the rows", "all_reduce", 4)
+
+
+def _data(work: Work, here: int) -> Iterator[Message]:
+    often = work.accumulation
+    yield Message("counts", "data", "all_reduce", 8 * here, often)
+    if work.entropy:
+        yield Message("mean probability", "data", "all_reduce", 4 * here, often)
+        yield Message("its gradient", "data", "all_reduce", 4 * here, often)
+    if work.quantizer == "ema":
+        yield Message("sums of tokens", "data", "all_reduce", 4 * here * work.dim, often)
+    else:
+        yield Message("gradient of the rows", "data", "all_reduce", 4 * here * work.dim)
+
+
+def _world(work: Work, grid: Grid) -> Iterator[Message]:
+    """DeepSpeed's own are by the book (stages 1 and 2 scatter gradients and gather parameters, 3 gathers twice)."""
+    if work.parameters:
+        whole, part = 4 * work.parameters, 4 * -(-work.parameters // grid.world)
+        if work.engine == "torch" or work.zero_stage == 0:
+            yield Message("gradients of the network", "world", "all_reduce", whole)
+        else:
+            yield Message("gradients of the network", "world", "scatter", part)
+            yield Message("parameters of the network", "world", "gather", part, 2 if work.zero_stage == 3 else 1)
+    for what in ("norm of the gradient", "buffers", "agreement to stop"):
+        yield Message(what, "world", "all_reduce", 8)
+
+
+def revival(work: Work, grid: Grid) -> list[Message]:
+    """The collectives of a step that revives dead codes, beside those of every step."""
+    if not work.revive_every:
+        return []
+    num = candidates(work, grid)
+    both = [
+        Message("dead ids", "codes", "gather", 8 * num, 1 / work.revive_every),
+        Message("tokens for dead codes", "world", "all_reduce", 4 * num * work.dim, 1 / work.revive_every),
+    ]
+    return [message for message in both if grid.size(message.axis) > 1]
+
+
+def candidates(work: Work, grid: Grid) -> int:
+    every = work.tokens * grid.world
+    return min(every, work.codes, max(1, every // 4) if work.revive_most is None else work.revive_most)
+
+
+def sent(parts: list[Message], grid: Grid) -> dict[str, int]:
+    """Bytes that a rank sends, by axis."""
+    out = {"codes": 0, "data": 0, "world": 0}
+    for message in parts:
+        out[message.axis] += round(message.times * message.sent(grid.size(message.axis)))
+    return out

@@ -1,0 +1,254 @@
+"""Drawing images from a prior and a tokenizer: a pass over image numbers, on any number of processes, to be continued.
+
+Image number i has class classes[i mod number of classes], and its ids depend on the seed, on i and on its class only.
+Images are made in batches of consecutive numbers, dealt out to the ranks; what is in a batch does not depend on the
+number of ranks, so neither do rounding and the bits of the images. All ranks take equal numbers of rounds, because
+codes that are split over them are asked together, and agree after each on whether to stop. Not here: what is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqscale.disk.lock import hold
+from vqscale.metrics.reconstruction import to_bytes
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.programs import sample_folder
+from vqscale.programs.sample_settings import Settings, parse_classes
+from vqscale.run import processes
+from vqscale.run.folder import StopRequest, commit, versions
+from vqscale.show.progress import Progress
+
+if TYPE_CHECKING:
+    from vqscale.priors.base import Prior
+    from vqscale.tokenizer.model import Tokenizer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `sample` did in this start."""
+
+    state: str  # "sampled", "already" (it was finished before), "stopped"
+    images: int = 0  # made in this start, by all ranks
+    seconds: float = 0.0
+    missing: int = 0  # batches
+    reason: str = ""  # of stopping
+
+    @property
+    def rate(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+
+def check(prior: Prior, tokenizer: Tokenizer, settings: Settings) -> None:
+    """ValueError with all that does not go together; the same on every rank. Collective."""
+    faults = settings.problems()
+    codes, made_by, mine = int(tokenizer.quantizer.num_codes), prior.card.get("tokenizer"), tokenizer.fingerprint
+    if prior.num_codes != codes:
+        faults.append(
+            f"the prior has {prior.num_codes} codes and the tokenizer {codes}: give the tokenizer whose ids the prior "
+            "was trained on"
+        )
+    if made_by and made_by != mine:
+        faults.append(
+            f"the prior was trained on ids of the tokenizer with fingerprint {made_by}, and the one given has {mine}: "
+            "its decoder does not know these ids; give that tokenizer, or train the prior on a cache of this one"
+        )
+    # A prior without classes has the label -1 alone.
+    wrong = [c for c in settings.classes if not (c == -1 or 0 <= c < prior.num_classes)]
+    if wrong:
+        there = f"0 .. {prior.num_classes - 1}" if prior.num_classes else "none"
+        faults.append(f"class {', '.join(map(str, wrong[:5]))} is none of the prior's ({there}): change --classes")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def classes_of(prior: Prior, text: str | None) -> tuple[int, ...]:
+    """The classes of a list such as `0,5,10-19`, or all of the prior without one; a prior without classes has -1."""
+    return tuple(range(prior.num_classes)) or (-1,) if text is None else parse_classes(text)
+
+
+def warnings(prior: Prior, settings: Settings) -> list[str]:
+    """What follows from settings that are allowed and hardly meant."""
+    if settings.guidance == 1:
+        return []
+    if prior.num_classes == 0:
+        return [f"guidance {settings.guidance} does nothing: the prior has no classes to guide to"]
+    if prior.class_dropout == 0:
+        return [
+            f"guidance {settings.guidance} leads away from the null class, which this prior was never shown (its class "
+            "dropout is 0), so its answers there are noise and images get worse, not clearer: use guidance 1, or train "
+            "with class dropout, 0.1 say"
+        ]
+    return []
+
+
+def sample(
+    prior: Prior,
+    tokenizer: Tokenizer,
+    folder: Path,
+    mesh: Mesh,
+    settings: Settings,
+    *,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    stop: StopRequest | None = None,
+) -> Outcome:
+    """Make or continue the samples in `folder` until all are there, or until somebody asks to stop. Collective.
+
+    `about` is added to sample.json: paths, say. `stop` is the caller's, who does more than this and clears it; without
+    one requests are heard from here on, and a file STOP in the folder. ValueError for what the user has to change,
+    RunError for what went wrong, on all ranks. An OSError (a full disk) is raised on the rank that met it.
+    """
+    check(prior, tokenizer, settings)
+    facts = _facts(prior, tokenizer, settings, about or {})
+    with ExitStack() as held:
+        missing = processes.first(lambda: _begin(folder, facts, overwrite, held), mesh)
+        if missing is None:
+            return Outcome("already")
+        heard = stop or StopRequest(folder, mesh)
+        outcome = _Work(prior, tokenizer, folder, mesh, settings, progress, heard).make(missing)
+        if stop is None:
+            heard.clear()
+        made = {"images": outcome.images, "seconds": round(outcome.seconds, 3), "images_per_s": round(outcome.rate, 3)}
+        facts["made"] = {**made, "processes": mesh.world.size, "device": mesh.device.type}
+        if outcome.state == "sampled":
+            processes.first(lambda: sample_folder.finish(folder, facts), mesh)
+        return outcome
+
+
+def _begin(folder: Path, facts: Mapping[str, Any], overwrite: bool, held: ExitStack) -> list[int] | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not held.enter_context(hold(folder / ".lock", wait=False)):
+        raise ValueError(
+            f"another process is writing samples to {folder}: wait until it has ended, or give another folder"
+        )
+    return sample_folder.begin(folder, facts, overwrite)
+
+
+def _facts(prior: Prior, tokenizer: Tokenizer, settings: Settings, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What sample.json says; collective."""
+    return {
+        "settings": {**asdict(settings), "classes": list(settings.classes)},
+        "prior": {"fingerprint": prior.fingerprint, "codes": prior.num_codes, "card": prior.card},
+        "tokenizer": {"fingerprint": tokenizer.fingerprint},
+        **about,
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+class _Work:
+    """The drawing of batches."""
+
+    def __init__(
+        self,
+        prior: Prior,
+        tokenizer: Tokenizer,
+        folder: Path,
+        mesh: Mesh,
+        settings: Settings,
+        progress: bool,
+        stop: StopRequest,
+    ) -> None:
+        self.prior, self.tokenizer, self.folder = prior, tokenizer, folder
+        self.mesh, self.settings, self.progress, self.stop = mesh, settings, progress, stop
+
+    def make(self, missing: Sequence[int]) -> Outcome:
+        """Draw and write these batches until all are there or a rank is asked to stop; the same on every rank."""
+        rank, world = self.mesh.world.rank, self.mesh.world.size
+        rounds = -(-len(missing) // world)
+        bar = Progress(rounds, rank=rank if self.progress else 1)
+        total = sample_folder.num_batches(asdict(self.settings))
+        if len(missing) < total:
+            bar.say(f"{total - len(missing)} of {total} batches are there already")
+        began, images, left, stopped = time.perf_counter(), 0, len(missing), False
+        for block in [*missing[rank::world], None][:rounds]:
+            count = self.make_batch(block)
+            here = torch.tensor([float(count), float(block is not None), float(self.stop.here())])
+            made, batches, asked = ops.sum_over(here.to(self.mesh.device), self.mesh.world).tolist()
+            images, left, stopped = images + int(made), left - int(batches), asked > 0
+            bar.advance(int(made), 0.0)
+            if stopped and left:
+                break
+        bar.close()
+        reasons = ops.gather_objects(self.stop.reason, self.mesh.world)
+        seconds = time.perf_counter() - began
+        reason = next((reason for reason in reasons if reason), "another rank")
+        return Outcome("stopped", images, seconds, left, reason) if left else Outcome("sampled", images, seconds)
+
+    def make_batch(self, block: int | None) -> int:
+        """Draw and write a batch; how many images. With None there is none for this rank in this round, but codes that
+        are split over ranks need its part in those of the others.
+        """
+        size, split = self.settings.batch, self.mesh.codes.size > 1
+        if block is None and not split:
+            return 0
+        first = (block or 0) * size
+        count = min(size, self.settings.num_images - first)
+        # Ranks of a code group have batches of one length: what is beyond the last image is thrown away.
+        labels, ids, images = self.draw(first, size if split else count)
+        if block is None:
+            return 0
+        sample_folder.write_part(self.folder, block, images[:count], labels[:count], ids[:count])
+        return count
+
+    @torch.no_grad()
+    def draw(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+        """(labels, ids (b, h, w ...), images (b, height, width, 3)) of the images first, first + 1, ..."""
+        settings, device = self.settings, self.mesh.device
+        labels = settings.labels(first, count)
+        ids = self.prior.sample(
+            torch.from_numpy(labels).to(device),
+            numbers_B=torch.arange(first, first + count, device=device),
+            seed=settings.seed,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            guidance=settings.guidance,
+            schedule=settings.schedule,
+            cached=settings.cached,
+        )
+        images = self.tokenizer.decode(ids)
+        if settings.resize is not None:
+            images = resize(images, settings.resize)
+        pictures = to_bytes(images).permute(0, 2, 3, 1)
+        return labels, ids.cpu().numpy(), pictures.contiguous().cpu().numpy()
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """(N, C, H, W) -> the shorter side at `side`, float32, not clamped: bicubic without antialiasing, as LlamaGen's
+    samplers bring images of 384 pixels to the 256 that they are scored at. Another filter gives another FID.
+    """
+    height, width = images.shape[2:]
+    size = [round(old * side / min(height, width)) for old in (height, width)]
+    return F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False)
+
+
+def summary(outcome: Outcome, folder: Path, settings: Settings, world: int) -> str:
+    """The closing line."""
+    what = f"{settings.num_images} images of {len(settings.classes)} classes"
+    if outcome.state == "stopped":
+        return (
+            f"stopped by {outcome.reason}: {outcome.missing} batches are missing in {folder}; the same command goes "
+            "on, on any number of processes"
+        )
+    files = f"{folder / sample_folder.FILE}, {folder / sample_folder.GRID}"
+    if outcome.state == "already":
+        return f"{what} are in {folder} already: {files}"
+    return (
+        f"{what}: {files}; {outcome.images} images in {outcome.seconds:.1f} s with {world} processes, "
+        f"{outcome.rate:.1f} images/s"
+    )

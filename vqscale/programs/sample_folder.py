@@ -1,0 +1,181 @@
+"""The folder of samples: what was asked for, batches as they are finished, and at the end one file for evaluators.
+
+OUT/sample.json       settings, prior, tokenizer, commit, speed; "state" is begun or done
+OUT/parts/000012.npz  images, labels and ids of batch 12, until all are there
+OUT/samples.npz       arr_0 uint8 (N, height, width, 3), arr_1 int64 labels (N,), as ADM's evaluator reads them; and ids
+OUT/grid.png          the first images of every class, a row each
+
+Every file appears by a rename, samples and facts only when they are on the disk, so whatever is there is whole. Nothing
+here knows ranks or networks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vqscale.disk.manifest import sync_folder
+from vqscale.run.folder import RunError
+from vqscale.show import pictures
+
+FACTS, FILE, GRID, PARTS = "sample.json", "samples.npz", "grid.png", "parts"
+GRID_ROWS, GRID_COLUMNS = 16, 8
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal samples are equal files, whenever they are written
+
+
+def begin(folder: Path, facts: Mapping[str, Any], overwrite: bool = False) -> list[int] | None:
+    """Batches that are missing in the folder; None where all is done. ValueError if it holds other samples, unless they
+    may be overwritten.
+
+    facts["settings"], facts["prior"] and facts["tokenizer"] say what the samples follow from.
+    """
+    old = read(folder)
+    if overwrite and (old is None or differences(old, facts)):
+        for path in (folder / FACTS, folder / FILE, folder / GRID):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        old = None
+    if old is None:
+        if (folder / FILE).exists() or (folder / PARTS).exists():
+            raise ValueError(
+                f"{folder} has samples and no {FACTS} that says what they are: give another folder, or --overwrite"
+            )
+        (folder / PARTS).mkdir(parents=True)
+        write(folder, {"state": "begun", **facts})
+        return list(range(num_batches(facts["settings"])))
+    lines = differences(old, facts)
+    if lines:
+        raise ValueError(
+            f"{folder} holds other samples than are asked for:\n  " + "\n  ".join(lines) + "\ngive another folder, set "
+            "these back to go on with the old ones, or --overwrite to throw them away"
+        )
+    if old.get("state") == "done" and (folder / FILE).exists():
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a process that was killed before its last step
+        return None
+    (folder / PARTS).mkdir(exist_ok=True)
+    return [batch for batch in range(num_batches(facts["settings"])) if not part(folder, batch).exists()]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What of two facts would give other images, a line each."""
+    found = []
+    for what, key in (("settings", ""), ("prior", "fingerprint"), ("tokenizer", "fingerprint")):
+        before, now = json.loads(json.dumps(old.get(what, {}))), json.loads(json.dumps(new[what]))
+        for name in [key] if key else list(dict.fromkeys([*before, *now])):
+            if before.get(name) != now.get(name):
+                found.append(f"{what}.{name} is {_short(now.get(name))}, and was {_short(before.get(name))}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:76] + " ..."
+
+
+def num_batches(settings: Mapping[str, Any]) -> int:
+    return -(-int(settings["num_images"]) // int(settings["batch"]))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What sample.json says; None without one. ValueError where it cannot be read."""
+    path = folder / FACTS
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove the folder, or give another") from None
+
+
+def write(folder: Path, facts: Mapping[str, Any]) -> None:
+    with durable(folder / FACTS) as file:
+        file.write((json.dumps(facts, indent=1) + "\n").encode())
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes its place when all is on the disk: a killed process or machine leaves no half."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def part(folder: Path, batch: int) -> Path:
+    return folder / PARTS / f"{batch:06d}.npz"
+
+
+def write_part(
+    folder: Path, batch: int, images: NDArray[np.uint8], labels: NDArray[np.int64], ids: NDArray[np.int64]
+) -> None:
+    """Images (b, height, width, 3), labels (b,) and ids (b, h, w ...) of a batch."""
+    with durable(part(folder, batch)) as file:
+        np.savez(file, images=images, labels=labels, ids=ids)
+
+
+def finish(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Put the parts together, a part at a time, draw the grid, and remove them when the rest is durable."""
+    count, batches = int(facts["settings"]["num_images"]), num_batches(facts["settings"])
+    parts = [part(folder, batch) for batch in range(batches)]
+    with durable(folder / FILE) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as outer:
+        for name, key in (("arr_0", "images"), ("arr_1", "labels"), ("ids", "ids")):
+            with outer.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
+                _append(file, count, (_load(path, key) for path in parts))
+    pictures.save(folder / GRID, grid(parts, facts["settings"]))
+    write(folder, {"state": "done", **facts})
+    sync_folder(folder)
+    shutil.rmtree(folder / PARTS)
+
+
+def _append(file: IO[bytes], count: int, arrays: Iterator[NDArray[Any]]) -> None:
+    """Write a .npy of `count` rows from arrays that follow each other."""
+    written = 0
+    for array in arrays:
+        if not written:
+            kind = np.lib.format.dtype_to_descr(array.dtype)
+            header = {"descr": kind, "fortran_order": False, "shape": (count, *array.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).tobytes())
+        written += len(array)
+    assert written == count, f"{written} of {count} samples"
+
+
+def _load(path: Path, key: str) -> NDArray[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array: NDArray[Any] = file[key]
+            return array
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        path.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} was damaged after it was written ({error}), and is removed: the same command makes it again"
+        ) from error
+
+
+def grid(parts: list[Path], settings: Mapping[str, Any]) -> pictures.Picture:
+    """Rows by class: of the first classes in their order the first images; nothing is empty."""
+    classes, count = len(settings["classes"]), int(settings["num_images"])
+    rows = min(classes, GRID_ROWS, count)
+    columns = min(GRID_COLUMNS, (count - rows) // classes + 1)
+    wanted = {column * classes + row: row * columns + column for row in range(rows) for column in range(columns)}
+    found: dict[int, NDArray[np.uint8]] = {}
+    for number, path in enumerate(parts):
+        first = number * int(settings["batch"])
+        here = [n for n in wanted if first <= n < first + int(settings["batch"])]
+        if here:
+            images = _load(path, "images")
+            found |= {wanted[n]: images[n - first] for n in here}
+    stacked = torch.from_numpy(np.stack([found[place] for place in sorted(found)])).permute(0, 3, 1, 2)
+    return pictures.tiles(stacked, columns, pictures.scale(*stacked.shape[2:]) if stacked.shape[2] < 128 else 1)

@@ -1,0 +1,116 @@
+"""What is asked for when images are drawn, and all that can be said against it without a model. Imports no torch.
+
+Not here: whether it suits a prior and its tokenizer (sample.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqscale.run import processes
+
+if TYPE_CHECKING:
+    from vqscale.priors.base import Schedule
+
+SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that images follow from, beside the weights of the prior and the tokenizer."""
+
+    num_images: int
+    classes: tuple[int, ...]
+    guidance: float = 1.0
+    schedule: Schedule = "constant"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    batch: int = 64  # of a step and process
+    resize: int | None = None  # pixels of the shorter side of what is written; None: as they are decoded
+    cached: bool = True  # without, every step of the prior is computed anew: slow, and the check of the cache
+
+    def problems(self) -> list[str]:
+        """What cannot be drawn whatever the prior is."""
+        found = []
+        for name, least in (("num_images", 1), ("batch", 1), ("top_k", 0)):
+            if getattr(self, name) < least:
+                found.append(f"{name} is {getattr(self, name)}: use at least {least}")
+        if self.resize is not None and self.resize < 1:
+            found.append(
+                f"resize is {self.resize}: use at least 1 pixel, or leave it out for images as they are decoded"
+            )
+        if not self.classes:
+            found.append("the list of classes is empty, so there is nothing to draw: give at least one class")
+        twice = sorted({c for c in self.classes if self.classes.count(c) > 1}) if len(self.classes) < 10_000 else []
+        if twice:
+            found.append(f"class {twice[0]} is in the list of classes twice: images take turns, give each once")
+        if self.schedule not in SCHEDULES:
+            found.append(f"schedule is {self.schedule}: use {', '.join(SCHEDULES)}")
+        for name, good, rule in (
+            ("temperature", self.temperature >= 0, "0 (the likeliest id) or more"),
+            ("top_p", 0 < self.top_p <= 1, "a share above 0 and at most 1"),
+            ("guidance", self.guidance >= 0, "0 (the null class), 1 (no guidance) or more"),
+        ):
+            if not good:
+                found.append(f"{name} is {getattr(self, name)}: use {rule}")
+        return found
+
+    def labels(self, first: int, count: int) -> NDArray[np.int64]:
+        """Classes of the images first, first + 1, ..."""
+        return np.asarray(self.classes, dtype=np.int64)[np.arange(first, first + count) % len(self.classes)]
+
+
+def parse_classes(text: str) -> tuple[int, ...]:
+    """`0,5,10-19` -> numbers in this order; ValueError for what is none."""
+    found: list[int] = []
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        low, dash, high = word.partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
+            raise ValueError(f"--classes has {word!r}: give numbers and ranges such as 0,5,10-19")
+        found += range(int(low), int(high) + 1) if dash else [int(low)]
+    if not found:
+        raise ValueError("--classes names no class: give numbers and ranges such as 0,5,10-19, or leave it out for all")
+    return tuple(found)
+
+
+def settle(args: Any, problems: Callable[[tuple[int, ...]], Sequence[str]]) -> tuple[int, int]:
+    """(data, codes) of a tool that draws. ValueError with everything that is wrong with its options, before any process
+    meets another.
+
+    `problems` takes the classes, or class 0 where they are the prior's to say. args: codes, classes, out, timeout_s.
+    """
+    wrong, grid = list[str](), (1, 1)
+    classes: tuple[int, ...] = (0,)
+    with noted(wrong):
+        grid = processes.divide(args.codes)
+    with noted(wrong):
+        classes = parse_classes(args.classes) if args.classes is not None else classes
+    wrong += problems(classes)
+    out = args.out.absolute()
+    above = next(path for path in (out, *out.parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "not writable by this user" if above.is_dir() else "no folder"
+        wrong.append(f"OUT {args.out} cannot be written: {above} is {why}; choose another OUT")
+    if not args.timeout_s > 0:
+        wrong.append(f"--timeout-s is {args.timeout_s}, and processes have to wait for each other: use more than 0")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return grid
+
+
+@contextmanager
+def noted(wrong: list[str]) -> Iterator[None]:
+    """A ValueError inside is added to the list, to be said with the others."""
+    try:
+        yield
+    except ValueError as error:
+        wrong.append(str(error))

@@ -1,0 +1,1 @@
+"""What every program shares: its folder, its processes, requests to stop, a profile."""

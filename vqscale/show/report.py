@@ -1,0 +1,107 @@
+"""An evaluation as a folder: result.json for machines, index.html for people, with its pictures in it.
+
+FOLDER/result.json          numbers, what was measured, how, and by which code
+FOLDER/index.html           the same as one self-contained page
+FOLDER/reconstructions.png  originals above reconstructions          FOLDER/usage.png  how often codes were taken
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vqscale.metrics.generation import Network
+from vqscale.show import page, pictures
+
+FEW = 10_000
+FORMS = {"usage": "{:.2%}", "images": "{:,.0f}", "broken": "{:.0f}", "enlarged": "{:.0f}", "dead": "{:,.0f}"}
+
+
+def write(folder: Path | str, title: str, result: Mapping[str, Any], shown: Mapping[str, pictures.Picture]) -> Path:
+    """Write the folder from a result, whose numbers are under "numbers", and pictures by name; returns the page."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "result.json", text(result) + "\n")
+    figures = []
+    for name, picture in shown.items():
+        path = pictures.save(folder / f"{name.split(maxsplit=1)[0]}.png", picture)
+        figures.append((name.capitalize(), page.picture(path, name)))
+    rest = {key: value for key, value in result.items() if key not in ("numbers", "notes")}
+    notes = "".join(f"<p class=failed>{html.escape(note)}</p>" for note in result.get("notes", ()))
+    rows = [{"": name, "value": line} for name, line in lines(result["numbers"])]
+    parts = [
+        ("Numbers", page.table(rows, {"": "{}", "value": "{}"}) + notes),
+        *figures,
+        ("How", f"<pre>{html.escape(text(rest))}</pre>"),
+    ]
+    _replace(folder / "index.html", page.page(title, parts))
+    return folder / "index.html"
+
+
+def tell(result: Mapping[str, Any], folder: str | None, title: str, shown: Mapping[str, pictures.Picture]) -> str:
+    """The lines for a terminal; writes the folder too, if one is given."""
+    told = [f"{name} {value}" for name, value in lines(result["numbers"])]
+    told += [f"note: {note}" for note in result["notes"]]
+    if folder:
+        at = write(folder, title, result, shown)
+        told.append(f"page: {at}, numbers: {at.with_name('result.json')}")
+    return "\n".join(told)
+
+
+def judged_by(network: Network | None, preprocessing: str) -> dict[str, Any]:
+    """Which Inception, for the protocol; nothing without one."""
+    if network is None:
+        return {}
+    how = {"preprocessing": preprocessing, "arithmetic": "float32 in torch, which is not ADM's TensorFlow graph"}
+    return {"inception": {**network.facts, **how}}
+
+
+def file(path: str) -> dict[str, str]:
+    """Which file, for the protocol: its path and its sha256."""
+    with open(path, "rb") as content:
+        return {"file": path, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def notes(numbers: Mapping[str, float], network: Network | None, broken: Sequence[str] = ()) -> list[str]:
+    """What a reader must know before comparing the numbers with others'. broken: why some could not be read."""
+    found, images = [], int(numbers["images"])
+    if numbers.get("broken"):
+        found.append(f"{numbers['broken']:.0f} images could not be read and are in no number: {'; '.join(broken)}")
+    if numbers.get("enlarged"):
+        found.append(f"{numbers['enlarged']:.0f} images had a shorter side than was asked for, and were enlarged")
+    if network is not None and not network.facts["published"]:
+        found.append("the weights of Inception are not the published ones: no number made with them compares with FIDs")
+    elif network is not None and images < FEW:
+        found.append(f"FID depends on the number of images: that of {images} compares only with that of as many")
+    return found
+
+
+def lines(numbers: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(name, number as text) of each."""
+    return [(name, FORMS.get(name, "{:.4f}").format(value)) for name, value in numbers.items()]
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """JSON, with null for what is not finite, which JSON does not have."""
+    return json.dumps(_finite(result), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, content: str) -> None:
+    """In one step: a reader sees the old file or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,174 @@
+"""The page that tells a run from images to samples: tokenizer, reconstructions, prior, samples beside real images.
+
+Everything is in the one file. Numbers come from what the runs have written (run.yaml, metrics.jsonl, summary.json), so
+nothing is measured here; what a run has not written is left out. Not here: pages of evaluations and studies.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vqscale.show import page
+from vqscale.show.pictures import Picture
+
+Part = tuple[str, str]  # heading and HTML
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+_TILE = 64  # pixels of a side of an image that is shown
+_BETWEEN = 3
+
+
+def write(path: Path, title: str, parts: Iterable[Part]) -> Path:
+    """Write the page; a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(page.page(title, parts), encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def tokenizer(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows) -> Part:
+    """What the tokenizer is in words, what it reached, and how usage and PSNR went."""
+    net, quantizer = config["tokenizer"]["net"], config["tokenizer"]["quantizer"]
+    size = config["data"]["train"]["image_size"]
+    side = size // (net["patch"] * 2 ** (len(net["multipliers"]) - 1))
+    text = (
+        f"Pictures of {size} x {size} pixels become {side} x {side} ids out of K = {summary['num_codes']:,} codes "
+        f"(quantizer <b>{html.escape(str(quantizer['name']))}</b>"
+        + (f", {quantizer['dim']} numbers each" if quantizer.get("dim") else "")
+        + f"). Trained for {summary['steps']:,} steps of {config['data']['batch']} pictures on "
+        f"{summary['processes']} processes, over which the codes are split."
+    )
+    names = {
+        "psnr": ("PSNR on held-out images, dB", "{:.2f}"),
+        "ssim": ("SSIM", "{:.3f}"),
+        "usage": ("usage: share of the codes that held-out images use", "{:.1%}"),
+        "perplexity": ("perplexity of their use", "{:,.0f}"),
+        "images_per_s": ("images/s in training", "{:.1f}"),
+    }
+    curves = {
+        "usage of codes": {"training": points(rows, "codes/usage"), "held out": points(rows, "val/usage")},
+        "perplexity": {"training": points(rows, "codes/perplexity"), "held out": points(rows, "val/perplexity")},
+        "PSNR, dB": {"held out": points(rows, "val/psnr")},
+    }
+    return "The tokenizer", f"<p>{text}</p>{numbers(summary, names)}{figure(curves, 'over the steps of training')}"
+
+
+def reconstructions(picture: Path) -> Part:
+    return "Reconstructions", page.picture(picture, "held-out originals, below each its reconstruction")
+
+
+def prior(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows) -> Part:
+    """What the prior is in words, and its loss beside what is reached by knowing less."""
+    settings, net = config["prior"], config["prior"].get("net", {})
+    h, w = settings["grid"]
+    model = f"A transformer of {net['num_layers']} blocks of width {net['width']}" if net else "A model"
+    given = f", given one of {settings['num_classes']} classes" if settings["num_classes"] else ""
+    text = (
+        f"{model} (<b>{html.escape(settings['name'])}</b>) learns which of the {settings['num_codes']:,} ids stand at "
+        f"the {h} x {w} places of a picture{given}. Trained for {summary['steps']:,} steps of "
+        f"{config['data']['batch']} pictures on {summary['processes']} processes."
+    )
+    names = {
+        "loss": ("loss on held-out ids, nats per id", "{:.3f}"),
+        "perplexity": ("perplexity: as if it chose among so many ids", "{:,.0f}"),
+        "unigram": ("cross entropy of the ids, knowing only how often each occurs in training", "{:.3f}"),
+        "uniform": ("log K, knowing nothing", "{:.3f}"),
+        "images_per_s": ("images/s in training", "{:.1f}"),
+    }
+    levels = {
+        names[key][0]: float(summary[key])
+        for key in ("uniform", "unigram")
+        if isinstance(summary.get(key), int | float)
+    }
+    lines = {"training": points(rows, "loss"), "held out": points(rows, "val/loss")}
+    drawn = figure({"loss, nats per id": lines}, "loss over the steps of training", levels)
+    return "The prior", f"<p>{text}</p>{numbers(summary, names)}{drawn}"
+
+
+def samples(
+    drawn: Mapping[int, Sequence[Picture]],
+    real: Mapping[int, Sequence[Picture]],
+    names: Mapping[int, str],
+    settings: Mapping[str, Any],
+) -> Part:
+    """A row for each class: what was drawn, beside held-out images of this class."""
+    lines = [
+        f"<tr><td>{html.escape(names.get(label, str(label)))}</td><td>{_strip(images)}</td>"
+        f"<td>{_strip(real.get(label, ()))}</td></tr>"
+        for label, images in drawn.items()
+    ]
+    keys = {"guidance": 1, "schedule": "constant", "temperature": 1, "top_k": 0, "top_p": 1, "seed": None}
+    how = ", ".join(f"{key.replace('_', '-')} {settings[key]}" for key, usual in keys.items() if settings[key] != usual)
+    table = f"<table><tr><th>class</th><th>drawn from the prior</th><th>real</th></tr>{''.join(lines)}</table>"
+    return "Samples", f"<p>The first images of every class, none chosen: {html.escape(how)}.</p>{table}"
+
+
+def commands(lines: Sequence[str]) -> Part:
+    return "To go on", f"<pre>{html.escape(os.linesep.join(lines))}</pre>"
+
+
+def points(rows: Rows, key: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows that have a finite number under the key."""
+    found = [(int(row["step"]), row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    return [(step, float(value)) for step, value in found if np.isfinite(value)]
+
+
+def numbers(summary: Mapping[str, Any], names: Mapping[str, tuple[str, str]]) -> str:
+    """An HTML table of those numbers that are there."""
+    there = {key: (label, form) for key, (label, form) in names.items() if isinstance(summary.get(key), int | float)}
+    return page.table([{"": label, "value": form.format(summary[key])} for key, (label, form) in there.items()],
+                      {"": "{}", "value": "{}"})  # fmt: skip
+
+
+def figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    caption: str,
+    levels: Mapping[str, float] | None = None,
+) -> str:
+    """Curves over steps, a panel each, as an <img>; levels are lines across all. Nothing where there is no point."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
+    from matplotlib.figure import Figure
+
+    shown = {title: {name: line for name, line in lines.items() if line} for title, lines in panels.items()}
+    shown = {title: lines for title, lines in shown.items() if lines}
+    if not shown:
+        return ""
+    drawn = Figure(figsize=(max(6.0, 4.0 * len(shown)), 3.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(drawn)
+    for axes, (title, lines) in zip(drawn.subplots(1, len(shown), squeeze=False).flat, shown.items(), strict=True):
+        for name, line in lines.items():
+            axes.plot(*zip(*line, strict=True), label=name, marker="o" if len(line) < 30 else "", markersize=3)
+        for number, (name, value) in enumerate((levels or {}).items()):
+            axes.axhline(value, linestyle=(":", "--")[number % 2], color="gray", label=f"{value:.2f}: {name}")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    held = io.BytesIO()
+    drawn.savefig(held, format="png")
+    return _img(held.getvalue(), caption)
+
+
+def _strip(images: Sequence[Picture]) -> str:
+    """Images side by side as one <img>, enlarged so that they can be looked at."""
+    if not len(images):
+        return ""
+    times = max(1, _TILE // images[0].shape[0])
+    tiles = [np.pad(np.kron(x, np.ones((times, times, 1), np.uint8)), ((0, 0), (0, _BETWEEN), (0, 0)),
+                    constant_values=255) for x in images]  # fmt: skip
+    held = io.BytesIO()
+    Image.fromarray(np.concatenate(tiles, axis=1)).save(held, "PNG")
+    return _img(held.getvalue(), "")
+
+
+def _img(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'

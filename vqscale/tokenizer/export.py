@@ -1,0 +1,227 @@
+"""A trained module as a folder that stands for itself, model.safetensors and card.json, and as a fingerprint.
+
+Both walk over the same tensors in the same order: every parameter, by name, the K rows of a table whole and in global
+order. Rows are streamed in blocks from whichever rank owns them, so no rank holds those of all. Buffers are the state
+of a training (windows of usage, moving counts) and not part of what is saved. Reading is in saved.py.
+
+card.json      format, version, fingerprint, config, size and sha256 of the weights, and what is known about them:
+               origin (run, step, averages or parameters), commit, metrics; of a tokenizer the image_size, of a prior
+               the fingerprint of the tokenizer whose ids it models
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqscale import config as configuration
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.rows import Rows, Table
+from vqscale.config.schema import fields_of, is_config
+from vqscale.disk import manifest
+from vqscale.disk.checkpoint import CheckpointError
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+
+Kind = Literal["tokenizer", "prior"]  # what a folder may hold
+FORMATS: dict[Kind, str] = {"tokenizer": "vqscale tokenizer", "prior": "vqscale prior"}
+VERSION = 1
+WEIGHTS, CARD = "model.safetensors", "card.json"
+BLOCK_BYTES = 16 << 20
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# These change how fast and in how much memory something is computed, not what.
+NOT_IDENTITY = ("scan_mib", "checkpointing")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter: the same on every rank, or (with a table) this rank's rows of it."""
+
+    tensor: Tensor
+    table: Codebook | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return (*([self.table.num_codes] if self.table else self.tensor.shape[:1]), *self.tensor.shape[1:])
+
+    def blocks(self) -> Iterator[bytes]:
+        """The whole tensor in order, in blocks of bytes. Rows are broadcast by their owners: collective."""
+        if self.table is None:
+            yield _bytes(self.tensor.detach())
+            return
+        axis, row_bytes = self.table.axis, self.tensor[0:0].element_size() * self.tensor.shape[1:].numel()
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for owner in range(axis.size):
+            count = Rows(self.table.num_codes, axis.size, owner).count
+            for low in range(0, count, step):
+                high = min(low + step, count)
+                if owner == axis.rank:
+                    block = self.tensor.detach()[low:high]
+                else:
+                    block = self.tensor.new_empty((high - low, *self.tensor.shape[1:]))
+                yield _bytes(ops.broadcast(block, axis, owner))
+
+
+def entries(module: nn.Module) -> dict[str, Entry]:
+    """Every parameter of a module by name, in the order of names; also those of tables that were set aside."""
+    found = {}
+    for name, table in _tables(module).items():
+        for key, rows in table.named_parameters():
+            assert isinstance(table, Codebook), f"{name} has parameters and no axis to send them on"
+            found[f"{name}.{key}"] = Entry(rows, table)
+    rest = {name: Entry(p) for name, p in module.named_parameters() if name not in found}
+    return dict(sorted((found | rest).items()))
+
+
+def fingerprint(module: nn.Module, config: Any) -> str:
+    """The sha256 of a config and the parameters of a module; collective on the code axis, the same on every rank."""
+    digest = _begin(config)
+    for name, entry in entries(module).items():
+        _announce(digest, name, entry)
+        for block in entry.blocks():
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write(
+    folder: Path | str, module: nn.Module, config: Any, card: Mapping[str, Any], mesh: Mesh, kind: Kind = "tokenizer"
+) -> Path:
+    """Write the folder; collective, rank 0 writes. What fails there is raised on all ranks.
+
+    A tokenizer takes the place of one that lies there; nothing else is written over.
+    """
+    target = _Target(Path(folder), kind) if mesh.world.rank == 0 else None
+    digest, tensors = _begin(config), entries(module)
+    if target is not None:
+        target.open(tensors)
+    for name, entry in tensors.items():
+        _announce(digest, name, entry)
+        for block in entry.blocks():
+            digest.update(block)
+            if target is not None:
+                target.put(block)
+    if target is not None:
+        known = {"format": FORMATS[kind], "version": VERSION, "fingerprint": digest.hexdigest()}
+        target.close({**card, **known, "config": configuration.to_dict(config)})
+    failure = ops.gather_objects(target.failure if target else None, mesh.world)[0]
+    if isinstance(failure, ValueError):
+        raise failure
+    if failure is not None:
+        raise CheckpointError(
+            f"the {kind} was not written to {folder}: {type(failure).__name__}: {failure}; make room there, or "
+            "choose another folder"
+        )
+    return Path(folder)
+
+
+class _Target:
+    """Rank 0's files. After a failure it takes no more and says nothing, because the other ranks go on sending."""
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self.folder, self.kind = folder, kind
+        self.failure: Exception | None = None
+        self._file: BinaryIO | None = None
+
+    def open(self, tensors: Mapping[str, Entry]) -> None:
+        try:
+            if (self.folder / "run.yaml").exists() or (self.folder / manifest.NAME).exists():
+                raise ValueError(
+                    f"{self.folder} holds a run or a checkpoint, and a {self.kind} is saved in a folder of "
+                    "its own: give another folder"
+                )
+            there = _format(self.folder)
+            if there is not None and (there, self.kind) != (FORMATS["tokenizer"], "tokenizer"):
+                raise ValueError(
+                    f"{self.folder} has the card of a {there!r}, and a {self.kind} is not written over it: give "
+                    "another folder, or remove this one"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / CARD).unlink(missing_ok=True)  # without it the folder is nothing until all is written
+            self._file = (self.folder / f"{WEIGHTS}.tmp").open("wb")
+            self._file.write(_header(tensors))
+        except (OSError, ValueError) as error:
+            self.failure = error
+
+    def put(self, block: bytes) -> None:
+        if self.failure is None and self._file is not None:
+            try:
+                self._file.write(block)
+            except OSError as error:
+                self.failure = error
+
+    def close(self, card: Mapping[str, Any]) -> None:
+        try:
+            if self._file is not None:
+                self._file.close()
+            if self.failure is None:
+                seal = manifest.seal(self.folder / f"{WEIGHTS}.tmp")
+                os.replace(self.folder / f"{WEIGHTS}.tmp", self.folder / WEIGHTS)
+                text = json.dumps({**card, "weights": {"file": WEIGHTS, **seal}}, indent=1)
+                (self.folder / f"{CARD}.tmp").write_text(text + "\n")
+                manifest.seal(self.folder / f"{CARD}.tmp")
+                os.replace(self.folder / f"{CARD}.tmp", self.folder / CARD)
+                manifest.sync_folder(self.folder)
+            else:
+                (self.folder / f"{WEIGHTS}.tmp").unlink(missing_ok=True)
+        except OSError as error:
+            self.failure = self.failure or error
+
+
+def _format(folder: Path) -> Any:
+    """What the card of a folder says that it holds; None without a card that can be read."""
+    try:
+        return json.loads((folder / CARD).read_text(encoding="utf-8"))["format"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _header(tensors: Mapping[str, Entry]) -> bytes:
+    """The head of a safetensors file. By hand, because the library's writer wants every tensor whole in memory."""
+    names, at = {}, 0
+    for name, entry in tensors.items():
+        size = torch.Size(entry.shape).numel() * entry.tensor.element_size()
+        names[name] = {"dtype": DTYPES[entry.tensor.dtype], "shape": entry.shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **names}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _begin(config: Any) -> Any:
+    return hashlib.sha256(json.dumps(_identity(config), sort_keys=True).encode())
+
+
+def _announce(digest: Any, name: str, entry: Entry) -> None:
+    digest.update(f"{name} {DTYPES[entry.tensor.dtype]} {list(entry.shape)}\n".encode())
+
+
+def _identity(value: Any) -> Any:
+    """A config without what has its default: a key that is added later does not change the fingerprint of what is."""
+    if is_config(value):
+        keys = fields_of(value.__class__)
+        chosen = {key: getattr(value, key) for key in keys if key not in NOT_IDENTITY}
+        return {key: _identity(x) for key, x in chosen.items() if key == "name" or x != keys[key].default}
+    return [_identity(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tables(module: nn.Module) -> dict[str, Table]:
+    """Every table by dotted name, whether it is still a child or was set aside (codes.rows.set_aside)."""
+    found: dict[str, Table] = {}
+    for prefix, part in module.named_modules():
+        for name, child in [*part.named_children(), *part.__dict__.items()]:
+            if isinstance(child, Table):
+                found[f"{prefix}.{name}" if prefix else name] = child
+    return found

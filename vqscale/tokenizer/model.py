@@ -1,0 +1,209 @@
+"""Tokenizer: encoder, quantizer and decoder as one module; images to ids and back.
+
+The order of tokens is defined here, and where float32 begins and ends. Not here: losses on images (vqscale.losses), the
+search among codes (the quantizer's), and ranks: every rank passes its own images, and only the quantizer talks to the
+others, but for the refusal of ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqscale import nets, quantizers
+from vqscale.nets.config import NetConfig
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.seed import derive
+from vqscale.tokenizer import export, saved
+from vqscale.tokenizer.config import TokenizerConfig
+
+if TYPE_CHECKING:
+    from vqscale.quantizers.base import Quantized, Quantizer
+
+LatentNorm = Literal["none", "rms", "layer"]
+
+
+class Tokenizer(nn.Module):
+    """encoder -> quant_conv -> latent norm -> quantizer -> post_quant_conv -> decoder.
+
+    Images are (B, 3, H, W) in [-1, 1]; H and W are multiples of net.stride. With h = H // stride and w = W // stride
+    the N = B * h * w tokens of a batch are row-major, image after image: token (b * h + y) * w + x is row y, column x
+    of image b.
+
+    latent_norm acts on each token before the quantizer and has no parameters: "rms" divides it by its root mean square,
+    "layer" first subtracts its mean, "none" leaves it. From quant_conv to the quantizer's answer everything is in the
+    type of the parameters, float32, whatever the autocast; the nets follow the autocast.
+
+    `config` is None where a tokenizer was put together by hand: such a one cannot be saved. `card` has what is known of
+    where the weights come from (origin, commit, image_size, metrics); it goes with them into a saved folder.
+    """
+
+    def __init__(self, net: NetConfig, quantizer: Quantizer, latent_norm: LatentNorm = "none") -> None:
+        super().__init__()
+        self.net = net
+        self.latent_norm = latent_norm
+        self.config: TokenizerConfig | None = None
+        self.card: dict[str, Any] = {}
+        self.mesh: Mesh | None = None
+        parts = nets.build(net, quantizer.dim)
+        self.encoder, self.quant_conv = parts.encoder, parts.quant_conv
+        self.quantizer = quantizer
+        self.post_quant_conv, self.decoder = parts.post_quant_conv, parts.decoder
+
+    @classmethod
+    def from_config(cls, config: TokenizerConfig, mesh: Mesh | None = None, seed: int = 0) -> Tokenizer:
+        """A new tokenizer on the mesh's device; its first values do not depend on the number of processes."""
+        mesh = mesh or Mesh()
+        torch.manual_seed(derive(seed, "model"))
+        quantizer = quantizers.build(config.quantizer, mesh, seed=derive(seed, "codes"))
+        tokenizer = cls(config.net, quantizer, config.latent_norm).to(mesh.device)
+        tokenizer.config, tokenizer.mesh = config, mesh
+        return tokenizer
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, mesh: Mesh | None = None, weights: Literal["average", "parameters"] = "average"
+    ) -> Tokenizer:
+        """The trained tokenizer of a run folder (its newest whole checkpoint), of one of its checkpoint folders, or of
+        a folder that `save` wrote; in evaluation mode, on the mesh's device.
+
+        `weights` "average" takes the moving averages of a checkpoint, or the parameters where it has none. With a mesh
+        it is collective, and a rank reads only its own rows. ValueError on all ranks for what cannot be loaded.
+        """
+        mesh = mesh or Mesh()
+        source = saved.find(path, mesh, weights)
+        with torch.random.fork_rng(devices=[]):
+            tokenizer = cls.from_config(source.config, mesh)
+        source.fill(tokenizer, mesh)
+        tokenizer.card = source.card
+        return tokenizer.eval()
+
+    def save(self, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+        """Write model.safetensors and card.json, from which `load` gives the same tokenizer to the bit; collective.
+
+        `card` adds to what is known of the weights. Only rank 0 writes, and no rank holds the rows of all.
+        """
+        if self.config is None:
+            raise ValueError(
+                "this tokenizer was put together by hand, so nobody could build it again from what save writes: make "
+                "it with Tokenizer.from_config"
+            )
+        return export.write(folder, self, self.config, {**self.card, **(card or {})}, self.mesh or Mesh())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the config and every parameter with all rows, the same on any number of ranks; hexadecimal.
+
+        Computed when asked; collective on the code axis.
+        """
+        return export.fingerprint(self, self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return next(self.decoder.parameters()).dtype
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """Images -> (reconstruction of the same shape, not clamped; what the quantizer returned for x_ND)."""
+        x_ND = self.latents(images)
+        with _no_autocast(x_ND):
+            quantized = self.quantizer(x_ND)
+        return self.reconstruct(quantized.z_ND, self.grid(images)), quantized
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images -> x_ND, never in half precision: what the quantizer is given."""
+        self.grid(images)  # refuses sides that the stride does not divide
+        encoded = self.encoder(images)
+        with _no_autocast(encoded):
+            x_BDhw = self.quant_conv(encoded.to(self.dtype))
+            x_ND = x_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+            if self.latent_norm == "rms":
+                x_ND = F.rms_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
+            elif self.latent_norm == "layer":
+                x_ND = F.layer_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
+            return x_ND
+
+    def reconstruct(self, z_ND: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Rows of codes for a grid of (B, h, w) tokens -> images, never in half precision, not clamped."""
+        z_BDhw = z_ND.unflatten(0, grid).permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(z_BDhw)).to(self.dtype)
+
+    def grid(self, images: Tensor) -> tuple[int, int, int]:
+        """(B, h, w): images, rows and columns of tokens. ValueError for what are no images, or have other sides."""
+        if images.ndim != 4 or images.shape[1] != self.net.in_channels or not images.is_floating_point():
+            raise ValueError(
+                f"images are floats in [-1, 1] of shape (B, {self.net.in_channels}, H, W), and these are "
+                f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}: bring them into that form (8-bit "
+                "values v become v / 127.5 - 1)"
+            )
+        batch, _, height, width = images.shape
+        stride = self.net.stride
+        if height % stride or width % stride:
+            raise ValueError(
+                f"images of {height} x {width} pixels cannot be cut into tokens of {stride} x {stride} pixels, the "
+                f"stride of the {len(self.net.multipliers)} levels in net.multipliers {list(self.net.multipliers)}: "
+                "change the size of the images or the number of multipliers"
+            )
+        return batch, height // stride, width // stride
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images -> int64 ids (B, h, w), or (B, h, w, num_ids): the search alone, in evaluation whatever the mode."""
+        with _evaluating(self):
+            x_ND = self.latents(images)
+            with _no_autocast(x_ND):
+                ids_N = self.quantizer.encode(x_ND)
+            return ids_N.view(*self.grid(images), *ids_N.shape[1:])
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids (B, h, w) -> images (B, 3, H, W), not clamped, without gradients and dropout in any training mode.
+
+        ValueError for ids that are none of this tokenizer's, on all ranks of a split codebook if one has such.
+        """
+        self._check_ids(ids)
+        with _evaluating(self):
+            batch, height, width = ids.shape[:3]
+            with _no_autocast(ids):
+                z_ND = self.quantizer.decode(ids.flatten(0, 2))
+            return self.reconstruct(z_ND, (batch, height, width))
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""
+        count = self.quantizer.num_codes
+        whole = not (ids.is_floating_point() or ids.is_complex()) and ids.ndim > 2
+        outside = ((ids < 0) | (ids >= count)).sum() if whole else torch.tensor(1, device=ids.device)
+        if self.mesh is not None:
+            outside = ops.max_over(outside, self.mesh.codes)
+        if outside.item():
+            span = f" with values {ids.min()} to {ids.max()}" if ids.numel() else ""
+            raise ValueError(
+                f"ids of this tokenizer are whole numbers from 0 to {count - 1}, (B, h, w) of them, and on one rank or "
+                f"more they are others (here {str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}{span}): "
+                "decode with the tokenizer that encoded them"
+            )
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    """Inside it autocast is off on the device of x; devices that know no autocast (meta) need nothing."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every part is in its own mode again, which need not be the same for all."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,271 @@
+"""Find a trained model on disk and read it: a run folder, one of its checkpoint folders, or an exported folder.
+
+    RUN/                            run.yaml says what it is; its newest whole checkpoint has the weights
+    RUN/checkpoints/0000001000/     that checkpoint: replicated tensors and rows by global number
+    EXPORTED/                       model.safetensors and card.json, as export.py writes them
+
+Everything is checked before it is used: checksums (by rank 0), names and shapes. A rank reads its own rows only. Not
+here: what a tokenizer or a prior is, and how it is built, and weights of other projects (tools).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vqscale import config as configuration
+from vqscale.disk import checkpoint, manifest
+from vqscale.nets.weights import check_shapes
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.export import CARD, FORMATS, VERSION, WEIGHTS, Entry, Kind, entries
+
+T = TypeVar("T")
+Weights = Literal["average", "parameters"]
+NOT_FACTS = ("format", "version", "fingerprint", "config", "weights")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model on disk: how to build it, what is known of it, and `fill`, which puts its weights into the built."""
+
+    path: Path
+    config: Any
+    card: dict[str, Any]
+    _read: Callable[[Mapping[str, Entry]], dict[str, Tensor]]
+
+    def fill(self, module: nn.Module, mesh: Mesh) -> None:
+        """Copy the weights into the parameters of a module, on each rank its own rows. Collective."""
+        wanted = entries(module)
+        tensors = _together(lambda: self._read(wanted), mesh)
+        with torch.no_grad():
+            for name, entry in wanted.items():
+                entry.tensor.copy_(tensors[name])
+
+
+def find(
+    path: str | Path, mesh: Mesh, weights: Weights = "average", task: Kind = "tokenizer", schema: Any = TokenizerConfig
+) -> Saved:
+    """What lies at `path`, its checksums verified; collective. ValueError on all ranks if any cannot use it.
+
+    `task` is what is looked for: the task of a run, which is the model's key in its config, or the kind of an exported
+    folder. `schema` is the type of its config.
+    """
+    path = Path(path)
+    if weights not in ("average", "parameters"):
+        raise ValueError(f"weights are {weights!r}, and a checkpoint has 'average' and 'parameters': give one of them")
+    first = mesh.world.rank == 0
+    verified = ops.gather_objects(_attempt(lambda: _verified(path, task) if first else None), mesh.world)[0]
+    found = _result(verified)
+    assert found is not None
+    return _together(lambda: _read(found, weights, task, schema), mesh)
+
+
+def _read(found: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
+    if (found / CARD).is_file():
+        return _exported(found, task, schema)
+    return _trained(found, weights, task, schema)
+
+
+def _verified(path: Path, task: Kind) -> Path:
+    """The folder whose weights are meant, every byte of them checked."""
+    if (path / CARD).is_file():
+        _check_weights(path, _card(path, task), task)
+        return path
+    if (path / manifest.NAME).is_file():
+        damage = manifest.damage(path)
+        if damage is not None:
+            raise ValueError(
+                f"the checkpoint {path} is not whole: {damage}; load another checkpoint of this run, or the "
+                "run folder, which takes the newest whole one"
+            )
+        return path
+    if (path / "run.yaml").is_file():
+        newest, passed_over = checkpoint.latest(path / "checkpoints")
+        if newest is None:
+            why = "".join(f"\n  {reason}" for reason in passed_over)
+            raise ValueError(
+                f"the run in {path} has no whole checkpoint in {path / 'checkpoints'}, and so nothing to "
+                f"load: train it until it has saved once (run.checkpoint_every), or give another run{why}"
+            )
+        for reason in passed_over:
+            warnings.warn(f"passed over the checkpoint {reason}", stacklevel=2)
+        return newest
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else f"does not exist (looked from {Path.cwd()})"
+    elif (path / WEIGHTS).exists() or (path / f"{WEIGHTS}.tmp").exists():
+        what = f"has weights and no {CARD}: writing it was not finished"
+    else:
+        what = f"has neither {CARD} nor run.yaml nor {manifest.NAME}"
+    raise ValueError(
+        f"{path} {what}: give a run folder, a folder NNNNNNNNNN in its checkpoints, or a folder that a "
+        f"{task} was saved to"
+    )
+
+
+def _card(folder: Path, task: Kind) -> dict[str, Any]:
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / CARD} cannot be read ({error}): save the {task} again") from None
+    kind = card.get("format") if isinstance(card, dict) else type(card).__name__
+    if kind != FORMATS[task]:
+        raise ValueError(
+            f"{folder / CARD} is the card of {kind!r} and not of a {FORMATS[task]!r}: give a folder that a "
+            f"{task} was saved to, or the folder of a run that trained one"
+        )
+    if card.get("version") != VERSION:
+        raise ValueError(
+            f"{folder / CARD} has version {card.get('version')}, and this code reads version {VERSION}: "
+            f"use the vqscale that wrote it, or save the {task} again with this one"
+        )
+    lacks = [key for key in ("config", "weights", "fingerprint") if key not in card]
+    if lacks:
+        raise ValueError(f"{folder / CARD} lacks {', '.join(lacks)}: save the {task} again")
+    return card
+
+
+def _check_weights(folder: Path, card: Mapping[str, Any], task: Kind) -> None:
+    file, entry = folder / WEIGHTS, card["weights"]
+    if not file.is_file():
+        raise ValueError(
+            f"{file}, the weights that {CARD} speaks of, does not exist: put it back, or save the {task} again"
+        )
+    here = manifest.seal(file)
+    for key, unit in (("bytes", "bytes"), ("sha256", "as sha256")):
+        if here[key] != entry.get(key):
+            raise ValueError(
+                f"{file} has {here[key]} {unit}, and {folder / CARD} says {entry.get(key)}: the file was cut "
+                "off or exchanged after it was written; copy the folder again"
+            )
+
+
+def _exported(folder: Path, task: Kind, schema: Any) -> Saved:
+    card = _card(folder, task)
+    config = configuration.parse(schema, card["config"], source=f"{folder / CARD}: config")
+
+    def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
+        try:
+            with safe_open(folder / WEIGHTS, framework="pt") as file:
+                given = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+                check_shapes(_shapes(wanted), {n: x.get_shape() for n, x in given.items()}, what=str(folder))
+                return {
+                    name: given[name][:] if entry.table is None else given[name][slice(*_range(entry))]
+                    for name, entry in wanted.items()
+                }
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}): copy the folder again") from None
+
+    facts = {key: value for key, value in card.items() if key not in NOT_FACTS}
+    return Saved(folder, config, facts, read)
+
+
+def _trained(folder: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
+    """A checkpoint: its run.yaml is two folders up."""
+    run = folder.absolute().parent.parent
+    asked = _run_config(run / "run.yaml", folder, task)
+    config = configuration.parse(schema, asked[task], source=f"{run / 'run.yaml'}: {task}")
+    order = ("average/", "parameter/", "") if weights == "average" else ("parameter/", "")
+
+    def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
+        layout = manifest.read(folder)["rows"]
+        rows = {name: entry for name, entry in wanted.items() if entry.table is not None}
+        in_file = {name: _first(name, order, layout) for name in rows}
+        held = {in_file[name]: (*_range(entry), entry.shape[0]) for name, entry in rows.items() if in_file[name]}
+        state = checkpoint.load(folder, rows=held, mapped=True)  # `fill` copies the parameters alone
+        in_file |= {name: _first(name, order, state.replicated) for name in wanted if name not in rows}
+        given = {
+            name: layout[key]["shape"] if name in rows else state.replicated[key].shape
+            for name, key in in_file.items()
+            if key
+        }
+        for key in [*state.replicated, *layout]:  # parameters of another network must not go unnoticed
+            if key.startswith("parameter/"):
+                given.setdefault(key.removeprefix("parameter/"), ())
+        check_shapes(_shapes(wanted), given, what=str(folder))
+        return {name: (state.rows if name in rows else state.replicated)[key] for name, key in in_file.items()}
+
+    return Saved(folder, config, _facts_of_run(run, folder, asked, weights), read)
+
+
+def _run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
+    try:
+        asked = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is a checkpoint, but the config of its run, {file}, cannot be read ({error}): a "
+            "checkpoint is loaded where it lies, in RUN/checkpoints with RUN/run.yaml"
+        ) from None
+    task = asked.get("task") if isinstance(asked, dict) else None
+    if task != wanted or wanted not in asked:
+        raise ValueError(
+            f"{file} is the config of task {task!r}, and a {wanted} comes from a run with task {wanted!r}: give the "
+            "folder of such a run"
+        )
+    return dict(asked)
+
+
+def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """What the run folder says about the weights of a checkpoint; what it does not say is left out."""
+    data = asked.get("data") or {}
+    seen = data.get("val") or data.get("train") or {}
+    kept = (asked.get("average") or {}).get("decay") != 0
+    taken = weights if kept else "parameters"
+    facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}"}
+    facts |= {key: seen[key] for key in ("image_size", "resize", "interpolation") if seen.get(key)}
+    commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
+    if tokens.is_file():  # of a prior: the tokenizer that its ids are of, by fingerprint
+        facts |= json.loads(tokens.read_text())
+    if commit.is_file():
+        facts["commit"] = commit.read_text().strip()
+    if summary.is_file():
+        found = json.loads(summary.read_text())
+        if found.get("steps") == int(folder.name):
+            facts["metrics"] = {key: x for key, x in found.items() if isinstance(x, int | float)}
+    return facts
+
+
+def _first(name: str, order: tuple[str, ...], there: Mapping[str, Any]) -> str:
+    return next((prefix + name for prefix in order if prefix + name in there), "")
+
+
+def _shapes(wanted: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in wanted.items()}
+
+
+def _range(entry: Entry) -> tuple[int, int]:
+    assert entry.table is not None
+    return entry.table.layout.start, entry.table.layout.stop
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    try:
+        return work(), ""
+    except (ValueError, OSError) as error:
+        return None, str(error) or type(error).__name__
+
+
+def _result(outcome: tuple[T | None, str]) -> T | None:
+    if outcome[1]:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def _together(work: Callable[[], T], mesh: Mesh) -> T:
+    """work() of this rank; ValueError on all ranks if it failed on any of them, or the others would wait for it."""
+    result, failure = _attempt(work)
+    for other in ops.gather_objects(failure, mesh.world):
+        if other:
+            raise ValueError(other)
+    assert result is not None
+    return result

@@ -1,0 +1,134 @@
+"""What judges reconstructions beside their distance: LPIPS, and a second player with an engine of its own.
+
+The order of a step is that of the published tokenizers: one forward pass of the tokenizer, then the discriminator steps
+on images and (detached) reconstructions, then the tokenizer is judged by what the discriminator has become, and steps.
+With accumulation the discriminator steps with the last micro-batch, whose reconstructions alone are judged by the new
+one. The blocks themselves are in tokenizer.py.
+
+The discriminator's weights are frozen but for its own block: a backward pass of the tokenizer that reached them would
+fill the buckets of the other engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.engine.engine import Engine, StepReport
+from vqscale.nets.lpips import load as load_lpips
+from vqscale.nets.patchgan import PatchGAN
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.seed import derive
+from vqscale.train import losses
+from vqscale.train.config import TokenizerRun
+from vqscale.train.config_losses import AdversarialConfig, PerceptualConfig
+
+
+class Perceptual:
+    """LPIPS and its weight; frozen, the same on every rank. ValueError where its files are not what they should be."""
+
+    def __init__(self, config: PerceptualConfig, mesh: Mesh) -> None:
+        self.weight = config.weight
+        lpips = load_lpips(config.vgg, config.heads, vgg_sha256=config.vgg_sha256, heads_sha256=config.heads_sha256)
+        self._lpips = lpips.to(mesh.device)
+
+    def distance(self, images: Tensor, recon: Tensor) -> Tensor:
+        """The mean over this rank's images, not weighted."""
+        return self._lpips(images, recon).mean()
+
+
+class Discriminator:
+    """The discriminator of a run: its engine, what it plays for, and LeCAM's averages. Making one is collective.
+
+    In a checkpoint everything is under discriminator/: the engine's state, and lecam, the averages [of images, of
+    reconstructions] of its answers over all ranks.
+    """
+
+    name = "discriminator"
+
+    def __init__(self, config: AdversarialConfig, run: TokenizerRun, mesh: Mesh) -> None:
+        torch.manual_seed(derive(run.run.seed, "discriminator"))
+        net = PatchGAN(config.net, mesh.world).to(mesh.device)
+        steps = max(1, run.run.steps - config.start_step)
+        self.engine = Engine(net, {}, run.engine, config.optim or run.optim, mesh, steps)
+        self.config, self._mesh, self._accumulation = config, mesh, run.engine.accumulation
+        self.averages = torch.zeros(2, device=mesh.device)
+        self._answers = torch.zeros(2, device=mesh.device)
+        self._report: StepReport | None = None
+        net.requires_grad_(False)
+
+    def plays(self, step: int) -> bool:
+        """Whether there is a game at this step, numbered from 1; the same on every rank."""
+        return step > self.config.start_step
+
+    def losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """What it minimises, by name, already weighted, from its answers to images and to reconstructions."""
+        game = self.config
+        its_part = losses.discriminator(real, fake, game.discriminator, game.discriminator_patch_mean)
+        found: dict[str, Tensor] = {game.discriminator: its_part}
+        if game.lecam_weight:
+            found["lecam"] = game.lecam_weight * losses.lecam(real, fake, self.averages)
+        return found
+
+    def step(self, real: Tensor, fake: Tensor) -> StepReport:
+        """Step the engine; at the end of a step its mean answers go into the averages, unless it was skipped.
+
+        LeCAM looks at the averages before its own step, so that micro-batches and ranks make one batch.
+        """
+        means = torch.stack([x.detach().float().mean() for x in (real, fake)])
+        self._answers += means / self._accumulation
+        report = self.engine.step()
+        if report.boundary:
+            answers = ops.sum_over(self._answers, self._mesh.world) / self._mesh.world.size
+            if report.stepped:
+                self.averages = torch.lerp(self.averages, answers, 1 - self.config.lecam_decay)
+            self._answers.zero_()
+            self._report = report
+        return report
+
+    def numbers(self) -> dict[str, float]:
+        """Of its last step, for the log; the same on every rank. Nothing before the game has begun."""
+        if self._report is None:
+            return {}
+        return {"lr": self._report.lr, "grad_norm": self._report.grad_norm, "skipped": self.engine.skipped}
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Its own block: gradients reach its weights inside, and nowhere else."""
+        self.engine.module.requires_grad_(True)
+        yield
+        self.engine.module.requires_grad_(False)
+
+    def judge(self, recon: Tensor, main: Tensor, last: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """(weight, the tokenizer's part): their product belongs in what the tokenizer minimises.
+
+        With adaptive the weight follows the ratio of the gradients of `main` and of the part at `last`, the weight of
+        the decoder's last layer; gradients are averaged over the ranks first, so that all have one ratio.
+        """
+        part = losses.generator(self.engine(recon), self.config.generator, self.config.generator_patch_mean)
+        weight = torch.full((), self.config.weight, device=recon.device)
+        if self.config.adaptive:
+            both = torch.stack([torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (main, part)])
+            both = ops.sum_over(both.detach(), self._mesh.world) / self._mesh.world.size
+            weight = weight * losses.adaptive_ratio(both[0], both[1], self.config.adaptive_limit)
+        return weight, part
+
+    def row_names(self) -> list[str]:
+        return []
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(replicated, rows, facts) as an engine's; collective."""
+        with self.learning():  # ZeRO-3 has no moments to give for what is frozen
+            replicated, rows, facts = self.engine.state()
+        return replicated | {"lecam": self.averages.to("cpu", copy=True)}, rows, facts
+
+    def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, on any number of ranks and at any stage; collective."""
+        self.averages = replicated["lecam"].to(self._mesh.device, copy=True)
+        with self.learning():
+            self.engine.load({name: x for name, x in replicated.items() if name != "lecam"}, rows, facts)
