@@ -78,10 +78,9 @@ def test_other_weights_fewer_images_and_no_training_cache(run, caches, tmp_path)
     ],
 )
 def test_what_does_not_fit_is_said(run, caches, tmp_path, monkeypatch, capsys, words, said):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     other = prior_runs.write_cache(tmp_path / "other", 8, 3, tokenizer="beef" * 16)
     words = [word.format(caches=caches, other=other) for word in words]
     asked = ["prior", str(run), "--device", "cpu", *words, "--out", str(tmp_path / "out")]
-    assert importlib.import_module("evaluate").main(asked) == 2
+    assert importlib.import_module("vqscale.programs.commands.evaluate").main(asked) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -221,8 +221,9 @@ def test_logits_of_ten_thousand(low):
     assert torch.equal(ids, dense.nearest(x, rows)[0])
     _near(values["lse"], truth.lse_N, 1e-6)
     _near(values["mean"], truth.mean_ND, 1e-2 if low else 1e-5)
-    # float32 holds such scores to 6e-4, which at this temperature is 6 per cent of a probability
-    _near(values["columns"], truth.columns_K, 0.1)
+    # float32 sums of 16 products near 1e4 (steps of 9.8e-4) are off by up to 2.5 steps, in whatever order they are
+    # added: at this temperature that is 28 per cent of a probability
+    _near(values["columns"], truth.columns_K, 0.28)
     for part in (*values.values(), out.x_BD, out.keys_kD):
         assert torch.isfinite(part).all()
 

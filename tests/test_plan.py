@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from vqscale.programs.commands import plan as command
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [str(ROOT / "configs" / "quickstart" / "tokenizer.yaml"), "--gpus", "1,4", "--images", "8"]
 
 
 @pytest.fixture
-def plan(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("plan")
+def plan():
+    return command
 
 
 def _json(plan, capsys, *words):

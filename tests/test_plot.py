@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqscale.programs.commands import plot
+
 TOOL = Path(__file__).parent.parent / "tools" / "plot.py"
-tool = runpy.run_path(str(TOOL))
-main = tool["main"]
+tool = vars(plot)
+main = plot.main
 
 
 def _run(folder, name="ibq", steps=40, usage=0.5, more=""):

@@ -35,9 +35,7 @@ SIDE, COUNT, CODES = 16, 11, 37
 
 
 def _tool():
-    if str(ROOT / "tools") not in sys.path:
-        sys.path.insert(0, str(ROOT / "tools"))
-    return importlib.import_module("evaluate")
+    return importlib.import_module("vqscale.programs.commands.evaluate")
 
 
 def config(quantizer):

@@ -1,72 +1,12 @@
 #!/usr/bin/env python
-"""Show what a finished run reached: a table, the pictures, and where everything is.
+"""`python tools/summary.py ...` is `vqscale summary ...` of this checkout: vqscale/programs/commands/summary.py."""
 
-python tools/summary.py [--folder] [CONFIG] [dotted.key=value ...]      the run of this config (as for launch/train.py)
-
---folder prints the run folder and nothing else.
-"""
-
-from __future__ import annotations
-
-import json
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vqscale import config as configuration
-from vqscale.train.config import Run
-
-DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "tokenizer.yaml"
-ROWS = (
-    ("psnr", "PSNR on held-out images, dB", "{:.2f}"),
-    ("ssim", "SSIM", "{:.3f}"),
-    ("usage", "usage: codes that held-out images use", "{:.1%}"),
-    ("perplexity", "perplexity of their use", "{:,.0f}"),
-    ("num_codes", "codes", "{:,}"),
-    ("images_per_s", "images/s in training", "{:.1f}"),
-    ("code_axis_share", "share of the step on the code axis", "{:.1%}"),
-    ("data_wait", "share of the time waiting for data", "{:.1%}"),
-    ("processes", "processes", "{}"),
-    ("steps", "steps", "{:,}"),
-)
-
-
-def show(folder: Path) -> str:
-    """The text; copies the last reconstructions to FOLDER/reconstructions.png. ValueError if the run is not done."""
-    path = folder / "summary.json"
-    if not path.exists():
-        raise ValueError(f"{path} does not exist, the run in {folder} is not done: start launch/train.py again")
-    summary = json.loads(path.read_text())
-    rows = [(label, form.format(summary[key])) for key, label, form in ROWS if key in summary]
-    wide, right = max(len(label) for label, _ in rows), max(len(value) for _, value in rows)
-    lines = [f"  {label:{wide}}  {value:>{right}}" for label, value in rows]
-    pictures = sorted((folder / "samples" / "reconstructions").glob("*.png"))
-    if pictures:
-        shutil.copy(pictures[-1], folder / "reconstructions.png")
-        lines.append(f"originals above reconstructions: {folder / 'reconstructions.png'}")
-    lines.append(
-        f"everything is in {folder}/: run.yaml, metrics.jsonl, samples/, checkpoints/, summary.json; "
-        f"curves: tensorboard --logdir {folder / 'tb'}"
-    )
-    return "\n".join(lines)
-
-
-def main(argv: list[str]) -> int:
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        only = "--folder" in argv
-        files = [word for word in argv if "=" not in word and word != "--folder"]
-        config: Run = configuration.load(Run, files[0] if files else DEFAULT, [word for word in argv if "=" in word])
-        print(config.run.folder if only else show(Path(config.run.folder)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from vqscale.programs.commands.summary import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 The GPU entries are estimates from data sheets and common experience (large products reach about three quarters of the
 sheet, convolutions about 0.6 of what products do); the H200's copy bandwidth and bf16 product were measured once
-(4.3 TB/s, 788 TFLOP/s at 8192^3) and are rounded down. A CPU is measured on the spot by tools/plan_check.py.
+(4.3 TB/s, 788 TFLOP/s at 8192^3) and are rounded down. A CPU is measured on the spot by check.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,269 @@
+"""Measure a tokenizer or a prior on held-out images, or generated images against a reference; plain or by torchrun.
+
+    torchrun --nproc_per_node=8 tools/evaluate.py tokenizer RUN --shards 'val-{00..49}.tar' --inception FILE.pth
+    python tools/evaluate.py statistics OUT.npz --shards 'train-{000..999}.tar' --inception FILE.pth
+    python tools/evaluate.py samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
+    torchrun --nproc_per_node=8 tools/evaluate.py prior PRIOR --cache caches/imagenet-val
+
+tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
+statistics   mean and covariance of Inception's features, and the features of some images: a --reference
+samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout)
+prior        nats, perplexity and accuracy of held-out ids, the first view of every image of a token cache
+
+Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from vqscale.data.config import ImagesConfig, TokensConfig, as_trained
+from vqscale.programs.commands import evaluate_options
+
+if TYPE_CHECKING:
+    from vqscale.data.images import Stream
+    from vqscale.metrics.held_out import Judges
+    from vqscale.nets.inception import Inception
+    from vqscale.parallel.mesh import Mesh
+    from vqscale.show.progress import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the numbers are there; 2, with the reason on stderr, when the input is wrong."""
+    args = evaluate_options.parser(__doc__).parse_args(argv)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        evaluate_options.check(args)
+        commands = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples, "prior": _prior}
+        told = commands[args.command](args)
+    except (ValueError, OSError) as error:
+        # What is wrong with the input every rank finds, and one says it; a disk may be bad on one only.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if several:
+            os._exit(2)  # no farewell to the others: they may wait for this rank, and torchrun ends them
+        return 2
+    if told:
+        print(told)
+    return 0
+
+
+def _joined(args: argparse.Namespace) -> AbstractContextManager[Mesh]:
+    from vqscale.run import processes
+
+    # Weights and images are files, which may be wrong on one rank only: no error is one that all have agreed on.
+    return processes.joined(args.device, processes.divide(getattr(args, "codes", 1)), agreed=())
+
+
+def _images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> ImagesConfig:
+    """The shards as asked for, where nothing is asked for as in a tokenizer's card; without one they are looked for."""
+    from vqscale.data import images
+
+    known = as_trained(card or {}, args.image_size, None, args.interpolation)
+    config = ImagesConfig(args.shards, num_workers=args.workers, **known)
+    problems = [message for _, message in config.problems()]
+    if problems:
+        raise ValueError("; ".join(problems))
+    if card is None:
+        images.prepare(config)
+    return config
+
+
+def _inception(args: argparse.Namespace, mesh: Mesh) -> Inception:
+    from vqscale.nets.inception import load
+
+    return load(args.inception, args.inception_sha256).to(mesh.device)
+
+
+def _progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
+    from vqscale.show.progress import Progress
+
+    return Progress(-(-images // args.batch), rank=mesh.world.rank, stream=sys.stderr)
+
+
+def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
+    from vqscale.metrics import fid
+    from vqscale.metrics.held_out import Judges
+    from vqscale.nets import lpips
+
+    inception = reference = distance = None
+    if args.inception:
+        inception = _inception(args, mesh)
+        if args.reference:
+            reference = fid.read(args.reference, inception.facts, inception.dims)
+            if reference.pool is None:
+                raise ValueError(
+                    f"--reference {args.reference} has images and no statistics: make some with "
+                    "`tools/evaluate.py statistics`"
+                )
+    if args.vgg:
+        expected = None if args.vgg_sha256 == "any" else args.vgg_sha256
+        distance = lpips.load(args.vgg, args.heads, vgg_sha256=expected).to(mesh.device)
+    published = args.vgg_sha256.startswith("397923af")
+    return Judges(inception, distance, "lpips" if published else "distance_other_vgg", reference)
+
+
+def _tokenizer(args: argparse.Namespace) -> str:
+    _images(args)
+    import torch
+
+    from vqscale.data.images import Stream
+    from vqscale.metrics import fid, held_out
+    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.show import pictures, report
+    from vqscale.tokenizer.model import Tokenizer
+
+    with _joined(args) as mesh:
+        judges = _judges(args, mesh)
+        tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
+        config = _images(args, tokenizer.card)
+        stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+        tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
+        progress = _progress(stream.num_samples, args, mesh)
+        found = held_out.score(tokenizer, stream, mesh, judges, progress.advance)
+        progress.close()
+        fingerprint = tokenizer.fingerprint  # collective
+    if mesh.world.rank:
+        return ""
+    of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card}
+    protocol = {
+        "reconstructions": "from ids"
+        if tokenizer.quantizer.exact_decode
+        else "through the quantizer: no id says its z",
+        "psnr, ssim": "means over images, of 8-bit values; SSIM with a Gaussian window of 11 x 11, sigma 1.5",
+        "usage": f"share of the {found.num_codes} codes that these images hit at least once",
+        "lpips": {"values": "clamped, not rounded", "vgg": report.file(args.vgg), "heads": report.file(args.heads)}
+        if args.vgg
+        else None,
+        **report.judged_by(judges.inception, PREPROCESSING),
+        "reference": report.file(args.reference) if args.reference else "the originals",
+    }
+    result = _result(found.numbers, mesh, protocol, tokenizer=of, data=_data(config, stream))
+    result["notes"] = report.notes(found.numbers, judges.inception, found.broken)
+    if found.statistics is not None and args.save_stats:
+        fid.save(
+            args.save_stats,
+            *found.statistics,
+            {**report.judged_by(judges.inception, PREPROCESSING)["inception"], **result["data"]},
+        )
+    size = pictures.scale(config.image_size, config.image_size)
+    shown = {
+        "reconstructions below their originals": pictures.grid(found.originals, found.reconstructions, scale=size),
+        "usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes),
+    }
+    return report.tell(result, args.out, f"Tokenizer {args.path}", shown)
+
+
+def _statistics(args: argparse.Namespace) -> str:
+    config = _images(args)
+    from vqscale.data.images import Stream
+    from vqscale.metrics import fid, held_out
+    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.show import report
+
+    with _joined(args) as mesh:
+        inception = _inception(args, mesh)
+        stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+        progress = _progress(stream.num_samples, args, mesh)
+        found, seen = held_out.statistics(stream, inception, mesh, progress.advance, points=args.images)
+        progress.close()
+    if mesh.world.rank:
+        return ""
+    points = 0 if found.points_ND is None else len(found.points_ND)
+    numbers = {"images": seen.images, "broken": seen.broken, "enlarged": seen.enlarged, "points": points}
+    facts = {
+        **inception.facts,
+        **_result(numbers, mesh, report.judged_by(inception, PREPROCESSING), data=_data(config, stream)),
+    }
+    fid.save(args.out, found.pool, found.spatial, facts, found.points_ND)
+    return f"{args.out}: statistics of {seen.images} images, features of {points}" + "".join(
+        f"\nnote: {note}" for note in report.notes(numbers, inception, seen.told)
+    )
+
+
+def _samples(args: argparse.Namespace) -> str:
+    from vqscale.metrics import generation
+    from vqscale.metrics.sample_file import SampleFile
+    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.show import pictures, report
+
+    images = SampleFile(args.path)
+    with _joined(args) as mesh:
+        inception = _inception(args, mesh)
+        progress = _progress(len(images), args, mesh)
+        batch = max(1, args.batch // mesh.world.size)
+        reference = generation.read_reference(args.reference, inception, mesh, batch=batch)
+        samples = generation.describe(images, inception, mesh, batch=batch, advance=progress.advance)
+        progress.close()
+    if mesh.world.rank:
+        return ""
+    numbers = {**generation.compare(samples, reference), "images": len(images)}
+    protocol = {
+        "definitions": "guided-diffusion's evaluator; Inception score of parts of 5000; distances in float64",
+        **report.judged_by(inception, PREPROCESSING),
+        "reference": report.file(args.reference),
+        "reference images": 0 if reference.points_ND is None else len(reference.points_ND),
+    }
+    result = _result(numbers, mesh, protocol, samples=report.file(args.path))
+    result["notes"] = report.notes(numbers, inception, [])
+    _, some = next(images.batches(16))
+    picture = pictures.tiles(some, scale=pictures.scale(*some.shape[2:]))
+    return report.tell(result, args.out, f"Samples {args.path}", {"samples, the first": picture})
+
+
+def _prior(args: argparse.Namespace) -> str:
+    from vqscale.data.tokens.stream import Stream
+    from vqscale.metrics import unigram
+    from vqscale.priors.base import Prior
+    from vqscale.show import report
+    from vqscale.train import prior
+
+    Stream(TokensConfig(args.cache), args.batch, train=False)  # refused before processes meet
+    with _joined(args) as mesh:
+        model, notes = Prior.load(args.path, mesh=mesh, weights=args.weights), list[str]()
+
+        def stream(path: str, train: bool) -> Stream:
+            found = Stream(TokensConfig(path), args.batch, mesh.world.rank, mesh.world.size, train=train)
+            found.cache.expect(model.card.get("tokenizer"), model.num_codes, model.config.grid, 1)
+            notes.extend(prior.check_labels(found, model.num_classes))
+            return found
+
+        held_out = stream(args.cache, train=False)
+        seen_k = unigram.count(stream(args.training, train=True), mesh) if args.training else None
+        progress = _progress(min(args.images or held_out.num_samples, held_out.num_samples), args, mesh)
+        numbers = prior.evaluate(model, model, held_out, mesh, args.images, seen_k, seed=0, progress=progress)
+        progress.close()
+        fingerprint = model.fingerprint  # collective
+    if mesh.world.rank:
+        return ""
+    if numbers["images"] < held_out.num_samples:
+        notes.append(f"the first {numbers['images']:.0f} of {held_out.num_samples} images alone were looked at")
+    of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": model.card}
+    data = {"cache": args.cache, "fingerprint": held_out.fingerprint, "tokenizer": held_out.tokenizer_fingerprint}
+    protocol = {
+        "loss": "mean cross entropy of the ids of the first view, given the class, in nats; nothing is dropped",
+        "accuracy": "share of ids that are the most probable, the lowest id among equals",
+        "unigram": "with add-one frequencies of storage shards spread over the cache of --training",
+    }
+    result = {**_result(numbers, mesh, protocol, prior=of, data=data), "notes": notes}
+    return report.tell(result, args.out, f"Prior {args.path}", {})
+
+
+def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:
+    how = "without" if config.interpolation == "sampled" else "with"
+    crop = f"short side to {config.short_side}, {config.interpolation} {how} antialiasing, centre crop"
+    data = {"shards": list(config.patterns), "image_size": config.image_size}
+    return {**data, "crop": crop, "fingerprint": stream.fingerprint}
+
+
+def _result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], **what: Any) -> dict[str, Any]:
+    """What is written: numbers, what they are of, how they were measured, by which code, on how many processes."""
+    from vqscale.run import folder
+
+    code = {"commit": folder.commit(), "versions": folder.versions(), "command": " ".join(sys.argv)}
+    return {"numbers": numbers, **what, "protocol": protocol, **code, "processes": mesh.world.size}

@@ -1,0 +1,144 @@
+"""Tell a run from images to samples on one self-contained page: tokenizer, reconstructions, prior, samples, commands.
+
+    python tools/page.py TOKENIZER_RUN PRIOR_RUN SAMPLES --out runs/quickstart.html
+
+The folders are those of two runs of launch/train.py and one of tools/sample.py. Real images stand beside the samples:
+of data.val of the tokenizer's run, or of data.train where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from vqscale.show.pictures import Picture
+
+MOST_CLASSES, DRAWN, REAL = 20, 8, 4
+MOST_READ = 4096  # real images that are looked at for some of every class
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the page is there; 2, with the reason on stderr, when it cannot be made."""
+    args = _parser().parse_args(argv)
+    try:
+        print(_page(args))
+    except (ValueError, OSError) as error:
+        print(f"page: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER_RUN", help="a finished run of a tokenizer")
+    parser.add_argument("prior", type=Path, metavar="PRIOR_RUN", help="a finished run of a prior over its ids")
+    parser.add_argument("samples", type=Path, metavar="SAMPLES", help="a finished folder of tools/sample.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
+    return parser
+
+
+def _page(args: argparse.Namespace) -> Path:
+    from vqscale.show import run_page
+
+    first, second = _run(args.tokenizer, "tokenizer"), _run(args.prior, "prior")
+    settings, drawn = _drawn(args.samples)
+    parts = [run_page.tokenizer(*first)]
+    pictures = sorted((args.tokenizer / "samples" / "reconstructions").glob("*.png"))
+    if pictures:
+        parts.append(run_page.reconstructions(pictures[-1]))
+    parts.append(run_page.prior(*second))
+    source = first[0]["data"].get("val") or first[0]["data"]["train"]
+    parts.append(run_page.samples(drawn, _real(source, list(drawn)), _names(source), settings))
+    parts.append(run_page.commands(_commands(args)))
+    return run_page.write(args.out, "From images to samples", parts)
+
+
+def _run(folder: Path, task: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """(config, summary, rows of metrics) of a finished run of this task."""
+    lacks = [name for name in ("run.yaml", "summary.json", "metrics.jsonl") if not (folder / name).is_file()]
+    if lacks:
+        raise ValueError(
+            f"{folder} has no {', '.join(lacks)}, which a finished run has: give the folder of one, or train it to its "
+            "last step with launch/train.py"
+        )
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    if config.get("task") != task:
+        raise ValueError(f"{folder} is a run of task {config.get('task')}: give one of task {task} in its place")
+    *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
+    return config, json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
+    """(settings, the first images of every class) of a folder of samples."""
+    import numpy as np
+
+    from vqscale.metrics.sample_file import SampleFile
+    from vqscale.programs import sample_folder
+
+    facts = sample_folder.read(folder)
+    if facts is None or facts.get("state") != "done":
+        raise ValueError(f"{folder} has no finished samples: make them with tools/sample.py, or start it again")
+    classes = facts["settings"]["classes"][:MOST_CLASSES]
+    with np.load(folder / sample_folder.FILE, allow_pickle=False) as file:
+        labels = file["arr_1"].tolist()
+    found: dict[int, list[Picture]] = {label: [] for label in classes}
+    for first, images in SampleFile(folder / sample_folder.FILE).batches(64):
+        if first >= DRAWN * len(facts["settings"]["classes"]):  # classes take turns
+            break
+        for label, image in zip(labels[first:], images.permute(0, 2, 3, 1).numpy(), strict=False):
+            if label in found and len(found[label]) < DRAWN:
+                found[label].append(image)
+    return facts["settings"], found
+
+
+def _real(source: Mapping[str, Any], classes: Sequence[int]) -> dict[int, list[Picture]]:
+    """Some real images of each of these classes, as a tokenizer sees them."""
+    from vqscale import config as configuration
+    from vqscale.data.config import ImagesConfig
+    from vqscale.data.images import Stream
+    from vqscale.metrics.reconstruction import to_bytes
+
+    config = configuration.parse(ImagesConfig, {**source, "num_workers": 0, "make": None}, source="run.yaml: data")
+    found: dict[int, list[Picture]] = {label: [] for label in classes}
+    stream = Stream(config, 32, train=False)
+    for batch in itertools.islice(stream.batches(0), MOST_READ // 32):
+        images = to_bytes(batch.images).permute(0, 2, 3, 1).numpy()
+        for image, label, valid in zip(images, batch.labels.tolist(), batch.valid.tolist(), strict=True):
+            if valid and label in found and len(found[label]) < REAL:
+                found[label].append(image)
+        if all(len(images) == REAL for images in found.values()):
+            break
+    return found
+
+
+def _names(source: Mapping[str, Any]) -> dict[int, str]:
+    """Names of classes, where the folder of the shards says them."""
+    shards = source["shards"] if isinstance(source["shards"], str) else source["shards"][0]
+    path = Path(shards).parent / "classes.txt"
+    return dict(enumerate(path.read_text().splitlines())) if path.is_file() else {}
+
+
+def _commands(args: argparse.Namespace) -> list[str]:
+    run, prior, samples = args.tokenizer, args.prior, args.samples
+    return [
+        "# other samples: more varied with less guidance and a higher temperature, clearer the other way",
+        f"python tools/sample.py {prior} {run} {samples}-2 --per-class 8 --guidance 2 --temperature 0.9 --seed 1",
+        "# train the prior for longer: the same command goes on from its last checkpoint",
+        f"torchrun --nproc_per_node=2 launch/train.py {prior}/run.yaml run.steps=4000",
+        "# every key of a config with its meaning; curves; what a config needs before it is started",
+        "python launch/train.py --help",
+        f"tensorboard --logdir {run.parent}",
+        "python launch/train.py configs/tokenizer/ibq_imagenet256_262144.yaml --dry-run --world 64",
+        "# your own images, a folder for each class",
+        "python tools/make_shards.py --source /data/my_images --out /data/shards",
+        "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/tokenizer.yaml run.folder=runs/mine "
+        "data.train.shards='/data/shards/train-*.tar' data.train.make=null data.val=null",
+    ]

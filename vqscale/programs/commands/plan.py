@@ -1,0 +1,240 @@
+"""Predict a tokenizer training step on 1 to 1024 GPUs, and say how to split the codebook.
+
+    python tools/plan.py [CONFIG] [dotted.key=value ...] [--gpu h200] [--gpus 1,8,64,1024] [--images 32]
+    python tools/plan.py --check
+
+A run as for launch/train.py; without one, configs/tokenizer/ibq_imagenet256_262144.yaml. For every number of GPUs: the
+split data x codes with the shortest predicted step, what it holds, sends and takes, and the smallest code axis that
+fits. engine.matmul=highest, high or medium is the precision on the code axis. The formulas: bytes in
+vqscale/plan/traffic.py, seconds and memory in vqscale/plan/cost.py. They do not know waiting for data, nor what the
+discriminator sends.
+
+--check measures here: rates of this machine and real steps of the code axis on 1, 2 and 4 processes, predicted beside
+measured; with --codes (and --dim, and --tokens of all processes) at that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from vqscale import config as configuration
+from vqscale.plan.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
+from vqscale.plan.machines import MACHINES, Machine
+from vqscale.plan.traffic import Work, grids, rows
+from vqscale.train.config import TokenizerRun
+
+DEFAULT = Path(__file__).resolve().parents[3] / "configs" / "tokenizer" / "ibq_imagenet256_262144.yaml"
+WORLDS = [2**i for i in range(11)]
+SHARE = 0.10  # of a step: what the code axis may take at most
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("words", nargs="*", metavar="CONFIG or key=value", help="a run, and changes of its keys")
+    out.add_argument("--config", type=Path, help="the run, as the first word")
+    out.add_argument("--codes", type=int, help="K, for tokenizer.quantizer.num_codes")
+    out.add_argument("--dim", type=int, help="D, for tokenizer.quantizer.dim")
+    out.add_argument("--gpu", choices=[*MACHINES, "here"], default="h200", help="here: this CPU, measured (h200)")
+    out.add_argument("--gpus", help="numbers of GPUs (1,2,4,...,1024; with --check of processes, 1,2,4)")
+    out.add_argument("--images", type=int, help="per GPU and micro-batch, whatever their number (32)")
+    out.add_argument("--tokens", type=int, help="the same in tokens: whole images")
+    out.add_argument(
+        "--batch", type=int, help="images in all, in place of --images: work per GPU falls with their number"
+    )
+    out.add_argument("--splits", action="store_true", help="print every split, not the best of each number of GPUs")
+    out.add_argument("--json", action="store_true", help="print one JSON object")
+    out.add_argument("--check", action="store_true", help="measure here, and compare")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 2 with the reason on stderr."""
+    args = parser().parse_intermixed_args(argv)
+    try:
+        if args.check:
+            from vqscale.plan.check import PROCESSES, SIZES, check
+
+            one = ((args.tokens or 512, args.codes, args.dim or 64),) if args.codes else SIZES
+            return check(one, _worlds(args.gpus) if args.gpus else PROCESSES, args.json)
+        report = plan(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report["json"], indent=1) if args.json else report["text"])
+    return 0
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    from vqscale.plan.tokenizer import workload
+
+    config, worlds = _run(args), _worlds(args.gpus) if args.gpus else WORLDS
+    machine = _machine(args.gpu)
+    side = config.data.train.image_size // config.tokenizer.net.stride
+    work, network, axis = workload(config, 1)
+    axis, kernels = on_machine(axis, work, machine), has_kernels(work, machine)
+    per_gpu = {world: images for world in worlds if (images := _images(args, world, side * side))}
+    if not per_gpu:
+        raise ValueError(
+            f"--batch {args.batch} divides by none of the numbers of GPUs {', '.join(map(str, worlds))}: "
+            "change --batch or --gpus"
+        )
+    steps = {}
+    for world, images in per_gpu.items():
+        here = replace(work, images=images, tokens=images * side * side)
+        steps[world] = [predict(here, grid, machine, axis, network) for grid in grids(world)]
+    lines = [
+        f"{config.tokenizer.quantizer.name}, K {work.codes:,} x D {work.dim}, {config.data.train.image_size} px, "
+        f"{side * side} tokens per image, on {machine.name}; "
+        + (f"{args.batch} images in all" if args.batch else f"{next(iter(per_gpu.values()))} images per GPU"),
+        f"network {(network.forward + network.backward) / 1e12:.3f} TFLOP per image (forward "
+        f"{network.forward / 1e12:.3f}), {work.precision}; code axis {axis.products} products of 2 N K D, "
+        f"{work.codes_precision} ({codes_rate(work, machine):.3g} TFLOP/s), "
+        + ("fused kernels" if kernels else f"{axis.passes} passes over blocks"),
+        "",
+        *_table(steps, args.splits),
+        "",
+        *_advice(steps, machine),
+        "",
+        *_answer(work, steps, f"{work.codes_precision}, {'fused kernels' if kernels else 'blocks'}"),
+    ]
+    found: dict[str, Any] = {"machine": asdict(machine), "work": asdict(work), "code_axis": asdict(axis)}
+    found["network"] = {"forward": network.forward, "backward": network.backward, "parameters": network.parameters}
+    found["steps"] = [_plain(step, work, per_gpu[world]) for world, some in steps.items() for step in some]
+    return {"text": "\n".join(lines), "json": found}
+
+
+def _run(args: argparse.Namespace) -> TokenizerRun:
+    files = [word for word in args.words if "=" not in word] + ([str(args.config)] if args.config else [])
+    if len(files) > 1:
+        raise ValueError(f"there is one CONFIG, found {', '.join(files)}: give one")
+    for name in ("codes", "dim", "images", "tokens", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value} and must be at least 1; it comes from --{name}: give 1 or more")
+    changes = [word for word in args.words if "=" in word]
+    changes += [f"tokenizer.quantizer.num_codes={args.codes}"] if args.codes else []
+    changes += [f"tokenizer.quantizer.dim={args.dim}"] if args.dim else []
+    return configuration.load(TokenizerRun, Path(files[0]) if files else DEFAULT, changes)
+
+
+def _worlds(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise ValueError(f"--gpus takes numbers of GPUs, found {text!r}: use e.g. --gpus 1,8,64")
+    return sorted({int(word) for word in words})
+
+
+def _machine(name: str) -> Machine:
+    if name != "here":
+        return MACHINES[name]
+    from vqscale.plan.check import calibrate
+
+    return calibrate(1)
+
+
+def _images(args: argparse.Namespace, world: int, per_image: int) -> int:
+    """Images per GPU; 0 where --batch does not divide."""
+    given = [f"--{name}" for name in ("images", "tokens", "batch") if getattr(args, name)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} say the same thing twice: give one of them")
+    if args.batch:
+        return 0 if args.batch % world else args.batch // world
+    if args.tokens and args.tokens % per_image:
+        raise ValueError(f"--tokens {args.tokens} is no number of images of {per_image} tokens: use a multiple")
+    return args.tokens // per_image if args.tokens else args.images or 32
+
+
+def best(some: Iterable[Step]) -> Step:
+    """The shortest step that fits; where none fits, the one that needs least."""
+    fitting = [step for step in some if step.fits]
+    return min(fitting, key=lambda s: s.total) if fitting else min(some, key=lambda s: sum(s.memory.values()))
+
+
+def _table(steps: dict[int, list[Step]], every: bool) -> list[str]:
+    head = ["GPUs", "data x codes", "GiB", "step ms", "network", "judges", "products", "elementw.", "rows", "optim."]
+    head += ["comm codes", "data", "world", "codes %", "MiB codes", "data", "world", "images/s"]
+    table = [head]
+    for world, some in steps.items():
+        for step in some if every else [best(some)]:
+            ms = {name.rpartition(": ")[2]: f"{1e3 * value:.2f}" for name, value in step.seconds.items()}
+            communication = [f"{1e3 * step.seconds[f'communication: {axis}']:.2f}" for axis in step.sent]
+            sent = [f"{value / 2**20:.1f}" for value in step.sent.values()]
+            held = f"{sum(step.memory.values()) / GIB:.1f}" + ("" if step.fits else " !")
+            rate = world * step.images / step.total
+            parts = [ms["network"], ms["judges"], ms["products"], ms["elementwise"], ms["rows"], ms["optimiser"]]
+            split = f"{step.grid.data} x {step.grid.codes}"
+            share = f"{100 * step.code_axis / step.total:.1f}"
+            table.append(
+                [
+                    str(world),
+                    split,
+                    held,
+                    f"{1e3 * step.total:.1f}",
+                    *parts,
+                    *communication,
+                    share,
+                    *sent,
+                    f"{rate:.0f}",
+                ]
+            )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True)) for row in table]
+
+
+def _advice(steps: dict[int, list[Step]], machine: Machine) -> list[str]:
+    out = []
+    for world, some in steps.items():
+        chosen, smallest = best(some), next((step for step in some if step.fits), None)
+        if smallest is None:
+            need = sum(chosen.memory.values()) / GIB
+            out.append(
+                f"{world} GPUs: does not fit: {need:.1f} GiB of {machine.memory_gib:g} on the leanest split; fewer "
+                "images, tokenizer.net.checkpointing, a higher engine.zero_stage, or more GPUs"
+            )
+            continue
+        out.append(
+            f"{world} GPUs: mesh.codes={chosen.grid.codes} (data {chosen.grid.data}); the smallest code axis that fits "
+            f"is {smallest.grid.codes}, {1e3 * smallest.total:.1f} ms"
+        )
+    return out
+
+
+def _answer(work: Work, steps: dict[int, list[Step]], how: str) -> list[str]:
+    """Is the code axis within its share of a step?"""
+    out = []
+    for world, some in steps.items():
+        step = best(some)
+        share = step.code_axis / step.total
+        others = step.total - step.code_axis
+        allowed = SHARE / (1 - SHARE) * others
+        verdict = "yes" if share <= SHARE else "no"
+        out.append(
+            f"is the code axis at K = {work.codes:,} at most {SHARE:.0%} of the step on {world} GPUs? {verdict}: "
+            f"{share:.1%}: {1e3 * step.code_axis:.1f} ms, and {1e3 * allowed:.1f} ms would be {SHARE:.0%} "
+            f"({how})"
+        )
+    return out
+
+
+def _plain(step: Step, work: Work, images: int) -> dict[str, Any]:
+    return {
+        "data": step.grid.data,
+        "codes": step.grid.codes,
+        "images_per_gpu": images,
+        "rows": rows(work, step.grid),
+        "seconds": step.seconds,
+        "step_s": step.total,
+        "code_axis_share": step.code_axis / step.total,
+        "memory": step.memory,
+        "sent": step.sent,
+        "products": step.products,
+        "fits": step.fits,
+    }

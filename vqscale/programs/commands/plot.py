@@ -1,0 +1,137 @@
+"""Draw curves of one or several runs over their steps: a panel for each key, a line for each run.
+
+    python tools/plot.py RUN [RUN ...] --keys codes/usage,codes/perplexity,val/psnr --out usage.png
+
+RUN is a run folder, finished or not; keys are those of the rows of its metrics.jsonl. What was not finite is a gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+KEYS = "codes/usage,codes/perplexity,val/psnr"
+PANEL_INCHES = (5.0, 3.4)
+MOST_MARKED = 30  # points of a curve that are still marked one by one
+
+Curve = tuple[list[int], list[float]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the picture is there; 2, with the reason on stderr, when it cannot be drawn."""
+    args = _parser().parse_args(argv)
+    try:
+        keys = [key.strip() for key in args.keys.split(",") if key.strip()]
+        if not keys:
+            raise ValueError(f"--keys {args.keys!r} names no key: give some, such as --keys {KEYS}")
+        runs = dict(zip(labels(args.runs), map(rows, args.runs), strict=True))
+        curves = {key: {label: curve(found, key) for label, found in runs.items()} for key in keys}
+        _check(curves, runs)
+        draw(curves, args.out)
+    except (ValueError, OSError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 2
+    for key, lines in curves.items():
+        without = [label for label, (steps, _) in lines.items() if not steps]
+        if without:
+            print(f"plot: {key} is not there, or has no row yet, in {', '.join(without)}", file=sys.stderr)
+    print(args.out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--keys", default=KEYS, help=f"keys of metrics.jsonl, a panel each (default: {KEYS})")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture (default: curves.png)")
+    return parser
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last line without an end is that of a run that writes it, or died there."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run folder, it has no metrics.jsonl: give what run.folder in the config names")
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no row of metrics ({error}): remove the line, or the run") from None
+    return found
+
+
+def curve(found: Sequence[dict[str, Any]], key: str) -> Curve:
+    """(steps, values) of the rows that have the key; nan where the value was not finite."""
+    points = [(row["step"], row[key]) for row in found if key in row]
+    return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """`quantizer folder` for each run, the folder with as much of its path as tells them apart."""
+    places = [run.resolve() for run in runs]
+    if len(set(places)) < len(places):
+        raise ValueError(f"the same run is given twice: {', '.join(map(str, runs))}: give each once")
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(places):
+        depth += 1
+    return [f"{quantizer(place)} {Path(*place.parts[-depth:])}".strip() for place in places]
+
+
+def quantizer(run: Path) -> str:
+    """The name of the run's quantizer; nothing where its run.yaml does not say one."""
+    try:
+        return str(yaml.safe_load((run / "run.yaml").read_text())["tokenizer"]["quantizer"]["name"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
+
+
+def _check(curves: dict[str, dict[str, Curve]], runs: dict[str, list[dict[str, Any]]]) -> None:
+    """ValueError that names what there is when a key is in none of the runs."""
+    known = sorted({key for found in runs.values() for row in found for key in row} - {"step"})
+    for key, lines in curves.items():
+        if any(steps for steps, _ in lines.values()):
+            continue
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"no row of {', '.join(runs)} has the key {key}: {hint}change --keys; there are "
+            f"{', '.join(known) or 'no rows yet'}"
+        )
+
+
+def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
+    """Write the picture; the kind of file is that of its suffix."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: --help and errors need none of it
+    from matplotlib.figure import Figure
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if out.suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"--out {out} has no suffix of a picture: use one of {', '.join(sorted(kinds))}")
+    columns = min(len(curves), 3)
+    lines = -(-len(curves) // columns)
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(columns * width, lines * height), dpi=120, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, (key, runs) in zip(panels, curves.items(), strict=False):
+        for number, (label, (steps, values)) in enumerate(runs.items()):
+            marker = "o" if 0 < len(steps) <= MOST_MARKED else ""
+            panel.plot(steps, values, label=label, marker=marker, markersize=3, color=f"C{number % 10}")
+        panel.set(title=key, xlabel="step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+    for panel in list(figure.axes)[len(curves) :]:
+        panel.remove()
+    figure.axes[0].legend(fontsize="small")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)

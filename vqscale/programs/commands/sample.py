@@ -1,0 +1,116 @@
+"""Draw images from a trained prior: ids from the prior, pictures from the decoder of its tokenizer.
+
+    python tools/sample.py runs/quickstart-prior runs/quickstart samples/shapes --per-class 8 --guidance 2
+    torchrun --nproc_per_node=8 tools/sample.py PRIOR TOKENIZER OUT --num-images 50000
+
+PRIOR and TOKENIZER are run folders (the newest whole checkpoint), checkpoints, or exported folders. Of PRIOR the
+averaged weights are taken where there are any, unless --weights says otherwise; of TOKENIZER those that made the ids
+PRIOR was trained on. Image i has class classes[i mod number of classes], and its ids depend on the seed, on i and on
+its class only: any number of processes draws the same images. OUT gets samples.npz (arr_0 and arr_1 as ADM's evaluator
+reads them), grid.png and sample.json. The same command continues what was interrupted; TERM, USR1, USR2 or a file STOP
+in OUT end it with status 75, and batches that are finished are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqscale.parallel.mesh import Mesh
+    from vqscale.programs.sample import Outcome
+    from vqscale.programs.sample_settings import Settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 done, 1 failed while drawing, 2 the user's input, 75 stopped on request."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(words)
+    from vqscale.run import processes
+
+    try:
+        return _sample(args, words)
+    except BaseException as error:
+        return processes.leave(processes.tell("sample", error))
+
+
+def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
+    from vqscale.programs import sample_settings
+    from vqscale.run import processes
+
+    grid = sample_settings.settle(args, lambda classes: _settings(args, classes).problems())
+    from vqscale.programs import sample
+    from vqscale.run.folder import EXIT_STOPPED
+
+    with processes.joined(args.device, grid, args.timeout_s) as mesh:
+        asked, outcome = _draw(args, words, mesh)
+    if mesh.world.rank == 0:
+        print(sample.summary(outcome, args.out, asked, mesh.world.size), flush=True)
+    return EXIT_STOPPED if outcome.state == "stopped" else 0
+
+
+def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[Settings, Outcome]:
+    from vqscale.priors.base import Prior
+    from vqscale.programs import sample
+    from vqscale.tokenizer.matching import tokenizer_of
+
+    warnings.filterwarnings("ignore", message="guidance is")  # said below, once
+    prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
+    tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
+    settings = _settings(args, sample.classes_of(prior, args.classes))
+    if mesh.world.rank == 0:
+        for line in sample.warnings(prior, settings):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    command = shlex.join(["python", "tools/sample.py", *words])
+    about = {"paths": {"prior": str(args.prior), "tokenizer": str(args.tokenizer)}, "command": command}
+    return settings, sample.sample(prior, tokenizer, args.out, mesh, settings, about=about, overwrite=args.overwrite)
+
+
+def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> Settings:
+    from vqscale.programs.sample_settings import Settings
+
+    return Settings(
+        num_images=args.num_images if args.per_class is None else args.per_class * len(classes),
+        classes=classes,
+        guidance=args.guidance,
+        schedule=args.schedule,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        batch=args.batch,
+        resize=args.resize,
+        cached=not args.uncached,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Any = parser.add_argument
+    add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
+    add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")
+    add("out", type=Path, metavar="OUT", help="folder of the samples: new, or begun by the same command")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--num-images", type=int, default=100, help="images in all (default: 100)")
+    number.add_argument("--per-class", type=int, help="images of every class, instead of --num-images")
+    add("--classes", help="numbers and ranges such as 0,5,10-19, which take turns (default: all)")
+    add("--guidance", type=float, default=1.0, help="logits u + s (c - u) away from the null class; 1 is none")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="constant", help="guidance over the ids")
+    add("--temperature", type=float, default=1.0, help="of the logits; 0 takes the likeliest id (default: 1)")
+    add("--top-k", type=int, default=0, help="draw from so many likeliest ids; 0 is all (default)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest ids with this share together (default: 1)")
+    add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
+    add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
+    add("--resize", type=int, help="pixels of the shorter side, bicubic as LlamaGen resizes (default: as decoded)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
+    add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
+    add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
+    add("--uncached", action="store_true", help="without the cache of keys and values: slow, to check it")
+    add("--overwrite", action="store_true", help="throw away what is in OUT if it is not the same samples")
+    add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
+    return parser
