@@ -34,7 +34,7 @@ def test_a_shipped_config_is_a_run(path, tmp_path):
 
 
 IBQ_NET = {"encoder": 46_752_256, "decoder": 59_903_875, "quant_conv": 65_792, "post_quant_conv": 65_792}
-# Of the names and shapes in tests/published.py, which test_magvit.py compares with the network.
+# Of the names and shapes in tests/lib/published.py, which test_magvit.py compares with the network.
 SIMVQ_NET = {"encoder": 24_282_496, "decoder": 39_851_907, "quant_conv": 0, "post_quant_conv": 0}
 SIZES = {
     **{f"ibq_imagenet256_{K}": IBQ_NET | {"codebook": K * 256} for K in (1024, 8192, 16384, 262144)},

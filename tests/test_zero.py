@@ -194,7 +194,7 @@ print("done")
 def test_deepspeed_alone_is_quiet_and_needs_no_compiler(tmp_path, stage):
     """One process, started as a plain script: no group, no tools on the PATH, nothing said."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    env = {**clean, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext"), "PYTHONPATH": "tests"}
+    env = {**clean, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext"), "PYTHONPATH": "tests/lib"}
     script = ALONE.replace("STAGE", str(stage))
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)

@@ -33,7 +33,7 @@ from PIL import Image
 from vqscale.data.made import shapes
 from vqscale.run import folder as run_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch" / "train.py"
 STOPPED = run_folder.EXIT_STOPPED
 NUM_TRAIN, NUM_VAL, SIDE = 24, 10, 16  # a training epoch is three batches
