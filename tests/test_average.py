@@ -14,7 +14,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.average import Average
 from vqscale.train.config import Run
-from vqscale.train.config_losses import AverageConfig
+from vqscale.train.config_run import AverageConfig
 from vqscale.train.tokenizer import train
 
 KINDS = [{"name": "torch"}, {"name": "deepspeed", "stage": 2}, {"name": "deepspeed", "stage": 3}]

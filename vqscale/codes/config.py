@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from vqscale.config import Free
+
 Similarity = Literal["dot", "euclid", "cosine"]
 Init = Literal["normal", "uniform", "data"]
 Embedding = Literal["rows", "tied", "codebook"]
@@ -56,7 +58,7 @@ class TableConfig(UpkeepConfig):
     """K, the number of codes"""
     dim: int = 16
     """D, the dimension of a code"""
-    scan_mib: int = 64
+    scan_mib: Free[int] = 64
     """memory of the blocks in which tokens meet rows, MiB per process"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
@@ -78,7 +80,7 @@ class HeadConfig:
     """embedding codebook: output rows begin as the codes' vectors in a random frame, times this; 0: at zero"""
     products: Products = "fp32"
     """precision of the products of tokens with rows in training; sums and gradients of rows are float32 in both"""
-    scan_mib: int = 64
+    scan_mib: Free[int] = 64
     """memory of the blocks in which tokens meet rows, MiB per process"""
 
     def problems(self) -> Iterable[tuple[str, str]]:

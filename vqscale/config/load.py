@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, overload
@@ -88,11 +88,14 @@ def dump(config: Any, comments: bool = False) -> str:
     return "".join(f"{line}\n" for line in write(plain(config), dict(notes(config)) if comments else {}))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`optim.lr: 0.1 -> 0.2` for each dotted key whose value is not the same in two configs given as dicts."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """`optim.lr: 0.1 -> 0.2` for each dotted key whose value is not the same in two configs given as dicts; not for
+    keys of `free`, and what is below them."""
     before, after = dict(leaves(plain(old))), dict(leaves(plain(new)))
     found = []
     for key in dict.fromkeys([*before, *after]):
+        if any(key == name or key.startswith(f"{name}.") for name in free):
+            continue
         if key not in before or key not in after or before[key] != after[key]:
             values = [inline(side[key]) if key in side else "(absent)" for side in (before, after)]
             found.append(f"{key}: {' -> '.join(values)}")

@@ -1,6 +1,6 @@
 """What a config schema says of itself: keys, types, defaults, doc lines, what tells a union's members apart, the help.
 
-A schema is a frozen dataclass, or a union of dataclasses. Nothing here reads a config: that is config.py, which also
+A schema is a frozen dataclass, or a union of dataclasses. Nothing here reads a config: that is load.py, which also
 passes on `describe`.
 """
 
@@ -17,15 +17,20 @@ from dataclasses import MISSING, dataclass, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from vqscale.config.marks import FreeToChange
 from vqscale.config.text import inline
 
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a dataclass: its type with all names resolved, and its default (MISSING: the key must be given)."""
+    """One key of a dataclass: its type with all names resolved, and its default (MISSING: the key must be given).
+
+    `free` are the keys that may change on resume, relative to this one: "" is the key itself.
+    """
 
     kind: Any
     default: Any
+    free: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -34,12 +39,14 @@ def fields_of(cls: type) -> dict[str, Field]:
 
     A field that is derived (init=False) is no key.
     """
-    kinds = get_type_hints(cls)
+    kinds, marked = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     found = {}
     for field in sorted(dataclasses.fields(cls), key=lambda field: not _is_name(kinds[field.name])):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if field.init:
-            found[field.name] = Field(kinds[field.name], default)
+            marks = getattr(marked[field.name], "__metadata__", ())
+            free = [key for mark in marks if isinstance(mark, FreeToChange) for key in mark.keys]
+            found[field.name] = Field(kinds[field.name], default, tuple(free))
     return found
 
 
@@ -104,6 +111,16 @@ def dotted_keys(kind: Any, prefix: str = "", above: tuple[type, ...] = ()) -> It
             for key, field in fields_of(cls).items():
                 yield join(prefix, key)
                 yield from dotted_keys(field.kind, join(prefix, key), (*above, cls))
+
+
+def free_keys(kind: Any, prefix: str = "", above: tuple[type, ...] = ()) -> Iterator[str]:
+    """The dotted keys under a type that are marked as free to change on resume; all below them is free too."""
+    for cls in classes_of(kind):
+        if cls not in above:
+            for key, field in fields_of(cls).items():
+                here = join(prefix, key)
+                yield from (join(here, below) for below in field.free)
+                yield from free_keys(field.kind, here, (*above, cls))
 
 
 def is_config(value: Any) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vqscale.config import Free
+
 Interpolation = Literal["bicubic", "bilinear", "sampled"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear", "sampled")
 Views = Literal["center", "flip", "ten_crop"]
@@ -51,7 +53,7 @@ class ImagesConfig:
     for a label.
     """
 
-    shards: str | tuple[str, ...]
+    shards: Free[str | tuple[str, ...]]
     "tar shards: paths or URLs with brace lists a-{0000..1023}.tar or *, joined by ::, pipe:COMMAND, or a list of these"
     image_size: int = 256
     "pixels of a side of the images that come out"
@@ -67,15 +69,15 @@ class ImagesConfig:
     "of the resize: a filter, with antialiasing; sampled = bilinear between the nearest pixels, without (OpenCV's)"
     window_shards: int = 32
     "shards whose samples are shuffled together: more mixes better, fewer reads closer together; 0 = all shards"
-    num_workers: int = 2
+    num_workers: Free[int] = 2
     "processes per rank that read and decode; 0 = in the training process"
-    max_broken: int = 100
+    max_broken: Free[int] = 100
     "broken samples in a row, and in a run in all, after which the run stops with an error"
-    cache_dir: str | None = None
+    cache_dir: Free[str | None] = None
     "where shards that come from a command or a URL are kept; null = $XDG_CACHE_HOME/vqscale or ~/.cache/vqscale"
-    cache_gb: float = 100.0
+    cache_gb: Free[float] = 100.0
     "most gigabytes of such shards to keep; the least recently used go first"
-    index_dir: str | None = None
+    index_dir: Free[str | None] = None
     "where the list of samples is kept (a shared disk saves every machine the reading); null = cache_dir"
     make: ShapesConfig | None = None
     "if the shards do not exist, make them with these drawn pictures"
@@ -135,7 +137,7 @@ def as_trained(
 class TokensConfig:
     """A token cache: ids of images that tools/encode.py has encoded."""
 
-    path: str
+    path: Free[str]
     "folder of the cache"
     views: Literal["all", "first"] = "all"
     "views that training draws from, one per sample and epoch; first = the centre alone; evaluation always takes it"

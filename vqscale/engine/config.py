@@ -10,14 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from vqscale.config import Free
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """How gradients become steps: which engine, how it is split, in which precision, with which limits."""
 
-    name: Literal["deepspeed", "torch"] = "deepspeed"
+    name: Free[Literal["deepspeed", "torch"]] = "deepspeed"
     """deepspeed (ZeRO), or torch: the plain twin, which holds everything on every process"""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Free[Literal[0, 1, 2, 3]] = 1
     """what DeepSpeed splits over the processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the forward pass (autocast); parameters and moments are fp32 in both"""
@@ -28,9 +30,9 @@ class EngineConfig:
     """micro-batches added up before a step; entropies and the tokens for revival are those of one micro-batch"""
     clip_norm: float = 1.0
     """largest norm of the gradient over all parameters together; 0 switches clipping off"""
-    max_skipped: int = 20
+    max_skipped: Free[int] = 20
     """steps in a row that may be skipped for non-finite gradients before the run stops"""
-    timeout_s: float = 600.0
+    timeout_s: Free[float] = 600.0
     """how long a process waits for the others before it calls them lost"""
 
     def problems(self) -> Iterable[tuple[str, str]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from vqscale.config import Free
+
 
 @dataclass(frozen=True)
 class ConvConfig:
@@ -37,7 +39,7 @@ class ConvConfig:
     """groups of every group normalisation; must divide the channels of every level"""
     dropout: float = 0.0
     """dropout inside the residual blocks, in training only"""
-    checkpointing: bool = False
+    checkpointing: Free[bool] = False
     """recompute every block in the backward pass: less memory, one more forward pass of time"""
     in_channels: int = 3
     """channels of an image"""
@@ -90,7 +92,7 @@ class MagvitConfig:
     """channels that the encoder gives and the decoder takes: the dim of the quantizer"""
     num_groups: int = 32
     """groups of every group normalisation; must divide the channels of every level"""
-    checkpointing: bool = False
+    checkpointing: Free[bool] = False
     """recompute every block in the backward pass: less memory, one more forward pass of time"""
     in_channels: int = 3
     """channels of an image"""

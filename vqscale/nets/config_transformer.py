@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from vqscale.config import Free
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -46,7 +48,7 @@ class TransformerConfig:
     """dropout of what a feed-forward part adds"""
     dropout_attention: float = 0.0
     """dropout of attention's weights"""
-    checkpointing: bool = False
+    checkpointing: Free[bool] = False
     """recompute every block in the backward pass: less memory, one more forward pass of time"""
 
     @property

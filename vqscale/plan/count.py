@@ -23,7 +23,7 @@ from vqscale.nets.config import NetConfig
 from vqscale.nets.lpips import LPIPS
 from vqscale.nets.patchgan import PatchGAN
 from vqscale.parallel.mesh import Mesh
-from vqscale.train.config import LossConfig
+from vqscale.train.config_losses import LossConfig
 
 
 @dataclass(frozen=True)

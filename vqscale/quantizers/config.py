@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.codes.config import Similarity, TableConfig
+from vqscale.config import Free
 from vqscale.quantizers.config_convex import SCQConfig
 from vqscale.quantizers.config_implicit import BSQConfig, FSQConfig, LFQConfig
 
@@ -98,7 +99,7 @@ class SimVQConfig:
     """weight of both together: 1 for images, 1000 for audio in the paper"""
     window_decay: float | None = None
     """decay per step of the exponential window of counts; null: a code used at its fair share has 5 hits in it"""
-    scan_mib: int = 64
+    scan_mib: Free[int] = 64
     """memory of the blocks in which tokens meet rows, MiB per process"""
 
     def problems(self) -> Iterable[tuple[str, str]]:

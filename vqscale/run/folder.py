@@ -62,10 +62,8 @@ def check(config: Any) -> None:
     with contextlib.suppress(configuration.ConfigError):
         # A key that came into being after the run began had its default.
         before = configuration.to_dict(configuration.parse(type(config), before))
-    free = config.free_to_change()
-    lines = [
-        line for line in configuration.differences(before, configuration.to_dict(config)) if not line.startswith(free)
-    ]
+    free = list(configuration.free_keys(type(config)))
+    lines = configuration.differences(before, configuration.to_dict(config), free)
     if lines:
         raise ValueError(
             f"the run in {config.run.folder} has another config ({old}), and would not be the same run:\n  "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale.engine.engine import Engine
-from vqscale.train.config_losses import AverageConfig
+from vqscale.train.config_run import AverageConfig
 
 
 class Average:

@@ -1,114 +1,11 @@
-"""The settings of a run, as frozen dataclasses that mirror the YAML: one file, one run. No torch here."""
+"""What a run may be asked for: one YAML file is one of these. The keys of each task are in the files named after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
-
-from vqscale.data.config import ImagesConfig
-from vqscale.engine.config import EngineConfig, OptimConfig
-from vqscale.parallel.config import MeshConfig
-from vqscale.tokenizer.config import TokenizerConfig
-from vqscale.train.config_losses import AverageConfig, LossConfig
 from vqscale.train.config_prior import PriorRun
-from vqscale.train.config_run import FREE_TO_CHANGE, RunConfig, check_batch
+from vqscale.train.config_tokenizer import TokenizerRun
 
+__all__ = ["PriorRun", "Run", "TokenizerRun"]
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on and what is measured on."""
-
-    train: ImagesConfig
-    """training shards"""
-    val: ImagesConfig | None = None
-    """held-out shards; null measures nothing"""
-    batch: int = 256
-    """images per optimiser step, over all processes and micro-batches"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        if self.batch < 1:
-            yield "batch", f"batch is {self.batch}: use at least 1"
-        if self.val is not None and self.val.image_size != self.train.image_size:
-            yield (
-                "val.image_size",
-                f"val.image_size {self.val.image_size} is not train.image_size {self.train.image_size}: "
-                "measure on images of the size that is trained on",
-            )
-
-
-@dataclass(frozen=True)
-class TokenizerRun:
-    """Train a tokenizer."""
-
-    data: DataConfig
-    """images"""
-    run: RunConfig
-    """folder, length, seed, rhythm"""
-    task: Literal["tokenizer"] = "tokenizer"
-    """what is trained"""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """the model"""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """losses on images"""
-    average: AverageConfig = field(default_factory=AverageConfig)
-    """moving average of the weights"""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """optimiser and learning rate"""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """DeepSpeed or plain torch, precision, clipping"""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """how the processes are laid out"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        stride, size = self.tokenizer.net.stride, self.data.train.image_size
-        if size % stride:
-            yield (
-                "data.train.image_size",
-                f"image_size {size} does not divide by {stride}, the stride of the "
-                f"{len(self.tokenizer.net.multipliers)} levels in tokenizer.net.multipliers: change one of them",
-            )
-        yield from self._game_problems(size)
-        if self.run.compile and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
-            yield (
-                "run.compile",
-                "run.compile does not go with engine.zero_stage 3, which takes parameters away between the layers "
-                "of a compiled network: use a stage up to 2, or run.compile: false",
-            )
-
-    def _game_problems(self, size: int) -> Iterable[tuple[str, str]]:
-        game = self.loss.adversarial
-        if self.loss.perceptual is not None and size < LEAST_PERCEPTUAL:
-            yield (
-                "loss.perceptual",
-                f"LPIPS halves the side of an image four times, and data.train.image_size is {size}: use images of "
-                f"at least {LEAST_PERCEPTUAL} pixels, or loss.perceptual: null",
-            )
-        if game is None:
-            return
-        if size < game.net.least_side:
-            yield (
-                "loss.adversarial.net.num_layers",
-                f"num_layers {game.net.num_layers} leave no patch of images of data.train.image_size {size}, they need "
-                f"{game.net.least_side} pixels: use fewer layers or larger images",
-            )
-        if game.adaptive and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
-            yield (
-                "loss.adversarial.adaptive",
-                "adaptive asks for a gradient at the decoder's last layer, and engine.zero_stage 3 takes that layer "
-                "apart before it can be had: use a stage up to 2, or adaptive: false with a constant weight",
-            )
-
-    def free_to_change(self) -> tuple[str, ...]:
-        return FREE_TO_CHANGE
-
-    def check_world(self, world: int) -> None:
-        """ValueError when this run does not fit `world` processes."""
-        self.mesh.resolve(world)
-        check_batch(self.data.batch, self.engine.accumulation, world)
-
-
-LEAST_PERCEPTUAL = 16
-
-# A run is one of these; `task` tells which.
+# `task` tells which.
 Run = TokenizerRun | PriorRun

@@ -1,7 +1,7 @@
-"""What a tokenizer is trained for, and the average of its weights: settings without torch.
+"""What a tokenizer is trained for, as frozen dataclasses that mirror the YAML. No torch here.
 
-The formulas are in vqscale/train/losses.py, the networks that judge in vqscale/nets, the order of play in
-train/adversarial.py. The defaults of the adversarial loss are those of the published IBQ and SimVQ tokenizers.
+The formulas are in train/losses.py, the networks in vqscale/nets, the order of the two steps in train/adversarial.py.
+The defaults of the adversarial loss are those of the published IBQ and SimVQ tokenizers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vqscale.config import Free
 from vqscale.engine.config import OptimConfig
 from vqscale.nets.config_patchgan import PatchGANConfig
 
@@ -21,9 +22,9 @@ Player = Literal["hinge", "nonsaturating"]
 class PerceptualConfig:
     """LPIPS with VGG16, of files that you fetch: nothing is downloaded at run time."""
 
-    vgg: str
+    vgg: Free[str]
     """path of torchvision's ImageNet VGG16, vgg16-397923af.pth"""
-    heads: str
+    heads: Free[str]
     """path of the linear heads of LPIPS 0.1 for VGG, vgg.pth"""
     vgg_sha256: str | None = "397923af"
     """first digits of the sha256 that the file vgg must have; null checks nothing"""
@@ -111,17 +112,3 @@ class LossConfig:
                 f"reconstruction_weight is {self.reconstruction_weight}, and nothing else trains the decoder: "
                 "use a positive number",
             )
-
-
-@dataclass(frozen=True)
-class AverageConfig:
-    """A moving average of the weights, which is evaluated, saved beside them and loaded in their place."""
-
-    decay: float = 0.0
-    """decay per step, 0.999 for published tokenizers; 0 keeps no average"""
-    warmup: bool = False
-    """use (1 + step) / (10 + step) while it is less than decay; the published tokenizers do not"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        if not 0 <= self.decay < 1:
-            yield "decay", f"a decay lies in [0, 1), but decay is {self.decay}: use 0.999, say, or 0 for no average"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from vqscale.config import Free, FreeToChange
 from vqscale.data.config import TokensConfig
 from vqscale.engine.config import EngineConfig, OptimConfig
 from vqscale.parallel.config import MeshConfig
 from vqscale.priors.config import AutoregressiveConfig, PriorConfig
-from vqscale.train.config_losses import AverageConfig
-from vqscale.train.config_run import FREE_OF_PRIORS, FREE_TO_CHANGE, RunConfig, check_batch
+from vqscale.train.config_run import AverageConfig, RunConfig, check_batch, check_compile
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TokenDataConfig:
 
     train: TokensConfig
     """token cache of the training images"""
-    val: TokensConfig | None = None
+    val: Free[TokensConfig | None] = None
     """token cache of held-out images, of the same tokenizer; null measures nothing"""
     batch: int = 256
     """images per optimiser step, over all processes and micro-batches"""
@@ -42,15 +42,16 @@ class PriorRun:
     """what is trained"""
     prior: PriorConfig = field(default_factory=AutoregressiveConfig)
     """the model"""
-    tokenizer: str | None = None
+    tokenizer: Free[str | None] = None
     """folder of the tokenizer, with prior.head.embedding: codebook, whose frozen vectors embed the ids"""
     average: AverageConfig = field(default_factory=AverageConfig)
     """moving average of the weights"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """optimiser and learning rate"""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    # Nothing in a prior is of one micro-batch, as entropies and revival are in a tokenizer.
+    engine: Annotated[EngineConfig, FreeToChange("accumulation")] = field(default_factory=EngineConfig)
     """DeepSpeed or plain torch, precision, clipping"""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: Free[MeshConfig] = field(default_factory=MeshConfig)
     """how the processes are laid out"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
@@ -60,17 +61,7 @@ class PriorRun:
                 f"tokenizer is {self.tokenizer} with prior.head.embedding: {self.prior.head.embedding}; give the "
                 "folder of the tokenizer with embedding: codebook, and null with the others",
             )
-        if self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
-            for key, on in (("run.compile", self.run.compile),):
-                if on:
-                    yield (
-                        key,
-                        f"{key} does not go with engine.zero_stage 3, which takes parameters away between the layers "
-                        f"of a network: use a stage up to 2, or {key}: false",
-                    )
-
-    def free_to_change(self) -> tuple[str, ...]:
-        return FREE_TO_CHANGE + FREE_OF_PRIORS
+        yield from check_compile(self.run, self.engine)
 
     def check_world(self, world: int) -> None:
         """ValueError when this run does not fit `world` processes."""

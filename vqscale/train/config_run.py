@@ -1,4 +1,7 @@
-"""The part of a run's settings that all tasks have, and what they must agree with. No torch here."""
+"""The settings that runs of all tasks have, and how a batch is cut. No torch here.
+
+A key that is marked Free may have another value when a run goes on (vqscale/config/marks.py).
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,35 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from vqscale.config import Free
+from vqscale.engine.config import EngineConfig
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives, how long it is, and how often it speaks."""
 
-    folder: str
+    folder: Free[str]
     """the run folder: metrics, samples, checkpoints, and the resolved config"""
-    steps: int = 1000
+    steps: Free[int] = 1000
     """optimiser steps in all"""
     seed: int = 0
     """everything random in the run follows from it"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto takes a GPU per process where there are GPUs"""
-    log_every: int = 10
+    log_every: Free[int] = 10
     """steps between rows of metrics.jsonl and TensorBoard"""
-    eval_every: int = 1000
+    eval_every: Free[int] = 1000
     """steps between evaluations on data.val; the last step always evaluates"""
-    eval_images: int = 0
+    eval_images: Free[int] = 0
     """images of data.val that evaluations before the last one look at; 0 is all"""
-    checkpoint_every: int = 1000
+    checkpoint_every: Free[int] = 1000
     """steps between checkpoints; the last step always saves"""
-    keep: int = 2
+    keep: Free[int] = 2
     """newest checkpoints that are kept"""
-    profile_steps: int = 0
+    profile_steps: Free[int] = 0
     """steps that rank 0 traces after 3 steps of every start, to the run folder's profile/; 0 is off"""
-    compile: bool = False
+    compile: Free[bool] = False
     """compile the networks (torch.compile): minutes at the start, faster steps; needs a C++ compiler"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
@@ -42,6 +48,20 @@ class RunConfig:
             yield "eval_images", f"eval_images is {self.eval_images}: use 0 (all) or more"
         if self.profile_steps < 0:
             yield "profile_steps", f"profile_steps is {self.profile_steps}: use 0 (no trace) or more"
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """A moving average of the weights, which is evaluated, saved beside them and loaded in their place."""
+
+    decay: float = 0.0
+    """decay per step, 0.999 for published tokenizers; 0 keeps no average"""
+    warmup: bool = False
+    """use (1 + step) / (10 + step) while it is less than decay; the published tokenizers do not"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if not 0 <= self.decay < 1:
+            yield "decay", f"a decay lies in [0, 1), but decay is {self.decay}: use 0.999, say, or 0 for no average"
 
 
 def check_batch(batch: int, accumulation: int, world: int) -> None:
@@ -55,39 +75,11 @@ def check_batch(batch: int, accumulation: int, world: int) -> None:
         )
 
 
-# What may change when a run goes on: none of these changes what is computed, only where, how fast and how often.
-FREE_TO_CHANGE = (
-    "mesh.",
-    "engine.name",
-    "engine.zero_stage",
-    "engine.max_skipped",
-    "engine.timeout_s",
-    "run.folder",
-    "run.device",
-    "run.steps",
-    "run.log_every",
-    "run.eval_every",
-    "run.eval_images",
-    "run.checkpoint_every",
-    "run.keep",
-    "run.profile_steps",
-    "run.compile",
-    "loss.perceptual.vgg:",
-    "loss.perceptual.heads:",
-    "tokenizer.net.checkpointing",
-    "tokenizer.quantizer.scan_mib",
-    "prior.net.checkpointing",
-    "prior.head.scan_mib",
-    "tokenizer:",
-    "data.train.path",
-    "data.train.shards",
-    "data.train.num_workers",
-    "data.train.max_broken",
-    "data.train.cache_",
-    "data.train.index_dir",
-    "data.val.",
-    "data.val:",
-)
-
-# Of a prior the micro-batches too: nothing in it is of one of them, as entropies and revival are in a tokenizer.
-FREE_OF_PRIORS = ("engine.accumulation",)
+def check_compile(run: RunConfig, engine: EngineConfig) -> Iterable[tuple[str, str]]:
+    """(key, message) where compiled networks and an engine do not go together."""
+    if run.compile and engine.name == "deepspeed" and engine.zero_stage == 3:
+        yield (
+            "run.compile",
+            "run.compile does not go with engine.zero_stage 3, which takes parameters away between the layers of a "
+            "compiled network: use a stage up to 2, or run.compile: false",
+        )

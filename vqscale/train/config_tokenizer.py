@@ -1,0 +1,102 @@
+"""The settings of a run that trains a tokenizer, as frozen dataclasses that mirror the YAML. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqscale.config import Free
+from vqscale.data.config import ImagesConfig
+from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.parallel.config import MeshConfig
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.train.config_losses import LossConfig
+from vqscale.train.config_run import AverageConfig, RunConfig, check_batch, check_compile
+
+LEAST_PERCEPTUAL = 16  # pixels of a side, which LPIPS halves four times
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on and what is measured on."""
+
+    train: ImagesConfig
+    """training shards"""
+    val: Free[ImagesConfig | None] = None
+    """held-out shards; null measures nothing"""
+    batch: int = 256
+    """images per optimiser step, over all processes and micro-batches"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.batch < 1:
+            yield "batch", f"batch is {self.batch}: use at least 1"
+        if self.val is not None and self.val.image_size != self.train.image_size:
+            yield (
+                "val.image_size",
+                f"val.image_size {self.val.image_size} is not train.image_size {self.train.image_size}: "
+                "measure on images of the size that is trained on",
+            )
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """Train a tokenizer."""
+
+    data: DataConfig
+    """images"""
+    run: RunConfig
+    """folder, length, seed, rhythm"""
+    task: Literal["tokenizer"] = "tokenizer"
+    """what is trained"""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """the model"""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """losses on images"""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """moving average of the weights"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """optimiser and learning rate"""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed or plain torch, precision, clipping"""
+    mesh: Free[MeshConfig] = field(default_factory=MeshConfig)
+    """how the processes are laid out"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        stride, size = self.tokenizer.net.stride, self.data.train.image_size
+        if size % stride:
+            yield (
+                "data.train.image_size",
+                f"image_size {size} does not divide by {stride}, the stride of the "
+                f"{len(self.tokenizer.net.multipliers)} levels in tokenizer.net.multipliers: change one of them",
+            )
+        yield from self._loss_problems(size)
+        yield from check_compile(self.run, self.engine)
+
+    def _loss_problems(self, size: int) -> Iterable[tuple[str, str]]:
+        adversarial = self.loss.adversarial
+        if self.loss.perceptual is not None and size < LEAST_PERCEPTUAL:
+            yield (
+                "loss.perceptual",
+                f"LPIPS halves the side of an image four times, and data.train.image_size is {size}: use images of "
+                f"at least {LEAST_PERCEPTUAL} pixels, or loss.perceptual: null",
+            )
+        if adversarial is None:
+            return
+        if size < adversarial.net.least_side:
+            yield (
+                "loss.adversarial.net.num_layers",
+                f"num_layers {adversarial.net.num_layers} leave no patch of images of data.train.image_size {size}, "
+                f"they need {adversarial.net.least_side} pixels: use fewer layers or larger images",
+            )
+        if adversarial.adaptive and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
+            yield (
+                "loss.adversarial.adaptive",
+                "adaptive asks for a gradient at the decoder's last layer, and engine.zero_stage 3 takes that layer "
+                "apart before it can be had: use a stage up to 2, or adaptive: false with a constant weight",
+            )
+
+    def check_world(self, world: int) -> None:
+        """ValueError when this run does not fit `world` processes."""
+        self.mesh.resolve(world)
+        check_batch(self.data.batch, self.engine.accumulation, world)
