@@ -14,8 +14,8 @@ from vqscale.plan.prior import plan as plan_prior
 from vqscale.plan.tokenizer import plan, planned_mesh
 from vqscale.programs import study as studies
 from vqscale.programs.study import StudyConfig
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
-from vqscale.train.tokenizer import build
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "study")
@@ -53,7 +53,7 @@ SIZES = {
 def test_published_networks_have_their_published_size(path):
     config = configuration.load(Run, path)
     with torch.device("meta"):
-        tokenizer = build(config.tokenizer, planned_mesh(1, 1), 0)
+        tokenizer = Tokenizer.from_config(config.tokenizer, planned_mesh(1, 1), 0)
     tables = set_aside(tokenizer)
     found = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
     found["codebook"] = sum(p.numel() for table in tables.values() for p in table.parameters())

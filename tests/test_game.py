@@ -19,8 +19,9 @@ from vqscale.nets.lpips import load as load_lpips
 from vqscale.nets.patchgan import PatchGAN
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
-from vqscale.train.tokenizer import build, train
+from vqscale.train.tokenizer import train
 
 STEPS = 3
 GAME = (
@@ -67,7 +68,7 @@ def _soft(x):
 def reference(config, accumulation=1):
     """The same training by autograd and torch.optim.Adam on one process; the last tensors, named as saved."""
     game = config.loss.adversarial
-    net = build(config.tokenizer, Mesh(), config.run.seed)
+    net = Tokenizer.from_config(config.tokenizer, Mesh(), config.run.seed)
     torch.manual_seed(derive(config.run.seed, "discriminator"))
     judge = PatchGAN(game.net)
     files = config.loss.perceptual

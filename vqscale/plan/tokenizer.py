@@ -26,7 +26,6 @@ from vqscale.plan.traffic import KNOWN, Grid, Work, messages, revival, sent
 from vqscale.quantizers.config import EMAConfig, IBQConfig, VQConfig
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import TokenizerRun
-from vqscale.train.tokenizer import build
 
 MIB = 2**20
 
@@ -64,7 +63,7 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     data, codes = config.mesh.resolve(world)
     mesh = planned_mesh(data, codes)
     with torch.device("meta"):
-        tokenizer = build(config.tokenizer, mesh, config.run.seed)
+        tokenizer = Tokenizer.from_config(config.tokenizer, mesh, config.run.seed)
     tables = set_aside(tokenizer)
     images = config.data.batch // world // config.engine.accumulation
     side = config.data.train.image_size // config.tokenizer.net.stride
@@ -122,7 +121,7 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
         )
     found = network(net, config.data.train.image_size, quantizer.dim, config.loss)
     with torch.device("meta"):
-        tokenizer = build(config.tokenizer, planned_mesh(1, 1), config.run.seed)
+        tokenizer = Tokenizer.from_config(config.tokenizer, planned_mesh(1, 1), config.run.seed)
     side = config.data.train.image_size // net.stride
     kept = _activations(tokenizer, 1, side, config)
     tokens = images * found.tokens

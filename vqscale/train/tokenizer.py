@@ -28,13 +28,8 @@ from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import loop, losses
 from vqscale.train.adversarial import Discriminator, Perceptual
 from vqscale.train.average import Average
-from vqscale.train.config import TokenizerConfig, TokenizerRun
+from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
-
-
-def build(config: TokenizerConfig, mesh: Mesh, seed: int) -> Tokenizer:
-    """The tokenizer of a run, on the mesh's device; its first values do not depend on the number of processes."""
-    return Tokenizer.from_config(config, mesh, seed)
 
 
 def compile_nets(tokenizer: Tokenizer, backend: str = "inductor") -> None:
@@ -65,7 +60,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     request = folder.StopRequest(place, mesh)
 
     # build
-    tokenizer = build(config.tokenizer, mesh, run.seed)
+    tokenizer = Tokenizer.from_config(config.tokenizer, mesh, run.seed)
     tables = set_aside(tokenizer)
     quantizer = tokenizer.quantizer
     quantizer.begin()
