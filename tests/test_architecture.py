@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "vqscale").rglob("*.py"))
+BENCH = sorted((ROOT / "tools" / "bench").glob("*.py"))
 SOURCES = PACKAGE + [path for room in ("launch", "tools") for path in sorted((ROOT / room).rglob("*.py"))]
 
 # What each room may import of the package, beside itself. A room that is not here is one that nobody has decided on.
@@ -59,6 +60,9 @@ def _imports(path):
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
+            # The benchmark goes by two names, in a checkout and in a wheel, so its files find each other relatively.
+            if node.level == 1 and path in BENCH:
+                continue
             assert node.level == 0, f"{_name(path)}:{node.lineno}: imports are absolute"
             for alias in node.names:
                 yield node.lineno, f"{node.module}.{alias.name}"
@@ -106,7 +110,7 @@ def test_no_rooms_import_each_other():
 
 def test_no_modules_import_each_other_when_they_are_imported():
     """No circle of imports at the top of modules, through however many of them."""
-    modules = {_module(path): path for path in PACKAGE}
+    modules = {_module(path): path for path in PACKAGE + BENCH}
     graph = {name: _at_the_top(path) & set(modules) - {name} for name, path in modules.items()}
     while leaves := {name for name, others in graph.items() if not others}:
         graph = {name: others - leaves for name, others in graph.items() if name not in leaves}
@@ -122,7 +126,9 @@ def _at_the_top(path):
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            above = _module(path.parent) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found

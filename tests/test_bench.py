@@ -1,4 +1,4 @@
-"""tools/bench.py codes and data: what it prints, that its forms compute the same, and its bytes. No time asserted."""
+"""tools/bench codes and data: what it prints, that its forms compute the same, and its bytes. No time asserted."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ N, K, D = 64, 512, 8
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch):
-    """tool(name) is a module of tools/."""
+    """tool(name) is a module of tools/bench/."""
     monkeypatch.syspath_prepend(str(TOOLS))
 
     def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
+        return importlib.import_module(f"bench.{name}")
 
     return load
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / "bench.py"), *words]
+    command = [sys.executable, str(TOOLS / "bench"), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
@@ -59,7 +59,7 @@ def check_shape(report: dict, processes: int) -> None:
     assert report["step"]["floor"]["products"] == 6
     assert report["search"]["floor"]["products"] == 1
     assert {"cpu", "cores", "threads", "torch"} <= set(report["machine"])
-    assert report["command"].startswith("python tools/bench.py codes --tokens 64")
+    assert report["command"].startswith("python tools/bench codes --tokens 64")
     assert report["config"]["tokens"] == N
     assert report["config"]["processes"] == processes
 
@@ -97,32 +97,32 @@ def test_a_search_alone():
 
 
 def test_no_faiss_on_other_numbers(tool, capsys):
-    codes = tool("bench_codes")
-    setting = codes.settle(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "search"]))
+    codes = tool("codes")
+    setting = codes.choose(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "search"]))
     assert "faiss is left out: it searches in float32 on a CPU, not in float64 on cpu" in capsys.readouterr().err
-    assert set(tool("bench_measure").measure(setting)["search"]) == {"ours", "dense", "floor"}
+    assert set(tool("measure").measure(setting)["search"]) == {"ours", "dense", "floor"}
     # nothing is said of a work that is not measured
-    codes.settle(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "step", "--max-dense-gib", "8"]))
+    codes.choose(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "step", "--max-dense-gib", "8"]))
     assert capsys.readouterr().err == ""
 
 
 def test_a_dense_form_over_the_limit_is_left_out(tool, capsys):
-    codes, measure = tool("bench_codes"), tool("bench_measure")
-    setting = codes.settle(codes.parser().parse_args([*SMALL, "--max-dense-gib", "0.0002"]))
+    codes, measure = tool("codes"), tool("measure")
+    setting = codes.choose(codes.parser().parse_args([*SMALL, "--max-dense-gib", "0.0002"]))
     assert setting.dense == ("search",)
     assert "the dense step is left out: it needs about 0.8 MiB, more than the 0.0002 GiB" in capsys.readouterr().err
     costs = measure.measure(setting)
     report = {work: codes.merge([costs[work]], work, setting) for work in costs}
     assert report["step"]["dense"] == {"seconds": None, "peak_bytes": None, "sent_bytes": 0}
     assert report["search"]["dense"]["seconds"] > 0
-    report |= tool("bench_command").ending("codes", SMALL, "cpu", 1) | {"config": vars(setting)}
+    report |= tool("command").origin("codes", SMALL, "cpu", 1) | {"config": vars(setting)}
     rows = [line.split() for line in codes.table(report).splitlines()]
     assert ["step", "dense", "-", "-", "-", "0.00"] in rows
 
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_ours_and_the_dense_form_compute_the_same(tool, entropy):
-    forms = tool("bench_forms")
+    forms = tool("forms")
     # One code less than a power of two; float64, so that equal means equal.
     built = forms.build(forms.Setting(40, 127, 8, entropy=entropy, dtype="float64"), Mesh())
     ours, dense = built["step"]["ours"](), built["step"]["dense"]()
@@ -154,7 +154,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_products_of_the_dense_form_and_the_floor(tool, entropy, monkeypatch):
-    forms = tool("bench_forms")
+    forms = tool("forms")
     monkeypatch.setattr(forms, "FLOOR_BLOCK", (256, 1024))
     # Neither number is a multiple of a block.
     built = forms.build(forms.Setting(600, 1500, 16, entropy=entropy, scan_mib=4), Mesh())
@@ -174,7 +174,7 @@ def test_products_of_the_dense_form_and_the_floor(tool, entropy, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
 def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
-    forms, measure = tool("bench_forms"), tool("bench_measure")
+    forms, measure = tool("forms"), tool("measure")
     mesh, tokens, codes = Mesh(), 512, 16384
     pairs = tokens * codes * 4
     setting = forms.Setting(tokens, codes, 8, scan_mib=4)
@@ -186,7 +186,7 @@ def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
 
 
 def test_peak_bytes_of_a_known_allocation(tool):
-    measure, forms = tool("bench_measure"), tool("bench_forms")
+    measure, forms = tool("measure"), tool("forms")
     for mib in (40, 10, 40):
         peak = measure.peak_bytes(lambda mib=mib: torch.ones(mib, 2**18).sum(), torch.device("cpu"), Mesh().codes)
         assert mib - 1 < peak / 2**20 < mib + 2
@@ -202,12 +202,12 @@ def test_peak_bytes_of_a_known_allocation(tool):
         (["codes", "--scan-mib", "0"], "it comes from --scan-mib"),
         (["codes", "--max-dense-gib", "nan"], "the limit of the dense form is nan GiB"),
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
-        (["code"], "there is no subcommand 'code', the first argument: use codes, data, head, memory"),
+        (["code"], "there is no subcommand 'code', the first argument: use codes, data, head, kernels, memory"),
     ],
 )
 def test_wrong_arguments(tool, capsys, words, message):
     try:
-        status = tool("bench").main(words)
+        status = tool("__main__").main(words)
     except SystemExit as error:
         status = error.code
     assert status == 2
@@ -221,14 +221,14 @@ def test_both_readers_of_images(workers):
     assert (report["samples"], report["shards"], report["workers"]) == (32, 4, int(workers))
     assert report["ratio"] == report["ours"]["images_per_s"] / report["webdataset"]["images_per_s"]
     assert all(len(report[reader]["rounds"]) == 2 for reader in ("ours", "webdataset"))
-    assert report["command"].startswith("python tools/bench.py data --num 32")
+    assert report["command"].startswith("python tools/bench data --num 32")
     assert {"cpu", "cores", "threads", "torch"} <= set(report["machine"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_device_is_said_first(tool, capsys):
     with pytest.raises(SystemExit) as error:
-        tool("bench").main(["codes", "--device", "cuda", "--tokens", "0"])
+        tool("__main__").main(["codes", "--device", "cuda", "--tokens", "0"])
     assert error.value.code == 2
     text = capsys.readouterr().err
     assert "cuda needs a CUDA device" in text
@@ -238,7 +238,7 @@ def test_no_device_is_said_first(tool, capsys):
 
 @pytest.mark.gpu
 def test_on_a_gpu(tool):
-    codes, forms = tool("bench_codes"), tool("bench_forms")
+    codes, forms = tool("codes"), tool("forms")
     report = codes.run(forms.Setting(512, 16384, 64, entropy=True, device="cuda", repeats=2))
     assert report["step"]["ours"]["seconds"] > 0
     assert 0 < report["step"]["ours"]["peak_bytes"] < report["step"]["dense"]["peak_bytes"]
@@ -261,7 +261,7 @@ def test_memory_grows_with_the_rows_and_the_tokens_and_not_with_their_product():
 
 
 def test_a_table_of_memory(tool):
-    memory = tool("bench_memory")
+    memory = tool("memory")
     row = {
         "codes": 4096,
         "rows": 2**20,
@@ -271,5 +271,5 @@ def test_a_table_of_memory(tool):
         "pairs": 2**21,
     }
     config = {"tokens": 8, "dim": 64, "entropy": False, "processes": 1, "threads": 1}
-    report = {"memory": [row], "config": config} | tool("bench_command").ending("memory", [], "cpu", 1)
+    report = {"memory": [row], "config": config} | tool("command").origin("memory", [], "cpu", 1)
     assert memory.table(report).splitlines()[-1].split() == ["4096", "1.0", "3.0", "2.0", "-", "2.0"]

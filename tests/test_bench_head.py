@@ -1,4 +1,4 @@
-"""tools/bench.py head: what it prints, that its forms compute the same, its bytes. No time is asserted."""
+"""tools/bench head: what it prints, that its forms compute the same, its bytes. No time is asserted."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ N, D, DRAWN = 64, 8, 16
 
 @pytest.fixture
 def tool(monkeypatch):
-    """tool(name) is a module of tools/."""
+    """tool(name) is a module of tools/bench/."""
     monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.mark.dist
 def test_two_processes_from_the_command_line():
-    command = [sys.executable, str(TOOLS / "bench.py"), "head", *SMALL, "--processes", "2", "--codes", "99"]
+    command = [sys.executable, str(TOOLS / "bench"), "head", *SMALL, "--processes", "2", "--codes", "99"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=200, check=True)
     report = json.loads(done.stdout)
     assert set(report) == {"head", "left_out", "machine", "commit", "command", "config"}
@@ -48,9 +48,9 @@ def test_two_processes_from_the_command_line():
 
 
 def test_the_forms_compute_the_same(tool):
-    forms = tool("bench_head_forms")
-    wanted = tuple(name for name in forms.LOSSES if name not in forms.missing() and name != "cce")
-    built = forms.build(forms.Setting(40, 127, 8, drawn=5, losses=wanted), Mesh())
+    forms = tool("head_forms")
+    wanted = tuple(name for name in tool("setting").LOSSES if name not in forms.missing() and name != "cce")
+    built = forms.build(forms.HeadSetting(40, 127, 8, drawn=5, losses=wanted), Mesh())
     expected = built["loss"]["dense"]()
     for name in wanted:
         if name == "floor":
@@ -66,10 +66,10 @@ def test_the_forms_compute_the_same(tool):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
 def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
-    forms, measure = tool("bench_head_forms"), tool("bench_measure")
+    forms, measure = tool("head_forms"), tool("measure")
     mesh, tokens, codes = Mesh(), 512, 16384
     pairs = tokens * codes * 4
-    wanted = forms.Setting(tokens, codes, 8, drawn=tokens, scan_mib=4, losses=("ours", "bf16", "dense"))
+    wanted = forms.HeadSetting(tokens, codes, 8, drawn=tokens, scan_mib=4, losses=("ours", "bf16", "dense"))
     built = forms.build(wanted, mesh)
     peaks = {name: measure.alone(form, mesh).peak_bytes for name, form in built["loss"].items()}
     assert peaks["ours"] < pairs / 2
@@ -80,7 +80,7 @@ def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
 
 
 def test_what_does_not_fit_or_is_not_there_is_left_out_and_said(tool, capsys, monkeypatch):
-    head, forms = tool("bench_head"), tool("bench_head_forms")
+    head, forms = tool("head"), tool("head_forms")
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
     # in this process: what is printed is tested, not how processes are started
     monkeypatch.setattr("vqscale.parallel.spawn.run", lambda function, _, *args, timeout_s: [function(*args)])
@@ -93,7 +93,7 @@ def test_what_does_not_fit_or_is_not_there_is_left_out_and_said(tool, capsys, mo
     assert ["512", "loss", "dense"] not in rows
     assert ["512", "loss", "ours"] in rows
     assert ["512", "sample", "dense"] not in rows
-    assert forms.dense_bytes(forms.Setting(1, 100, 10, processes=4)) == 2 * 3 * 4000 // 4
+    assert forms.dense_bytes(forms.HeadSetting(1, 100, 10, processes=4)) == 2 * 3 * 4000 // 4
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_what_does_not_fit_or_is_not_there_is_left_out_and_said(tool, capsys, mo
 )
 def test_wrong_arguments(tool, capsys, words, message):
     with pytest.raises(SystemExit) as error:
-        tool("bench").main(["head", *words])
+        tool("__main__").main(["head", *words])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(tool):
-    head, forms = tool("bench_head"), tool("bench_head_forms")
-    losses = tuple(name for name in forms.LOSSES if name not in forms.missing() and name != "cce")
-    costs = head.run(forms.Setting(512, 16384, 64, device="cuda", repeats=2, losses=losses))
+    head, forms = tool("head"), tool("head_forms")
+    losses = tuple(name for name in tool("setting").LOSSES if name not in forms.missing() and name != "cce")
+    costs = head.run(forms.HeadSetting(512, 16384, 64, device="cuda", repeats=2, losses=losses))
     assert costs["loss"]["ours"]["peak_bytes"] < costs["loss"]["dense"]["peak_bytes"]
     assert torch.cuda.is_available()

@@ -369,7 +369,7 @@ def test_blocks_serve_a_cpu_whatever_is_wanted():
 
 def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(ROOT / "tools" / "kernels.py"), "--only", "row_means", "--dim", "64"]
+    command = [sys.executable, str(ROOT / "tools" / "bench"), "kernels", "--only", "row_means", "--dim", "64"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernel, *_, products = done.stdout.splitlines()[1].split()

@@ -1,7 +1,7 @@
-"""`bench.py codes`: search and one IBQ training step, ours beside the dense published form and beside the floor.
+"""`bench codes`: search and one IBQ training step, ours beside the dense published form and beside the floor.
 
-This file reads the arguments and prints; bench_command.py is what subcommands share, bench_forms.py what is run,
-bench_measure.py how it is measured.
+This file reads the arguments and prints; command.py is what subcommands share, forms.py what is run,
+measure.py how it is measured.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import bench_command
+from . import command
+from .setting import Setting
 
 if TYPE_CHECKING:
-    from bench_forms import Setting
-    from bench_measure import Cost
+    from .measure import Cost
 
 FORMS = ("ours", "bf16", "released", "dense", "faiss")  # and the floor
 WORKS = ("step", "search")
@@ -50,7 +50,7 @@ whatever the autocast is."""
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        prog="bench.py codes", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench codes", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out.add_argument("--tokens", type=int, default=1024, help="N, tokens per process (1024)")
     out.add_argument("--codes", type=int, default=65536, help="K, all codes (65536)")
@@ -71,13 +71,13 @@ def parser() -> argparse.ArgumentParser:
         default=1.0,
         help="standard deviation of the logits: 1 is a soft assignment; the published initialisation has 16 (1)",
     )
-    bench_command.add_options(out)
+    command.add_options(out)
     return out
 
 
 def problems(args: argparse.Namespace) -> Iterable[str]:
     """What is wrong with the arguments, each as the rule, where it came from and what to change."""
-    yield from bench_command.problems(args, "tokens", "codes", "dim", "repeats")
+    yield from command.problems(args, "tokens", "codes", "dim", "repeats")
     if not 0 < args.spread < float("inf"):
         yield f"spread is {args.spread} and must be a positive number; it comes from --spread: give 1, or 16"
     if args.products == "bf16" and not (args.device == "cuda" and args.dtype == "float32"):
@@ -88,18 +88,18 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
 
 
 def main(argv: list[str]) -> int:
-    args = bench_command.parse(parser(), argv, problems)
-    setting = settle(args)
-    report = run(setting) | bench_command.ending("codes", argv, setting.device, setting.threads)
+    args = command.parse(parser(), argv, problems)
+    setting = choose(args)
+    report = run(setting) | command.origin("codes", argv, setting.device, setting.threads)
     report["config"] = {**asdict(setting), "max_dense_gib": args.max_dense_gib}
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
-def settle(args: argparse.Namespace) -> Setting:
+def choose(args: argparse.Namespace) -> Setting:
     """What will be measured; says on stderr which dense forms are left out, and why."""
-    import bench_search
-    from bench_forms import Setting, dense_memory
+    from . import search
+    from .forms import dense_memory
 
     setting = Setting(
         tokens=args.tokens,
@@ -110,14 +110,14 @@ def settle(args: argparse.Namespace) -> Setting:
         dtype=args.dtype,
         device=args.device,
         repeats=args.repeats,
-        threads=bench_command.threads(args),
+        threads=command.threads(args),
         scan_mib=args.scan_mib,
         spread=args.spread,
         products=args.products,
         works=WORKS if args.work == "both" else (args.work,),
     )
-    for name, why in bench_search.missing(setting).items() if "search" in setting.works else ():
-        print(f"bench.py codes: {name} is left out: {why}", file=sys.stderr)
+    for name, why in search.missing(setting).items() if "search" in setting.works else ():
+        print(f"bench codes: {name} is left out: {why}", file=sys.stderr)
     kept = []
     for work, need in dense_memory(setting).items():
         if need <= args.max_dense_gib * 2**30:
@@ -126,7 +126,7 @@ def settle(args: argparse.Namespace) -> Setting:
         if work not in setting.works:
             continue
         print(
-            f"bench.py codes: the dense {work} is left out: it needs about {need / 2**20:.1f} MiB, more than the "
+            f"bench codes: the dense {work} is left out: it needs about {need / 2**20:.1f} MiB, more than the "
             f"{args.max_dense_gib:g} GiB of --max-dense-gib",
             file=sys.stderr,
         )
@@ -135,20 +135,20 @@ def settle(args: argparse.Namespace) -> Setting:
 
 def run(setting: Setting) -> dict[str, Any]:
     """Measure on all processes and merge: {"step": {"ours", "dense", "floor", ...}, "search": the same}."""
-    from bench_measure import measure
+    from .measure import measure
 
-    ranks = bench_command.everywhere(measure, setting)
+    ranks = command.everywhere(measure, setting)
     return {work: merge([rank[work] for rank in ranks], work, setting) for work in setting.works}
 
 
 def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str, dict[str, Any]]:
     """The costs of all processes as one."""
-    from bench_forms import PRODUCTS, dense_bytes
+    from .forms import PRODUCTS, dense_bytes
 
     out: dict[str, dict[str, Any]] = {"dense": {"seconds": None, "peak_bytes": None}}
     for name in ranks[0]:
         costs = [rank[name] for rank in ranks]
-        out[name] = bench_command.joined(costs)
+        out[name] = command.joined(costs)
         if costs[0].same_ids is not None:
             out[name]["same_ids"] = sum(cost.same_ids or 0.0 for cost in costs) / len(costs)
     for name in ("released", "dense"):
@@ -159,7 +159,7 @@ def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str
 
 
 def table(report: dict[str, Any]) -> str:
-    from bench_forms import PRODUCTS
+    from .forms import PRODUCTS
 
     config = report["config"]
     lines = [
@@ -167,7 +167,7 @@ def table(report: dict[str, Any]) -> str:
         f"products {config['products']}, "
         f"{'with' if config['entropy'] else 'without'} entropy, spread {config['spread']:g}; "
         f"{config['processes']} x {config['threads']} threads",
-        bench_command.place(report),
+        command.place(report),
         "",
         f"{'':18}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
     ]

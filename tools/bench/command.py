@@ -1,6 +1,6 @@
-"""What the subcommands of `bench.py` share: their options, what is refused, the processes, how a report ends.
+"""What the subcommands share: their options, what is refused, the processes, how a report ends.
 
-Nothing is measured here, see bench_measure.py.
+Nothing is measured here, see measure.py.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ import argparse
 import os
 import platform
 import shlex
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench_measure import Cost
+    from .measure import Cost
 
 TIMEOUT_S = 6 * 3600.0
 
@@ -110,10 +109,12 @@ def joined(costs: Sequence[Cost]) -> dict[str, Any]:
     }
 
 
-def ending(subcommand: str, argv: Sequence[str], device: str, threads: int) -> dict[str, Any]:
+def origin(subcommand: str, argv: Sequence[str], device: str, threads: int) -> dict[str, Any]:
     """Where a report was made: {"machine", "commit", "command"}."""
-    command = shlex.join(["python", "tools/bench.py", subcommand, *argv])
-    return {"machine": machine(device, threads), "commit": commit(), "command": command}
+    from vqscale.run.folder import commit
+
+    words = shlex.join(["python", "tools/bench", subcommand, *argv])
+    return {"machine": machine(device, threads), "commit": commit(), "command": words}
 
 
 def place(report: dict[str, Any]) -> str:
@@ -135,17 +136,3 @@ def machine(device: str, threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     return {**out, "gpu": torch.cuda.get_device_name()} if device == "cuda" else out
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with +changes if tracked files differ from it; None outside a repository."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

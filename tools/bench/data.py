@@ -1,4 +1,4 @@
-"""`bench.py data`: the stream of images beside a plain pipeline of the webdataset library on the same shards.
+"""`bench data`: the stream of images beside a plain pipeline of the webdataset library on the same shards.
 
 Both decode, crop and batch with the same functions; what differs is who decides the order and finds the bytes.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import bench_command
+from . import command
 
 if TYPE_CHECKING:
     from vqscale.data.config import ImagesConfig
@@ -31,9 +31,8 @@ anything is timed, so they come from the page cache: what is compared is the wor
 the rounds; start is the time to the first batch of a new reader, index the time to read the headers of all shards."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Print a table, or with --json one object; 0, or 2 with the reason on stderr."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(argv)
     import torch
 
@@ -47,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             found = measure(config, args.batch, args.images, args.rounds)
         except (ValueError, OSError) as error:
-            print(f"bench_data: {error}", file=sys.stderr)
+            print(f"bench data: {error}", file=sys.stderr)
             return 2
-    found |= bench_command.ending("data", argv, "cpu", torch.get_num_threads())
+    found |= command.origin("data", argv, "cpu", torch.get_num_threads())
     if args.json:
         print(json.dumps(found))
         return 0
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("ours", "webdataset"):
         print(f"{name:12}{found[name]['images_per_s']:>10.0f}{found[name]['start_s']:>10.2f}")
     print(f"ours / webdataset = {found['ratio']:.3f}")
-    print(bench_command.place(found))
+    print(command.place(found))
     return 0
 
 
@@ -153,7 +152,7 @@ def _draw(place: Path, count: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        prog="bench.py data", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench data", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out.add_argument("--shards", help="pattern of the shards to read (drawn ones)")
     out.add_argument("--num", type=int, default=512, help="images to draw (512)")
@@ -165,7 +164,3 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--resize", type=int, default=None, help="short side before the crop (image size)")
     out.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""The forms that `bench.py codes` compares, as functions without arguments: ours, the dense ones, the floor.
+"""The forms that `bench codes` compares, as functions without arguments: ours, the dense ones, the floor.
 
-Those of a search alone (FAISS, a product in bfloat16) are in bench_search.py.
+Those of a search alone (FAISS, a product in bfloat16) are in search.py.
 
 They start from the same rows, tokens and upstream gradient, so ours and the dense form return the same numbers; the
 floor returns nothing of use: it is the matrix products alone. Nothing here measures.
@@ -13,9 +13,7 @@ K x D gradient, which it would need, is not run: `dense_bytes` says what it woul
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-import bench_search
 import torch
 from torch import Tensor
 
@@ -24,6 +22,9 @@ from vqscale.codes import dense, products
 from vqscale.codes.rows import Rows, draw
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
+
+from . import search
+from .setting import Setting
 
 Form = Callable[[], tuple[Tensor, ...]]
 """A step returns the gradients (of x_ND, of the rows), a search returns (ids_N,), the floor returns nothing."""
@@ -38,33 +39,6 @@ PRODUCTS = {
     "step": ("logits x C^T", "mean rows p C", "logits again in the backward pass", "g C^T", "dx = dl C", "dC = dl^T x"),
     "search": ("logits x C^T",),
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured. `tokens` is per process; `dense` names the works of which the dense form is run too.
-
-    `works` are run; of a work that is not, nothing is built but what it shares with the others.
-    """
-
-    tokens: int
-    codes: int
-    dim: int
-    entropy: bool = False
-    processes: int = 1
-    dtype: str = "float32"
-    device: str = "cpu"
-    repeats: int = 5
-    threads: int = 1
-    scan_mib: int = 64
-    spread: float = 1.0
-    products: str = "fp32"  # bf16: of ours, as torch.set_float32_matmul_precision("medium"), and of the floor
-    dense: tuple[str, ...] = ("step", "search")
-    works: tuple[str, ...] = ("step", "search")
-
-    @property
-    def item_bytes(self) -> int:
-        return 8 if self.dtype == "float64" else 4
 
 
 def dense_bytes(setting: Setting) -> dict[str, int]:
@@ -106,7 +80,7 @@ def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
             forms["step"] |= {"released": _released(setting, x_ND, g_ND, rows_KD), "dense": both[0]}
         forms["search"] |= {"dense": both[1]} if "search" in setting.dense else {}
     if "search" in setting.works:
-        forms["search"] |= bench_search.forms(setting, mesh, x_ND, whole)
+        forms["search"] |= search.forms(setting, mesh, x_ND, whole)
     forms["step"]["floor"], forms["search"]["floor"] = _floor(setting, mesh, dtype)
     return {work: forms[work] for work in setting.works}
 

@@ -1,7 +1,7 @@
-"""`bench.py head`: loss and sampling of a prior's head, ours beside what torch and others have, and beside the floor.
+"""`bench head`: loss and sampling of a prior's head, ours beside what torch and others have, and beside the floor.
 
-This file reads the arguments and prints; bench_command.py is what subcommands share, bench_head_forms.py what is run,
-bench_measure.py how it is measured.
+This file reads the arguments and prints; command.py is what subcommands share, head_forms.py what is run,
+measure.py how it is measured.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import bench_command
+from . import command
+from .setting import LOSSES, SAMPLES, HeadSetting
 
 if TYPE_CHECKING:
-    from bench_head_forms import Setting
-    from bench_measure import Cost
+    from .measure import Cost
 
 ABOUT = """\
 The loss of a head (mean cross entropy, forward and backward to the tokens and the rows) and one draw of ids, for each
@@ -40,7 +40,7 @@ all-reduce of K x D gradients is not run: its bytes are computed."""
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        prog="bench.py head", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench head", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out.add_argument("--tokens", type=int, default=1024, help="N, tokens of a loss per process (1024)")
     out.add_argument("--drawn", type=int, default=64, help="tokens of a draw per process (64)")
@@ -49,41 +49,41 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--dim", type=int, default=256, help="D, width of the model (256)")
     out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
-    bench_command.add_options(out)
+    command.add_options(out)
     return out
 
 
 def problems(args: argparse.Namespace) -> Iterable[str]:
     """What is wrong with the arguments, each as the rule, where it came from and what to change."""
-    yield from bench_command.problems(args, "tokens", "drawn", "codes", "dim", "repeats")
+    yield from command.problems(args, "tokens", "drawn", "codes", "dim", "repeats")
     if args.drawn > args.tokens:
         yield f"{args.drawn} tokens are drawn of {args.tokens}; it comes from --drawn: give at most --tokens"
 
 
 def main(argv: list[str]) -> int:
-    args = bench_command.parse(parser(), argv, problems)
-    settings, left_out = settle(args)
+    args = command.parse(parser(), argv, problems)
+    settings, left_out = choose(args)
     for note in left_out:
-        print(f"bench.py head: {note}", file=sys.stderr)
+        print(f"bench head: {note}", file=sys.stderr)
     report = {
         "head": {str(setting.codes): run(setting) for setting in settings},
         "left_out": left_out,
-        **bench_command.ending("head", argv, args.device, settings[0].threads),
+        **command.origin("head", argv, args.device, settings[0].threads),
         "config": {**asdict(settings[0]), "codes": args.codes, "max_dense_gib": args.max_dense_gib},
     }
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
-def settle(args: argparse.Namespace) -> tuple[list[Setting], list[str]]:
+def choose(args: argparse.Namespace) -> tuple[list[HeadSetting], list[str]]:
     """(what will be measured for each K, what is left out and why)."""
-    from bench_head_forms import LOSSES, SAMPLES, Setting, dense_memory, missing
+    from .head_forms import dense_memory, missing
 
     absent = missing()
     notes = [f"{name} is left out: {reason}" for name, reason in absent.items()]
     settings = []
     for codes in args.codes:
-        setting = Setting(
+        setting = HeadSetting(
             tokens=args.tokens,
             codes=codes,
             dim=args.dim,
@@ -91,7 +91,7 @@ def settle(args: argparse.Namespace) -> tuple[list[Setting], list[str]]:
             processes=args.processes,
             device=args.device,
             repeats=args.repeats,
-            threads=bench_command.threads(args),
+            threads=command.threads(args),
             scan_mib=args.scan_mib,
         )
         big: set[str] = set()
@@ -106,34 +106,34 @@ def settle(args: argparse.Namespace) -> tuple[list[Setting], list[str]]:
     return settings, notes
 
 
-def run(setting: Setting) -> dict[str, dict[str, dict[str, Any]]]:
+def run(setting: HeadSetting) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure on all processes and merge: {"loss": {form: costs}, "sample": {form: costs}}."""
-    from bench_head_forms import measure
+    from .head_forms import measure
 
-    ranks = bench_command.everywhere(measure, setting)
+    ranks = command.everywhere(measure, setting)
     return {work: merge([rank[work] for rank in ranks], work, setting) for work in ("loss", "sample")}
 
 
-def merge(ranks: list[dict[str, Cost]], work: str, setting: Setting) -> dict[str, dict[str, Any]]:
+def merge(ranks: list[dict[str, Cost]], work: str, setting: HeadSetting) -> dict[str, dict[str, Any]]:
     """The costs of all processes as one."""
-    from bench_head_forms import dense_bytes
+    from .head_forms import dense_bytes
 
     out: dict[str, dict[str, Any]] = {}
     for name in ranks[0]:
-        out[name] = bench_command.joined([rank[name] for rank in ranks])
+        out[name] = command.joined([rank[name] for rank in ranks])
         if work == "loss" and name in ("dense", "torch", "cce"):
             out[name]["sent_bytes"] = dense_bytes(setting)
     return out
 
 
 def table(report: dict[str, Any]) -> str:
-    from bench_head_forms import PRODUCTS
+    from .head_forms import PRODUCTS
 
     config = report["config"]
     lines = [
         f"{config['tokens']} tokens per process, dim {config['dim']}, {config['drawn']} drawn; "
         f"{config['processes']} x {config['threads']} threads",
-        bench_command.place(report),
+        command.place(report),
         "",
         f"{'codes':>8} {'':14}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
     ]

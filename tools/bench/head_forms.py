@@ -1,4 +1,4 @@
-"""The forms that `bench.py head` compares, as functions without arguments, and their measurement.
+"""The forms that `bench head` compares, as functions without arguments, and their measurement.
 
     loss      ours, ours in bf16 products, the dense form (F.cross_entropy of all logits), F.linear_cross_entropy of
               torch in chunks, the torch_compile form of cut-cross-entropy, the floor (three products)
@@ -11,12 +11,11 @@ processes ours splits the K rows over them; the others are replicas with all K r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from bench_measure import Cost, alone, seconds
 from torch import Tensor
 
 from vqscale.codes import noise
@@ -26,28 +25,12 @@ from vqscale.codes.rows import Rows, draw
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 
+from .measure import Cost, alone, seconds
+from .setting import HeadSetting
+
 Form = Callable[[], tuple[Tensor, ...]]
-LOSSES = ("ours", "bf16", "dense", "torch", "cce", "floor")
-SAMPLES = ("ours", "top-p", "dense")
 FLOOR_BLOCK = 2048, 4096  # tokens and rows that the floor multiplies at once
 PRODUCTS = ("logits h C^T", "dh = dl C", "dC = dl^T h")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured, for one K. `tokens` and `drawn` (tokens that a sample draws at once) are per process."""
-
-    tokens: int
-    codes: int
-    dim: int
-    drawn: int = 64
-    processes: int = 1
-    device: str = "cpu"
-    repeats: int = 5
-    threads: int = 1
-    scan_mib: int = 64
-    losses: tuple[str, ...] = LOSSES
-    samples: tuple[str, ...] = SAMPLES
 
 
 def missing() -> dict[str, str]:
@@ -63,17 +46,17 @@ def missing() -> dict[str, str]:
     return out
 
 
-def dense_bytes(setting: Setting) -> int:
+def dense_bytes(setting: HeadSetting) -> int:
     """What one process sends for a replica's loss: a ring all-reduce of the K x D gradient, which is not run."""
     return 2 * (setting.processes - 1) * setting.codes * setting.dim * 4 // setting.processes
 
 
-def dense_memory(setting: Setting) -> int:
+def dense_memory(setting: HeadSetting) -> int:
     """Bytes that the dense loss needs at its peak, all processes together: logits, their log-softmax and gradient."""
     return setting.processes * 4 * (3 * setting.tokens * setting.codes + 2 * setting.codes * setting.dim)
 
 
-def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
+def measure(setting: HeadSetting) -> dict[str, dict[str, Cost]]:
     """{"loss": {form: cost}, "sample": {form: cost}} of this process. The same call on every process.
 
     Each form runs once unmeasured (libraries load, torch.compile compiles), once by itself for memory and bytes, then
@@ -95,7 +78,7 @@ def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
     return costs
 
 
-def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
+def build(setting: HeadSetting, mesh: Mesh) -> dict[str, dict[str, Form]]:
     """The forms that the setting names, by work and name, all from the same rows, tokens and targets."""
     generator = torch.Generator().manual_seed(derive("bench", mesh.codes.rank))
     h_ND = torch.randn(setting.tokens, setting.dim, generator=generator).to(mesh.device).requires_grad_()
@@ -113,18 +96,18 @@ def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
     return {"loss": losses, "sample": {name: samples[name] for name in setting.samples}}
 
 
-def _scale(setting: Setting) -> float:
+def _scale(setting: HeadSetting) -> float:
     """Logits of unit variance."""
     scale: float = setting.dim**-0.5
     return scale
 
 
-def _rows(setting: Setting, mesh: Mesh) -> Tensor:
+def _rows(setting: HeadSetting, mesh: Mesh) -> Tensor:
     rows_KD = draw(Rows(setting.codes), setting.dim, "normal", _scale(setting), seed=0)
     return rows_KD.to(mesh.device).requires_grad_()
 
 
-def _head(setting: Setting, mesh: Mesh, bf16: bool) -> Head:
+def _head(setting: HeadSetting, mesh: Mesh, bf16: bool) -> Head:
     products: Products = "bf16" if bf16 else "fp32"
     head = Head(setting.codes, setting.dim, mesh, embedding="tied", products=products, scan_mib=setting.scan_mib)
     head.rows.data = draw(head.layout, setting.dim, "normal", _scale(setting), seed=0).to(mesh.device)
@@ -168,7 +151,7 @@ def _loss(function: Callable[[Tensor, Tensor, Tensor], Tensor], h_ND: Tensor, ro
     return form
 
 
-def _samples(setting: Setting, head: Head, h_ND: Tensor, rows_KD: Tensor) -> dict[str, Form]:
+def _samples(setting: HeadSetting, head: Head, h_ND: Tensor, rows_KD: Tensor) -> dict[str, Form]:
     keys_N = noise.keys(0, torch.arange(len(h_ND), device=h_ND.device))
 
     def dense() -> tuple[Tensor, ...]:
@@ -181,7 +164,7 @@ def _samples(setting: Setting, head: Head, h_ND: Tensor, rows_KD: Tensor) -> dic
     }
 
 
-def _floor(setting: Setting, mesh: Mesh) -> Form:
+def _floor(setting: HeadSetting, mesh: Mesh) -> Form:
     """PRODUCTS alone, torch.mm in blocks into buffers that are used again."""
     num_tokens, dim = setting.tokens * setting.processes, setting.dim
     num_rows = Rows(setting.codes, mesh.codes.size, mesh.codes.rank).count

@@ -1,4 +1,4 @@
-"""`kernels.py`: what the fused kernels of vqscale/codes need of a GPU that need not be here.
+"""`bench kernels`: what the fused kernels of vqscale/codes need of a GPU that need not be here.
 
 Compiles each with Triton for compute capability 9.0 (H100, H200), with the tiles that vqscale/codes/gpu/tiles.py
 gives it, and prints registers per thread, bytes of stack (what does not fit into registers), shared memory and the
@@ -11,7 +11,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,14 @@ class Case(NamedTuple):
     says: str
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
     parser.add_argument("--fp32", action="store_true", help="operands in float32; else bfloat16")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(f"{'kernel':28}{'case':28}{'registers':>10}{'stack B':>9}{'shared KiB':>12}{'wgmma':>7}")
     fits = True
     for case in cases(args.dim, args.fp32):
@@ -115,7 +117,3 @@ def usage(binary: bytes, cuobjdump: Path) -> tuple[int, int]:
     assert registers is not None, done.stdout
     assert stack is not None, done.stdout
     return int(registers[1]), int(stack[1])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

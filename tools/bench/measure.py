@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from bench_forms import Form, Setting, build
 
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
+
+from .forms import Form, build
+from .setting import Setting
 
 
 @dataclass

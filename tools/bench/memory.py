@@ -1,6 +1,6 @@
-"""`bench.py memory`: the peak extra memory of one IBQ training step for several K, ours beside the dense form.
+"""`bench memory`: the peak extra memory of one IBQ training step for several K, ours beside the dense form.
 
-This file reads the arguments and prints; what is run and how it is measured is that of `bench.py codes`.
+This file reads the arguments and prints; what is run and how it is measured is that of `bench codes`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import bench_command
-
-if TYPE_CHECKING:
-    from bench_forms import Setting
+from . import command
+from .setting import Setting
 
 ABOUT = """\
 Peak memory of one IBQ training step (forward with all losses, backward to tokens and rows), of one process and beyond
@@ -32,33 +30,33 @@ its inputs, for each K of --codes:
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        prog="bench.py memory", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench memory", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     powers = [2**n for n in range(12, 21, 2)]
     out.add_argument("--codes", type=int, nargs="+", default=powers, help="K, one or more (4096 16384 .. 1048576)")
     out.add_argument("--tokens", type=int, default=1024, help="N, tokens per process (1024)")
     out.add_argument("--dim", type=int, default=64, help="D, dimension of a code (64)")
     out.add_argument("--entropy", action="store_true", help="with the entropy loss, temperature 0.01 as released")
-    bench_command.add_options(out)
+    command.add_options(out)
     return out
 
 
 def problems(args: argparse.Namespace) -> Iterable[str]:
-    return bench_command.problems(args, "tokens", "codes", "dim")
+    return command.problems(args, "tokens", "codes", "dim")
 
 
 def main(argv: list[str]) -> int:
-    args = bench_command.parse(parser(), argv, problems)
-    found = [run(setting) for setting in settle(args)]
-    report = {"memory": found} | bench_command.ending("memory", argv, args.device, bench_command.threads(args))
-    report["config"] = {**vars(args), "threads": bench_command.threads(args)}
+    args = command.parse(parser(), argv, problems)
+    found = [run(setting) for setting in choose(args)]
+    report = {"memory": found} | command.origin("memory", argv, args.device, command.threads(args))
+    report["config"] = {**vars(args), "threads": command.threads(args)}
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
-def settle(args: argparse.Namespace) -> list[Setting]:
+def choose(args: argparse.Namespace) -> list[Setting]:
     """A setting for each K; says on stderr where the dense form is left out, and why."""
-    from bench_forms import Setting, dense_memory
+    from .forms import dense_memory
 
     out = []
     for codes in args.codes:
@@ -70,7 +68,7 @@ def settle(args: argparse.Namespace) -> list[Setting]:
             processes=args.processes,
             device=args.device,
             repeats=0,
-            threads=bench_command.threads(args),
+            threads=command.threads(args),
             scan_mib=args.scan_mib,
             works=("step",),
             dense=("step",),
@@ -79,7 +77,7 @@ def settle(args: argparse.Namespace) -> list[Setting]:
         if need > args.max_dense_gib * 2**30:
             setting = replace(setting, dense=())
             print(
-                f"bench.py memory: dense is left out for {codes} codes: it needs about {need / 2**20:.1f} MiB, more "
+                f"bench memory: dense is left out for {codes} codes: it needs about {need / 2**20:.1f} MiB, more "
                 f"than the {args.max_dense_gib:g} GiB of --max-dense-gib",
                 file=sys.stderr,
             )
@@ -89,11 +87,11 @@ def settle(args: argparse.Namespace) -> list[Setting]:
 
 def run(setting: Setting) -> dict[str, Any]:
     """Bytes for one K, of the process that needs most; None where nobody counts or a form is left out."""
-    from bench_measure import peaks
-
     from vqscale.codes.rows import Rows
 
-    ranks = bench_command.everywhere(peaks, setting)
+    from .measure import peaks
+
+    ranks = command.everywhere(peaks, setting)
     most = {name: max((rank[name] or 0 for rank in ranks), default=0) or None for name in ranks[0]}
     last = Rows(setting.codes, setting.processes, setting.processes - 1)  # no rank has more rows
     rows, ours = last.count * setting.dim * setting.item_bytes, most["ours"]
@@ -116,7 +114,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"MiB of one IBQ step: {config['tokens']} tokens per process, dim {config['dim']}, float32, "
         f"{'with' if config['entropy'] else 'without'} entropy; {config['processes']} x {config['threads']} threads",
-        bench_command.place(report),
+        command.place(report),
         "",
         f"{'codes':>10}" + "".join(f"{head:>16}" for head in heads),
     ]

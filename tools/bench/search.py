@@ -1,4 +1,4 @@
-"""What `bench.py codes` compares a search with beyond the dense form: FAISS, and a product in bfloat16 alone.
+"""What `bench codes` compares a search with beyond the dense form: FAISS, and a product in bfloat16 alone.
 
 FAISS (pip install faiss-cpu, the extra `bench`) is the flat index of inner products, IndexFlatIP: exact in float32.
 Building the index is not timed. Its processes are replicas like those of the dense form: each has all K rows. The
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from torch import Tensor
 from vqscale.codes.rows import Rows
 from vqscale.parallel.mesh import Mesh
 
-if TYPE_CHECKING:
-    from bench_forms import Setting
+from .setting import Setting
 
 BLOCK = 2048, 1024  # tokens and rows multiplied at once; no other size measured faster
 

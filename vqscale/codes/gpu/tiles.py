@@ -1,7 +1,7 @@
 """How the fused kernels cut their work: tiles of tokens x codes per kernel, and parts so that every processor has some.
 
 Chosen for Hopper (227 KiB of shared memory for a program, 64 Ki registers and 132 processors): at 256 dimensions every
-kernel fits, uses the warp-group products and keeps all but 56 bytes of a thread in registers, which tools/kernels.py
+kernel fits, uses the warp-group products and keeps all but 56 bytes of a thread in registers, which tools/bench kernels
 reads off code compiled for sm_90. Their speed has not been measured.
 """
 

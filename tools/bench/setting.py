@@ -1,0 +1,52 @@
+"""What is measured, in numbers: the settings that forms are built from. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LOSSES = ("ours", "bf16", "dense", "torch", "cce", "floor")
+SAMPLES = ("ours", "top-p", "dense")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of the code axis. `tokens` is per process; `dense` names the works of which the dense form is run too.
+
+    `works` are run; of a work that is not, nothing is built but what it shares with the others.
+    """
+
+    tokens: int
+    codes: int
+    dim: int
+    entropy: bool = False
+    processes: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    repeats: int = 5
+    threads: int = 1
+    scan_mib: int = 64
+    spread: float = 1.0
+    products: str = "fp32"  # bf16: of ours, as torch.set_float32_matmul_precision("medium"), and of the floor
+    dense: tuple[str, ...] = ("step", "search")
+    works: tuple[str, ...] = ("step", "search")
+
+    @property
+    def item_bytes(self) -> int:
+        return 8 if self.dtype == "float64" else 4
+
+
+@dataclass(frozen=True)
+class HeadSetting:
+    """Of a prior's head, for one K. `tokens` and `drawn` (tokens that a sample draws at once) are per process."""
+
+    tokens: int
+    codes: int
+    dim: int
+    drawn: int = 64
+    processes: int = 1
+    device: str = "cpu"
+    repeats: int = 5
+    threads: int = 1
+    scan_mib: int = 64
+    losses: tuple[str, ...] = LOSSES
+    samples: tuple[str, ...] = SAMPLES
