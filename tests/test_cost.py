@@ -69,7 +69,7 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(ranks, grid):
         for index, (sent, rank, parameters) in enumerate(answers):
             case, (revive, logged) = CASES[index // len(STEPS)], STEPS[index % len(STEPS)]
             work = Work(
-                K, DIM, IMAGES * (SIDE // NET.stride) ** 2, case["name"], "entropy_weight" in case,
+                K, DIM, IMAGES * (SIDE // NET.strides[0]) ** 2, case["name"], "entropy_weight" in case,
                 parameters=parameters, engine="torch", revive_every=revive,
             )  # fmt: skip
             mesh = Grid(*grid)
@@ -104,9 +104,9 @@ def test_passes_are_counted_by_tensor_and_views_are_free():
 
 
 def test_the_network_is_counted_as_the_flop_counter_does():
-    counted = count.network(NET, SIDE, DIM)
+    counted = count.network(NET, (SIDE, SIDE), DIM)
     encoder, decoder = Encoder(NET), Decoder(NET)
-    latents = torch.randn(1, NET.z_channels, SIDE // NET.stride, SIDE // NET.stride)
+    latents = torch.randn(1, NET.z_channels, SIDE // NET.strides[0], SIDE // NET.strides[0])
     with FlopCounterMode(display=False) as flops:
         encoder(torch.randn(1, 3, SIDE, SIDE)), decoder(latents)
     around = 2 * 2 * counted.tokens * DIM * NET.z_channels  # two 1x1 convolutions

@@ -280,7 +280,7 @@ def test_bad_input(place, whole, tmp_path):
         (words(place, whole, "--views", "ten_crop"), ["views: ('center', 'center mirrored') there", "short_side: 16"]),
         (words(place, whole, "--shards", f"{place}/s-0.tar", "--views", "flip"), ["num_images: 37 there, 20 now"]),
         (words(place, tmp_path / "a", "--shards", f"{place}/t-*.tar"), ["no shard: the pattern", "t-*.tar"]),
-        (words(place, tmp_path / "a", "--image-size", "15"), ["images of 15 x 15 pixels"]),
+        (words(place, tmp_path / "a", "--image-size", "15"), ["samples of 15 x 15 cannot be cut"]),
         (words(place, tmp_path / "a", "--resize", "8"), ["the short side is resized to 8"]),
         (words(place, tmp_path / "a", "--views", "ten_crop", "--resize", "16"), ["places of ten_crop are one"]),
         (words(place, tmp_path / "a", "--codes", "2"), ["--codes 2 does not divide the 1 processes that were started"]),

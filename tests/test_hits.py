@@ -183,7 +183,7 @@ def test_a_run_without_rows_is_planned(settings, numbers):
     # the window of 64,000 codes has a few numbers for each, cut in four; 2^40 codes have none
     held = costs.memory["rows, their gradients and moments"] / (64_000 // 4 * 4)
     assert held in (1, 2, 3, 4) if "fsq" in settings else held == 0
-    tokens = config.data.batch // 4 * (config.data.train.image_size // config.tokenizer.net.stride) ** 2
+    tokens = config.data.batch // 4 * (config.data.train.image_size // config.tokenizer.net.strides[0]) ** 2
     assert costs.sent["code axis: tokens (does not grow with K)"] == 4 * tokens * numbers * 3
     assert costs.sent["data axis: gradients of rows"] == 0
 

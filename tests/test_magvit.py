@@ -64,7 +64,7 @@ def test_every_network_has_its_line_and_its_settings():
         config = configuration.parse(TokenizerConfig, {"net": {"name": name}})
         with torch.device("meta"):
             parts = nets.build(config.net, config.net.z_channels)
-        size = 4 * config.net.stride
+        size = 4 * config.net.strides[0]
         latents = parts.quant_conv(parts.encoder(torch.empty(1, 3, size, size, device="meta")))
         assert latents.shape == (1, config.net.z_channels, 4, 4)
         assert parts.decoder(parts.post_quant_conv(latents)).shape == (1, 3, size, size)

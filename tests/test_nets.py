@@ -104,7 +104,7 @@ def test_network_without_attention():
     assert max(int(name.split(".")[3]) for name in shapes(decoder) if ".block." in name) == 2
     latents = encoder(torch.empty(1, 3, 128, 128, device="meta"))
     assert latents.shape == (1, 128, 16, 16)
-    assert SIMVQ.stride == 8
+    assert SIMVQ.strides == (8, 8)
     assert decoder(latents).shape == (1, 3, 128, 128)
 
 

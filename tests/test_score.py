@@ -318,7 +318,7 @@ def test_bad_input_is_told_and_nothing_is_written(held_out, trained, tmp_path, c
     refused([*ask, *_options(held_out, "--vgg", "a")], "LPIPS takes two files, and one was given")
     refused([*ask, *_options(held_out, "--reference", "a", "--save-stats", "b")], "no --inception", "give one")
     refused([*ask, "--shards", tmp_path / "*.tar"], "matches no file", "change the pattern")
-    refused([*ask, *_options(held_out, "--image-size", 18)], "images of 18 x 18 pixels cannot be cut into tokens of 4")
+    refused([*ask, *_options(held_out, "--image-size", 18)], "samples of 18 x 18 cannot be cut into tokens of 4 x 4")
     refused([*ask, *_options(held_out, "--codes", 2)], "--codes 2 does not divide the 1 processes")
     refused(["tokenizer", tmp_path / "none", *_options(held_out)], "does not exist")
     refused(["statistics", tmp_path / "o", *_options(held_out, "--inception", "x", "--images", 3)], "at least 4, or 0")

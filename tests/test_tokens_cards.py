@@ -96,7 +96,13 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
     caches.write(tmp_path, NUM)
     with pytest.raises(ValueError) as refusal:
         Cache(tmp_path).expect(tokenizer="def456", num_codes=4096, grid=(16, 16), num_ids=2)
-    for words in ("fingerprint abc123", "has def456", "262144 codes, but expected are 4096", "[2, 3] rows", "[16, 16]"):
+    for words in (
+        "fingerprint abc123",
+        "has def456",
+        "262144 codes, but expected are 4096",
+        "[2, 3] positions",
+        "[16, 16]",
+    ):
         assert words in str(refusal.value)
     with pytest.raises(ValueError, match="fingerprint abc123"):
         Stream(config(tmp_path, tokenizer="ab0"), 8)

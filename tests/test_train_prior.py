@@ -215,7 +215,7 @@ def test_with_dropout_to_the_bit(tmp_path, caches):
     ("override", "said"),
     [
         ("prior.num_codes=38", r"does not fit:\n  it has 37 codes, but expected are 38"),
-        ("prior.grid=[3,2]", r"it has \[2, 3\] rows x columns of positions, but expected are \[3, 2\]"),
+        ("prior.grid=[3,2]", r"it has \[2, 3\] positions along the sides \(grid\), but expected are \[3, 2\]"),
         ("prior.num_classes=3", r"labels up to 4, and prior.num_classes is 3: use at least prior.num_classes=5"),
         ("data.train.tokenizer=beef", "the one in use has beef"),
         ("data.val.path=OTHER", f"with fingerprint {'e' * 64}.*the one in use has {TOKENIZER}"),

@@ -196,7 +196,7 @@ def test_hidden_widths_of_the_published_models():
     ("keys", "said"),
     [
         ({"width": 100, "num_heads": 12}, "num_heads.*width 100 cut into num_heads 12"),
-        ({"width": 24, "num_heads": 4}, "num_heads.*multiple of 4"),
+        ({"width": 24, "num_heads": 8}, "num_heads.*heads of an even number"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"dropout_ffn": 1.0}, "dropout_ffn is 1.0"),
         ({"widht": 3}, "did you mean width"),

@@ -83,6 +83,11 @@ class ImagesConfig:
     "if the shards do not exist, make them with these drawn pictures"
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Pixels of each side of the images that come out."""
+        return self.image_size, self.image_size
+
+    @property
     def short_side(self) -> int:
         """Pixels of the short side before the crop."""
         return self.image_size if self.resize is None else self.resize

@@ -6,7 +6,7 @@ need to know.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,9 +52,14 @@ class ConvConfig:
         return tuple(self.channels * multiplier for multiplier in self.multipliers)
 
     @property
-    def stride(self) -> int:
-        """Pixels of the image's side per latent: an image of H x W gives H // stride x W // stride latents."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per latent, of each side: an image of H x W gives H // strides[0] x W // strides[1] latents."""
+        return (self.patch * 2 ** (len(self.multipliers) - 1),) * 2
+
+    @property
+    def strides_from(self) -> str:
+        """Which settings the strides follow from, for messages."""
+        return f"{len(self.multipliers)} levels in net.multipliers {list(self.multipliers)}"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
@@ -103,9 +108,14 @@ class MagvitConfig:
         return tuple(self.channels * multiplier for multiplier in self.multipliers)
 
     @property
-    def stride(self) -> int:
-        """Pixels of the image's side per latent."""
-        return 2 ** (len(self.multipliers) - 1)
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per latent, of each side."""
+        return (2 ** (len(self.multipliers) - 1),) * 2
+
+    @property
+    def strides_from(self) -> str:
+        """Which settings the strides follow from, for messages."""
+        return f"{len(self.multipliers)} levels in net.multipliers {list(self.multipliers)}"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
@@ -133,3 +143,23 @@ def _pyramid_problems(config: ConvConfig | MagvitConfig, counts: tuple[str, ...]
 
 # The network of a tokenizer is one of these.
 NetConfig = ConvConfig | MagvitConfig
+
+
+def grid(net: NetConfig, sides: Sequence[int]) -> tuple[int, ...]:
+    """Latents of a sample with these sides, by side. ValueError for a sample that cannot be cut into whole latents."""
+    if len(sides) != len(net.strides):
+        raise ValueError(
+            f"the net {net.name} takes samples of {len(net.strides)} sides, and these have {len(sides)} "
+            f"({by(sides)}): change tokenizer.net, or give it the samples that it is for"
+        )
+    if any(side % stride for side, stride in zip(sides, net.strides, strict=True)):
+        raise ValueError(
+            f"samples of {by(sides)} cannot be cut into tokens of {by(net.strides)}, the stride of the "
+            f"{net.strides_from}: change the size of the samples or the net"
+        )
+    return tuple(side // stride for side, stride in zip(sides, net.strides, strict=True))
+
+
+def by(numbers: Sequence[int]) -> str:
+    """`256 x 256`: sides as people write them."""
+    return " x ".join(map(str, numbers))

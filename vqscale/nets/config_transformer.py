@@ -21,7 +21,7 @@ class TransformerConfig:
     num_layers: int = 12
     """blocks of attention and feed-forward part"""
     num_heads: int = 12
-    """heads of every attention; width / num_heads is a multiple of 4, for a rotation in two dimensions"""
+    """heads of every attention; width / num_heads is even, and half of it divides by the sides of the grid"""
     ffn_multiple: int = 256
     """hidden numbers of the feed-forward part are a multiple of this"""
     num_prefix: int = 1
@@ -33,7 +33,7 @@ class TransformerConfig:
     qk_norm: bool = False
     """normalise queries and keys of every head before they are rotated"""
     rotary_base: float = 10_000.0
-    """base of the frequencies of the rotary embedding, one half of a head for rows and one for columns"""
+    """base of the frequencies of the rotary embedding, of which each side of the grid has an equal part of a head"""
     prefix_rotary: Literal["identity", "zero"] = "identity"
     """rotation of the prefix: none, or times zero as in both published designs, which makes attention to it flat"""
     norm_eps: float = 1e-5
@@ -65,11 +65,11 @@ class TransformerConfig:
         for key in ("width", "num_layers", "num_heads", "ffn_multiple", "num_prefix"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}, but a transformer has at least 1: raise {key}"
-        if self.num_heads >= 1 and (self.width % self.num_heads or self.head_dim % 4):
+        if self.num_heads >= 1 and (self.width % self.num_heads or self.head_dim % 2):
             yield (
                 "num_heads",
-                f"width {self.width} cut into num_heads {self.num_heads} must give heads of a multiple of 4 numbers, "
-                "two for rows and two for columns: change width or num_heads",
+                f"width {self.width} cut into num_heads {self.num_heads} must give heads of an even number of "
+                "numbers, which are turned in pairs: change width or num_heads",
             )
         for key in ("dropout_token", "dropout_residual", "dropout_ffn", "dropout_attention"):
             if not 0 <= getattr(self, key) < 1:

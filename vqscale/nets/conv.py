@@ -138,7 +138,7 @@ class Middle(Recomputed):
 
 
 class Encoder(nn.Module):
-    """Images (B, in_channels, H, W) -> latents (B, z_channels, H // config.stride, W // config.stride)."""
+    """Images (B, in_channels, H, W) -> latents (B, z_channels, h, w), one for config.strides pixels of each side."""
 
     def __init__(self, config: ConvConfig) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, z_channels, h, w) -> images (B, in_channels, h * config.stride, w * config.stride), not clamped."""
+    """Latents (B, z_channels, h, w) -> images (B, in_channels, H, W), config.strides pixels for each; not clamped."""
 
     def __init__(self, config: ConvConfig) -> None:
         super().__init__()

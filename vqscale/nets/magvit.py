@@ -85,7 +85,7 @@ def _blocks(channels: int, out_channels: int, config: MagvitConfig) -> nn.Module
 
 
 class Encoder(Recomputed):
-    """Images (B, in_channels, H, W) -> latents (B, z_channels, H // config.stride, W // config.stride)."""
+    """Images (B, in_channels, H, W) -> latents (B, z_channels, h, w), one for config.strides pixels of each side."""
 
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__(config)
@@ -113,7 +113,7 @@ class Encoder(Recomputed):
 
 
 class Decoder(Recomputed):
-    """Latents (B, z_channels, h, w) -> images (B, in_channels, h * config.stride, w * config.stride), not clamped."""
+    """Latents (B, z_channels, h, w) -> images (B, in_channels, H, W), config.strides pixels for each; not clamped."""
 
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__(config)

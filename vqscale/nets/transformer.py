@@ -1,11 +1,11 @@
 """A transformer over the tokens of a grid, and classes as vectors: vectors to vectors, in the designs of LlamaGen
 (2406.06525) and of the priors of IBQ (2412.02692).
 
-RMSNorm before each part, SwiGLU, no biases, two-dimensional rotary embedding, and with `adaln` scales, shifts and gates
-made of the class. The residual stream and all norms are float32 under autocast. Not here: ids and their number, which
-is the head's (codes/heads/flat.py), the order in which tokens are made, and losses.
+RMSNorm before each part, SwiGLU, no biases, rotary embedding over the sides of the grid, and with `adaln` scales,
+shifts and gates made of the class. The residual stream and all norms are float32 under autocast. Not here: ids and
+their number, which is the head's (codes/heads/flat.py), the order in which tokens are made, and losses.
 
-B sequences of T tokens of D numbers, S heads of d numbers, P tokens of prefix before the h x w of the grid.
+B sequences of T tokens of D numbers, S heads of d numbers, P tokens of prefix before those of the grid.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def rotary(config: TransformerConfig, grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-    """Cosine and sine of every pair of numbers of a head, (P + h w, d / 2, 2): the prefix, then the grid row by row.
+def rotary(config: TransformerConfig, grid: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Cosine and sine of every pair of numbers of a head, (P + tokens of the grid, d / 2, 2): the prefix, then the
+    grid, its last side fastest.
 
-    The first half of the pairs turns with the row, the second with the column, at frequencies base^(-4 i / d).
+    Each of the s sides turns an equal part of the pairs, in their order (rows the first half, columns the second), at
+    frequencies base^(-2 s i / d); with one side this is the usual embedding of a sequence.
     """
     half = config.head_dim // 2
-    frequencies = config.rotary_base ** -(torch.arange(0, half, 2, device=device, dtype=torch.float32) / half)
-    rows, columns = (torch.outer(torch.arange(n, device=device), frequencies) for n in grid)
-    angles = torch.cat(torch.broadcast_tensors(rows[:, None], columns[None]), -1).flatten(0, 1)
+    frequencies = config.rotary_base ** -(torch.arange(0, half, len(grid), device=device, dtype=torch.float32) / half)
+    places = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    angles = torch.cat([torch.outer(place.flatten(), frequencies) for place in places], -1)
     turns = torch.stack([angles.cos(), angles.sin()], -1)
     prefix = torch.zeros(config.num_prefix, half, 2, device=device)
     if config.prefix_rotary == "identity":

@@ -31,10 +31,10 @@ class Judges:
 def judges(config: TokenizerRun, images: int, world: int, dense: int, rows: int) -> Judges:
     """The costs for `images` per rank and micro-batch, of a tokenizer with `dense` parameters and `rows` numbers in the
     learned rows of a rank."""
-    found, size = Judges(), config.data.train.image_size
+    found = Judges()
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     with torch.device("meta"):
-        pixels = torch.empty(images, 3, size, size)
+        pixels = torch.empty(images, 3, *config.data.train.sides)
         if config.loss.adversarial is not None:
             net = PatchGAN(config.loss.adversarial.net)  # on an axis of one: nothing is sent here
             params = _count(net)

@@ -7,7 +7,8 @@ codes, so that the cost model (cost.py) follows the code and cannot be older tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vqscale import nets, quantizers
 from vqscale.codes import tally
-from vqscale.nets.config import NetConfig
+from vqscale.nets.config import NetConfig, grid
 from vqscale.nets.lpips import LPIPS
 from vqscale.nets.patchgan import PatchGAN
 from vqscale.parallel.mesh import Mesh
@@ -77,16 +78,16 @@ class Network:
     """of LPIPS and the discriminator"""
 
 
-def network(config: NetConfig, size: int, dim: int, loss: LossConfig | None = None) -> Network:
-    """Walk the network of a tokenizer with latents of `dim` on one image of size x size pixels, on the meta device.
+def network(config: NetConfig, sides: Sequence[int], dim: int, loss: LossConfig | None = None) -> Network:
+    """Walk the network of a tokenizer with latents of `dim` on one image of these sides, on the meta device.
 
     The convolutions around the quantizer count; with `loss`, so do LPIPS and the discriminator, apart.
     """
-    side = size // config.stride
+    places = grid(config, sides)
     with torch.device("meta"):
         parts = nets.build(config, dim)
-        images = torch.empty(1, config.in_channels, size, size)
-        latents = torch.empty(1, dim, side, side, requires_grad=True)
+        images = torch.empty(1, config.in_channels, *sides)
+        latents = torch.empty(1, dim, *places, requires_grad=True)
     with Walk() as walk:
         first, second = parts.quant_conv(parts.encoder(images)), parts.decoder(parts.post_quant_conv(latents))
         forward = walk.operations
@@ -96,16 +97,16 @@ def network(config: NetConfig, size: int, dim: int, loss: LossConfig | None = No
         walk.operations - forward,
         tuple(walk.kernels),
         sum(p.numel() for part in parts for p in part.parameters()),
-        side * side,
-        () if loss is None else judges(loss, size),
+        math.prod(places),
+        () if loss is None else judges(loss, sides),
     )
 
 
-def judges(loss: LossConfig, size: int) -> tuple[Kernel, ...]:
+def judges(loss: LossConfig, sides: Sequence[int]) -> tuple[Kernel, ...]:
     """The kernels of LPIPS and the discriminator on one image: its own step on image and reconstruction, then both
     judge the reconstruction, forward and back to it. An adaptive weight's extra gradients do not count."""
     with torch.device("meta"):
-        image, recon = torch.empty(1, 3, size, size), torch.empty(1, 3, size, size, requires_grad=True)
+        image, recon = torch.empty(1, 3, *sides), torch.empty(1, 3, *sides, requires_grad=True)
         lpips = None if loss.perceptual is None else LPIPS()
         judge = None if loss.adversarial is None else PatchGAN(loss.adversarial.net)
     with Walk() as walk:

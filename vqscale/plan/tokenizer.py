@@ -9,6 +9,7 @@ the scan. Not counted: the allocator's overhead, workspaces of convolutions, the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
 from vqscale.config import to_dict
+from vqscale.nets.config import grid
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.adversarial import judges
@@ -66,8 +68,8 @@ def plan(config: TokenizerRun, world: int) -> Costs:
         tokenizer = Tokenizer.from_config(config.tokenizer, mesh, config.run.seed)
     tables = set_aside(tokenizer)
     images = config.data.batch // world // config.engine.accumulation
-    side = config.data.train.image_size // config.tokenizer.net.stride
-    tokens, dim = images * side * side, tokenizer.quantizer.dim
+    places, dim = grid(config.tokenizer.net, config.data.train.sides), tokenizer.quantizer.dim
+    tokens = images * math.prod(places)
     parameters = {name: _parameters(part) for name, part in tokenizer.named_children()}
     dense = sum(parameters.values())
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
@@ -81,7 +83,7 @@ def plan(config: TokenizerRun, world: int) -> Costs:
         {
             f"encoder, decoder ({_engine(config)})": split_bytes(dense, stage, world),
             "rows, their gradients and moments": _rows_bytes(tables),
-            f"activations of {images} images": _activations(tokenizer, images, side, config),
+            f"activations of {images} images": _activations(tokenizer, images, config),
             "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
             **others.memory,
         },
@@ -119,11 +121,10 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
             f"the cost model knows the quantizers {', '.join(KNOWN)}, and tokenizer.quantizer.name is "
             f"{quantizer.name}: give one of these, or use launch/train.py --dry-run for what it costs on one grid"
         )
-    found = network(net, config.data.train.image_size, quantizer.dim, config.loss)
+    found = network(net, config.data.train.sides, quantizer.dim, config.loss)
     with torch.device("meta"):
         tokenizer = Tokenizer.from_config(config.tokenizer, planned_mesh(1, 1), config.run.seed)
-    side = config.data.train.image_size // net.stride
-    kept = _activations(tokenizer, 1, side, config)
+    kept = _activations(tokenizer, 1, config)
     tokens = images * found.tokens
     axis = code_axis(to_dict(quantizer))
     others = judges(config, 1, 1, found.parameters, 0).memory
@@ -173,10 +174,11 @@ def _rows_bytes(tables: dict[str, Table]) -> int:
     return held + 12 * _learned(tables)
 
 
-def _activations(tokenizer: Tokenizer, images: int, side: int, config: TokenizerRun) -> int:
-    net, size = config.tokenizer.net, config.data.train.image_size
-    kept = activation_bytes(tokenizer.encoder, torch.empty(images, net.in_channels, size, size, device="meta"))
-    kept += activation_bytes(tokenizer.decoder, torch.empty(images, net.z_channels, side, side, device="meta"))
+def _activations(tokenizer: Tokenizer, images: int, config: TokenizerRun) -> int:
+    net, sides = config.tokenizer.net, config.data.train.sides
+    kept = activation_bytes(tokenizer.encoder, torch.empty(images, net.in_channels, *sides, device="meta"))
+    z_BDg = torch.empty(images, tokenizer.quantizer.dim, *grid(net, sides), device="meta")
+    kept += activation_bytes(tokenizer.decoder, tokenizer.post_quant_conv(z_BDg).detach())
     return kept // 2 if config.engine.precision == "bf16" else kept
 
 

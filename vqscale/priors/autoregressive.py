@@ -48,7 +48,7 @@ class Autoregressive(Prior):
         condition_B: Tensor,
         *,
         numbers_B: Tensor,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         seed: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,

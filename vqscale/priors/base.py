@@ -95,7 +95,7 @@ class Prior(nn.Module, ABC):
         condition_B: Tensor,
         *,
         numbers_B: Tensor,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         seed: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -150,7 +150,7 @@ class Prior(nn.Module, ABC):
         grid = tuple(ids_Bhw.shape[1:])
         if grid != tuple(self.config.grid):
             raise ValueError(
-                f"ids have the shape {list(ids_Bhw.shape)}, images x rows x columns, but this prior is one of "
+                f"ids have the shape {list(ids_Bhw.shape)}, images x grid, but this prior is one of "
                 f"{' x '.join(map(str, self.config.grid))} ids (grid, in its config): give ids of that grid, or "
                 "build a prior of another"
             )
@@ -201,7 +201,7 @@ class Prior(nn.Module, ABC):
         dropped_B = noise.uniform(keys_B, 0, 1)[:, 0] < self.config.class_dropout
         return torch.where(dropped_B, -1, labels_B)
 
-    def sampled(self, condition_B: Tensor, numbers_B: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def sampled(self, condition_B: Tensor, numbers_B: Tensor, grid: tuple[int, ...] | None) -> Tensor:
         """The labels of images to be drawn. ValueError for what no prior can draw; collective on a CPU."""
         if grid is not None and tuple(grid) != tuple(self.config.grid):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,8 +17,8 @@ class IdsConfig:
 
     num_codes: int = 16384
     """K, the number of codes of the tokenizer"""
-    grid: tuple[int, int] = (16, 16)
-    """rows and columns of ids of an image"""
+    grid: tuple[int, ...] = (16, 16)
+    """ids along each side: rows and columns of an image; one number for what has one side"""
     num_classes: int = 1000
     """classes of images: labels 0 .. num_classes - 1; 0 looks at no labels"""
     class_dropout: float = 0.1
@@ -34,14 +35,14 @@ class IdsConfig:
     @property
     def num_tokens(self) -> int:
         """Ids of an image."""
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         for key, least in (("num_codes", 1), ("num_classes", 0)):
             if getattr(self, key) < least:
                 yield key, f"{key} is {getattr(self, key)}: use at least {least}"
-        if min(self.grid) < 1:
-            yield "grid", f"grid is {list(self.grid)}: an image has at least one row and one column of ids"
+        if min(self.grid, default=0) < 1:
+            yield "grid", f"grid is {list(self.grid)}: give at least one side, and at least one id along each"
         if not 0 <= self.class_dropout < 1:
             yield "class_dropout", f"class_dropout is {self.class_dropout}: use a share from 0 to below 1"
         if not 0 <= self.label_smoothing < 1:
@@ -64,6 +65,16 @@ class AutoregressiveConfig(IdsConfig):
     """which prior"""
     net: TransformerConfig = field(default_factory=TransformerConfig)
     """the transformer"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
+        pairs, sides = self.net.head_dim // 2, len(self.grid)
+        if sides and pairs % sides:
+            yield (
+                "net.num_heads",
+                f"a head of {self.net.head_dim} numbers (width / num_heads) has {pairs} pairs to turn, which do not "
+                f"divide by the {sides} sides of grid {list(self.grid)}: change net.width or net.num_heads",
+            )
 
 
 # The prior of a run is one of these.

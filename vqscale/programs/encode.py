@@ -10,6 +10,7 @@ processes. Not here: what the ids are used for, and training.
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -118,12 +119,12 @@ def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> C
     """The card of a new cache of these images; one black image is encoded to learn the grid."""
     config, index = source.config, source.index
     black = torch.full((1, 3, config.image_size, config.image_size), -1.0, device=mesh.device)
-    shape = tuple(tokenizer.encode(black).shape[1:])
+    shape, num_ids = tuple(tokenizer.encode(black).shape[1:]), int(tokenizer.quantizer.num_ids)
     return Card(
         tokenizer=tokenizer.fingerprint,
         num_codes=int(tokenizer.quantizer.num_codes),
-        num_ids=int(shape[2]) if len(shape) > 2 else 1,
-        grid=(int(shape[0]), int(shape[1])),
+        num_ids=num_ids,
+        grid=shape if num_ids == 1 else shape[:-1],
         views=source.views,
         num_images=len(index),
         source=index.fingerprint(),
@@ -235,11 +236,11 @@ def summary(outcome: Outcome, folder: Path, world: int) -> str:
             f"stopped by {outcome.reason}: {outcome.finished} of {card.num_shards} storage shards of {folder} are "
             "finished; the same command goes on, on any number of processes"
         )
-    views, (h, w) = len(card.views), card.grid
-    ids = (card.num_images - len(card.broken)) * views * h * w * card.num_ids
+    views = len(card.views)
+    ids = (card.num_images - len(card.broken)) * views * math.prod(card.ids_shape)
     what = (
-        f"{card.num_images} images x {views} views x {h} x {w}{f' x {card.num_ids}' if card.num_ids > 1 else ''} ids "
-        f"of {card.num_codes} codes"
+        f"{card.num_images} images x {views} views x {' x '.join(map(str, card.ids_shape))} ids of {card.num_codes} "
+        "codes"
     )
     left_out = f"; {len(card.broken)} broken images are left out, see {folder}/card.json" if card.broken else ""
     if outcome.state == "already":

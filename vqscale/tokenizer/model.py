@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqscale import nets, quantizers
-from vqscale.nets.config import NetConfig
+from vqscale.nets.config import NetConfig, grid
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
@@ -33,9 +33,9 @@ LatentNorm = Literal["none", "rms", "layer"]
 class Tokenizer(nn.Module):
     """encoder -> quant_conv -> latent norm -> quantizer -> post_quant_conv -> decoder.
 
-    Images are (B, 3, H, W) in [-1, 1]; H and W are multiples of net.stride. With h = H // stride and w = W // stride
-    the N = B * h * w tokens of a batch are row-major, image after image: token (b * h + y) * w + x is row y, column x
-    of image b.
+    Samples are (B, C, *sides), ids (B, *grid): every side is a multiple of its stride (net.strides), and the grid has
+    side // stride places along it. Images are (B, 3, H, W) in [-1, 1], their ids (B, h, w). The N tokens of a batch
+    are row-major, sample after sample: of images token (b * h + y) * w + x is row y, column x of image b.
 
     latent_norm acts on each token before the quantizer and has no parameters: "rms" divides it by its root mean square,
     "layer" first subtracts its mean, "none" leaves it. From quant_conv to the quantizer's answer everything is in the
@@ -119,43 +119,36 @@ class Tokenizer(nn.Module):
 
     def latents(self, images: Tensor) -> Tensor:
         """Images -> x_ND, never in half precision: what the quantizer is given."""
-        self.grid(images)  # refuses sides that the stride does not divide
+        self.grid(images)  # refuses sides that the strides do not divide
         encoded = self.encoder(images)
         with _no_autocast(encoded):
-            x_BDhw = self.quant_conv(encoded.to(self.dtype))
-            x_ND = x_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+            x_BDg = self.quant_conv(encoded.to(self.dtype))
+            x_ND = x_BDg.movedim(1, -1).flatten(0, -2)
             if self.latent_norm == "rms":
                 x_ND = F.rms_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
             elif self.latent_norm == "layer":
                 x_ND = F.layer_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
             return x_ND
 
-    def reconstruct(self, z_ND: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Rows of codes for a grid of (B, h, w) tokens -> images, never in half precision, not clamped."""
-        z_BDhw = z_ND.unflatten(0, grid).permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(z_BDhw)).to(self.dtype)
+    def reconstruct(self, z_ND: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Rows of codes for a grid of (B, *grid) tokens -> samples, never in half precision, not clamped."""
+        z_BDg = z_ND.unflatten(0, grid).movedim(-1, 1)
+        return self.decoder(self.post_quant_conv(z_BDg)).to(self.dtype)
 
-    def grid(self, images: Tensor) -> tuple[int, int, int]:
-        """(B, h, w): images, rows and columns of tokens. ValueError for what are no images, or have other sides."""
-        if images.ndim != 4 or images.shape[1] != self.net.in_channels or not images.is_floating_point():
+    def grid(self, samples: Tensor) -> tuple[int, ...]:
+        """(B, *grid): samples, and tokens along each side. ValueError for channels or sides that are not the net's."""
+        channels, num_sides = self.net.in_channels, len(self.net.strides)
+        if samples.ndim != 2 + num_sides or samples.shape[1] != channels or not samples.is_floating_point():
             raise ValueError(
-                f"images are floats in [-1, 1] of shape (B, {self.net.in_channels}, H, W), and these are "
-                f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}: bring them into that form (8-bit "
-                "values v become v / 127.5 - 1)"
+                f"samples of this tokenizer are floats in [-1, 1] of shape (B, {channels}{', side' * num_sides}), and "
+                f"these are {str(samples.dtype).removeprefix('torch.')} {tuple(samples.shape)}: bring them into that "
+                "form (8-bit values v of images become v / 127.5 - 1)"
             )
-        batch, _, height, width = images.shape
-        stride = self.net.stride
-        if height % stride or width % stride:
-            raise ValueError(
-                f"images of {height} x {width} pixels cannot be cut into tokens of {stride} x {stride} pixels, the "
-                f"stride of the {len(self.net.multipliers)} levels in net.multipliers {list(self.net.multipliers)}: "
-                "change the size of the images or the number of multipliers"
-            )
-        return batch, height // stride, width // stride
+        return samples.shape[0], *grid(self.net, samples.shape[2:])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images -> int64 ids (B, h, w), or (B, h, w, num_ids): the search alone, in evaluation whatever the mode."""
+        """Samples -> int64 ids (B, *grid), or (B, *grid, num_ids): the search alone, in evaluation in any mode."""
         with _evaluating(self):
             x_ND = self.latents(images)
             with _no_autocast(x_ND):
@@ -164,30 +157,32 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids (B, h, w) -> images (B, 3, H, W), not clamped, without gradients and dropout in any training mode.
+        """Ids (B, *grid) -> samples (B, C, *sides), not clamped, without gradients and dropout in any training mode.
 
         ValueError for ids that are none of this tokenizer's, on all ranks of a split codebook if one has such.
         """
         self._check_ids(ids)
         with _evaluating(self):
-            batch, height, width = ids.shape[:3]
+            last = len(self.net.strides)
             with _no_autocast(ids):
-                z_ND = self.quantizer.decode(ids.flatten(0, 2))
-            return self.reconstruct(z_ND, (batch, height, width))
+                z_ND = self.quantizer.decode(ids.flatten(0, last))
+            return self.reconstruct(z_ND, ids.shape[: last + 1])
 
     def _check_ids(self, ids: Tensor) -> None:
         """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""
         count = self.quantizer.num_codes
-        whole = not (ids.is_floating_point() or ids.is_complex()) and ids.ndim > 2
+        sides = len(self.net.strides)
+        whole = not (ids.is_floating_point() or ids.is_complex()) and ids.ndim > sides
         outside = ((ids < 0) | (ids >= count)).sum() if whole else torch.tensor(1, device=ids.device)
         if self.mesh is not None:
             outside = ops.max_over(outside, self.mesh.codes)
         if outside.item():
             span = f" with values {ids.min()} to {ids.max()}" if ids.numel() else ""
+            kind = str(ids.dtype).removeprefix("torch.")
             raise ValueError(
-                f"ids of this tokenizer are whole numbers from 0 to {count - 1}, (B, h, w) of them, and on one rank or "
-                f"more they are others (here {str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}{span}): "
-                "decode with the tokenizer that encoded them"
+                f"ids of this tokenizer are whole numbers from 0 to {count - 1}, (B{', side' * sides}) of them, and on "
+                f"one rank or more they are others (here {kind} {tuple(ids.shape)}{span}): decode with the tokenizer "
+                "that encoded them"
             )
 
 

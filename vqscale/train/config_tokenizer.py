@@ -9,6 +9,7 @@ from typing import Literal
 from vqscale.config import Free
 from vqscale.data.config import ImagesConfig
 from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.nets.config import grid
 from vqscale.parallel.config import MeshConfig
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.train.config_losses import LossConfig
@@ -63,14 +64,11 @@ class TokenizerRun:
     """how the processes are laid out"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        stride, size = self.tokenizer.net.stride, self.data.train.image_size
-        if size % stride:
-            yield (
-                "data.train.image_size",
-                f"image_size {size} does not divide by {stride}, the stride of the "
-                f"{len(self.tokenizer.net.multipliers)} levels in tokenizer.net.multipliers: change one of them",
-            )
-        yield from self._loss_problems(size)
+        try:
+            grid(self.tokenizer.net, self.data.train.sides)
+        except ValueError as error:
+            yield "data.train.image_size", str(error)
+        yield from self._loss_problems(min(self.data.train.sides))
         yield from check_compile(self.run, self.engine)
 
     def _loss_problems(self, size: int) -> Iterable[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
     FOLDER/
       card.json       whose ids these are (tokenizer, K, views, grid, images); written before the first id
-      ids/            int32 (images, views, h, w), or (images, views, h, w, ids of a position); -1 = not there
+      ids/            int32 (images, views, *grid), or (images, views, *grid, ids of a position); -1 = not there
       labels/         int64 (images,); -1 = unknown
       key_bytes/ key_ends/    the keys of the images, one after the other, and where each ends
       ledger/         a file for each writer, with a line for each storage shard that it has finished
@@ -43,7 +43,7 @@ class Card:
     tokenizer: str  # fingerprint
     num_codes: int
     num_ids: int  # of one position
-    grid: tuple[int, int]  # rows and columns of positions
+    grid: tuple[int, ...]  # positions along each side: rows and columns of an image
     views: tuple[str, ...]
     num_images: int
     source: str  # fingerprint of the images
@@ -65,7 +65,7 @@ class Card:
 
     @property
     def ids_shape(self) -> tuple[int, ...]:
-        """The shape of the ids of one view of one image: (h, w), or (h, w, num_ids) where a position has several."""
+        """The shape of the ids of one view of one image: grid, or (*grid, num_ids) where a position has several."""
         return self.grid if self.num_ids == 1 else (*self.grid, self.num_ids)
 
     @property
@@ -137,8 +137,12 @@ def create(folder: Path, card: Card) -> None:
         fill_value=-1,
         compressors=_compressors(np.dtype(card.dtype).itemsize),
         chunk_key_encoding={"name": "default", "separator": "."},  # all files in one folder
-        dimension_names=["image", "view", "row", "column", "id"][: 2 + len(card.ids_shape)],
+        dimension_names=["image", "view", *_sides(len(card.grid)), "id"][: 2 + len(card.ids_shape)],
     )
+
+
+def _sides(count: int) -> list[str]:
+    return ["row", "column"] if count == 2 else [f"side {number}" for number in range(count)]
 
 
 def write_flat(folder: Path, name: str, data: NDArray[Any]) -> None:

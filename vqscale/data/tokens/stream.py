@@ -90,7 +90,7 @@ class Cache:
         self,
         tokenizer: str | None = None,
         num_codes: int | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         num_ids: int | None = None,
     ) -> None:
         """ValueError with all that is not as expected; None is not asked for. `tokenizer` is a fingerprint, or how it
@@ -105,7 +105,7 @@ class Cache:
             )
         for what, there, here in (
             ("codes", card.num_codes, num_codes),
-            ("rows x columns of positions", list(card.grid), None if grid is None else list(grid)),
+            ("positions along the sides (grid)", list(card.grid), None if grid is None else list(grid)),
             ("ids of a position", card.num_ids, num_ids),
         ):
             if here is not None and there != here:

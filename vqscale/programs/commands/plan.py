@@ -77,10 +77,9 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
     config, worlds = _run(args), _worlds(args.gpus) if args.gpus else WORLDS
     machine = _machine(args.gpu)
-    side = config.data.train.image_size // config.tokenizer.net.stride
     work, network, axis = workload(config, 1)
     axis, kernels = on_machine(axis, work, machine), has_kernels(work, machine)
-    per_gpu = {world: images for world in worlds if (images := _images(args, world, side * side))}
+    per_gpu = {world: images for world in worlds if (images := _images(args, world, network.tokens))}
     if not per_gpu:
         raise ValueError(
             f"--batch {args.batch} divides by none of the numbers of GPUs {', '.join(map(str, worlds))}: "
@@ -88,11 +87,11 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         )
     steps = {}
     for world, images in per_gpu.items():
-        here = replace(work, images=images, tokens=images * side * side)
+        here = replace(work, images=images, tokens=images * network.tokens)
         steps[world] = [predict(here, grid, machine, axis, network) for grid in grids(world)]
     lines = [
         f"{config.tokenizer.quantizer.name}, K {work.codes:,} x D {work.dim}, {config.data.train.image_size} px, "
-        f"{side * side} tokens per image, on {machine.name}; "
+        f"{network.tokens} tokens per image, on {machine.name}; "
         + (f"{args.batch} images in all" if args.batch else f"{next(iter(per_gpu.values()))} images per GPU"),
         f"network {(network.forward + network.backward) / 1e12:.3f} TFLOP per image (forward "
         f"{network.forward / 1e12:.3f}), {work.precision}; code axis {axis.products} products of 2 N K D, "
