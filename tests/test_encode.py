@@ -200,7 +200,7 @@ def test_a_killed_process_leaves_a_cache_that_goes_on(place, whole, tmp_path, ra
     out = tmp_path / "cache"
     argv = words(place, out, "--views", "flip")
     with pytest.raises(RankError, match=r"rank . of 2 died"):  # rank 0 for want of rank 1
-        ranks(2, start, argv, partial(at, "vqscale.disk.manifest:sync_folder", 3, 1, partial(hear, signal.SIGKILL)))
+        ranks(2, start, argv, partial(at, "vqscale.disk.files:append", 2, 1, partial(hear, signal.SIGKILL)))
     assert (out / "ids" / "c.3.0.0.0").exists()
     assert {0, 1} <= set(form.finished(out, form.read_card(out))) <= {0, 1, 2}
     encode(argv)
@@ -211,7 +211,7 @@ def _full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("what", "call"), [(CARD, 1), ("vqscale.disk.manifest:seal", 4), (CARD, 2)])
+@pytest.mark.parametrize(("what", "call"), [(CARD, 1), ("vqscale.disk.manifest:seal", 3), (CARD, 2)])
 def test_a_full_disk(place, whole, tmp_path, what, call):
     """At the beginning, at a storage shard, at the end."""
     out = tmp_path / "cache"

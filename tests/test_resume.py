@@ -71,7 +71,7 @@ DEATHS = {
         ["0000000004.tmp"],
     ),
     "before the manifest of step 4": (_dies("vqscale.disk.manifest:write", 1, 0), (), [2], ["0000000004.tmp"]),
-    "before step 4 is renamed": (_dies("pathlib:Path.rename", 1, 0), (), [2], ["0000000004.tmp"]),
+    "before step 4 is renamed": (_dies("vqscale.disk.files:place", 1, 0), (), [2], ["0000000004.tmp"]),
     "after step 4 is renamed": (_dies("vqscale.disk.checkpoint:_finished", 2, 0), (KEEP_ONE,), [2, 4], []),
     "while old ones are removed": (
         _dies("vqscale.disk.checkpoint:shutil.rmtree", 1, 0),

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from saved_runs import small, write_run
 
-from vqscale.disk import manifest
+from vqscale.disk import files, manifest
 from vqscale.tokenizer.export import CARD, WEIGHTS
 from vqscale.tokenizer.model import Tokenizer
 
@@ -170,11 +170,21 @@ def test_saving_into_a_run_or_on_a_full_disk(run, tmp_path):
     assert "NotADirectoryError" in str(caught.value)
 
 
-def test_a_save_that_fails_in_the_middle_leaves_no_tokenizer(saved, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def _full(*_):
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest, "seal", full)
+
+def test_a_save_on_a_full_disk_leaves_the_tokenizer_that_was_there(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(manifest, "seal", _full)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        small().save(saved)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_save_that_fails_when_the_weights_are_replaced_leaves_no_tokenizer(saved, monkeypatch):
+    monkeypatch.setattr(files, "write_json", _full)
     with pytest.raises(RuntimeError, match="No space left on device"):
         small().save(saved)
     monkeypatch.undo()

@@ -24,7 +24,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from vqscale.disk import manifest
+from vqscale.disk import files, manifest
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
 
@@ -163,9 +163,9 @@ def _write(
         # A view would drag the whole storage behind it into the file.
         whole = {name: x.detach().cpu() for name, x in replicated.items()}
         whole = {name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for name, x in whole.items()}
-        with (new / "replicated.pt").open("wb") as file:
+        with files.writing(new / "replicated.pt") as file:
             torch.save(whole, file)
-        (new / "facts.json").write_text(json.dumps(dict(facts), indent=1))
+        files.write(new / "facts.json", json.dumps(dict(facts), indent=1))
         written += [new / "replicated.pt", new / "facts.json"]
     layout = {}
     for name, (rows_k, start, num_rows) in rows.items():
@@ -211,16 +211,14 @@ def _finish(new: Path, final: Path, written: list[dict[str, Any]], step: int, ke
     for name, entry in layout.items():
         ends = [0, *(stop for _, stop in sorted(entry["parts"]))]
         assert [start for start, _ in sorted(entry["parts"])] + entry["shape"][:1] == ends, f"{name}: rows are missing"
-    files = {name: entry for share in written for name, entry in share["files"].items()}
-    manifest.write(new, {"step": step, "rows": layout, "files": files})
+    sealed = {name: entry for share in written for name, entry in share["files"].items()}
+    manifest.write(new, {"step": step, "rows": layout, "files": sealed})
     if final.exists():  # a damaged one of the same step
-        final.rename(final.with_suffix(".old.tmp"))
-    new.rename(final)
-    manifest.sync_folder(final.parent)
+        files.set_aside(final)
+    files.place(new, final)
     past = [path for path in _finished(final.parent) if path.name <= final.name]
     for path in past[:-keep]:
-        # Renamed first, so that a kill in the middle leaves no half checkpoint behind.
-        path.rename(path.with_suffix(".old.tmp"))
+        files.set_aside(path)
     for left in final.parent.glob("*.old.tmp"):
         shutil.rmtree(left)
 

@@ -1,6 +1,6 @@
 """manifest.json: the size and sha256 of every file of a folder, written last, so that damage is found before reading.
 
-Also the fsync calls that make files and folders durable. Not here: which files there are (checkpoint.py).
+Not here: which files there are (checkpoint.py), and how one of them is written (files.py).
 """
 
 from __future__ import annotations
@@ -13,23 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vqscale.disk import files
+
 NAME = "manifest.json"
 
 
 def seal(file: Path) -> dict[str, Any]:
     """Make a file durable; its entry of the manifest, computed from what can be read back."""
+    files.sync(file)
     with file.open("rb") as opened:
-        os.fsync(opened.fileno())
         return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -37,10 +30,9 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
 
     manifest["files"] maps paths relative to the folder to their entries from `seal`.
     """
-    (folder / NAME).write_text(json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1))
-    seal(folder / NAME)
+    files.write(folder / NAME, json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1))
     for inner, _, _ in os.walk(folder):
-        sync_folder(Path(inner))
+        files.sync(inner)
 
 
 def read(folder: Path) -> dict[str, Any]:

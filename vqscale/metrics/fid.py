@@ -8,7 +8,6 @@ is a small difference of large traces.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqscale.disk import files
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
@@ -124,10 +124,7 @@ def save(
     facts: Mapping[str, Any],
     points_ND: Tensor | None = None,
 ) -> None:
-    """Write an npz with the keys of ADM's reference batches (mu, sigma, mu_s, sigma_s), count, facts (JSON), points.
-
-    The file is written beside and renamed: a reader never sees half of one.
-    """
+    """Write an npz with the keys of ADM's reference batches (mu, sigma, mu_s, sigma_s), count, facts (JSON), points."""
     path = Path(path)
     arrays: dict[str, Any] = {"mu": pool.mu_D.numpy(), "sigma": pool.sigma_DD.numpy()}
     if spatial is not None:
@@ -137,12 +134,8 @@ def save(
     if points_ND is not None:
         arrays["points"] = points_ND.cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    with files.writing(path) as file:
         np.savez(file, facts=np.array(json.dumps(dict(facts))), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def read(path: Path | str, facts: Mapping[str, Any] | None = None, dims: Sequence[int] = ()) -> Reference:

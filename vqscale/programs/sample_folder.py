@@ -5,18 +5,16 @@ OUT/parts/000012.npz  images, labels and ids of batch 12, until all are there
 OUT/samples.npz       arr_0 uint8 (N, height, width, 3), arr_1 int64 labels (N,), as ADM's evaluator reads them; and ids
 OUT/grid.png          the first images of every class, a row each
 
-Every file appears by a rename, samples and facts only when they are on the disk, so whatever is there is whole. Nothing
-here knows ranks or networks.
+Every file appears by a rename when it is on the disk (disk/files.py), so whatever is there is whole. Nothing here knows
+ranks or networks.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vqscale.disk.manifest import sync_folder
+from vqscale.disk import files
 from vqscale.run.folder import RunError
 from vqscale.show import pictures
 
@@ -98,19 +96,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
-    with durable(folder / FACTS) as file:
-        file.write((json.dumps(facts, indent=1) + "\n").encode())
-
-
-@contextmanager
-def durable(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes its place when all is on the disk: a killed process or machine leaves no half."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    files.write_json(folder / FACTS, facts)
 
 
 def part(folder: Path, batch: int) -> Path:
@@ -121,7 +107,7 @@ def write_part(
     folder: Path, batch: int, images: NDArray[np.uint8], labels: NDArray[np.int64], ids: NDArray[np.int64]
 ) -> None:
     """Images (b, height, width, 3), labels (b,) and ids (b, h, w ...) of a batch."""
-    with durable(part(folder, batch)) as file:
+    with files.writing(part(folder, batch)) as file:
         np.savez(file, images=images, labels=labels, ids=ids)
 
 
@@ -129,13 +115,12 @@ def finish(folder: Path, facts: Mapping[str, Any]) -> None:
     """Put the parts together, a part at a time, draw the grid, and remove them when the rest is durable."""
     count, batches = int(facts["settings"]["num_images"]), num_batches(facts["settings"])
     parts = [part(folder, batch) for batch in range(batches)]
-    with durable(folder / FILE) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as outer:
+    with files.writing(folder / FILE) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as outer:
         for name, key in (("arr_0", "images"), ("arr_1", "labels"), ("ids", "ids")):
             with outer.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
                 _append(file, count, (_load(path, key) for path in parts))
     pictures.save(folder / GRID, grid(parts, facts["settings"]))
     write(folder, {"state": "done", **facts})
-    sync_folder(folder)
     shutil.rmtree(folder / PARTS)
 
 

@@ -12,6 +12,7 @@ vqscale/show/page.py.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale import config as configuration
+from vqscale.disk import files
 from vqscale.train.config import TokenizerRun
 
 
@@ -157,9 +159,9 @@ def settle(study: StudyConfig, members: Iterable[Member]) -> None:
             )
     for folder in ("configs", "logs", "runs"):
         (place / folder).mkdir(parents=True, exist_ok=True)
-    (place / "study.yaml").write_text(configuration.dump(study))
+    files.write(place / "study.yaml", configuration.dump(study))
     for member in members:
-        member.file(study).write_text(configuration.dump(member.config))
+        files.write(member.file(study), configuration.dump(member.config))
 
 
 def outcome(member: Member, failure: str = "") -> dict[str, Any]:
@@ -207,8 +209,9 @@ def write_results(study: StudyConfig, lines: list[dict[str, Any]]) -> Path:
     """results.csv, a line per run, with every column that any run has."""
     path = Path(study.folder) / "results.csv"
     columns = list(dict.fromkeys(key for line in lines for key in line))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(lines)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    files.write(path, text.getvalue())
     return path

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqscale.disk import files
 from vqscale.metrics import generation
 from vqscale.metrics.generation import Described, Network
 from vqscale.metrics.sample_file import SampleFile
@@ -159,9 +160,9 @@ def _differences(before: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[st
 
 
 def _identity(facts: Mapping[str, Any]) -> dict[str, Any]:
-    files = {f"judge.{what}.sha256": file.get("sha256") for what, file in facts["judge"].items()}
+    weights = {f"judge.{what}.sha256": file.get("sha256") for what, file in facts["judge"].items()}
     made_by = {f"{what}.fingerprint": facts[what]["fingerprint"] for what in ("prior", "tokenizer")}
-    return {**made_by, **files, **{f"settings.{key}": value for key, value in facts["settings"].items()}}
+    return {**made_by, **weights, **{f"settings.{key}": value for key, value in facts["settings"].items()}}
 
 
 def _write(
@@ -170,7 +171,6 @@ def _write(
     """Compare what was seen of a setting's images with the reference, and write its result."""
     dials = {key: value for key, value in asdict(one).items() if key in written.DIALS}
     row = {**dials, **generation.compare(seen, reference), "num_images": one.num_images, "seed": one.seed}
-    with sample_folder.durable(place / RESULT) as file:
-        file.write((json.dumps({"row": row, "facts": facts}, indent=1) + "\n").encode())
+    files.write_json(place / RESULT, {"row": row, "facts": facts})
     if not keep:
         (place / sample_folder.FILE).unlink(missing_ok=True)

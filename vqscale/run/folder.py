@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vqscale import config as configuration
+from vqscale.disk import files
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
@@ -79,18 +79,18 @@ def prepare(config: Any, command: list[str], mesh: Mesh) -> list[str]:
     folder = Path(config.run.folder)
     code = folder / "code"
     code.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "run.yaml", configuration.dump(config))
-    (code / "command.txt").write_text(" ".join(command) + "\n")
+    files.write(folder / "run.yaml", configuration.dump(config))
+    files.write(code / "command.txt", " ".join(command) + "\n")
     commit, diff = _git()
-    (code / "commit.txt").write_text(commit + "\n")
-    (code / "diff.patch").write_text(diff)
+    files.write(code / "commit.txt", commit + "\n")
+    files.write(code / "diff.patch", diff)
     script = os.environ.get("VQSCALE_SUBMIT_SCRIPT")
     if script and Path(script).exists():
-        shutil.copy(script, code / "submit.sbatch")
+        files.write(code / "submit.sbatch", Path(script).read_bytes())
     new = versions()
     path = code / "versions.json"
     old = json.loads(path.read_text()) if path.exists() else new
-    _replace(path, json.dumps(new, indent=1) + "\n")
+    files.write_json(path, new)
     changed = [name for name in new if old.get(name) != new[name]]
     return [f"warning: {name} was {old.get(name)} when this run began, and is {new[name]} now" for name in changed]
 
@@ -132,23 +132,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_note(folder: Path, name: str, facts: Mapping[str, Any], mesh: Mesh) -> None:
     """Rank 0 writes FOLDER/NAME in one step: what the run found, for those who read the folder."""
     if mesh.world.rank == 0:
-        _replace(folder / name, json.dumps(facts, indent=1) + "\n")
+        files.write_json(folder / name, facts)
 
 
 def write_summary(folder: Path, summary: dict[str, Any], mesh: Mesh) -> None:
     """Rank 0 writes summary.json, in one step: whoever reads it sees the old one or the new one."""
     if mesh.world.rank == 0:
-        _replace(folder / "summary.json", json.dumps({**summary, "commit": commit()}, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step, durably: a killed process or machine leaves the old one or the new one."""
-    new = path.with_name(path.name + ".tmp")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+        files.write_json(folder / "summary.json", {**summary, "commit": commit()})
 
 
 class StopRequest:

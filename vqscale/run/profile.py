@@ -16,6 +16,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from vqscale.disk import files
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Mesh
 
@@ -75,7 +76,7 @@ class Trace:
     def _write(self, traced: profile) -> None:
         self._place.mkdir(parents=True, exist_ok=True)
         traced.export_chrome_trace(str(self._place / "rank0.json"))
-        (self._place / "summary.txt").write_text(summary(traced, self._cuda))
+        files.write(self._place / "summary.txt", summary(traced, self._cuda))
 
 
 def summary(traced: profile, cuda: bool) -> str:

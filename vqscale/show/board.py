@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from vqscale.disk import files
 from vqscale.show import pictures
 
 if TYPE_CHECKING:
@@ -107,18 +108,13 @@ def _number(value: Number) -> float | int:
 
 
 def _cut(path: Path, resume_step: int) -> None:
-    """Keep the whole rows up to resume_step. Written beside and renamed: a process killed here leaves the old file."""
+    """Keep the whole rows up to resume_step."""
     if not path.exists():
         return
     kept = [
         line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if _step_of(line) <= resume_step
     ]
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    files.write(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
+from vqscale.disk import files
 from vqscale.metrics.reconstruction import to_bytes
 
 Picture = npt.NDArray[np.uint8]
@@ -87,11 +88,10 @@ def usage(counts: npt.ArrayLike | Tensor, title: str = "", num_codes: int | None
 
 
 def save(path: str | os.PathLike[str], picture: Picture | Tensor) -> Path:
-    """Write a picture as PNG, with its folders; a reader never sees half of one."""
+    """Write a picture as PNG, with its folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else picture
-    Image.fromarray(array).save(beside, format="PNG")
-    os.replace(beside, path)
+    with files.writing(path) as file:
+        Image.fromarray(array).save(file, format="PNG")
     return path

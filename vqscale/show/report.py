@@ -11,11 +11,11 @@ import hashlib
 import html
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqscale.disk import files
 from vqscale.metrics.generation import Network
 from vqscale.show import page, pictures
 
@@ -27,7 +27,7 @@ def write(folder: Path | str, title: str, result: Mapping[str, Any], shown: Mapp
     """Write the folder from a result, whose numbers are under "numbers", and pictures by name; returns the page."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "result.json", text(result) + "\n")
+    files.write(folder / "result.json", text(result) + "\n")
     figures = []
     for name, picture in shown.items():
         path = pictures.save(folder / f"{name.split(maxsplit=1)[0]}.png", picture)
@@ -40,7 +40,7 @@ def write(folder: Path | str, title: str, result: Mapping[str, Any], shown: Mapp
         *figures,
         ("How", f"<pre>{html.escape(text(rest))}</pre>"),
     ]
-    _replace(folder / "index.html", page.page(title, parts))
+    files.write(folder / "index.html", page.page(title, parts))
     return folder / "index.html"
 
 
@@ -98,10 +98,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, content: str) -> None:
-    """In one step: a reader sees the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, path)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vqscale.disk import files
 from vqscale.show import page
 from vqscale.show.pictures import Picture
 
@@ -27,11 +28,9 @@ _BETWEEN = 3
 
 
 def write(path: Path, title: str, parts: Iterable[Part]) -> Path:
-    """Write the page; a reader never sees half of one."""
+    """Write the page, with its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(page.page(title, parts), encoding="utf-8")
-    os.replace(beside, path)
+    files.write(path, page.page(title, parts))
     return path
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqscale.disk import files
 from vqscale.metrics.generation import OTHER_NAMES
 
 Row = Mapping[str, Any]
@@ -24,17 +23,17 @@ TITLES = {"fid": "FID: lower is nearer", "inception_score": "Inception score: hi
 
 
 def write(folder: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write all three from the rows that are there; each file appears whole."""
+    """Write all three from the rows that are there."""
     best = nearest(rows)
     content = {**facts, "nearest": best, "rows": list(rows)}
-    _replace(folder / "sweep.json", (json.dumps(content, indent=1) + "\n").encode())
+    files.write_json(folder / "sweep.json", content)
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    _replace(folder / "sweep.csv", text.getvalue().encode())
-    _replace(folder / "sweep.png", figure(rows))
+    files.write(folder / "sweep.csv", text.getvalue())
+    files.write(folder / "sweep.png", figure(rows))
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
@@ -99,9 +98,3 @@ def table(rows: Sequence[Row]) -> str:
     lines += [[*(str(row[d]) for d in dials), *(f"{row[k]:.4g}" if k in row else "" for k in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

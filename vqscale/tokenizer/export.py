@@ -11,9 +11,9 @@ card.json      format, version, fingerprint, config, size and sha256 of the weig
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from vqscale import config as configuration
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Rows, Table
 from vqscale.config.schema import fields_of, is_config
-from vqscale.disk import manifest
+from vqscale.disk import files, manifest
 from vqscale.disk.checkpoint import CheckpointError
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -145,8 +145,7 @@ class _Target:
                     "another folder, or remove this one"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CARD).unlink(missing_ok=True)  # without it the folder is nothing until all is written
-            self._file = (self.folder / f"{WEIGHTS}.tmp").open("wb")
+            self._file = files.beside(self.folder / WEIGHTS).open("wb")
             self._file.write(_header(tensors))
         except (OSError, ValueError) as error:
             self.failure = error
@@ -163,17 +162,20 @@ class _Target:
             if self._file is not None:
                 self._file.close()
             if self.failure is None:
-                seal = manifest.seal(self.folder / f"{WEIGHTS}.tmp")
-                os.replace(self.folder / f"{WEIGHTS}.tmp", self.folder / WEIGHTS)
-                text = json.dumps({**card, "weights": {"file": WEIGHTS, **seal}}, indent=1)
-                (self.folder / f"{CARD}.tmp").write_text(text + "\n")
-                manifest.seal(self.folder / f"{CARD}.tmp")
-                os.replace(self.folder / f"{CARD}.tmp", self.folder / CARD)
-                manifest.sync_folder(self.folder)
-            else:
-                (self.folder / f"{WEIGHTS}.tmp").unlink(missing_ok=True)
+                self._finish(card)
         except OSError as error:
             self.failure = self.failure or error
+        if self.failure is not None:
+            with contextlib.suppress(OSError):
+                files.beside(self.folder / WEIGHTS).unlink(missing_ok=True)
+
+    def _finish(self, card: Mapping[str, Any]) -> None:
+        """What lay there stands until the new weights are on the disk; without a card the folder is nothing."""
+        made = files.beside(self.folder / WEIGHTS)
+        seal = manifest.seal(made)
+        (self.folder / CARD).unlink(missing_ok=True)
+        files.place(made, self.folder / WEIGHTS)
+        files.write_json(self.folder / CARD, {**card, "weights": {"file": WEIGHTS, **seal}})
 
 
 def _format(folder: Path) -> Any:

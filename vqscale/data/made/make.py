@@ -26,6 +26,7 @@ from vqscale.data.made.shapes import CLASS_NAMES, draw
 from vqscale.data.order import permutation
 from vqscale.data.shards.contents import IMAGE_KEYS
 from vqscale.data.shards.patterns import expand, is_local
+from vqscale.disk import files
 from vqscale.disk.lock import hold
 from vqscale.seed import derive
 
@@ -64,34 +65,34 @@ def folder(root: Path, seed: int = 0) -> Plan:
         raise ValueError(
             f"{root} is not a folder: --source takes `shapes`, or a folder of images, one folder for each class"
         )
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_KEYS and path.is_file())
-    if not files:
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_KEYS and path.is_file())
+    if not found:
         raise ValueError(
             f"no image in {root}: files that end in {', '.join(IMAGE_KEYS)} are looked for, in all folders below; "
             "give the folder that holds the class folders"
         )
-    paths = [path.relative_to(root) for path in files]
+    paths = [path.relative_to(root) for path in found]
     classes = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
     labels = {name: number for number, name in enumerate(classes)}
-    order = permutation(len(files), derive("make", seed))
+    order = permutation(len(found), derive("make", seed))
     listing = hashlib.blake2b(digest_size=16)
-    for name, path in zip(paths, files, strict=True):
+    for name, path in zip(paths, found, strict=True):
         listing.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
 
     def sample(number: int) -> Sample:
         chosen = int(order[number])
-        name, data = paths[chosen], files[chosen].read_bytes()
+        name, data = paths[chosen], found[chosen].read_bytes()
         try:
             Image.open(io.BytesIO(data)).verify()
         except Exception as error:  # Pillow raises many kinds on bytes that are no image
-            raise ValueError(f"{files[chosen]} is not a whole image ({error}): repair it or take it out") from error
+            raise ValueError(f"{found[chosen]} is not a whole image ({error}): repair it or take it out") from error
         label = labels.get(name.parts[0], -1) if len(name.parts) > 1 else -1
         facts = {"label": label, "class": name.parts[0] if label >= 0 else None, "file": str(name)}
         made = {"__key__": f"{chosen:08d}", name.suffix.lower().lstrip("."): data, "json": json.dumps(facts).encode()}
         return made if label < 0 else {**made, "cls": str(label).encode()}
 
     facts = {"source": "folder", "listing": listing.hexdigest(), "seed": seed, "classes": classes}
-    return Plan(len(files), facts, sample)
+    return Plan(len(found), facts, sample)
 
 
 def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
@@ -108,7 +109,7 @@ def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
             return
         note = place / f".{split}.making.json"
         _clear(note, wanted)
-        _replace(note, json.dumps(wanted))
+        _write(note, json.dumps(wanted))
         ends = [plan.num_samples * (number + 1) // len(shards) for number in range(len(shards))]
         with tqdm(total=plan.num_samples, desc=f"making {split}", unit="image", disable=None) as bar:
             for shard, begin, end in zip(shards, [0, *ends], ends, strict=False):
@@ -181,15 +182,11 @@ def _clear(note: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _write_shard(plan: Plan, shard: Path, numbers: range, bar: tqdm[Any]) -> None:
-    working = shard.with_name(f".{shard.name}.tmp")
-    with open(working, "wb") as file:
-        with TarWriter(file, encoder=False, mtime=0) as tar:  # the time would make every making another file
-            for number in numbers:
-                tar.write(plan.sample(number))
-                bar.update()
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(working, shard)
+    # with the time of writing in it every making would be another file
+    with files.writing(shard, _hidden(shard)) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for number in numbers:
+            tar.write(plan.sample(number))
+            bar.update()
 
 
 def _record(place: Path, split: str, made: Mapping[str, Any], lengths: Sequence[int]) -> None:
@@ -199,8 +196,8 @@ def _record(place: Path, split: str, made: Mapping[str, Any], lengths: Sequence[
     info["name"] = info.get("name", place.name)
     info["splits"] = {**info.get("splits", {}), split: {**entry, "made": made}}
     if made["classes"]:
-        _replace(place / "classes.txt", "\n".join(made["classes"]) + "\n")
-    _replace(place / "_info.json", json.dumps(info, indent=1))
+        _write(place / "classes.txt", "\n".join(made["classes"]) + "\n")
+    _write(place / "_info.json", json.dumps(info, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -210,7 +207,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _replace(path: Path, text: str) -> None:
-    working = path.with_name(f".{path.name}.tmp")
-    working.write_text(text)
-    os.replace(working, path)
+def _write(path: Path, text: str) -> None:
+    with files.writing(path, _hidden(path)) as file:
+        file.write(text.encode())
+
+
+def _hidden(path: Path) -> Path:
+    """Where a file is written: no pattern of shards finds it there."""
+    return path.with_name(f".{path.name}.tmp")

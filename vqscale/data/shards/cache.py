@@ -24,6 +24,7 @@ from typing import IO, Any
 from webdataset.gopen import gopen
 
 from vqscale.data.shards.patterns import is_local
+from vqscale.disk import files
 from vqscale.disk.lock import hold
 
 log = logging.getLogger(__name__)
@@ -124,43 +125,36 @@ def _touch(path: str) -> bool:
 
 
 def _download(shard: str, path: str) -> None:
-    """Stream `shard` whole, unpack it if it is compressed, and rename it to `path` when all is on disk. OSError after
+    """Stream `shard` whole, unpack it if it is compressed; it appears at `path` when all is on disk. OSError after
     ATTEMPTS failures.
     """
-    working = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    try:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                if is_local(shard):
-                    _unpack(shard, working)
-                else:
-                    _stream(shard, working)
-                    if _unpacker(working):
-                        _unpack(working, f"{working}.tmp")
-                        os.replace(f"{working}.tmp", working)
-                os.replace(working, path)
-                return
-            except OSError as error:
-                if attempt == ATTEMPTS or is_local(shard):
-                    raise OSError(f"cannot fetch {shard} (attempt {attempt} of {ATTEMPTS}): {error}") from error
-                log.warning("attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, shard, error)
-                time.sleep(_PAUSE_S * attempt)
-    finally:
-        Path(working).unlink(missing_ok=True)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _unpack(shard, path) if is_local(shard) else _stream(shard, path)
+            return
+        except OSError as error:
+            if attempt == ATTEMPTS or is_local(shard):
+                raise OSError(f"cannot fetch {shard} (attempt {attempt} of {ATTEMPTS}): {error}") from error
+            log.warning("attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, shard, error)
+            time.sleep(_PAUSE_S * attempt)
 
 
 def _stream(shard: str, path: str) -> None:
-    """All that the command or the URL gives, to a file. OSError if it says that it failed, even after giving
-    something.
-    """
-    source: Any = gopen(shard)
+    """All that the command or the URL gives. OSError if it says that it failed, even after giving something."""
+    given = f"{_working(path)}.given.tmp"
     try:
-        with open(path, "wb") as file:
-            shutil.copyfileobj(source, file, _CHUNK)
-            file.flush()
-            os.fsync(file.fileno())
+        source: Any = gopen(shard)
+        try:
+            with open(given, "wb") as file:
+                shutil.copyfileobj(source, file, _CHUNK)
+        finally:
+            source.close()
+        if _unpacker(given):
+            _unpack(given, path)
+        else:
+            files.place(given, path)
     finally:
-        source.close()
+        Path(given).unlink(missing_ok=True)
 
 
 def _unpack(source: str, path: str) -> None:
@@ -169,11 +163,14 @@ def _unpack(source: str, path: str) -> None:
     """
     opener = _unpacker(source)
     assert opener is not None
-    with opener(source) as packed, open(path, "wb") as file:
+    with files.writing(path, f"{_working(path)}.tmp") as file, opener(source) as packed:
         while chunk := _read_packed(packed, source):
             file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+
+
+def _working(path: str) -> str:
+    """Of this thread alone: where a disk has no locks, several may fetch one shard."""
+    return f"{path}.{os.getpid()}.{threading.get_ident()}"
 
 
 def _read_packed(packed: IO[bytes], source: str) -> bytes:

@@ -25,6 +25,7 @@ from vqscale.data.config import ImagesConfig
 from vqscale.data.shards.cache import ShardCache, is_direct
 from vqscale.data.shards.contents import IMAGE_KEYS, Contents, read_contents
 from vqscale.data.shards.patterns import expand, is_local
+from vqscale.disk import files
 from vqscale.disk.lock import hold
 
 log = logging.getLogger(__name__)
@@ -207,16 +208,10 @@ def _save(file: Path, shards: Iterable[str], parts: Mapping[str, _Part]) -> None
         "stamps": [(parts[shard].size, parts[shard].mtime_ns, parts[shard].direct) for shard in index.shards],
         "damage": [parts[shard].contents.damage for shard in index.shards],
     }
-    working = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(working, "wb") as out:
-            arrays = {name: getattr(index.samples, name) for name in _ARRAYS}
-            np.savez(
-                out, counts=index.counts, facts=np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8), **arrays
-            )
-        os.replace(working, file)
-    finally:
-        working.unlink(missing_ok=True)
+    arrays = {name: getattr(index.samples, name) for name in _ARRAYS}
+    said = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    with files.writing(file, f"{file}.{os.getpid()}.tmp") as out:  # where a disk has no locks, several may write it
+        np.savez(out, counts=index.counts, facts=said, **arrays)
 
 
 def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:

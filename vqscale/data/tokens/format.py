@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from vqscale.disk import manifest
+from vqscale.disk import files, manifest
 
 FORMAT, VERSION = "vqscale token cache", 1
 Entries = dict[int, dict[str, Any]]  # lines of the ledger by storage shard
@@ -94,12 +93,7 @@ def storage_for(num_images: int) -> int:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Durable, in one step."""
-    new = folder / "card.json.tmp"
-    new.write_text(json.dumps({"format": FORMAT, "version": VERSION, **asdict(card)}, indent=1) + "\n")
-    manifest.seal(new)
-    os.replace(new, folder / "card.json")
-    manifest.sync_folder(folder)
+    files.write_json(folder / "card.json", {"format": FORMAT, "version": VERSION, **asdict(card)})
 
 
 def read_card(folder: Path) -> Card | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from vqscale.data.shards.index import Index
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.format import Card, Entries
-from vqscale.disk import manifest
+from vqscale.disk import files, manifest
 
 Broken = tuple[int, str, str]  # number, key, reason
 _OURS = {"card.json", "card.json.tmp", "zarr.json", "ids", "labels", "key_bytes", "key_ends", "ledger", "manifest.json"}
@@ -85,7 +84,7 @@ def begin(folder: Path, wanted: Card, index: Index) -> tuple[Card, Entries]:
     form.write_flat(folder, "key_bytes", index.samples.key_bytes)
     form.write_flat(folder, "key_ends", index.samples.key_ends.astype(np.int64))
     (folder / "ledger").mkdir(exist_ok=True)
-    manifest.sync_folder(folder)
+    files.sync(folder)
     for left in (folder / "ids").glob("*.partial"):  # by writers that were killed
         left.unlink()
     return card, entries
@@ -128,14 +127,9 @@ class Writer:
         path.unlink(missing_ok=True)  # damaged; where the array ends inside of it zarr would read it first
         self._ids[span.start : span.stop] = ids.astype(self.card.dtype)
         sealed = manifest.seal(path)
-        manifest.sync_folder(path.parent)
+        files.sync(path.parent)
         entry = {"shard": shard, "images": [span.start, span.stop], **sealed, "broken": [list(line) for line in broken]}
-        with self._ledger.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if not self.entries:
-            manifest.sync_folder(self._ledger.parent)
+        files.append(self._ledger, json.dumps(entry))
         self.entries[shard] = entry
 
 
@@ -189,7 +183,7 @@ def seal(folder: Path, card: Card, entries: Entries, faults: Sequence[str]) -> C
     broken = sorted(tuple(line) for entry in entries.values() for line in entry["broken"])
     card = replace(card, broken=tuple(broken))
     form.write_card(folder, card)
-    files = {
+    listed = {
         form.shard_file(folder, card, shard).relative_to(folder).as_posix(): {
             name: entry[name] for name in ("bytes", "sha256")
         }
@@ -198,6 +192,6 @@ def seal(folder: Path, card: Card, entries: Entries, faults: Sequence[str]) -> C
     small = [folder / "card.json", folder / "zarr.json", folder / "ids" / "zarr.json"]
     for name in ("labels", "key_bytes", "key_ends"):
         small += sorted(path for path in (folder / name).iterdir() if path.is_file())
-    files |= {path.relative_to(folder).as_posix(): manifest.seal(path) for path in small}
-    manifest.write(folder, {"files": files})
+    listed |= {path.relative_to(folder).as_posix(): manifest.seal(path) for path in small}
+    manifest.write(folder, {"files": listed})
     return card

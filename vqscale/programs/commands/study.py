@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from vqscale import config as configuration
+from vqscale.disk import files
 from vqscale.programs import study as studies
 from vqscale.programs.study import Member, StudyConfig
 from vqscale.run import folder as run_folder
@@ -126,7 +127,7 @@ def report(study: StudyConfig, members: list[Member], failures: dict[str, str]) 
         ("How", f"<p>commit {run_folder.commit()}</p><pre>python tools/study.py {' '.join(sys.argv[1:])}</pre>"
                 f"<pre>{configuration.dump(study)}</pre>"),
     ]  # fmt: skip
-    (place / "index.html").write_text(page.page(f"Study {place.name}", parts))
+    files.write(place / "index.html", page.page(f"Study {place.name}", parts))
     return lines
 
 

@@ -8,11 +8,11 @@ python tools/summary.py [--folder] [CONFIG] [dotted.key=value ...]      the run 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 from vqscale import config as configuration
+from vqscale.disk import files
 from vqscale.train.config import Run
 
 DEFAULT = Path(__file__).resolve().parents[3] / "configs" / "quickstart" / "tokenizer.yaml"
@@ -41,7 +41,7 @@ def show(folder: Path) -> str:
     lines = [f"  {label:{wide}}  {value:>{right}}" for label, value in rows]
     pictures = sorted((folder / "samples" / "reconstructions").glob("*.png"))
     if pictures:
-        shutil.copy(pictures[-1], folder / "reconstructions.png")
+        files.write(folder / "reconstructions.png", pictures[-1].read_bytes())
         lines.append(f"originals above reconstructions: {folder / 'reconstructions.png'}")
     lines.append(
         f"everything is in {folder}/: run.yaml, metrics.jsonl, samples/, checkpoints/, summary.json; "
@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         only = "--folder" in argv
-        files = [word for word in argv if "=" not in word and word != "--folder"]
-        config: Run = configuration.load(Run, files[0] if files else DEFAULT, [word for word in argv if "=" in word])
+        given = [word for word in argv if "=" not in word and word != "--folder"]
+        config: Run = configuration.load(Run, given[0] if given else DEFAULT, [word for word in argv if "=" in word])
         print(config.run.folder if only else show(Path(config.run.folder)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
