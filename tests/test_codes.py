@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from similarities import NAMES, added
 from whole import CODES, GRIDS, close, engine_gradient, integers, mine, normal, put, table
 
 from vqscale.codes import dense, scan
@@ -11,7 +14,6 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Rows, draw
 from vqscale.parallel.mesh import Mesh
 
-SIMILARITIES = ["dot", "euclid", "cosine"]
 # (K, bytes for blocks, tokens of a block): K smaller than four ranks, K not divisible, many blocks of rows and tokens
 SHAPES = [(1, 2**26, 2048), (3, 2**26, 2048), (13, 2**26, 7), (517, 1, 2048), (517, 200_000, 5)]
 TOKENS, DIM = 24, 6
@@ -34,13 +36,13 @@ def test_blocks_cover_everything_once_in_order_and_within_budget(num_tokens, num
     assert torch.equal(seen, torch.ones_like(seen))
 
 
+@added()
 def _search(data, codes):
     """nearest, lookup with its gradient, for every similarity and shape; only this rank's results."""
-    mesh = Mesh(data, codes)
-    out = {}
-    for similarity in SIMILARITIES:
-        for num_codes, budget, token_block in SHAPES:
-            scan.TOKEN_BLOCK = token_block
+    mesh, out = Mesh(data, codes), {}
+    for similarity, (num_codes, budget, token_block) in product(NAMES, SHAPES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scan, "TOKEN_BLOCK", token_block)
             codebook = Codebook(num_codes, DIM, mesh=mesh, similarity=similarity)
             codebook.budget = budget
             put(codebook, normal(num_codes, DIM, seed=num_codes))
@@ -49,15 +51,15 @@ def _search(data, codes):
             z = codebook.lookup(ids)
             (z * mine(normal(TOKENS, DIM, seed=3), mesh)).sum(1).mean().backward()
             out[similarity, num_codes, token_block] = (ids, score, z.detach(), codebook.rows.grad)
-    scan.TOKEN_BLOCK = 2048
     return out
 
 
+@added()
 @pytest.mark.parametrize("grid", GRIDS)
 def test_nearest_and_lookup_are_the_dense_ones(ranks, grid):
     results = ranks(grid[0] * grid[1], _search, *grid, timeout_s=240.0)
     x, weight = normal(TOKENS, DIM, seed=2), normal(TOKENS, DIM, seed=3)
-    for similarity in SIMILARITIES:
+    for similarity in NAMES:
         for num_codes, _, token_block in SHAPES:
             rows = normal(num_codes, DIM, seed=num_codes).requires_grad_()
             expected_ids, expected_score = dense.nearest(x, rows.detach(), similarity)
@@ -106,6 +108,7 @@ def test_ties_go_to_the_lowest_id_across_blocks_and_ranks(ranks, codes):
         assert [ids.tolist() for ids in result["all equal"]] == [[0, 0], [0, 0]]
 
 
+@added()
 def _broken(data, codes, similarity):
     """Scores and ids with rows that are not numbers, of a search and of a mixture; and of one that has none."""
     mesh = Mesh(data, codes)
@@ -124,7 +127,8 @@ def _broken(data, codes, similarity):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("similarity", ["dot", "euclid", "cosine"])
+@pytest.mark.parametrize("similarity", NAMES)
+@added()
 def test_a_row_that_is_not_a_number_is_reported(ranks, grid, similarity):
     """It must not take the codes that share its block or its rank out of the search without a word."""
     sound, *broken = zip(*ranks(grid[0] * grid[1], _broken, *grid, similarity), strict=True)

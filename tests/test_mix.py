@@ -7,9 +7,11 @@ all losses is x.grad / world, and what an engine makes of the rows' gradients; t
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
+from similarities import NAMES, added
 from whole import CODES, GRIDS, close, engine_gradient, mine, normal, put
 
 from vqscale.codes import dense, scan, tally
@@ -27,7 +29,6 @@ CASES = {
     "few pairs in every block": (1500, 1, 2048, 0.05, 0.02),
     "few pairs in some blocks": (900, 1, 7, 0.2, 0.02),
 }
-SIMILARITIES = ["dot", "euclid", "cosine"]
 # Which outputs the loss uses: each alone, then all at once; the backward pass has a branch for every one.
 USED = ["mean", "lse", "code", "entropy", "spread", "columns", "mean lse code entropy spread columns"]
 
@@ -49,13 +50,15 @@ def _weights(cut):
     return cut(normal(TOKENS, DIM, seed=11)), cut(normal(TOKENS, seed=12)), cut(normal(TOKENS, seed=13))
 
 
+@added()
 def _mix(data, codes):
     mesh = Mesh(data, codes)
     weights = _weights(lambda x: mine(x, mesh))
     out = {}
-    for case, (num_codes, budget, scan.TOKEN_BLOCK, temperature, sharp) in CASES.items():
+    for (case, (num_codes, budget, token_block, temperature, sharp)), similarity in product(CASES.items(), NAMES):
         weight_K = normal(num_codes, seed=14)
-        for similarity in SIMILARITIES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scan, "TOKEN_BLOCK", token_block)
             codebook = put(Codebook(num_codes, DIM, mesh=mesh, similarity=similarity), normal(num_codes, DIM, seed=21))
             codebook.budget = budget
             grads = {}
@@ -74,16 +77,16 @@ def _mix(data, codes):
             assert plain.entropy_N is plain.columns_k is None
             assert torch.equal(plain.mean_ND, mixed.mean_ND)
             out[case, similarity] = ([v.detach() for v in values], mixed.columns_k.detach(), spread.detach(), grads)
-    scan.TOKEN_BLOCK = 2048
     return out
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+@added()
 def test_mix_is_the_dense_one_in_values_and_gradients(ranks, grid):
     world = grid[0] * grid[1]
     results = ranks(world, _mix, *grid, timeout_s=240.0)
     for case, (num_codes, _, _, temperature, sharp) in CASES.items():
-        for similarity in SIMILARITIES:
+        for similarity in NAMES:
             got = [result[case, similarity] for result in results]
             rows = normal(num_codes, DIM, seed=21).requires_grad_()
             x = normal(TOKENS, DIM, seed=22).requires_grad_()

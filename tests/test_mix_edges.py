@@ -177,10 +177,10 @@ def _random(codes, seed):
     x, rows, similarity, temperature, sharp, budget = _drawn(seed)
     codebook = put(Codebook(len(rows), rows.shape[1], mesh=mesh, similarity=similarity), rows)
     codebook.budget = budget
-    scan.TOKEN_BLOCK = 7 if seed % 2 else 2048
     x = mine(x, mesh).requires_grad_()
-    mixed = codebook.mix(x, temperature, sharp)
-    scan.TOKEN_BLOCK = 2048
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "TOKEN_BLOCK", 7 if seed % 2 else 2048)
+        mixed = codebook.mix(x, temperature, sharp)
     weight = mine(normal(TOKENS, rows.shape[1], seed=5).float(), mesh)
     loss = (mixed.mean_ND * weight).sum() + mixed.lse_N.sum() + mixed.entropy_N.sum() + mixed.columns_k.square().sum()
     loss.backward()

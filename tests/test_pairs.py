@@ -38,7 +38,7 @@ def test_what_is_not_a_number_is_found():
     assert (token.tolist(), row.tolist()) == ([1], [68])
 
 
-def test_products_over_pairs_are_the_dense_ones():
+def test_products_over_pairs_are_the_dense_ones(monkeypatch):
     some, values, x = _pairs(), normal(9, 4, seed=3), normal(5, 4, seed=4)
     weight = normal(len(some), seed=5)
     whole = torch.zeros(5, 9, dtype=torch.float64)
@@ -48,10 +48,9 @@ def test_products_over_pairs_are_the_dense_ones():
     close(some.columns(weight, 9), whole.sum(0))
     close(some.dot(x, values), (x @ values.t())[some.token_P, some.row_P])
     for at_once in (pairs.ROWS_AT_ONCE, 2):
-        out, before = normal(9, 4, seed=6), pairs.ROWS_AT_ONCE
-        pairs.ROWS_AT_ONCE = at_once
+        out = normal(9, 4, seed=6)
+        monkeypatch.setattr(pairs, "ROWS_AT_ONCE", at_once)
         some.add_outer(weight, x, out)
-        pairs.ROWS_AT_ONCE = before
         close(out, normal(9, 4, seed=6) + whole.t() @ x)
 
 

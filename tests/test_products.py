@@ -28,14 +28,12 @@ def _mixed(precision, similarity, scale, data=1, codes=1):
     """(what a mixture says, what products in bfloat16 may move: mean rows, gradients of x and of the rows)."""
     mesh = Mesh(data, codes)
     torch.set_float32_matmul_precision(precision)
-    asked, products.fast_on_cpu = products.fast_on_cpu, lambda: True
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "fast_on_cpu", lambda: True)
         codebook = put(Codebook(CODES, DIM, mesh=mesh, similarity=similarity), normal(CODES, DIM, seed=1).float())
         codebook.budget = 1  # many blocks
         x = mine(scale * normal(TOKENS, DIM, seed=2).float(), mesh).requires_grad_()
         out = codebook.mix(x, 0.7, 0.2)
-    finally:
-        products.fast_on_cpu = asked
     weight_ND, weight_N = (mine(weight.float(), mesh) for weight in _weights())
     loss = ((out.mean_ND * weight_ND).sum(1) + (out.lse_N + out.entropy_N) * weight_N).mean()
     loss.backward()

@@ -11,9 +11,8 @@ nothing is sent.
                                             reduce-scatter mean and chosen rows    rows of ids,
                                                                                    entropies, ...
 
-Logits are (x . key + bias) / T with keys and bias made from the rows: `dot` (c, 0), `euclid` (c, -|c|^2 / 2: the arg
-max is the nearest code), `cosine` (c / |c|, and x / |x|). The similarity decides the logits; the value of a code is
-always its row.
+Logits are (query . key + bias) / T, with queries made from the tokens and keys and bias from the rows (similarity.py).
+The similarity decides the logits; the value of a code is always its row.
 Arithmetic is float32 (or float64 if the rows are) whatever the autocast. `nearest` is exact where a screening search or
 the kernels serve, `mix` takes the best of its own products: where two codes are within the rounding of a float32
 product their ids may differ, as those of two machines may.
@@ -24,15 +23,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqscale.codes import backend, products, scan
-from vqscale.codes.config import Similarity, TableConfig
+from vqscale.codes.config import TableConfig
 from vqscale.codes.merge import full_precision, merge_best, own
 from vqscale.codes.rows import Init, Rows, Table, draw
 from vqscale.codes.search import prefilter
 from vqscale.codes.search.bounds import Form
+from vqscale.codes.similarity import DOT, by_name
 from vqscale.codes.softmax import autograd
 from vqscale.codes.softmax.autograd import Mixture
 from vqscale.codes.softmax.forward import Wanted
@@ -52,7 +51,7 @@ class Codebook(Table):
         dim: int,
         *,
         mesh: Mesh | None = None,
-        similarity: Similarity = "dot",
+        similarity: str = "dot",
         init: Init = "normal",
         init_scale: float = 1.0,
         seed: int = 0,
@@ -62,7 +61,7 @@ class Codebook(Table):
         mesh = mesh or Mesh()
         super().__init__(Rows(num_codes, mesh.codes.size, mesh.codes.rank))
         self.num_codes, self.dim, self.axis = num_codes, dim, mesh.codes
-        self.similarity: Similarity = similarity
+        self.similarity = by_name(similarity)
         self.budget = scan_mib * 2**20
         meta = torch.empty(0).is_meta  # inside `with torch.device("meta")`: shapes only
         rows = torch.empty(self.layout.count, dim) if meta else draw(self.layout, dim, init, init_scale, seed)
@@ -70,7 +69,7 @@ class Codebook(Table):
 
     @classmethod
     def from_config(
-        cls, config: TableConfig, similarity: Similarity, mesh: Mesh, *, seed: int, learned: bool = True
+        cls, config: TableConfig, similarity: str, mesh: Mesh, *, seed: int, learned: bool = True
     ) -> Codebook:
         """The codebook of a quantizer's settings. With init: data the first rows are normal until data comes."""
         return cls(
@@ -86,16 +85,8 @@ class Codebook(Table):
         )
 
     def keys(self, rows_kD: Tensor) -> scan.Keys:
-        """Keys and bias of this rank's rows, with gradients to the rows; no copy for `dot`."""
-        if self.similarity == "dot":
-            return scan.Keys(rows_kD)
-        if self.similarity == "euclid":
-            return scan.Keys(rows_kD, -0.5 * rows_kD.square().sum(1))
-        return scan.Keys(F.normalize(rows_kD, dim=1))
-
-    def queries(self, x_ND: Tensor) -> Tensor:
-        """x on the unit sphere for `cosine`."""
-        return F.normalize(x_ND, dim=1) if self.similarity == "cosine" else x_ND
+        """Keys and bias of this rank's rows."""
+        return scan.Keys(self.similarity.keys(rows_kD), self.similarity.bias(rows_kD))
 
     @torch.no_grad()
     def nearest(self, x_ND: Tensor, keys: scan.Keys | None = None) -> tuple[Tensor, Tensor]:
@@ -107,12 +98,12 @@ class Codebook(Table):
         """
         with clock.span("codes"), full_precision(x_ND):
             rows_kD = backend.readable(self.rows)
-            form = Form(rows_kD, self.similarity) if keys is None else Form(keys.keys_kD, "dot", keys.bias_k)
+            form = Form(rows_kD, self.similarity) if keys is None else Form(keys.keys_kD, DOT, keys.bias_k)
             x_BD = ops.gather(x_ND.to(rows_kD.dtype), self.axis)
             if prefilter.serves(x_BD, form):
                 score_B, row_B = prefilter.best(x_BD, form, self.budget)
             else:
-                q_BD = self.queries(x_BD) if keys is None else x_BD
+                q_BD = self.similarity.queries(x_BD) if keys is None else x_BD
                 score_B, row_B = backend.pick(q_BD).best(q_BD, keys or self.keys(rows_kD), self.budget)
             # In float64, so that two ranks' best codes are told apart as two codes of one rank are.
             ids_B, top_B = merge_best(score_B.double(), row_B, self.layout, self.axis)
@@ -138,9 +129,8 @@ class Codebook(Table):
             sharper = None if entropy_temperature is None else temperature / entropy_temperature
             chosen = products.wanted(rows_kD.device.type, rows_kD.dtype)
             wanted = Wanted(self.num_codes, self.budget, temperature, sharper, chosen)
-            plan = autograd.Plan(self.layout, self.axis, wanted, bias=self.similarity == "euclid")
-            keys_kD = F.normalize(rows_kD, dim=1) if self.similarity == "cosine" else None
-            return autograd.mix(self.queries(x_ND.to(rows_kD.dtype)), rows_kD, keys_kD, plan)
+            plan = autograd.Plan(self.layout, self.axis, wanted, self.similarity)
+            return autograd.mix(x_ND.to(rows_kD.dtype), rows_kD, plan)
 
     @torch.no_grad()
     def replace(self, ids_P: Tensor, values_PD: Tensor) -> Tensor:
@@ -150,8 +140,8 @@ class Codebook(Table):
         return local[mine]
 
     def extra_repr(self) -> str:
-        here = f"rows {self.layout.start}..{self.layout.stop}"
-        return f"{self.num_codes} x {self.dim}, {self.similarity}, {here} on rank {self.axis.rank} of {self.axis.size}"
+        here = f"rows {self.layout.start}..{self.layout.stop} on rank {self.axis.rank} of {self.axis.size}"
+        return f"{self.num_codes} x {self.dim}, {type(self.similarity).__name__}, {here}"
 
 
 def look_up(rows_kD: Tensor, ids_N: Tensor, layout: Rows, axis: Axis) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from vqscale.config import Free
 
-Similarity = Literal["dot", "euclid", "cosine"]
+SimilarityName = Literal["dot", "euclid", "cosine"]  # the keys of similarity.SIMILARITIES
 Init = Literal["normal", "uniform", "data"]
 Embedding = Literal["rows", "tied", "codebook"]
 Products = Literal["fp32", "bf16"]

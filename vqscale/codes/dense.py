@@ -6,20 +6,23 @@ released form of the IBQ quantizer, one-hot products and all, which the benchmar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dot": lambda x_ND, rows_KD: x_ND @ rows_KD.t(),
+    "euclid": lambda x_ND, rows_KD: x_ND @ rows_KD.t() - 0.5 * rows_KD.square().sum(1),
+    "cosine": lambda x_ND, rows_KD: F.normalize(x_ND, dim=1) @ F.normalize(rows_KD, dim=1).t(),
+}
+
 
 def logits(x_ND: Tensor, rows_KD: Tensor, similarity: str = "dot") -> Tensor:
     """The similarity of every token to every code."""
-    if similarity == "dot":
-        return x_ND @ rows_KD.t()
-    if similarity == "euclid":
-        return x_ND @ rows_KD.t() - 0.5 * rows_KD.square().sum(1)
-    return F.normalize(x_ND, dim=1) @ F.normalize(rows_KD, dim=1).t()
+    return LOGITS[similarity](x_ND, rows_KD)
 
 
 def nearest(x_ND: Tensor, rows_KD: Tensor, similarity: str = "dot") -> tuple[Tensor, Tensor]:

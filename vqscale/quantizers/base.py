@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqscale.codes import tally
 from vqscale.codes.codebook import Codebook
-from vqscale.codes.config import Similarity, TableConfig
+from vqscale.codes.config import SimilarityName, TableConfig
 from vqscale.codes.revival import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -81,7 +81,7 @@ class TableQuantizer(Quantizer):
     """Abstract: a quantizer whose codes are the rows of a codebook that an upkeep looks after."""
 
     def __init__(
-        self, config: TableConfig, similarity: Similarity, mesh: Mesh | None, *, seed: int, learned: bool = True
+        self, config: TableConfig, similarity: SimilarityName, mesh: Mesh | None, *, seed: int, learned: bool = True
     ) -> None:
         super().__init__()
         self.dim, self.num_codes, self.mesh = config.dim, config.num_codes, mesh or Mesh()

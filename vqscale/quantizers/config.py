@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqscale.codes.config import Similarity, TableConfig
+from vqscale.codes.config import SimilarityName, TableConfig
 from vqscale.config import Free
 from vqscale.quantizers.config_convex import SCQConfig
 from vqscale.quantizers.config_implicit import BSQConfig, FSQConfig, LFQConfig
@@ -20,7 +20,7 @@ class VQConfig(TableConfig):
 
     name: Literal["vq"] = "vq"
     """nearest code, learned by gradient"""
-    similarity: Similarity = "euclid"
+    similarity: SimilarityName = "euclid"
     """what nearest means: euclid, dot or cosine"""
     gradient: Estimator = "straight_through"
     """how the gradient passes the choice: straight_through, or rotation (the rotation trick)"""
@@ -36,7 +36,7 @@ class EMAConfig(TableConfig):
 
     name: Literal["ema"] = "ema"
     """nearest code, rows as moving averages"""
-    similarity: Similarity = "euclid"
+    similarity: SimilarityName = "euclid"
     """what nearest means: euclid, dot or cosine"""
     gradient: Estimator = "straight_through"
     """how the gradient passes the choice: straight_through, or rotation (the rotation trick)"""
@@ -59,7 +59,7 @@ class IBQConfig(TableConfig):
 
     name: Literal["ibq"] = "ibq"
     """arg max code, gradients to all codes"""
-    similarity: Similarity = "dot"
+    similarity: SimilarityName = "dot"
     """logits: dot x.c, euclid x.c - |c|^2/2 (nearest code), cosine"""
     temperature: float = 1.0
     """temperature of the softmax that carries the gradient"""

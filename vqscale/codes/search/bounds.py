@@ -1,22 +1,22 @@
-"""Upper bounds of scores from one bfloat16 product. What `screen` ranks rows by; it finds nothing by itself.
+"""Upper bounds of scores from one bfloat16 product. What prefilter.py ranks rows by; it finds nothing by itself.
 
-The score of token x and code c is x . c, x . c - |c|^2 / 2, x . c / |c| or x . c + bias (`Form`). Take the mean m of
-the rows of a part out, so that rows that lie close together far from the origin stay apart in bfloat16:
+The score of token x and code c is x . key + bias (`Form`), key and bias as the similarity makes them of c. Take the
+mean m of the keys of a part out, so that keys that lie close together far from the origin stay apart in bfloat16:
 
     score = q . r + beta + base        with base a number of the token
 
-    dot      r = c - m          q = x         beta = 0               base = x . m
-    bias     r = c - m          q = x         beta = bias - b        base = x . m + b, b the mean bias
-    cosine   r = c / |c| - m    q = x         beta = 0               base = x . m
-    euclid   r = c - m          q = x - m     beta = -|r|^2 / 2      base = x . m - |m|^2 / 2
+    without bias   r = key - m    q = x        beta = 0             base = x . m
+    with bias      r = key - m    q = x        beta = bias - b      base = x . m + b, b about the mean bias
+    centred        r = key - m    q = x - m    beta = -|r|^2 / 2    base = x . m - |m|^2 / 2
 
 With q' and r' the same rounded to bfloat16, Cauchy and Schwarz give
 
     |q . r - q' . r'|  <=  |q - q'| |r| + |q'| |r - r'|
 
-where the norms of what rounding took away, |q - q'| and |r - r'|, are measured and not assumed. A sum of E products in
-float32, in any order and with any fused steps, is off by at most gamma = E 2^-23 times the sum of their sizes (2^-24
-suffices), and that sum is at most |q'| |r'| + |beta| + the terms below. So
+where the norms of what rounding took away, |q - q'| and |r - r'|, are measured and not assumed; what float32 took from
+a key before (Similarity.key_error) adds to |r - r'|. A sum of E products in float32, in any order and with any fused
+steps, is off by at most gamma = E 2^-23 times the sum of their sizes (2^-24 suffices), and that sum is at most
+|q'| |r'| + |beta| + the terms below. So
 
     score - base  <=  U  =  q' . r' + beta + gamma |beta| + (|q - q'| + gamma |q'|) |r| + |q'| |r - r'|
 
@@ -36,10 +36,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.codes.config import Similarity
+from vqscale.codes.similarity import DOT, Similarity
 
 LINE = 16  # rows that are one number in the first look at a part
 GROUP = 16  # lines that are one number before that
@@ -57,21 +56,22 @@ class Form:
     """What is to be maximised over rows: their similarity to tokens, or x . row + bias. Rows are this rank's."""
 
     rows_kD: Tensor
-    similarity: Similarity = "dot"
+    similarity: Similarity
     bias_k: Tensor | None = None
 
-    def exact(self, x_PD: Tensor, row_P: Tensor) -> Tensor:
-        """The scores of pairs in float64. Equal rows have equal scores: every pair is summed in the same order.
+    def __post_init__(self) -> None:
+        assert self.bias_k is None or self.similarity is DOT, "the similarity may have a bias of its own"
 
-        For `cosine` the token is taken as it is: a factor of the token moves no maximum.
-        """
-        c_PD = self.rows_kD[row_P].double()
-        score_P = (x_PD.double() * c_PD).sum(1)
-        if self.similarity == "euclid":
-            score_P -= 0.5 * c_PD.square().sum(1)
-        elif self.similarity == "cosine":
-            score_P /= c_PD.norm(dim=1).clamp_min_(1e-12)
+    def exact(self, x_PD: Tensor, row_P: Tensor) -> Tensor:
+        """The scores of pairs in float64, but for a factor of the token (Similarity.exact)."""
+        score_P = self.similarity.exact(x_PD.double(), self.rows_kD[row_P].double())
         return score_P if self.bias_k is None else score_P + self.bias_k[row_P].double()
+
+    def bias(self, rows: slice) -> Tensor | None:
+        """The bias of some rows: as it is given, or the similarity's in float64; None is zero."""
+        if self.bias_k is not None:
+            return self.bias_k[rows]
+        return self.similarity.bias(self.rows_kD[rows].double())
 
     def is_finite(self, rows: slice) -> bool:
         """Whether all numbers of some rows are."""
@@ -84,19 +84,14 @@ class Form:
         A product sums in an order that depends on the place: of equal rows one may seem better. Rows that are not
         finite are below everything.
         """
-        c_rD = self.rows_kD[rows].double()
-        if self.similarity == "cosine":
-            c_rD = F.normalize(c_rD, dim=1)
-        score_Br, norm_r = x_BD @ c_rD.t(), c_rD.norm(dim=1)
-        more_r = torch.zeros_like(norm_r)
-        if self.similarity == "euclid":
-            more_r = 0.5 * norm_r.square()
-            score_Br -= more_r
-        if self.bias_k is not None:
-            score_Br += self.bias_k[rows].double()
-            more_r = self.bias_k[rows].double().abs()
+        keys_rD = self.similarity.keys(self.rows_kD[rows].double())
+        score_Br, norm_r = x_BD @ keys_rD.t(), keys_rD.norm(dim=1)
+        more_r, bias_r = torch.zeros_like(norm_r), self.bias(rows)
+        if bias_r is not None:
+            score_Br += bias_r.double()
+            more_r = bias_r.double().abs()
         error_Br = torch.addmm(more_r, x_BD.norm(dim=1, keepdim=True), norm_r[None])
-        error_Br.mul_(2**-51 * (c_rD.shape[1] + 8)).nan_to_num_(0.0, 0.0)
+        error_Br.mul_(2**-51 * (keys_rD.shape[1] + 8)).nan_to_num_(0.0, 0.0)
         score_Br.nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
         return score_Br - error_Br, error_Br.add_(score_Br)
 
@@ -148,36 +143,49 @@ def make_keys(form: Form, start: int, stop: int, buffer: Tensor | None = None) -
     if buffer is None:
         buffer = rows_rD.new_empty(size, dtype=torch.bfloat16)
     wide_rE = buffer[:size].view(-1, dim + EXTRA)
-    mean_D, mean_bias = _mean(form, rows_rD), 0.0
-    bias_r = None
-    if form.bias_k is not None:
-        bias_r = form.bias_k[start:stop].float()
-        mean_bias = float(bias_r.mean())
+    mean_D, mean_bias = _mean(form, rows_rD), _mean_bias(form, start, stop)
     step = min(num, max(LINE, CHUNK // dim))
     memory_rD = rows_rD.new_empty((step, dim))  # fresh memory for every chunk would take most of the time
     tops = []
     for first in range(0, num, step):
         chunk = slice(first, min(first + step, num))
-        r_rD = torch.sub(_unit(form, rows_rD[chunk]), mean_D, out=memory_rD[: chunk.stop - chunk.start])
-        beta_r = None if bias_r is None else bias_r[chunk] - mean_bias
-        tops.append(_fill(wide_rE[chunk], r_rD, beta_r, form.similarity))
+        keys_rD = form.similarity.keys(rows_rD[chunk])
+        r_rD = torch.sub(keys_rD, mean_D, out=memory_rD[: chunk.stop - chunk.start])
+        error_r = form.similarity.key_error(keys_rD, _gamma(dim))
+        tops.append(_fill(wide_rE[chunk], r_rD, error_r, _beta(form, start, chunk, mean_bias), form.similarity.centred))
     wide_rE[num:] = wide_rE[num - 1]
     longest, steepest = torch.stack(tops).amax(0).tolist()
-    return Keys(start, stop, wide_rE, mean_D, mean_bias, longest, steepest, form.similarity == "euclid")
+    return Keys(start, stop, wide_rE, mean_D, mean_bias, longest, steepest, form.similarity.centred)
 
 
-def _fill(wide_rE: Tensor, r_rD: Tensor, beta_r: Tensor | None, similarity: Similarity) -> Tensor:
+def _mean_bias(form: Form, start: int, stop: int) -> float:
+    """About the mean of the biases, for the same reason as `_mean`."""
+    if form.similarity.centred:
+        return 0.0
+    every = 1 if form.bias_k is not None else max(1, (stop - start) // SAMPLE)
+    bias_r = form.bias(slice(start, stop, every))
+    return 0.0 if bias_r is None else float(bias_r.mean())
+
+
+def _beta(form: Form, start: int, chunk: slice, mean_bias: float) -> Tensor | None:
+    """bias - b of a chunk, None for zero; for a similarity that is centred `_fill` makes it of |r|."""
+    if form.similarity.centred:
+        return None
+    bias_r = form.bias(slice(start + chunk.start, start + chunk.stop))
+    return None if bias_r is None else (bias_r - mean_bias).float()
+
+
+def _fill(wide_rE: Tensor, r_rD: Tensor, error_r: Tensor | float, beta_r: Tensor | None, centred: bool) -> Tensor:
     """Write the keys of a chunk, destroying r; returns (largest |r|, largest |beta|)."""
     dim = r_rD.shape[1]
     gamma = _gamma(dim)
     wide_rE[:, :dim] = r_rD
     norm_r = r_rD.norm(dim=1) * (1 + gamma) + TINY
-    # Beside what bfloat16 takes: r is a difference of float32 numbers, for `cosine` of rounded unit rows.
+    # Beside what bfloat16 takes: r is a difference of float32 numbers, which may be rounded themselves.
     lost_r = r_rD.sub_(wide_rE[:, :dim]).norm(dim=1) * (1 + gamma) + 2**-22 * norm_r + TINY
-    if similarity == "cosine":
-        lost_r += gamma
+    lost_r += error_r
     if beta_r is None:
-        beta_r = -0.5 * norm_r.square() if similarity == "euclid" else torch.zeros_like(norm_r)
+        beta_r = -0.5 * norm_r.square() if centred else torch.zeros_like(norm_r)
     tops = torch.stack([norm_r.amax(), beta_r.abs().amax()])
     beta_r = beta_r + 4 * gamma * beta_r.abs() + TINY
     extra_r6 = norm_r.new_ones((len(norm_r), EXTRA))
@@ -247,10 +255,6 @@ def _gamma(dim: int) -> float:
     return (dim + EXTRA + 8) * 2**-23
 
 
-def _unit(form: Form, rows_rD: Tensor) -> Tensor:
-    return F.normalize(rows_rD, dim=1) if form.similarity == "cosine" else rows_rD
-
-
 def _mean(form: Form, rows_rD: Tensor) -> Tensor:
-    """About the mean of the rows: any point is right, the mean makes bounds narrow."""
-    return _unit(form, rows_rD[:: max(1, len(rows_rD) // SAMPLE)]).mean(0)
+    """About the mean of the keys: any point is right, the mean makes bounds narrow."""
+    return form.similarity.keys(rows_rD[:: max(1, len(rows_rD) // SAMPLE)]).mean(0)

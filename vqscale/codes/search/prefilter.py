@@ -71,8 +71,7 @@ def best(x_BD: Tensor, form: Form, budget: int) -> tuple[Tensor, Tensor]:
         for some in tokens:
             line_LT = lines[: keys.lines * (some.stop - some.start)].view(keys.lines, -1)
             _Part(form, keys, x_BD[some], finite_B[some], score_B[some], row_B[some], budget).search(line_LT)
-    if form.similarity == "cosine":
-        score_B /= torch.linalg.vector_norm(x_BD, dim=1, dtype=torch.float64).clamp_min_(1e-12)
+    score_B = form.similarity.finish(score_B, x_BD)
     return score_B if sound else score_B.masked_fill_(finite_B, torch.nan), row_B
 
 

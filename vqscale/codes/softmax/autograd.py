@@ -25,6 +25,7 @@ from vqscale.codes import backend
 from vqscale.codes.merge import full_precision, merge_best, merge_softmax, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.codes.scan import BITS, Keys
+from vqscale.codes.similarity import Similarity
 from vqscale.codes.softmax.backward import Gradients, Upstream
 from vqscale.codes.softmax.forward import Wanted
 from vqscale.parallel import ops
@@ -55,12 +56,14 @@ class Plan:
     layout: Rows
     axis: Axis
     wanted: Wanted
-    bias: bool  # the logits have the bias -|row|^2 / 2
+    similarity: Similarity
 
 
-def mix(x_ND: Tensor, rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> Mixture:
-    """The mixture of the tokens of this rank. `keys_kD` replaces the rows in the logits; None takes the rows."""
-    out = _Mix.apply(x_ND, rows_kD, keys_kD, plan)
+def mix(x_ND: Tensor, rows_kD: Tensor, plan: Plan) -> Mixture:
+    """The mixture of the tokens of this rank."""
+    keys_kD = plan.similarity.keys(rows_kD)
+    # None where the keys are the rows: both gradients then share a tensor.
+    out = _Mix.apply(plan.similarity.queries(x_ND), rows_kD, None if keys_kD is rows_kD else keys_kD, plan)
     return Mixture(*out, *([None, None] if plan.wanted.sharper is None else []))
 
 
@@ -130,25 +133,26 @@ def _backward(
     up = Upstream(score_B, log_B, mean_BD, shift_B, entropy_g_B, entropy_B, g_columns_k, columns_mean_B, sharp_log_B)
     out = ctx.passes.unmix(x_BD, keys, rows_kD, mixed, up, plan.wanted)
     dx_ND = ops.scatter_sum(out.x_BD, plan.axis)
-    drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD)
+    drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD, plan.similarity)
     if code_BD is not None:
         drows_kD = torch.zeros_like(rows_kD) if drows_kD is None else drows_kD
         plan.layout.add_(drows_kD, ids_B, code_BD)
     return dx_ND, drows_kD, dkeys_kD, None
 
 
-def _rows_gradient(out: Gradients, rows_kD: Tensor, keys_kD: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of the rows, of the keys) through the logits, in the memory of one of them."""
-    if keys_kD is not None:
-        return None, out.keys_kD
-    if out.bias_k is not None:  # the bias is -|row|^2 / 2
-        out.keys_kD.addcmul_(rows_kD, out.bias_k[:, None], value=-1.0)
-    return out.keys_kD, None
+def _rows_gradient(
+    out: Gradients, rows_kD: Tensor, keys_kD: Tensor | None, similarity: Similarity
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of the rows, of the keys) through the logits; in the memory of one of them where it can be."""
+    if out.bias_k is None:
+        return (out.keys_kD, None) if keys_kD is None else (None, out.keys_kD)
+    drows_kD = out.keys_kD if keys_kD is None else torch.zeros_like(rows_kD)
+    similarity.add_bias_gradient(drows_kD, rows_kD, out.bias_k)
+    return drows_kD, None if keys_kD is None else out.keys_kD
 
 
 def _keys(rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> Keys:
-    bias_k = -0.5 * rows_kD.square().sum(1) if plan.bias else None
-    return Keys(rows_kD if keys_kD is None else keys_kD, bias_k)
+    return Keys(rows_kD if keys_kD is None else keys_kD, plan.similarity.bias(rows_kD))
 
 
 def _home(parts: list[Tensor], axis: Axis) -> list[Tensor]:
