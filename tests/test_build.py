@@ -14,7 +14,7 @@ from vqscale import quantizers
 from vqscale.config import ConfigError
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import QUANTIZERS
-from vqscale.quantizers.config import EMAConfig, IBQConfig
+from vqscale.quantizers.config.tables import EMAConfig, IBQConfig
 
 TABLES = ["vq", "ema", "ibq"]  # what all settings of learned tables hold for
 

@@ -12,7 +12,7 @@ from whole import close, normal
 
 from vqscale import quantizers
 from vqscale.config import ConfigError
-from vqscale.quantizers.config_implicit import LEVELS
+from vqscale.quantizers.config.implicit import LEVELS
 from vqscale.quantizers.fsq import mean_norm
 
 CONVENTIONS = [{"eps": eps, "shift": shift} for eps in (1e-3, -1e-3) for shift in ("atanh", "tan")]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_quantizers import CASES, DIM, TOKENS, WITH_TABLE, built
+from quantizer_cases import CASES, DIM, TOKENS, WITH_TABLE, built
 from whole import CODES, mine, normal
 
 from vqscale.parallel.mesh import Mesh

@@ -7,63 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantizer_cases import CASES, DIM, FROM_DATA, SINGLE, TOKENS, WITH_TABLE, K, built, settings
 from whole import GRIDS, close, engine_gradient, mine, normal, table
 
-from vqscale import quantizers
 from vqscale.codes.rows import set_aside
-from vqscale.config.schema import classes_of, fields_of, named
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers import QUANTIZERS
-from vqscale.quantizers.base import Quantized, Quantizer
-from vqscale.quantizers.config import QuantizerConfig
-
-K, DIM, TOKENS = 13, 4, 24
-# At least one line for every name in QUANTIZERS.
-CASES = {
-    "vq": {"name": "vq"},
-    "vq cosine": {"name": "vq", "similarity": "cosine", "commitment_weight": 0.5},
-    "ema": {"name": "ema", "decay": 0.8},
-    "ibq": {"name": "ibq"},
-    "ibq entropy": {"name": "ibq", "entropy_weight": 0.1, "entropy_temperature": 0.5, "temperature": 0.7},
-    "ibq euclid": {"name": "ibq", "similarity": "euclid", "entropy_weight": 0.1, "entropy_temperature": 0.5},
-    "fsq": {"name": "fsq", "levels": [5, 4, 3, 3]},
-    "fsq symmetric": {"name": "fsq", "levels": [2, 4, 3, 8], "symmetric": True},
-    "lfq": {"name": "lfq", "num_codes": 2**DIM, "dim": DIM, "entropy_weight": 0.1, "entropy_temperature": 1.0},
-    "lfq groups": {"name": "lfq", "dim": DIM, "num_codes": None, "entropy_weight": 0.1, "group_bits": 3},
-    "simvq": {"name": "simvq"},
-    "simvq no bias": {"name": "simvq", "bias": False, "quantizer_weight": 2.0},
-    "residual": {
-        "name": "residual",
-        "levels": 2,
-        "inner": {"name": "ibq", "num_codes": K, "dim": DIM, "init": "normal"},
-    },
-    "grouped": {"name": "grouped", "groups": 2, "inner": {"name": "vq", "num_codes": K, "dim": 2, "init": "normal"}},
-    "scq": {"name": "scq"},
-    "scq relaxed": {"name": "scq", "solver": "relaxed", "lam": 1.0},
-    "bsq": {"name": "bsq", "num_codes": 2**DIM, "dim": DIM, "entropy_weight": 0.1},
-}
-
-
-def built(case, mesh=None, *, num_codes=K, seed=3, **settings) -> Quantizer:
-    """The quantizer of a case; sizes and first values go to those that have such settings and do not fix them."""
-    own = CASES[case]
-    known = set(fields_of(named(classes_of(QuantizerConfig))[1][own["name"]]))
-    if own["name"] == "fsq":
-        known.remove("num_codes")  # its levels say it
-    wanted = {"num_codes": num_codes, "dim": DIM, "init": "normal", **settings}
-    torch.manual_seed(seed)  # for what is not a table
-    return quantizers.build({key: x for key, x in wanted.items() if key in known} | own, mesh, seed=seed)
-
+from vqscale.quantizers.base import Quantized
 
 NUM_CODES = {"fsq": 5 * 4 * 3 * 3, "fsq symmetric": 2 * 4 * 3 * 8, "lfq": 2**DIM, "lfq groups": 2**DIM, "bsq": 2**DIM}
-WITH_TABLE = [case for case in CASES if hasattr(built(case), "upkeep")]
-FROM_DATA = [case for case in WITH_TABLE if hasattr(built(case).config, "init")]
-SINGLE = [case for case in CASES if built(case).num_ids == 1]
-
-
-def test_every_quantizer_is_tested():
-    assert {settings["name"] for settings in CASES.values()} == set(QUANTIZERS)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,14 +27,12 @@ def test_one_answer_for_all(case, training):
     x = normal(TOKENS, DIM, seed=1).float().requires_grad_()
     out = quantizer(x)
     assert isinstance(out, Quantized)
-    assert out.z is out.z_ND
-    assert out.ids is out.ids_N
     assert out.z.shape == x.shape
     assert out.z.dtype == torch.float32
-    assert out.ids.shape == ((TOKENS,) if case in SINGLE else (TOKENS, quantizer.num_ids))
+    assert out.ids.shape == ((TOKENS,) if quantizer.num_ids == 1 else (TOKENS, quantizer.num_ids))
     assert out.ids.dtype == torch.int64
     assert 0 <= int(out.ids.min()) <= int(out.ids.max()) < quantizer.num_codes
-    assert bool(out.losses) == (CASES[case]["name"] != "fsq")
+    assert bool(out.losses) == (not case.startswith("fsq"))
     for number in [*out.losses.values(), *out.stats.values()]:
         assert number.shape == ()
         assert torch.isfinite(number)
@@ -110,19 +60,19 @@ def test_decode_is_exactly_what_forward_gave_and_encode_finds_its_ids(case, trai
     assert quantizer.decode(out.ids[:0]).shape == (0, DIM)
 
 
-def test_stats_have_the_same_names_everywhere():
+@pytest.mark.parametrize("case", CASES)
+def test_stats_have_the_same_names_everywhere(case):
     names = {"usage", "perplexity", "dead", "code_norm", "latent_norm", "saturation"}
-    for case, settings in CASES.items():
-        more = {"entropy_token", "entropy_mean"} if settings.get("entropy_weight") else set()
-        if settings["name"] == "scq":
-            more = {"support", "bits", "perplexity_soft"} | ({"residual"} if case == "scq" else set())
-        quantizer = built(case)
-        for driven in (False, True):
-            for training in (True, False):
-                out = quantizer.train(training)(normal(TOKENS, DIM, seed=1).float())
-                assert set(out.stats) == names | more, (case, driven, training)
-            quantizer.train()
-            quantizer.begin()
+    more = {"entropy_token", "entropy_mean"} if settings(case).get("entropy_weight") else set()
+    if case.startswith("scq"):
+        more = {"support", "bits", "perplexity_soft"} | ({"residual"} if case == "scq" else set())
+    quantizer = built(case)
+    for driven in (False, True):
+        for training in (True, False):
+            out = quantizer.train(training)(normal(TOKENS, DIM, seed=1).float())
+            assert set(out.stats) == names | more, (driven, training)
+        quantizer.train()
+        quantizer.begin()
 
 
 @pytest.mark.parametrize("case", SINGLE)
@@ -141,11 +91,11 @@ def test_stats_say_what_their_names_say(case):
     assert 0 < float(out.stats["saturation"]) <= 1
 
 
-def _step(data, codes, num_codes):
-    """One training step of every case that has this size: answers, and gradients of tables and of the rest."""
+def _step(data, codes, num_codes, cases):
+    """One training step of every case: answers, and gradients of tables and of the rest."""
     mesh = None if data * codes == 1 else Mesh(data, codes)
     out = {}
-    for case in CASES if num_codes == K else WITH_TABLE:
+    for case in cases:
         quantizer = built(case, mesh, num_codes=num_codes).double()
         tables = set_aside(quantizer)
         assert not any(name.endswith(("rows", "_k", "_kD")) for name in quantizer.state_dict())
@@ -165,12 +115,14 @@ def _step(data, codes, num_codes):
     return out
 
 
-@pytest.mark.parametrize("num_codes", [3, K, 200])
+@pytest.mark.parametrize(
+    ("num_codes", "cases"), [(3, WITH_TABLE), (K, CASES), (200, WITH_TABLE)], ids=["3", "K", "200"]
+)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_fixed_global_batch_gives_the_same_on_every_grid(ranks, grid, num_codes):
+def test_a_fixed_global_batch_gives_the_same_on_every_grid(ranks, grid, num_codes, cases):
     world = grid[0] * grid[1]
-    results = ranks(world, _step, *grid, num_codes, timeout_s=240.0)
-    for case, (tensors, losses, stats, rows, replicated) in _step(1, 1, num_codes).items():
+    results = ranks(world, _step, *grid, num_codes, cases, timeout_s=240.0)
+    for case, (tensors, losses, stats, rows, replicated) in _step(1, 1, num_codes, cases).items():
         got = [result[case] for result in results]
         z, ids, encoded, decoded, grad_x = (torch.cat([part[0][which] for part in got]) for which in range(5))
         assert torch.equal(ids, tensors[1])

@@ -13,21 +13,19 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
+from quantizer_cases import CASES, settings
 from safetensors.torch import load_file
 from saved_runs import images, shift, small, write_run
-from test_quantizers import CASES, K
 
 import vqscale
 from vqscale import config as configuration
 from vqscale.codes.rows import set_aside
-from vqscale.config.schema import classes_of, fields_of, named
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.config import QuantizerConfig
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import config as train_config
+from vqscale.train import config_tokenizer
 
 
 def same(one: Tokenizer, other: Tokenizer) -> None:
@@ -45,9 +43,7 @@ def same(one: Tokenizer, other: Tokenizer) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_is_loaded_to_the_bit(case, tmp_path):
-    known = fields_of(named(classes_of(QuantizerConfig))[1][CASES[case]["name"]])
-    wanted = {"num_codes": K, "dim": 4, "init": "normal"} if CASES[case]["name"] != "fsq" else {}
-    tokenizer = small(quantizer={key: x for key, x in wanted.items() if key in known} | CASES[case])
+    tokenizer = small(quantizer=settings(case))
     assert tokenizer.save(tmp_path / "out") == tmp_path / "out"
     loaded = vqscale.Tokenizer.load(tmp_path / "out")
     assert not any(part.training for part in loaded.modules())
@@ -256,7 +252,7 @@ def test_what_cannot_be_loaded_or_saved_is_an_error_on_all_ranks(ranks, tmp_path
 def test_without_torch_the_config_is_there():
     code = "import sys, vqscale, vqscale.tokenizer.config as t; t.TokenizerConfig(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert train_config.TokenizerConfig is TokenizerConfig
+    assert config_tokenizer.TokenizerConfig is TokenizerConfig
 
 
 @pytest.mark.slow

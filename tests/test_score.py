@@ -84,7 +84,7 @@ def _slowly(images, name):
     x = torch.cat([batch.images for batch in batches if batch.valid.all()])
     with torch.no_grad():
         pairs = [tokenizer(image[None]) for image in x]
-    y, ids = torch.cat([recon for recon, _ in pairs]), torch.cat([quantized.ids_N.flatten() for _, quantized in pairs])
+    y, ids = torch.cat([recon for recon, _ in pairs]), torch.cat([quantized.ids.flatten() for _, quantized in pairs])
     features = [Small()(to_bytes(z))[0].numpy() for z in (x, y)]
     shares = ids.bincount(minlength=CODES).double() / len(ids)
     both = list(zip(x, y, strict=True))

@@ -11,7 +11,7 @@ from vqscale import config as configuration
 from vqscale import quantizers
 from vqscale.nets.config import ConvConfig
 from vqscale.quantizers.base import Quantized, Quantizer
-from vqscale.quantizers.config import IBQConfig
+from vqscale.quantizers.config.tables import IBQConfig
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import losses
@@ -82,7 +82,7 @@ def test_tokens_are_row_major_per_image(tokenizer, images):
 def test_forward_is_its_parts(tokenizer, images):
     tokenizer.eval()
     recon, quantized = tokenizer(images)
-    rows = tokenizer.quantizer.rows[quantized.ids_N]
+    rows = tokenizer.quantizer.rows[quantized.ids]
     z = torch.zeros(2, 3, 2, 3)
     for n, row in enumerate(rows):
         z[n // 6, :, n % 6 // 3, n % 3] = row
@@ -97,7 +97,7 @@ def test_ids_there_and_back(tokenizer, images):
     assert ids.shape == (2, 2, 3)
     assert ids.dtype == torch.int64
     assert ids.flatten()[:11].tolist() == list(range(11))
-    assert torch.equal(ids.flatten(), quantized.ids_N)
+    assert torch.equal(ids.flatten(), quantized.ids)
     torch.testing.assert_close(tokenizer.decode(ids), recon)
 
 
@@ -106,7 +106,7 @@ def test_ids_there_and_back_with_a_codebook(images, name):
     tokenizer = Tokenizer(NET, quantizers.build({"name": name, "num_codes": 50, "dim": 4}), "rms").eval()
     recon, quantized = tokenizer(images)
     ids = tokenizer.encode(images)
-    assert torch.equal(ids.flatten(), quantized.ids_N)
+    assert torch.equal(ids.flatten(), quantized.ids)
     torch.testing.assert_close(tokenizer.decode(ids), recon)
 
 
@@ -158,7 +158,7 @@ def test_float32_under_autocast(tokenizer, images):
         assert torch.is_autocast_enabled("cpu")
     expected = F.conv2d(half.float(), tokenizer.quant_conv.weight, tokenizer.quant_conv.bias)
     given, given_to_encode = tokenizer.quantizer.seen
-    assert given.dtype == given_to_encode.dtype == quantized.z_ND.dtype == recon.dtype == torch.float32
+    assert given.dtype == given_to_encode.dtype == quantized.z.dtype == recon.dtype == torch.float32
     torch.testing.assert_close(given, expected.permute(0, 2, 3, 1).reshape(12, 3), rtol=1e-6, atol=1e-6)
     assert tokenizer.quantizer.autocast == [False, False]
 
@@ -167,7 +167,7 @@ def test_no_images_give_no_ids(tokenizer):
     """The last batch of an evaluation can be empty on some ranks, which still take part."""
     recon, quantized = tokenizer(torch.zeros(0, 3, 8, 12))
     assert recon.shape == (0, 3, 8, 12)
-    assert quantized.ids_N.shape == (0,)
+    assert quantized.ids.shape == (0,)
     assert tokenizer.encode(torch.zeros(0, 3, 8, 12)).shape == (0, 2, 3)
 
 
@@ -181,7 +181,7 @@ def test_forward_on_the_meta_device():
     with torch.device("meta"):
         recon, quantized = Tokenizer(NET, Nearest())(torch.empty(2, 3, 8, 12))
     assert recon.shape == (2, 3, 8, 12)
-    assert quantized.z_ND.shape == (12, 3)
+    assert quantized.z.shape == (12, 3)
 
 
 def test_reconstruction_losses():

@@ -24,7 +24,7 @@ from vqscale.metrics import unigram
 from vqscale.nets.config import ConvConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
-from vqscale.quantizers.config import VQConfig
+from vqscale.quantizers.config.tables import VQConfig
 from vqscale.run import folder
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer

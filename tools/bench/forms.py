@@ -109,7 +109,7 @@ def _ours(setting: Setting, mesh: Mesh, x_ND: Tensor, g_ND: Tensor) -> tuple[For
 
     def step() -> tuple[Tensor, ...]:
         out = quantizer(x_ND)
-        torch.autograd.backward([out.z_ND, torch.stack(list(out.losses.values())).sum()], [g_ND, None])
+        torch.autograd.backward([out.z, torch.stack(list(out.losses.values())).sum()], [g_ND, None])
         return _take_gradients(x_ND, rows_kD)
 
     return step, lambda: (quantizer.encode(x_ND.detach()),)

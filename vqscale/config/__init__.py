@@ -2,17 +2,19 @@
 
 from vqscale.config.load import ConfigError, describe, differences, dump, load, parse, to_dict
 from vqscale.config.marks import Free, FreeToChange
-from vqscale.config.schema import free_keys
+from vqscale.config.schema import OneOf, free_keys, load_class
 
 __all__ = [
     "ConfigError",
     "Free",
     "FreeToChange",
+    "OneOf",
     "describe",
     "differences",
     "dump",
     "free_keys",
     "load",
+    "load_class",
     "parse",
     "to_dict",
 ]

@@ -1,7 +1,7 @@
 """What a config schema says of itself: keys, types, defaults, doc lines, what tells a union's members apart, the help.
 
-A schema is a frozen dataclass, or a union of dataclasses. Nothing here reads a config: that is load.py, which also
-passes on `describe`.
+A schema is a frozen dataclass, or a union of dataclasses, closed (X | Y) or open (OneOf). Nothing here reads a config:
+that is load.py, which also passes on `describe`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import functools
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
+from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -71,10 +72,37 @@ def doc_lines(cls: type) -> dict[str, str]:
     return docs
 
 
+class OneOf:
+    """A union of dataclasses that stays open: those that a dictionary names, `module:Class` each, looked up on use.
+
+    A new line of the dictionary makes a new member; with `fits`, if that says so. Keys of a config have such a union as
+    their type.
+    """
+
+    def __init__(self, paths: Mapping[str, str], fits: Callable[[Any], bool] = bool) -> None:
+        self._paths, self._fits = paths, fits
+
+    def __getitem__(self, name: str) -> type:
+        """The dataclass of this name."""
+        return load_class(self._paths[name])
+
+    def classes(self) -> Iterable[type]:
+        return filter(self._fits, map(load_class, self._paths.values()))
+
+
+def load_class(path: str) -> Any:
+    """What `module:Class` names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
 def members(kind: Any) -> tuple[Any, ...]:
     """The types of a union without null; a type that is no union is its own only member."""
+    if isinstance(kind, OneOf):
+        return tuple(kind.classes())
     choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return tuple(choice for choice in choices if choice is not NoneType)
+    found = [members(choice) if isinstance(choice, OneOf) else (choice,) for choice in choices]
+    return tuple(choice for choice in itertools.chain(*found) if choice is not NoneType)
 
 
 def allows_none(kind: Any) -> bool:

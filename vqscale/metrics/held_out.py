@@ -200,7 +200,7 @@ def through(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
         ids = tokenizer.encode(images)
         return tokenizer.decode(ids).float(), ids
     recon, quantized = tokenizer(images)
-    return recon.float(), quantized.ids_N
+    return recon.float(), quantized.ids
 
 
 @torch.no_grad()

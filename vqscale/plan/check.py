@@ -142,7 +142,7 @@ def _step(tokens: int, codes: int, dim: int, mesh: Mesh) -> Callable[[], object]
     def run() -> None:
         out = quantizer(x_ND)
         losses = torch.stack(list(out.losses.values())).sum()
-        torch.autograd.backward([out.z_ND, losses], [torch.ones_like(out.z_ND) / tokens, None])
+        torch.autograd.backward([out.z, losses], [torch.ones_like(out.z) / tokens, None])
         x_ND.grad = None
         for parameter in quantizer.parameters():
             parameter.grad = None

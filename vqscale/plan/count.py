@@ -149,7 +149,7 @@ def code_axis(settings: Mapping[str, Any]) -> CodeAxis:
     with tally.silent(), Walk() as walk:
         out = quantizer(x_ND)
         losses = torch.stack(list(out.losses.values())).sum()
-        torch.autograd.backward([out.z_ND, losses], [torch.ones_like(out.z_ND), None])
+        torch.autograd.backward([out.z, losses], [torch.ones_like(out.z), None])
     pairs, product = _TOKENS * _CODES, 2 * _TOKENS * _CODES * _DIM
     return CodeAxis(
         round(walk.operations / product),

@@ -25,7 +25,7 @@ from vqscale.plan.adversarial import judges
 from vqscale.plan.cost import split_bytes
 from vqscale.plan.count import CodeAxis, Network, code_axis, network
 from vqscale.plan.traffic import KNOWN, Grid, Work, messages, revival, sent
-from vqscale.quantizers.config import EMAConfig, IBQConfig, VQConfig
+from vqscale.quantizers.config.tables import EMAConfig, IBQConfig, VQConfig
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import TokenizerRun
 

@@ -1,33 +1,25 @@
-"""Quantizers: one paper, one file, one interface (base.py). None of them knows about ranks; their codebook does.
+"""Quantizers: one paper, one file, one interface (base.py).
 
-To add one: a file here, its settings in config.py, and its line in QUANTIZERS. The tests run over this dictionary.
+A quantizer is arithmetic on what its codebook returns for the tokens of this rank. Which rank has which rows it does
+not know; sums over the tokens or rows of all ranks it takes from codes/, or makes over an axis of its mesh.
+
+To add one: a file here, its settings (in config/, which has no torch), and its line in QUANTIZERS. Build, save and the
+tests of what every quantizer promises go over that dictionary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vqscale import config as configuration
-from vqscale.quantizers.config import QuantizerConfig
+from vqscale.quantizers.config import QUANTIZERS, QuantizerConfig
+
+__all__ = ["QUANTIZERS", "build"]
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
     from vqscale.quantizers.base import Quantizer
-
-QUANTIZERS = {
-    "vq": "vqscale.quantizers.vq:VQ",
-    "ema": "vqscale.quantizers.ema:EMA",
-    "ibq": "vqscale.quantizers.ibq:IBQ",
-    "simvq": "vqscale.quantizers.simvq:SimVQ",
-    "fsq": "vqscale.quantizers.fsq:FSQ",
-    "lfq": "vqscale.quantizers.lfq:LFQ",
-    "bsq": "vqscale.quantizers.bsq:BSQ",
-    "scq": "vqscale.quantizers.scq:SCQ",
-    "residual": "vqscale.quantizers.residual:Residual",
-    "grouped": "vqscale.quantizers.grouped:Grouped",
-}
 
 
 def build(config: Mapping[str, Any] | QuantizerConfig, mesh: Mesh | None = None, *, seed: int = 0) -> Quantizer:
@@ -38,6 +30,5 @@ def build(config: Mapping[str, Any] | QuantizerConfig, mesh: Mesh | None = None,
     if isinstance(config, Mapping):
         parsed: QuantizerConfig = configuration.parse(QuantizerConfig, config, source="quantizer")
         return build(parsed, mesh, seed=seed)
-    module, name = QUANTIZERS[config.name].split(":")
-    quantizer: Quantizer = getattr(import_module(module), name)(config, mesh, seed=seed)
+    quantizer: Quantizer = configuration.load_class(config.module)(config, mesh, seed=seed)
     return quantizer

@@ -20,24 +20,16 @@ Renewed = tuple[nn.Parameter, Tensor]
 
 @dataclass
 class Quantized:
-    """z_ND goes to the decoder; `losses` are weighted, training adds their sum; `stats` are for the eye.
+    """The answer for N tokens: `losses` are weighted, training adds their sum; `stats` are for the eye.
 
     Losses are means over the tokens of this rank, or the same number on all ranks; stats likewise, those that cost
     something only while `tally.statistics` is on.
     """
 
-    z_ND: Tensor
-    ids_N: Tensor
+    z: Tensor  # (N, D), for the decoder
+    ids: Tensor  # (N,), or (N, num_ids) where a token has several
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def z(self) -> Tensor:
-        return self.z_ND
-
-    @property
-    def ids(self) -> Tensor:
-        return self.ids_N
 
 
 class Quantizer(nn.Module, ABC):

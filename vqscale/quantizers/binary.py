@@ -14,7 +14,7 @@ from torch import Tensor
 from vqscale.codes import bits
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import full
-from vqscale.quantizers.config_implicit import BSQConfig, LFQConfig
+from vqscale.quantizers.config.implicit import BSQConfig, LFQConfig
 
 
 def codes(bits_ND: Tensor, scale: float, unit: Tensor) -> Tensor:

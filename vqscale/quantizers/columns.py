@@ -43,4 +43,4 @@ def join(answers: Sequence[Quantized], z_ND: Tensor) -> Quantized:
     names = sorted({name for answer in answers for name in answer.losses})
     losses = {n: torch.stack([a.losses[n] for a in answers if n in a.losses]).sum() for n in names}
     stats = {n: torch.stack([a.stats[n].detach().double() for a in answers]).mean() for n in answers[0].stats}
-    return Quantized(z_ND, torch.stack([answer.ids_N for answer in answers], dim=1), losses, stats)
+    return Quantized(z_ND, torch.stack([answer.ids for answer in answers], dim=1), losses, stats)

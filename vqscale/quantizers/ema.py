@@ -18,7 +18,7 @@ from vqscale.codes.rows import Table
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Renewed, TableQuantizer, full, table_stats
-from vqscale.quantizers.config import EMAConfig
+from vqscale.quantizers.config.tables import EMAConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vqscale.codes.usage import Usage
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full
-from vqscale.quantizers.config_implicit import FSQConfig
+from vqscale.quantizers.config.implicit import FSQConfig
 from vqscale.quantizers.gradients import straight_through
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized
 from vqscale.quantizers.columns import Columns, join
-from vqscale.quantizers.config import GroupedConfig
+from vqscale.quantizers.config.compositions import GroupedConfig
 
 
 class Grouped(Columns):
@@ -24,7 +24,7 @@ class Grouped(Columns):
 
     def forward(self, x_ND: Tensor) -> Quantized:
         answers = [part(x_Nd) for part, x_Nd in zip(self.quantizers(), self._cut(x_ND), strict=True)]
-        return join(answers, torch.cat([answer.z_ND for answer in answers], dim=1))
+        return join(answers, torch.cat([answer.z for answer in answers], dim=1))
 
     def _cut(self, x_ND: Tensor) -> tuple[Tensor, ...]:
         return x_ND.split(self.quantizers()[0].dim, dim=1)

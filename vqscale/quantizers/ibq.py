@@ -17,7 +17,7 @@ from torch import Tensor
 from vqscale.codes.tally import entropy_of_mean
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, TableQuantizer, full
-from vqscale.quantizers.config import IBQConfig
+from vqscale.quantizers.config.tables import IBQConfig
 
 
 class IBQ(TableQuantizer):

@@ -15,7 +15,7 @@ from vqscale.codes.usage import Usage
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import binary
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full
-from vqscale.quantizers.config_implicit import LFQConfig
+from vqscale.quantizers.config.implicit import LFQConfig
 from vqscale.quantizers.gradients import straight_through
 
 

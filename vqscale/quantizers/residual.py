@@ -17,7 +17,8 @@ from vqscale.codes.config import UpkeepConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, full
 from vqscale.quantizers.columns import Columns, join
-from vqscale.quantizers.config import ResidualConfig, SingleConfig
+from vqscale.quantizers.config import SingleConfig
+from vqscale.quantizers.config.compositions import ResidualConfig
 
 
 class Residual(Columns):
@@ -31,7 +32,7 @@ class Residual(Columns):
         for i, level in enumerate(self.quantizers()):
             scale = self.config.scale**i
             answers.append(level(rest_ND / scale))
-            part_ND = answers[-1].z_ND * scale
+            part_ND = answers[-1].z * scale
             z_ND, rest_ND = z_ND + part_ND, rest_ND - part_ND.detach()
         return join(answers, z_ND)
 

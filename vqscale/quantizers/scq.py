@@ -32,7 +32,7 @@ from vqscale.codes.convex.simplex import Shape
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, TableQuantizer, full
-from vqscale.quantizers.config_convex import SCQConfig
+from vqscale.quantizers.config.tables import SCQConfig
 
 WEIGHT_BITS = 16
 

@@ -21,7 +21,7 @@ from vqscale.codes.merge import full_precision
 from vqscale.codes.revival import Upkeep
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
-from vqscale.quantizers.config import SimVQConfig
+from vqscale.quantizers.config.tables import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 from vqscale.seed import derive
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, TableQuantizer, full
-from vqscale.quantizers.config import VQConfig
+from vqscale.quantizers.config.tables import VQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 
 

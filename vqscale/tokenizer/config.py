@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.nets.config import ConvConfig, NetConfig
-from vqscale.quantizers.config import IBQConfig, QuantizerConfig
+from vqscale.quantizers.config import QuantizerConfig
+from vqscale.quantizers.config.tables import IBQConfig
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Tokenizer(nn.Module):
         x_ND = self.latents(images)
         with _no_autocast(x_ND):
             quantized = self.quantizer(x_ND)
-        return self.reconstruct(quantized.z_ND, self.grid(images)), quantized
+        return self.reconstruct(quantized.z, self.grid(images)), quantized
 
     def latents(self, images: Tensor) -> Tensor:
         """Images -> x_ND, never in half precision: what the quantizer is given."""

@@ -34,7 +34,7 @@ def evaluate(
             break
         images = batch.images.to(mesh.device)
         recon, quantized = engine(images)
-        passed.add(images, recon.float(), quantized.ids_N, batch.valid.to(mesh.device))
+        passed.add(images, recon.float(), quantized.ids, batch.valid.to(mesh.device))
         if number == 0:
             shown = first_images(images, recon.float(), mesh)
             board.images(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from vqscale.quantizers.config import QuantizerSettings
 
 MOST_BITS = 62  # ids and their arithmetic are int64
 
@@ -24,7 +26,7 @@ LEVELS = {
 
 
 @dataclass(frozen=True)
-class ImplicitConfig:
+class ImplicitConfig(QuantizerSettings):
     """What every quantizer without a table has."""
 
     window_decay: float | None = None
@@ -40,6 +42,7 @@ class ImplicitConfig:
 class FSQConfig(ImplicitConfig):
     """Finite scalar quantization: every channel is bounded and rounded to one of its levels. No losses."""
 
+    module: ClassVar[str] = "vqscale.quantizers.fsq:FSQ"
     name: Literal["fsq"] = "fsq"
     """rounded channels, no learned codes"""
     levels: tuple[int, ...] | str | None = None
@@ -148,6 +151,7 @@ def _near(num_codes: int) -> str:
 class LFQConfig(BitsConfig):
     """Lookup-free quantization (MAGVIT-v2): the signs of the channels."""
 
+    module: ClassVar[str] = "vqscale.quantizers.lfq:LFQ"
     name: Literal["lfq"] = "lfq"
     """signs of channels, no learned codes"""
     commitment_weight: float = 0.25
@@ -164,6 +168,7 @@ class LFQConfig(BitsConfig):
 class BSQConfig(BitsConfig):
     """Binary spherical quantization: the signs of a token on the unit sphere."""
 
+    module: ClassVar[str] = "vqscale.quantizers.bsq:BSQ"
     name: Literal["bsq"] = "bsq"
     """signs on the unit sphere, no learned codes"""
     commitment_weight: float = 0.25

@@ -1,23 +1,23 @@
-"""The settings of every quantizer, as frozen dataclasses that mirror the YAML. No torch here: --help stays instant."""
+"""The settings of quantizers whose codes are rows of a table. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from vqscale.codes.config import SimilarityName, TableConfig
 from vqscale.config import Free
-from vqscale.quantizers.config_convex import SCQConfig
-from vqscale.quantizers.config_implicit import BSQConfig, FSQConfig, LFQConfig
+from vqscale.quantizers.config import QuantizerSettings
 
 Estimator = Literal["straight_through", "rotation"]
 
 
 @dataclass(frozen=True)
-class VQConfig(TableConfig):
+class VQConfig(TableConfig, QuantizerSettings):
     """Vector quantization with a straight-through gradient: |sg(x) - c|^2 and commitment |x - sg(c)|^2."""
 
+    module: ClassVar[str] = "vqscale.quantizers.vq:VQ"
     name: Literal["vq"] = "vq"
     """nearest code, learned by gradient"""
     similarity: SimilarityName = "euclid"
@@ -31,9 +31,10 @@ class VQConfig(TableConfig):
 
 
 @dataclass(frozen=True)
-class EMAConfig(TableConfig):
+class EMAConfig(TableConfig, QuantizerSettings):
     """Vector quantization whose rows are moving averages of the tokens that took them."""
 
+    module: ClassVar[str] = "vqscale.quantizers.ema:EMA"
     name: Literal["ema"] = "ema"
     """nearest code, rows as moving averages"""
     similarity: SimilarityName = "euclid"
@@ -54,9 +55,10 @@ class EMAConfig(TableConfig):
 
 
 @dataclass(frozen=True)
-class IBQConfig(TableConfig):
+class IBQConfig(TableConfig, QuantizerSettings):
     """Index backpropagation: the straight-through one-hot sends gradients to all codes through the softmax."""
 
+    module: ClassVar[str] = "vqscale.quantizers.ibq:IBQ"
     name: Literal["ibq"] = "ibq"
     """arg max code, gradients to all codes"""
     similarity: SimilarityName = "dot"
@@ -80,9 +82,10 @@ class IBQConfig(TableConfig):
 
 
 @dataclass(frozen=True)
-class SimVQConfig:
+class SimVQConfig(QuantizerSettings):
     """A frozen normal basis under a learned linear map."""
 
+    module: ClassVar[str] = "vqscale.quantizers.simvq:SimVQ"
     name: Literal["simvq"] = "simvq"
     """nearest code of a frozen basis under one learned linear map"""
     num_codes: int = 4096
@@ -110,51 +113,26 @@ class SimVQConfig:
             yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
 
 
-SingleConfig = VQConfig | EMAConfig | IBQConfig | SimVQConfig | FSQConfig | LFQConfig | BSQConfig
-
-
 @dataclass(frozen=True)
-class ResidualConfig:
-    """Levels of any other quantizer, each on what the ones before left."""
+class SCQConfig(TableConfig, QuantizerSettings):
+    """Soft convex quantization: a sparse convex combination of codes. Continuous: ids say less than its output."""
 
-    name: Literal["residual"] = "residual"
-    """several levels, each quantizes what the ones before left"""
-    inner: SingleConfig = field(default_factory=VQConfig)
-    """the quantizer of every level"""
-    levels: int = 4
-    """number of levels, and of ids per token"""
-    scale: float = 1.0
-    """level i works at scale**i: below 1 lets a quantizer of fixed range (fsq, lfq, bsq) refine"""
-    stagger: int = 10
-    """with init: data, each level warms up so many steps longer than the one before"""
+    module: ClassVar[str] = "vqscale.quantizers.scq:SCQ"
+    composes: ClassVar[bool] = False  # its ids do not say its output
+    name: Literal["scq"] = "scq"
+    """convex combination of codes near the nearest one; its output is continuous, decode(ids) is not it"""
+    solver: Literal["exact", "relaxed"] = "exact"
+    """exact: the constrained minimum; relaxed: unconstrained, then projected, which is another point for small lam"""
+    lam: float = 0.1
+    """weight of |P - onehot|^2 beside |x - C P|^2: small is the convex hull, large is the nearest code"""
+    quantization_weight: float = 1.0
+    """weight of |x - z|^2, whose gradient goes to the encoder and the rows"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if self.levels < 1:
-            yield "levels", f"levels is {self.levels}: use at least 1"
-        if self.scale <= 0:
-            yield "scale", f"scale is {self.scale}: use a positive number"
-        if self.stagger < 1:
+        yield from super().problems()
+        if self.lam <= 0:
             yield (
-                "stagger",
-                f"stagger is {self.stagger}: a level needs at least 1 step to see what is left, use 1 or more",
+                "lam",
+                f"lam is {self.lam}, and without |P - onehot|^2 many combinations are equally good: use a positive "
+                "number (0.001 is nearly the projection on the convex hull)",
             )
-
-
-@dataclass(frozen=True)
-class GroupedConfig:
-    """Parts of a token, each with another quantizer."""
-
-    name: Literal["grouped"] = "grouped"
-    """a token is cut into parts, each has a quantizer of its own"""
-    inner: SingleConfig = field(default_factory=VQConfig)
-    """the quantizer of every part; its dim is the dimension of a part"""
-    groups: int = 2
-    """number of parts, and of ids per token"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        if self.groups < 1:
-            yield "groups", f"groups is {self.groups}: use at least 1"
-
-
-# scq is no level of another: its ids do not say its output.
-QuantizerConfig = SingleConfig | SCQConfig | ResidualConfig | GroupedConfig
