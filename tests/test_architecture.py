@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ BENCH = sorted((ROOT / "tools" / "bench").glob("*.py"))
 SOURCES = PACKAGE + [path for room in ("launch", "tools") for path in sorted((ROOT / room).rglob("*.py"))]
 
 # What each room may import of the package, beside itself. A room that is not here is one that nobody has decided on.
-GROUND = {"config", "seed"}
+GROUND = {"config", "errors", "seed"}
 BESIDE = GROUND | {"parallel"}
 MODELS = BESIDE | {"disk", "codes", "quantizers", "nets", "tokenizer", "priors"}
 MAY_IMPORT = {
     "config": GROUND,
+    "errors": GROUND,
     "seed": GROUND,
     "parallel": GROUND,
     "disk": BESIDE,
@@ -40,7 +42,7 @@ MAY_IMPORT = {
     "plan": MODELS | {"train"},
     "programs": MODELS | {"engine", "data", "metrics", "show", "run", "train", "plan"},
 }
-TOP = {"__init__"}  # it may import everything
+TOP = {"__init__", "__main__"}  # it may import everything
 
 # What the folders inside a room may import of each other; files beside them serve all, and use what they like.
 INSIDE = {
@@ -190,6 +192,13 @@ def test_rooms_without_a_meaning_do_not_exist():
     forbidden = {"utils", "util", "helpers", "common", "misc", "manager", "handler"}
     for path in SOURCES:
         assert not forbidden & {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}, _name(path)
+
+
+def test_an_installed_package_has_every_folder():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {_module(path) for path in PACKAGE if path.name == "__init__.py"}
+    wrong = set(asked) ^ (folders | {"vqscale_bench"})
+    assert not wrong, f"packages in pyproject.toml and the folders that there are differ in {sorted(wrong)}"
 
 
 def test_no_path_of_one_machine():

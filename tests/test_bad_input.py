@@ -95,8 +95,8 @@ def test_what_does_not_fit_the_processes(config, override, rule):
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        (["--frobnicate"], "--frobnicate is neither an option nor key=value, and there is one CONFIG: see launch/tr"),
-        (["another.yaml"], "another.yaml is neither an option nor key=value, and there is one CONFIG: see launch/tr"),
+        (["--frobnicate"], "--frobnicate is neither an option nor key=value, and there is one CONFIG"),
+        (["another.yaml"], "another.yaml is neither an option nor key=value, and there is one CONFIG"),
         (["--world", "8"], "--world takes a number of processes, with --dry-run; found 8: use --world 8"),
         (["--dry-run", "--world", "x"], "--world takes a number of processes, with --dry-run; found x: use --world 8"),
         (["=3"], "command line: =3: an override is key=value"),

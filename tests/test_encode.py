@@ -248,7 +248,7 @@ def test_broken_images_are_left_out_and_listed(place, tmp_path):
     argv = [*words(place, tmp_path / "cache", "--shards", f"{tmp_path}/s-*.tar"), "--max-broken"]
     status, said = start([*argv, "1"])
     assert status == 1
-    assert "encode: 2 images or shards are broken, --max-broken is 1: repair or leave out the shards" in said
+    assert "error: 2 images or shards are broken, --max-broken is 1: repair or leave out the shards" in said
     assert "021: " in said
     assert "Traceback" not in said
     assert "2 broken images are left out" in encode([*argv, "2"])
@@ -292,7 +292,7 @@ def test_bad_input(place, whole, tmp_path):
     for argv, expected in cases:
         status, said = start(argv)
         assert status == 2, said
-        for text in ("encode: ", *expected):
+        for text in ("error: ", *expected):
             assert text in said, said
         assert "Traceback" not in said
     without = words(place, tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from vqscale.run import processes
+from vqscale.run.folder import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +36,7 @@ def _ask(command, **env):
     ("command", "word"),
     [
         (["launch/train.py", "--world", "x"], "error: --world takes a number of processes, with --dry-run; found x"),
-        (["tools/sample.py", "PRIOR", "TOKENIZER", "OUT", "--codes", "2"], "sample: --codes 2 "),
+        (["tools/sample.py", "PRIOR", "TOKENIZER", "OUT", "--codes", "2"], "error: --codes 2 "),
     ],
     ids=["training", "a tool"],
 )
@@ -48,25 +50,63 @@ def test_the_reason_is_left_for_torchrun(tmp_path, command, word):
     assert int(left["extraInfo"]["timestamp"]) > 0
 
 
-def test_what_the_weights_did_is_said_in_a_line(capsys):
-    assert processes.tell("sample", FloatingPointError("logits must be finite")) == 1
-    assert capsys.readouterr().err == "sample: logits must be finite\n"
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (ValueError("that is no number"), 2, "error: that is no number\n"),
+        (FloatingPointError("logits must be finite"), 1, "error: logits must be finite\n"),
+        (OSError("the disk is gone"), 1, "error: the disk is gone\n"),
+        (RunError("too many broken samples"), 1, "error: too many broken samples\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (RuntimeError("[gloo] Connection closed by peer"), 1, "error: lost another rank ([gloo] Connection closed by "
+         "peer); its own message says why\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_what_is_foreseen_is_told_in_a_line(capsys, error, status, told):
+    def fails():
+        raise error
+
+    assert processes.status_of(fails) == status
+    assert capsys.readouterr().err == told
+
+
+def test_what_nobody_foresaw_is_told_with_its_traceback(capsys):
+    def fails():
+        raise KeyError("patch")
+
+    assert processes.status_of(fails) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == "error: KeyError: 'patch'"
+
+
+def test_every_error_of_ours_that_is_no_input_explains_itself():
+    """A class derived from RuntimeError beside ExplainedError would be told with a traceback."""
+    found = [
+        f"{path}: {node.name}"
+        for path in sorted((ROOT / "vqscale").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(b, ast.Name) and b.id == "RuntimeError" for b in node.bases)
+    ]
+    assert [line.rpartition(": ")[2] for line in found] == ["ExplainedError", "RankError"], found
 
 
 @pytest.mark.parametrize(
-    ("command", "who"),
+    "command",
     [
-        (["tools/sample.py", "PRIOR", "TOKENIZER", "OUT"], "sample"),
-        (["tools/encode.py", "TOKENIZER", "OUT", "--shards", "{shards}/val.tar"], "encode"),
-        (["tools/evaluate.py", "tokenizer", "RUN", "--shards", "{shards}/val.tar"], "error"),
+        ["tools/sample.py", "PRIOR", "TOKENIZER", "OUT"],
+        ["tools/encode.py", "TOKENIZER", "OUT", "--shards", "{shards}/val.tar"],
+        ["tools/evaluate.py", "tokenizer", "RUN", "--shards", "{shards}/val.tar"],
     ],
     ids=["sample", "encode", "evaluate"],
 )
-def test_processes_that_do_not_fit_the_codes_never_meet(tiny_shards, tmp_path, command, who):
+def test_processes_that_do_not_fit_the_codes_never_meet(tiny_shards, tmp_path, command):
     words = [word.format(shards=tiny_shards) for word in command]
     done = _ask([*words, "--codes", 2], WORLD_SIZE="3", RANK="0", XDG_CACHE_HOME=str(tmp_path))
     rule = "--codes 2 does not divide the 3 processes that were started: change --codes or --nproc_per_node"
-    assert (done.returncode, done.stderr) == (2, f"{who}: {rule}\n")
+    assert (done.returncode, done.stderr) == (2, f"error: {rule}\n")
 
 
 def _parted(error, agreed):

@@ -38,7 +38,7 @@ def test_every_split_of_every_world_is_predicted(plan, capsys):
 
 
 def test_a_fixed_batch_divides_the_work(plan, capsys):
-    words = [SMALL[0], "--gpus", "1,3,4", "--batch", "32", "--json"]
+    words = [SMALL[0], "--gpus", "1,3,4", "--global-batch", "32", "--json"]
     assert plan.main(words) == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
     assert [step["images_per_gpu"] for step in steps] == [32, 8, 8, 8]  # three do not divide 32

@@ -103,7 +103,7 @@ def test_errors_say_what_there_is(tmp_path, capsys, arguments, rule):
     assert main([argument.replace("{a}", str(a)).replace("{torn}", str(torn)) for argument in arguments]) == 2
     out, complaint = capsys.readouterr()
     assert not out
-    assert complaint.startswith("plot: ")
+    assert complaint.startswith("error: ")
     assert rule in complaint
     assert sorted(tmp_path.rglob("*")) == before
 

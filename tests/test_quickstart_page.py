@@ -83,7 +83,7 @@ def test_the_page_says_what_the_runs_have_written(place, tmp_path):
         assert said in text
     headings = re.findall("<h2>(.*?)</h2>", text)
     assert headings == ["The tokenizer", "Reconstructions", "The prior", "Samples", "To go on"]
-    assert "launch/train.py" in text.partition("To go on")[2]
+    assert "vqscale train" in text.partition("To go on")[2]
 
 
 def test_everything_is_in_the_file(place, tmp_path):

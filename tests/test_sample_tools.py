@@ -139,19 +139,19 @@ def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
     [
         (
             ("--temperature", -1, "--top-p", 0, "--classes", "x", "--codes", 2, "--timeout-s", 0, "--num-images", 0),
-            "sample: --codes 2 does not divide the 1 processes that were started: change --codes or --nproc_per_node; "
+            "error: --codes 2 does not divide the 1 processes that were started: change --codes or --nproc_per_node; "
             "--classes has 'x': give numbers and ranges such as 0,5,10-19; num_images is 0: use at least 1; "
             "temperature is -1.0: use 0 (the likeliest id) or more; top_p is 0.0: use a share above 0 and at most 1; "
             "--timeout-s is 0.0, and processes have to wait for each other: use more than 0\n",
         ),
         (("--classes", "2,2"), "class 2 is in the list of classes twice"),
-        (("--classes", "3,5"), r"sample: class 5 is none of the prior's (0 .. 4): change --classes"),
-        (("--classes", ","), "sample: --classes names no class"),
+        (("--classes", "3,5"), r"error: class 5 is none of the prior's (0 .. 4): change --classes"),
+        (("--classes", ","), "error: --classes names no class"),
         (("--num-images", 0), "num_images is 0: use at least 1"),
         (("--per-class", 0), "num_images is 0: use at least 1"),
         (("--temperature", -1), "temperature is -1.0: use 0"),
         (("--resize", 0), "resize is 0: use at least 1 pixel"),
-        (("--codes", 2), "sample: --codes 2 does not divide the 1 processes that were started"),
+        (("--codes", 2), "error: --codes 2 does not divide the 1 processes that were started"),
     ],
 )
 def test_bad_input_is_said_and_nothing_written(place, tmp_path, words, message):
@@ -169,7 +169,7 @@ def test_options_are_checked_before_processes_meet_and_models_are_read(tmp_path)
         status, said = tool("sample", tmp_path / "no prior", tmp_path, out, "--temperature", -1, "--device", "cuda")
         assert (status, said) == (
             2,
-            f"sample: temperature is -1.0: use 0 (the likeliest id) or more; OUT {out} cannot be written: {taken} is "
+            f"error: temperature is -1.0: use 0 (the likeliest id) or more; OUT {out} cannot be written: {taken} is "
             "no folder; choose another OUT\n",
         )
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
@@ -188,7 +188,7 @@ def test_options_of_a_sweep_are_checked_before_processes_meet_and_models_are_rea
     )
     assert done.returncode == 2
     for message in (
-        "sweep: --classes names no class",
+        "error: --classes names no class",
         "--top-k names no value",
         "schedule is step: use constant, linear, cosine",
         "temperature is -1.0: use 0",
@@ -333,7 +333,7 @@ def test_a_sweep_from_the_command_line(place, tmp_path):
         said[said.index("guidance  temp") :],
     )  # nothing is drawn
     status, said = sweep(*words, "--top-k", ",")
-    assert (status, "sweep: --top-k names no value" in said) == (2, True)
+    assert (status, "error: --top-k names no value" in said) == (2, True)
 
 
 @pytest.mark.parametrize("codes", [1, 2])
@@ -355,4 +355,4 @@ def test_a_sweep_on_two_processes_draws_the_same(place, tmp_path, ranks, codes):
 
 def test_a_sweep_refuses_codes_that_do_not_divide_the_processes(place, tmp_path):
     status, said = sweep(*sweeping(place, tmp_path, "--codes", 2))
-    assert (status, said.startswith("sweep: --codes 2 does not divide the 1 processes that were started")) == (2, True)
+    assert (status, said.startswith("error: --codes 2 does not divide the 1 processes that were started")) == (2, True)

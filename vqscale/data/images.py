@@ -24,6 +24,7 @@ from vqscale.data.order import Order, Sequential
 from vqscale.data.shards.index import Index, build
 from vqscale.data.shards.reader import Reader
 from vqscale.data.shards.workers import read, room
+from vqscale.errors import ExplainedError
 from vqscale.seed import derive
 
 
@@ -37,7 +38,7 @@ def prepare(config: ImagesConfig) -> None:
     build(config)
 
 
-class BrokenData(RuntimeError):
+class BrokenData(ExplainedError):
     """More samples in a row are broken than `max_broken` allows."""
 
 

@@ -25,6 +25,7 @@ import zarr
 from torch import Tensor
 
 from vqscale.disk import files, manifest
+from vqscale.errors import ExplainedError
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 CHUNK_BYTES = 32 << 20
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExplainedError):
     """A checkpoint could not be written or read; raised on all ranks, the checkpoints before it stand."""
 
 

@@ -52,6 +52,11 @@ def connect(device: str = "cpu", timeout_s: float = 600.0) -> torch.device:
     return chosen
 
 
+def connected() -> bool:
+    """Whether this process is in a group with others, who may wait for it."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def disconnect() -> None:
     """Leave the processes joined by `connect`; nothing with one process."""
     if dist.is_initialized():

@@ -26,12 +26,14 @@ import yaml
 
 from vqscale import config as configuration
 from vqscale.disk import files
+from vqscale.errors import ExplainedError
+from vqscale.run.checkout import checkout
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
 
 
-class RunError(RuntimeError):
+class RunError(ExplainedError):
     """A run cannot go on, for a reason that its message explains by itself."""
 
 
@@ -112,10 +114,12 @@ def commit() -> str:
 
 
 def _git() -> tuple[str, str]:
-    here = Path(__file__).resolve().parents[2]
+    root = checkout()
+    if root is None:
+        return "unknown", ""
 
     def ask(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
         return done.stdout
 
     try:

@@ -1,7 +1,7 @@
-"""How the processes of a tool meet and how they end, well or not: what fails on one rank ends all, and is said once.
+"""How the processes of a program meet and how they end, well or not: what fails on one rank ends all.
 
-Status 0 is done, 1 failed on the way, 2 the user's input, 75 stopped on request, 130 interrupted. Training ends with
-the same errors and leaves the same word; what it prints is in launch/train.py. Imports no torch.
+Status 0 is done, 1 failed on the way, 2 the user's input, 75 stopped on request, 130 interrupted. Every program ends
+by `status_of`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vqscale.errors import ExplainedError
+
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
 
 T = TypeVar("T")
-EXPLAINED = ("RunError", "CheckpointError", "CacheError", "BrokenData")  # by name: most of their modules import torch
 LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
 
 
@@ -67,8 +68,8 @@ def joined(
 ) -> Iterator[Mesh]:
     """The mesh of all processes, joined for what is done inside and parted at its end. Collective.
 
-    `agreed` are the errors that all ranks raise together, after which they part too. After any other a rank leaves
-    without a farewell: the others may wait for it where they are.
+    `agreed` are the errors that all ranks raise together, after which they part too. After any other they do not part:
+    some may wait for this rank where they are, see `status_of`.
     """
     from vqscale.parallel.mesh import Mesh, connect, disconnect
 
@@ -97,43 +98,58 @@ def first(work: Callable[[], T], mesh: Mesh) -> T:
     return result
 
 
-def tell(tool: str, error: BaseException) -> int:
-    """Print why this process ends: what all ranks find is said once, what is unexpected with its traceback. Returns the
+def status_of(work: Callable[[], int]) -> int:
+    """The exit status of a program that is work(); what it raises is reported, and a status too.
+
+    Where others may wait for this process it ends here and now: torchrun then ends them.
+    """
+    try:
+        return work()
+    except SystemExit:  # of argparse, which has said why
+        raise
+    except BaseException as error:
+        status = report_error(error)
+        if _connected():
+            os._exit(status)
+        return status
+
+
+def report_error(error: BaseException) -> int:
+    """Print why this process ends, and give torchrun the reason; what is unexpected with its traceback. Returns the
     status.
     """
+    sys.stdout.flush()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     who = f"[rank {rank} of {world}] " if world > 1 else ""
-    text = f"{tool}: {error}" if str(error) else f"{tool}: {type(error).__name__}"
-    if isinstance(error, ValueError):
-        if rank == 0:
-            print(text, file=sys.stderr)
+    text = f"error: {error}" if str(error) else f"error: {type(error).__name__}"
+    if isinstance(error, KeyboardInterrupt):
+        told = f"{who}interrupted"
+    elif isinstance(error, ValueError) and not _connected():
+        told = "" if rank else text  # all ranks find what is wrong with the input, and one says it
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f"{who}{text}: a disk is full; make room, and the same command goes on", file=sys.stderr)
-    elif isinstance(error, OSError | FloatingPointError) or type(error).__name__ in EXPLAINED:
-        print(who + text, file=sys.stderr)
+        told = f"{who}{text}: a disk is full; make room, and the same command goes on from what is finished"
+    elif isinstance(error, ValueError | OSError | FloatingPointError | ExplainedError):
+        told = who + text
     elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-        print(f"{who}{tool}: lost another rank; its own message says why", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print(f"{who}interrupted", file=sys.stderr)
+        told = f"{who}error: lost another rank ({str(error).strip().splitlines()[0][:160]}); its own message says why"
     else:
         traceback.print_exception(error)
-    sys.stderr.flush()
-    leave_word(text)
+        told = f"{who}error: {type(error).__name__}: {error}"
+    if told:
+        print(told, file=sys.stderr, flush=True)
+    _write_error_file(text)
     return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
 
 
-def leave_word(text: str) -> None:
-    """Give torchrun the reason, which it prints below its own report of the ranks that ended."""
+def _connected() -> bool:
+    """Whether this process is in a group with others; what was never imported has joined none."""
+    mesh = sys.modules.get("vqscale.parallel.mesh")
+    return mesh is not None and bool(mesh.connected())
+
+
+def _write_error_file(text: str) -> None:
+    """The reason for torchrun, which prints it below its own report of the ranks that ended."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
-
-
-def leave(status: int) -> int:
-    """The status to return; where there are other ranks a failure ends this process at once, because they may wait for
-    it, and torchrun ends them.
-    """
-    if status not in (0, 2, 75) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(status)
-    return status

@@ -47,9 +47,7 @@ def convert(state: State, family: str, weights: Literal["average", "raw"] = "ave
 
     ValueError that lists missing and unknown keys and other shapes, by their published names.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"no family of published tokenizers is named {family!r}: there are {', '.join(FAMILIES)}")
-    kind, what = FAMILIES[family], f"the state dictionary of a published {family} tokenizer"
+    kind, what = family_named(family), f"the state dictionary of a published {family} tokenizer"
     raw = {name: x for name, x in state.items() if not name.startswith((AVERAGE, *IGNORED))}
     averages = {name: x for name, x in state.items() if name.startswith(AVERAGE) and name not in NO_AVERAGES}
     _check_begin(raw, what)
@@ -72,6 +70,13 @@ def convert(state: State, family: str, weights: Literal["average", "raw"] = "ave
         for name, ours in theirs.items():
             mine[ours].tensor.copy_(state[averaged.get(name, name)])
     return tokenizer.eval()
+
+
+def family_named(name: str) -> Family:
+    """The family of this name; ValueError that lists them where there is none."""
+    if name not in FAMILIES:
+        raise ValueError(f"no family of published tokenizers is named {name!r}: there are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def _published(name: str, rename: Mapping[str, str]) -> str:

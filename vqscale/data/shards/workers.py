@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from vqscale.errors import ExplainedError
+
 T = TypeVar("T")
 _ending = RawValue("b", 0)  # this process is at its end: its workers may be terminated
 
@@ -30,7 +32,7 @@ def read(
 ) -> Generator[T, None, None]:
     """samples[list] for each list of numbers, in order, made by `workers` processes ahead; 0 = in this one.
 
-    RuntimeError, which names the option `key`, where a worker dies. Close the generator to end the workers.
+    ExplainedError, which names the option `key`, where a worker dies. Close the generator to end the workers.
     """
     closing = RawValue("b", 0)
     loader: DataLoader[Any] = DataLoader(
@@ -49,7 +51,7 @@ def read(
     except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed over a batch
         if not workers or "in DataLoader worker process" in str(error):  # raised by it, not for want of it
             raise
-        raise RuntimeError(
+        raise ExplainedError(
             f"rank {rank} lost one of its {workers} reading processes ({error}): most often for want of "
             f"memory or of /dev/shm; lower {key} or the batch, or give the job more"
         ) from error

@@ -25,6 +25,7 @@ from vqscale.data.config import TokensConfig
 from vqscale.data.order import Ints, Order, Sequential
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.write import bad_rows
+from vqscale.errors import ExplainedError
 from vqscale.seed import derive
 
 
@@ -221,19 +222,19 @@ class Stream:
             ids[at] = self.block(int(shard))[rows, views[at]]
             wrong = bad_rows(ids[at], self.card)
             if wrong:
-                raise RuntimeError(self._damaged(int(shard), wrong))
+                raise ExplainedError(self._damaged(int(shard), wrong))
         return _Piece(ids, numbers, views)
 
     def block(self, shard: int) -> NDArray[Any]:
         """The ids of the images of a storage shard in all views that are drawn from, -1 for images without ids.
 
-        RuntimeError where it cannot be read.
+        ExplainedError where it cannot be read.
         """
         span = self.card.span(shard)
         try:
             found: NDArray[Any] = self.cache.ids[span.start : span.stop, : self.num_views]
         except Exception as error:  # a codec may raise anything on damaged data
-            raise RuntimeError(self._damaged(shard, f"{type(error).__name__}: {error}")) from error
+            raise ExplainedError(self._damaged(shard, f"{type(error).__name__}: {error}")) from error
         return found
 
     def draw(self, epoch: int, shard: int) -> Ints:

@@ -25,12 +25,13 @@ from vqscale.data.shards.index import Index
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.format import Card, Entries
 from vqscale.disk import files, manifest
+from vqscale.errors import ExplainedError
 
 Broken = tuple[int, str, str]  # number, key, reason
 _OURS = {"card.json", "card.json.tmp", "zarr.json", "ids", "labels", "key_bytes", "key_ends", "ledger", "manifest.json"}
 
 
-class CacheError(RuntimeError):
+class CacheError(ExplainedError):
     """A cache could not be finished, for a reason that its message explains; what the ledger lists stands."""
 
 

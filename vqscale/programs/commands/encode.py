@@ -1,7 +1,7 @@
 """Encode the images of WebDataset shards into a token cache: the ids that a prior is trained on.
 
-    python tools/encode.py runs/quickstart caches/shapes --shards 'runs/shards/train-{0000..0003}.tar' --views flip
-    torchrun --nproc_per_node=8 tools/encode.py TOKENIZER OUT --shards '/data/imagenet1k-train-{0000..1023}.tar'
+    vqscale encode runs/quickstart caches/shapes --shards 'runs/shards/train-{0000..0003}.tar' --views flip
+    torchrun --nproc_per_node=8 -m vqscale encode TOKENIZER OUT --shards '/data/imagenet1k-train-{0000..1023}.tar'
 
 TOKENIZER is a run folder (its newest whole checkpoint, averaged weights where there are any), one of its checkpoints,
 or an exported folder. The same command continues an interrupted encoding, on any number of processes. TERM, USR1, USR2
@@ -11,7 +11,6 @@ or a file STOP in OUT end it with status 75; what the storage shards hold that a
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,23 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, as_trained
+from vqscale.programs.commands import words
+from vqscale.run import processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while encoding, 2 the user's input, 75 stopped on request."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(words)
-    from vqscale.run import processes
-
-    try:
-        return _encode(args, words)
-    except BaseException as error:
-        return processes.leave(processes.tell("encode", error))
+    given = sys.argv[1:] if argv is None else list(argv)
+    return processes.status_of(lambda: _encode(arguments(given), words.command("encode", given)))
 
 
-def _encode(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.run import processes
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments, checked as far as no file is needed; ValueError for options that do not go together."""
+    args = _parser().parse_args(given)
+    _images(args, args.image_size)
+    return args
 
+
+def _encode(args: argparse.Namespace, command: str) -> int:
     shards, grid = _images(args), processes.divide(args.codes)
     from vqscale.data import images
     from vqscale.data.views import Source
@@ -48,7 +48,6 @@ def _encode(args: argparse.Namespace, words: Sequence[str]) -> int:
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
         size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
         source = Source(_images(args, size, tokenizer.card), args.views)
-        command = shlex.join(["python", "tools/encode.py", *words])
         options = encode.Options(args.batch, args.max_broken, args.storage, str(args.tokenizer), command)
         outcome = encode.encode(tokenizer, source, args.out, mesh, options)
     if mesh.world.rank == 0:
@@ -85,30 +84,25 @@ def _trained_size(path: Path, card: Mapping[str, Any]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = words.parser(__doc__)
     add: Any = parser.add_argument
     add("tokenizer", type=Path, metavar="TOKENIZER", help="run folder, checkpoint, or exported folder")
     add("out", type=Path, metavar="OUT", help="folder of the cache: new, or begun by the same command")
     add("--shards", required=True, nargs="+", help="tar shards, as in data.train.shards of a config")
-    add("--image-size", type=_count, help="pixels of a side (default: what the run was trained with)")
-    add("--resize", type=_count, help="short side before the crop (default: as trained; ten_crop: 1.1 of the size)")
+    add("--image-size", type=words.count, help="pixels of a side (default: what the run was trained with)")
+    add(
+        "--resize", type=words.count, help="short side before the crop (default: as trained; ten_crop: 1.1 of the size)"
+    )
     add("--views", choices=list(VIEWS), default="center", help="center, + mirrored, or five places, + mirrored")
     add("--interpolation", choices=INTERPOLATIONS, help="of the resize (default: as trained, or bicubic)")
     add("--weights", choices=["average", "parameters"], default="average", help="of a run (default: average)")
-    add("--batch", type=_count, default=64, help="pictures (images x views) of a step and process (default: 64)")
+    add("--batch", type=words.count, default=64, help="pictures (images x views) of a step and process (default: 64)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
-    add("--codes", type=_count, default=1, help="processes that a codebook is split over (default: 1)")
+    add("--codes", type=words.count, default=1, help="processes that a codebook is split over (default: 1)")
     add("--workers", type=int, default=2, help="reading processes per process (default: 2)")
     add("--max-broken", type=int, default=100, help="broken images after which it ends with an error (default: 100)")
-    add("--storage", type=_count, default=0, help="images of a storage shard, the unit that is lost by a kill")
+    add("--storage", type=words.count, default=0, help="images of a storage shard, the unit that is lost by a kill")
     add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
     add("--index-dir", help="where the list of samples is kept, as data.train.index_dir")
     add("--cache-dir", help="where streamed shards are kept, as data.train.cache_dir")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of things, which begins at 1")
-    return value

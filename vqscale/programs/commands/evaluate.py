@@ -1,9 +1,9 @@
 """Measure a tokenizer or a prior on held-out images, or generated images against a reference; plain or by torchrun.
 
-    torchrun --nproc_per_node=8 tools/evaluate.py tokenizer RUN --shards 'val-{00..49}.tar' --inception FILE.pth
-    python tools/evaluate.py statistics OUT.npz --shards 'train-{000..999}.tar' --inception FILE.pth
-    python tools/evaluate.py samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
-    torchrun --nproc_per_node=8 tools/evaluate.py prior PRIOR --cache caches/imagenet-val
+    torchrun --nproc_per_node=8 -m vqscale evaluate tokenizer RUN --shards 'val-{00..49}.tar' --inception FILE.pth
+    vqscale evaluate statistics OUT.npz --shards 'train-{000..999}.tar' --inception FILE.pth
+    vqscale evaluate samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
+    torchrun --nproc_per_node=8 -m vqscale evaluate prior PRIOR --cache caches/imagenet-val
 
 tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
 statistics   mean and covariance of Inception's features, and the features of some images: a --reference
@@ -16,14 +16,14 @@ Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. N
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vqscale.data.config import ImagesConfig, TokensConfig, as_trained
-from vqscale.programs.commands import evaluate_options
+from vqscale.programs.commands import evaluate_options, words
+from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.data.images import Stream
@@ -34,28 +34,26 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the numbers are there; 2, with the reason on stderr, when the input is wrong."""
-    args = evaluate_options.parser(__doc__).parse_args(argv)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    try:
-        evaluate_options.check(args)
-        commands = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples, "prior": _prior}
-        told = commands[args.command](args)
-    except (ValueError, OSError) as error:
-        # What is wrong with the input every rank finds, and one says it; a disk may be bad on one only.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if several:
-            os._exit(2)  # no farewell to the others: they may wait for this rank, and torchrun ends them
-        return 2
+    """0 when the numbers are there, 1 failed on the way, 2 the user's input."""
+    return processes.status_of(lambda: _evaluate(arguments(sys.argv[1:] if argv is None else argv)))
+
+
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments, checked as far as no file is needed; ValueError for options that do not go together."""
+    args = evaluate_options.parser(__doc__).parse_args(given)
+    evaluate_options.check(args)
+    return args
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    commands = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples, "prior": _prior}
+    told = commands[args.command](args)
     if told:
         print(told)
     return 0
 
 
 def _joined(args: argparse.Namespace) -> AbstractContextManager[Mesh]:
-    from vqscale.run import processes
-
     # Weights and images are files, which may be wrong on one rank only: no error is one that all have agreed on.
     return processes.joined(args.device, processes.divide(getattr(args, "codes", 1)), agreed=())
 
@@ -83,7 +81,7 @@ def _inception(args: argparse.Namespace, mesh: Mesh) -> Inception:
 def _progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
     from vqscale.show.progress import Progress
 
-    return Progress(-(-images // args.batch), rank=mesh.world.rank, stream=sys.stderr)
+    return Progress(-(-images // (args.batch * mesh.world.size)), rank=mesh.world.rank, stream=sys.stderr)
 
 
 def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
@@ -99,7 +97,7 @@ def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
             if reference.pool is None:
                 raise ValueError(
                     f"--reference {args.reference} has images and no statistics: make some with "
-                    "`tools/evaluate.py statistics`"
+                    "`vqscale evaluate statistics`"
                 )
     if args.vgg:
         expected = None if args.vgg_sha256 == "any" else args.vgg_sha256
@@ -122,7 +120,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
         judges = _judges(args, mesh)
         tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
         config = _images(args, tokenizer.card)
-        stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+        stream = Stream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
         progress = _progress(stream.num_samples, args, mesh)
         found = held_out.score(tokenizer, stream, mesh, judges, progress.advance)
@@ -168,7 +166,7 @@ def _statistics(args: argparse.Namespace) -> str:
 
     with _joined(args) as mesh:
         inception = _inception(args, mesh)
-        stream = Stream(config, args.batch, mesh.world.rank, mesh.world.size, train=False)
+        stream = Stream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         progress = _progress(stream.num_samples, args, mesh)
         found, seen = held_out.statistics(stream, inception, mesh, progress.advance, points=args.images)
         progress.close()
@@ -196,9 +194,8 @@ def _samples(args: argparse.Namespace) -> str:
     with _joined(args) as mesh:
         inception = _inception(args, mesh)
         progress = _progress(len(images), args, mesh)
-        batch = max(1, args.batch // mesh.world.size)
-        reference = generation.read_reference(args.reference, inception, mesh, batch=batch)
-        samples = generation.describe(images, inception, mesh, batch=batch, advance=progress.advance)
+        reference = generation.read_reference(args.reference, inception, mesh, batch=args.batch)
+        samples = generation.describe(images, inception, mesh, batch=args.batch, advance=progress.advance)
         progress.close()
     if mesh.world.rank:
         return ""
@@ -228,7 +225,8 @@ def _prior(args: argparse.Namespace) -> str:
         model, notes = Prior.load(args.path, mesh=mesh, weights=args.weights), list[str]()
 
         def stream(path: str, train: bool) -> Stream:
-            found = Stream(TokensConfig(path), args.batch, mesh.world.rank, mesh.world.size, train=train)
+            world = mesh.world
+            found = Stream(TokensConfig(path), args.batch * world.size, world.rank, world.size, train=train)
             found.cache.expect(model.card.get("tokenizer"), model.num_codes, model.config.grid, 1)
             notes.extend(prior.check_labels(found, model.num_classes))
             return found
@@ -265,5 +263,9 @@ def _result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], 
     """What is written: numbers, what they are of, how they were measured, by which code, on how many processes."""
     from vqscale.run import folder
 
-    code = {"commit": folder.commit(), "versions": folder.versions(), "command": " ".join(sys.argv)}
+    code = {
+        "commit": folder.commit(),
+        "versions": folder.versions(),
+        "command": words.command("evaluate", sys.argv[1:]),
+    }
     return {"numbers": numbers, **what, "protocol": protocol, **code, "processes": mesh.world.size}

@@ -1,10 +1,11 @@
-"""The arguments of tools/evaluate.py, and what is wrong with them before anything is opened."""
+"""The arguments of `vqscale evaluate`, and what is wrong with them before anything is opened."""
 
 from __future__ import annotations
 
 import argparse
 
 from vqscale.data.config import INTERPOLATIONS
+from vqscale.programs.commands import words
 
 WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
@@ -13,7 +14,7 @@ ANY = 'how its sha256 begins; "any" takes every file, and numbers have other nam
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = words.parser(about)
     commands = out.add_subparsers(dest="command", required=True)
     tokenizer = commands.add_parser("tokenizer", help="reconstructions and use of codes of a trained tokenizer")
     tokenizer.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder")
@@ -50,7 +51,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
         )
         command.add_argument("--inception-sha256", default="6726825d", help=ANY)
     for command in (tokenizer, statistics, samples, prior):
-        command.add_argument("--batch", type=int, default=64, help="images of all processes at once (default: 64)")
+        command.add_argument("--batch", type=int, default=64, help="images of a step and process (default: 64)")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     for command in (tokenizer, samples, prior):
         command.add_argument("--out", help="folder for result.json and a page")

@@ -1,8 +1,8 @@
 """Tell a run from images to samples on one self-contained page: tokenizer, reconstructions, prior, samples, commands.
 
-    python tools/page.py TOKENIZER_RUN PRIOR_RUN SAMPLES --out runs/quickstart.html
+    vqscale page TOKENIZER_RUN PRIOR_RUN SAMPLES --out runs/quickstart.html
 
-The folders are those of two runs of launch/train.py and one of tools/sample.py. Real images stand beside the samples:
+The folders are those of two runs of `vqscale train` and one of `vqscale sample`. Real images stand beside the samples:
 of data.val of the tokenizer's run, or of data.train where there is none.
 """
 
@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vqscale.programs.commands import words
+from vqscale.run import processes
+
 if TYPE_CHECKING:
     from vqscale.show.pictures import Picture
 
@@ -26,26 +29,20 @@ MOST_READ = 4096  # real images that are looked at for some of every class
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the page is there; 2, with the reason on stderr, when it cannot be made."""
-    args = _parser().parse_args(argv)
-    try:
-        print(_page(args))
-    except (ValueError, OSError) as error:
-        print(f"page: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """0 when the page is there, 1 failed on the way, 2 the user's input."""
+    return processes.status_of(lambda: _page(arguments(sys.argv[1:] if argv is None else argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    parser = words.parser(__doc__)
     parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER_RUN", help="a finished run of a tokenizer")
     parser.add_argument("prior", type=Path, metavar="PRIOR_RUN", help="a finished run of a prior over its ids")
-    parser.add_argument("samples", type=Path, metavar="SAMPLES", help="a finished folder of tools/sample.py")
+    parser.add_argument("samples", type=Path, metavar="SAMPLES", help="a finished folder of `vqscale sample`")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
-    return parser
+    return parser.parse_args(given)
 
 
-def _page(args: argparse.Namespace) -> Path:
+def _page(args: argparse.Namespace) -> int:
     from vqscale.show import run_page
 
     first, second = _run(args.tokenizer, "tokenizer"), _run(args.prior, "prior")
@@ -58,7 +55,8 @@ def _page(args: argparse.Namespace) -> Path:
     source = first[0]["data"].get("val") or first[0]["data"]["train"]
     parts.append(run_page.samples(drawn, _real(source, list(drawn)), _names(source), settings))
     parts.append(run_page.commands(_commands(args)))
-    return run_page.write(args.out, "From images to samples", parts)
+    print(run_page.write(args.out, "From images to samples", parts))
+    return 0
 
 
 def _run(folder: Path, task: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -67,7 +65,7 @@ def _run(folder: Path, task: str) -> tuple[dict[str, Any], dict[str, Any], list[
     if lacks:
         raise ValueError(
             f"{folder} has no {', '.join(lacks)}, which a finished run has: give the folder of one, or train it to its "
-            "last step with launch/train.py"
+            "last step with `vqscale train`"
         )
     config = yaml.safe_load((folder / "run.yaml").read_text())
     if config.get("task") != task:
@@ -130,15 +128,15 @@ def _commands(args: argparse.Namespace) -> list[str]:
     run, prior, samples = args.tokenizer, args.prior, args.samples
     return [
         "# other samples: more varied with less guidance and a higher temperature, clearer the other way",
-        f"python tools/sample.py {prior} {run} {samples}-2 --per-class 8 --guidance 2 --temperature 0.9 --seed 1",
+        f"vqscale sample {prior} {run} {samples}-2 --per-class 8 --guidance 2 --temperature 0.9 --seed 1",
         "# train the prior for longer: the same command goes on from its last checkpoint",
-        f"torchrun --nproc_per_node=2 launch/train.py {prior}/run.yaml run.steps=4000",
+        f"torchrun --nproc_per_node=2 -m vqscale train {prior}/run.yaml run.steps=4000",
         "# every key of a config with its meaning; curves; what a config needs before it is started",
-        "python launch/train.py --help",
+        "vqscale train --help",
         f"tensorboard --logdir {run.parent}",
-        "python launch/train.py configs/tokenizer/ibq_imagenet256_262144.yaml --dry-run --world 64",
+        "vqscale train configs/tokenizer/ibq_imagenet256_262144.yaml --dry-run --world 64",
         "# your own images, a folder for each class",
-        "python tools/make_shards.py --source /data/my_images --out /data/shards",
-        "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/tokenizer.yaml run.folder=runs/mine "
+        "vqscale shards --source /data/my_images --out /data/shards",
+        "torchrun --nproc_per_node=2 -m vqscale train configs/quickstart/tokenizer.yaml run.folder=runs/mine "
         "data.train.shards='/data/shards/train-*.tar' data.train.make=null data.val=null",
     ]

@@ -1,13 +1,13 @@
 """Predict a tokenizer training step on 1 to 1024 GPUs, and say how to split the codebook.
 
-    python tools/plan.py [CONFIG] [dotted.key=value ...] [--gpu h200] [--gpus 1,8,64,1024] [--images 32]
-    python tools/plan.py --check
+    vqscale plan [CONFIG] [dotted.key=value ...] [--gpu h200] [--gpus 1,8,64,1024] [--images 32]
+    vqscale plan --check
 
-A run as for launch/train.py; without one, configs/tokenizer/ibq_imagenet256_262144.yaml. For every number of GPUs: the
-split data x codes with the shortest predicted step, what it holds, sends and takes, and the smallest code axis that
-fits. engine.matmul=highest, high or medium is the precision on the code axis. The formulas: bytes in
-vqscale/plan/traffic.py, seconds and memory in vqscale/plan/cost.py. They do not know waiting for data, nor what the
-discriminator sends.
+A run as for `vqscale train`; in a checkout, without one, configs/tokenizer/ibq_imagenet256_262144.yaml. For every
+number of GPUs: the split data x codes with the shortest predicted step, what it holds, sends and takes, and the
+smallest code axis that fits. engine.matmul=highest, high or medium is the precision on the code axis. The formulas:
+bytes in vqscale/plan/traffic.py, seconds and memory in vqscale/plan/cost.py. They do not know waiting for data, nor
+what the discriminator sends.
 
 --check measures here: rates of this machine and real steps of the code axis on 1, 2 and 4 processes, predicted beside
 measured; with --codes (and --dim, and --tokens of all processes) at that size.
@@ -27,17 +27,34 @@ from vqscale import config as configuration
 from vqscale.plan.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
 from vqscale.plan.machines import MACHINES, Machine
 from vqscale.plan.traffic import Work, grids, rows
+from vqscale.programs.commands import words
+from vqscale.run import checkout, processes
 from vqscale.train.config import TokenizerRun
 
-DEFAULT = Path(__file__).resolve().parents[3] / "configs" / "tokenizer" / "ibq_imagenet256_262144.yaml"
+DEFAULT = "tokenizer/ibq_imagenet256_262144.yaml"
 WORLDS = [2**i for i in range(11)]
 SHARE = 0.10  # of a step: what the code axis may take at most
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments, checked as far as no file is needed; ValueError for what does not go together."""
+    args = _parser().parse_intermixed_args(given)
+    for name in ("codes", "dim", "images", "tokens", "global_batch"):
+        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value} and must be at least 1; it comes from {option}: give 1 or more")
+    twice = [f"--{name.replace('_', '-')}" for name in ("images", "tokens", "global_batch") if getattr(args, name)]
+    if len(twice) > 1 and not args.check:
+        raise ValueError(f"{' and '.join(twice)} say the same thing twice: give one of them")
+    config, args.changes = words.config_and_changes(args.words)
+    if config and args.config:
+        raise ValueError(f"there is one CONFIG, found {config} and {args.config}: give one")
+    args.config = args.config or config
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    out = words.parser(__doc__)
     out.add_argument("words", nargs="*", metavar="CONFIG or key=value", help="a run, and changes of its keys")
     out.add_argument("--config", type=Path, help="the run, as the first word")
     out.add_argument("--codes", type=int, help="K, for tokenizer.quantizer.num_codes")
@@ -47,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--images", type=int, help="per GPU and micro-batch, whatever their number (32)")
     out.add_argument("--tokens", type=int, help="the same in tokens: whole images")
     out.add_argument(
-        "--batch", type=int, help="images in all, in place of --images: work per GPU falls with their number"
+        "--global-batch", type=int, help="images in all, in place of --images: work per GPU falls with their number"
     )
     out.add_argument("--splits", action="store_true", help="print every split, not the best of each number of GPUs")
     out.add_argument("--json", action="store_true", help="print one JSON object")
@@ -56,18 +73,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 with the reason on stderr."""
-    args = parser().parse_intermixed_args(argv)
-    try:
-        if args.check:
-            from vqscale.plan.check import PROCESSES, SIZES, check
+    """0, 1 failed on the way, 2 the user's input."""
+    return processes.status_of(lambda: _plan(arguments(sys.argv[1:] if argv is None else argv)))
 
-            one = ((args.tokens or 512, args.codes, args.dim or 64),) if args.codes else SIZES
-            return check(one, _worlds(args.gpus) if args.gpus else PROCESSES, args.json)
-        report = plan(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _plan(args: argparse.Namespace) -> int:
+    if args.check:
+        from vqscale.plan.check import PROCESSES, SIZES, check
+
+        one = ((args.tokens or 512, args.codes, args.dim or 64),) if args.codes else SIZES
+        return check(one, _worlds(args.gpus) if args.gpus else PROCESSES, args.json)
+    report = plan(args)
     print(json.dumps(report["json"], indent=1) if args.json else report["text"])
     return 0
 
@@ -82,8 +98,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     per_gpu = {world: images for world in worlds if (images := _images(args, world, network.tokens))}
     if not per_gpu:
         raise ValueError(
-            f"--batch {args.batch} divides by none of the numbers of GPUs {', '.join(map(str, worlds))}: "
-            "change --batch or --gpus"
+            f"--global-batch {args.global_batch} divides by none of the numbers of GPUs {', '.join(map(str, worlds))}: "
+            "change --global-batch or --gpus"
         )
     steps = {}
     for world, images in per_gpu.items():
@@ -92,7 +108,11 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     lines = [
         f"{config.tokenizer.quantizer.name}, K {work.codes:,} x D {work.dim}, {config.data.train.image_size} px, "
         f"{network.tokens} tokens per image, on {machine.name}; "
-        + (f"{args.batch} images in all" if args.batch else f"{next(iter(per_gpu.values()))} images per GPU"),
+        + (
+            f"{args.global_batch} images in all"
+            if args.global_batch
+            else f"{next(iter(per_gpu.values()))} images per GPU"
+        ),
         f"network {(network.forward + network.backward) / 1e12:.3f} TFLOP per image (forward "
         f"{network.forward / 1e12:.3f}), {work.precision}; code axis {axis.products} products of 2 N K D, "
         f"{work.codes_precision} ({codes_rate(work, machine):.3g} TFLOP/s), "
@@ -111,17 +131,10 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> TokenizerRun:
-    files = [word for word in args.words if "=" not in word] + ([str(args.config)] if args.config else [])
-    if len(files) > 1:
-        raise ValueError(f"there is one CONFIG, found {', '.join(files)}: give one")
-    for name in ("codes", "dim", "images", "tokens", "batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value} and must be at least 1; it comes from --{name}: give 1 or more")
-    changes = [word for word in args.words if "=" in word]
+    changes = list(args.changes)
     changes += [f"tokenizer.quantizer.num_codes={args.codes}"] if args.codes else []
     changes += [f"tokenizer.quantizer.dim={args.dim}"] if args.dim else []
-    return configuration.load(TokenizerRun, Path(files[0]) if files else DEFAULT, changes)
+    return configuration.load(TokenizerRun, args.config or checkout.config(DEFAULT), changes)
 
 
 def _worlds(text: str) -> list[int]:
@@ -140,12 +153,9 @@ def _machine(name: str) -> Machine:
 
 
 def _images(args: argparse.Namespace, world: int, per_image: int) -> int:
-    """Images per GPU; 0 where --batch does not divide."""
-    given = [f"--{name}" for name in ("images", "tokens", "batch") if getattr(args, name)]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} say the same thing twice: give one of them")
-    if args.batch:
-        return 0 if args.batch % world else args.batch // world
+    """Images per GPU; 0 where --global-batch does not divide."""
+    if args.global_batch:
+        return 0 if args.global_batch % world else args.global_batch // world
     if args.tokens and args.tokens % per_image:
         raise ValueError(f"--tokens {args.tokens} is no number of images of {per_image} tokens: use a multiple")
     return args.tokens // per_image if args.tokens else args.images or 32

@@ -1,6 +1,6 @@
 """Draw curves of one or several runs over their steps: a panel for each key, a line for each run.
 
-    python tools/plot.py RUN [RUN ...] --keys codes/usage,codes/perplexity,val/psnr --out usage.png
+    vqscale plot RUN [RUN ...] --keys codes/usage,codes/perplexity,val/psnr --out usage.png
 
 RUN is a run folder, finished or not; keys are those of the rows of its metrics.jsonl. What was not finite is a gap.
 """
@@ -18,6 +18,9 @@ from typing import Any
 
 import yaml
 
+from vqscale.programs.commands import words
+from vqscale.run import processes
+
 KEYS = "codes/usage,codes/perplexity,val/psnr"
 PANEL_INCHES = (5.0, 3.4)
 MOST_MARKED = 30  # points of a curve that are still marked one by one
@@ -26,29 +29,35 @@ Curve = tuple[list[int], list[float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the picture is there; 2, with the reason on stderr, when it cannot be drawn."""
-    args = _parser().parse_args(argv)
-    try:
-        keys = [key.strip() for key in args.keys.split(",") if key.strip()]
-        if not keys:
-            raise ValueError(f"--keys {args.keys!r} names no key: give some, such as --keys {KEYS}")
-        runs = dict(zip(labels(args.runs), map(rows, args.runs), strict=True))
-        curves = {key: {label: curve(found, key) for label, found in runs.items()} for key in keys}
-        _check(curves, runs)
-        draw(curves, args.out)
-    except (ValueError, OSError) as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 2
+    """0 when the picture is there, 1 failed on the way, 2 the user's input."""
+    return processes.status_of(lambda: _plot(arguments(sys.argv[1:] if argv is None else argv)))
+
+
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments, checked as far as no file is needed; ValueError where there is no key."""
+    args = _parser().parse_args(given)
+    names = args.keys
+    args.keys = [key.strip() for key in names.split(",") if key.strip()]
+    if not args.keys:
+        raise ValueError(f"--keys {names!r} names no key: give some, such as --keys {KEYS}")
+    return args
+
+
+def _plot(args: argparse.Namespace) -> int:
+    runs = dict(zip(labels(args.runs), map(rows, args.runs), strict=True))
+    curves = {key: {label: curve(found, key) for label, found in runs.items()} for key in args.keys}
+    _check(curves, runs)
+    draw(curves, args.out)
     for key, lines in curves.items():
         without = [label for label, (steps, _) in lines.items() if not steps]
         if without:
-            print(f"plot: {key} is not there, or has no row yet, in {', '.join(without)}", file=sys.stderr)
+            print(f"warning: {key} is not there, or has no row yet, in {', '.join(without)}", file=sys.stderr)
     print(args.out)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = words.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--keys", default=KEYS, help=f"keys of metrics.jsonl, a panel each (default: {KEYS})")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture (default: curves.png)")

@@ -33,10 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(words)
     from vqscale.run import processes
 
-    try:
-        return _sample(args, words)
-    except BaseException as error:
-        return processes.leave(processes.tell("sample", error))
+    return processes.status_of(lambda: _sample(args, words))
 
 
 def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """Show what a finished run reached: a table, the pictures, and where everything is.
 
-python tools/summary.py [--folder] [CONFIG] [dotted.key=value ...]      the run of this config (as for launch/train.py)
+    vqscale summary [--folder] [CONFIG] [dotted.key=value ...]      the run of this config, as for `vqscale train`
 
 --folder prints the run folder and nothing else.
 """
@@ -8,14 +8,14 @@ python tools/summary.py [--folder] [CONFIG] [dotted.key=value ...]      the run 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from vqscale import config as configuration
 from vqscale.disk import files
+from vqscale.programs.commands import words
+from vqscale.run import checkout, processes
 from vqscale.train.config import Run
 
-DEFAULT = Path(__file__).resolve().parents[3] / "configs" / "quickstart" / "tokenizer.yaml"
 ROWS = (
     ("psnr", "PSNR on held-out images, dB", "{:.2f}"),
     ("ssim", "SSIM", "{:.3f}"),
@@ -34,7 +34,7 @@ def show(folder: Path) -> str:
     """The text; copies the last reconstructions to FOLDER/reconstructions.png. ValueError if the run is not done."""
     path = folder / "summary.json"
     if not path.exists():
-        raise ValueError(f"{path} does not exist, the run in {folder} is not done: start launch/train.py again")
+        raise ValueError(f"{path} does not exist, the run in {folder} is not done: start `vqscale train` again")
     summary = json.loads(path.read_text())
     rows = [(label, form.format(summary[key])) for key, label, form in ROWS if key in summary]
     wide, right = max(len(label) for label, _ in rows), max(len(value) for _, value in rows)
@@ -51,15 +51,15 @@ def show(folder: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
+    """0, 1 failed on the way, 2 the user's input."""
+    return processes.status_of(lambda: _summary(argv))
+
+
+def _summary(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    try:
-        only = "--folder" in argv
-        given = [word for word in argv if "=" not in word and word != "--folder"]
-        config: Run = configuration.load(Run, given[0] if given else DEFAULT, [word for word in argv if "=" in word])
-        print(config.run.folder if only else show(Path(config.run.folder)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path, changes = words.config_and_changes([word for word in argv if word != "--folder"])
+    config: Run = configuration.load(Run, path or checkout.config("quickstart/tokenizer.yaml"), changes)
+    print(config.run.folder if "--folder" in argv else show(Path(config.run.folder)))
     return 0

@@ -32,10 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(words)
     from vqscale.run import processes
 
-    try:
-        return _sweep(args, words)
-    except BaseException as error:
-        return processes.leave(processes.tell("sweep", error))
+    return processes.status_of(lambda: _sweep(args, words))
 
 
 def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:

@@ -1,0 +1,45 @@
+"""What the command lines share: their parser, CONFIG and key=value, counts, and how a command is written down."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+CHANGE = re.compile(r"[^/]*=")  # a path may have an equals sign in it, after a slash
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser with the text of a module, named as the program was started: `vqscale encode`, or encode.py."""
+    return argparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def config_and_changes(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """(CONFIG if there is one, the key=value words that change its keys); ValueError for anything else."""
+    changes = [word for word in words if CHANGE.match(word)]
+    files = [word for word in words if word not in changes]
+    options = [word for word in files if word.startswith("-")]
+    if options or len(files) > 1:
+        raise ValueError(
+            f"{' '.join(options or files[1:])} is neither an option nor key=value, and there is one CONFIG "
+            "(where its path has an = before any /, put ./ before it): see --help"
+        )
+    return (Path(files[0]) if files else None), changes
+
+
+def count(text: str) -> int:
+    """A number of things, as the type of an option."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of things, which begins at 1")
+    return value
+
+
+def command(name: str, words: Sequence[str]) -> str:
+    """The command that a file tells: `vqscale NAME` is the same program however it was started."""
+    return shlex.join(["vqscale", name, *words])

@@ -1,0 +1,22 @@
+"""Where the repository is that this package was imported from: its configs, its commit. Nowhere for a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def checkout() -> Path | None:
+    """The root of the checkout; None where the package is installed without one."""
+    above = Path(__file__).resolve().parents[2]
+    return above if (above / "pyproject.toml").is_file() and (above / "configs").is_dir() else None
+
+
+def config(name: str) -> Path:
+    """A config of the checkout, for a program that was given none; ValueError where there is no checkout."""
+    root = checkout()
+    if root is None:
+        raise ValueError(
+            f"no CONFIG was given, and configs/{name}, which is taken then, is in the repository and not in the "
+            "installed package: give the path of a CONFIG"
+        )
+    return root / "configs" / name
