@@ -1,84 +1,132 @@
-"""A prior that is registered as the README says goes through training, the dry run and sampling: a bag of ids."""
+"""A prior in one file (lib/bag_prior.py), and one line, is trained, planned and sampled by its own dials."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
+import json
+import math
 
 import jobs
+import numpy as np
 import prior_runs
 import pytest
 import torch
-from torch import nn
+from bag_prior import LINE, BagConfig, BagSampleConfig, register
+from saved_runs import IBQ, small
+from test_sample_tools import QUICK, sweep, sweeping, tool
 
+from vqscale import config as configuration
 from vqscale import priors
-from vqscale.codes import noise
-from vqscale.config import schema
-from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.priors import base
-from vqscale.priors.config import AutoregressiveConfig, IdsConfig
+from vqscale.programs.sample_request import SampleRequest
 from vqscale.show import run_page
-from vqscale.train import config_prior
+from vqscale.train.config_prior import PriorRun
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
-
-
-@dataclass(frozen=True)
-class BagConfig(IdsConfig):
-    name: Literal["bag"] = "bag"
-    """which prior"""
-    net: TransformerConfig = field(default_factory=TransformerConfig)
-    """of which it takes the width"""
+NET = {"width": 16, "num_layers": 2, "num_heads": 2, "ffn_multiple": 16}
+BAG = {"name": "bag", "num_codes": prior_runs.CODES, "grid": list(prior_runs.GRID), "num_classes": 5, "net": NET}
 
 
-class Bag(priors.Prior):
-    """Every id follows from the class and the mean of half of the ids; the keys say of which half."""
-
-    def __init__(self, config, mesh=None, *, seed=0):
-        super().__init__(config, config.net, mesh, seed)
-        self.mix = nn.Linear(config.net.width, config.net.width)
-        if not torch.empty(0).is_meta:
-            self.to(self.mesh.device)
-
-    def states(self, labels_B, x_BTD):
-        return self.mix(x_BTD.mean(1) + self.classes(labels_B)[:, 0])[:, None].expand(x_BTD.shape)
-
-    def loss(self, ids_Bhw, condition_B, keys_B=None):
-        seen_BT = noise.uniform(keys_B, 1, 1 + self.config.num_tokens) < 0.5
-        x_BTD = self.head.embed(self.checked(ids_Bhw).flatten(1)) * seen_BT[..., None]
-        return self.modelled(self.states(self.labels(condition_B, keys_B), x_BTD), ids_Bhw)
-
-    @torch.no_grad()
-    def sample(self, condition_B, *, numbers_B, grid=None, seed=0, **others):
-        with self.evaluating():
-            labels_B = self.sampled(condition_B, numbers_B, grid)
-            h_BTD = self.states(labels_B, torch.zeros(len(labels_B), self.config.num_tokens, self.head.dim))
-            keys_N = noise.keys(seed, numbers_B[:, None], torch.arange(self.config.num_tokens)).flatten()
-            return self.head.sample(h_BTD.flatten(0, 1), keys_N).view(-1, *self.config.grid)
-
-
-def register(rank=0, put=setattr):
-    """What a line in PRIORS and one in PriorConfig do, in a process that has imported both."""
-    priors.PRIORS["bag"] = f"{__name__}:Bag"
-    for module in (priors, base, config_prior):
-        put(module, "PriorConfig", AutoregressiveConfig | BagConfig)
-    schema.fields_of.cache_clear()
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    for name, path in LINE.items():
+        monkeypatch.setitem(priors.PRIORS, name, path)
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    monkeypatch.setattr(priors, "PRIORS", dict(priors.PRIORS))
-    register(put=monkeypatch.setattr)
-    yield
-    monkeypatch.undo()
-    schema.fields_of.cache_clear()
+def place(tmp_path):
+    """A bag, an autoregressive prior and the tokenizer of their ids, saved."""
+    tokenizer = small(quantizer={**IBQ, "num_codes": prior_runs.CODES})
+    tokenizer.save(tmp_path / "tokenizer")
+    for name in ("bag", "autoregressive"):
+        prior = priors.build({**BAG, "name": name}, seed=1)
+        with torch.no_grad():
+            prior.head.rows.normal_(generator=torch.Generator().manual_seed(3))
+        prior.save(tmp_path / name / "run", {"tokenizer": tokenizer.fingerprint})
+    return tmp_path
 
 
-def drawn(path, codes):
-    register()
-    prior = priors.Prior.load(path, mesh=base.Mesh(codes=codes))
-    return prior.sample(torch.tensor([0, 3, -1]), numbers_B=torch.arange(3)), prior.fingerprint
+def test_its_config_is_known_to_runs_and_to_their_help():
+    data = {"task": "prior", "run": {"folder": "x", "steps": 3}, "data": {"train": {"path": "cache"}}}
+    assert isinstance(configuration.parse(PriorRun, {**data, "prior": BAG}).prior, BagConfig)
+    assert configuration.parse(PriorRun, data).prior.name == "autoregressive"  # as before there was another
+    assert "prior: {name: autoregressive | bag, ...}" in configuration.describe(PriorRun)
+    with pytest.raises(configuration.ConfigError, match="did you mean bag"):
+        priors.build({**BAG, "name": "bug"})
+
+
+def test_its_dials_are_options_of_the_sample_program(place):
+    models = (place / "bag" / "run", place / "tokenizer")
+    words = ("--num-images", 7, "--steps", 3, "--choice-temperature", 1.5, "--seed", 4)
+    status, said = tool("sample", *models, place / "out", *QUICK, *words)
+    assert status == 0, said
+    with np.load(place / "out" / "samples.npz") as file:
+        labels, ids = file["arr_1"], file["ids"]
+    prior, numbers = priors.Prior.load(models[0]), torch.arange(7)
+    how = {"steps": 3, "choice_temperature": 1.5}
+    np.testing.assert_array_equal(ids, prior.sample(torch.from_numpy(labels), how, numbers_B=numbers, seed=4))
+    assert not np.array_equal(ids, prior.sample(torch.from_numpy(labels), {"steps": 3}, numbers_B=numbers, seed=4))
+    facts = json.loads((place / "out" / "sample.json").read_text())
+    assert facts["prior"]["name"] == "bag"
+    assert facts["settings"].items() >= {**how, "order": "forward", "seed": 4}.items()
+    assert not facts["settings"].keys() & {"guidance", "temperature", "cached"}
+    status, said = tool("sample", *models, place / "out", *QUICK, *words, "--steps", 2)
+    assert (status, "settings.steps is 2, and was 3" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("prior", "words", "message"),
+    [
+        (
+            "bag",
+            ("--top-k", 3, "--uncached"),
+            "--top-k, --uncached does not go with {place}/bag/run, a prior of name bag",
+        ),
+        ("bag", ("--steps", 0), "error: command line: steps: steps is 0: use at least 1"),
+        ("bag", ("--order", "up"), "order: expected forward | backward, found the text 'up'"),
+        (
+            "autoregressive",
+            ("--steps", 2),
+            "which has --guidance, --schedule, --temperature, --top-k, --top-p: leave it",
+        ),
+    ],
+)
+def test_options_of_another_prior_are_refused(place, prior, words, message):
+    status, said = tool("sample", place / prior / "run", place / "tokenizer", place / "out", *QUICK, *words)
+    assert (status, message.format(place=place) in said) == (2, True), said
+    assert not (place / "out").exists()
+
+
+def test_help_has_the_dials_of_every_prior_and_whose_they_are():
+    status, said = tool("sample", "--help")
+    assert status == 0
+    mine = said[said.index("how ids are drawn (bag)") :]
+    assert "--steps STEPS" in mine
+    assert "passes over the image (default: 2)" in mine
+    assert "--order {forward,backward}" in mine
+    assert "--top-k" not in mine
+    assert "--top-k TOP_K" in said[said.index("how ids are drawn (autoregressive)") :]
+
+
+def test_its_dials_are_swept_and_are_the_table(place):
+    words = sweeping(place, place, "--steps", "1,2", "--choice-temperature", "0,4.5")
+    words[0] = place / "bag" / "run"
+    status, said = sweep(*words)
+    assert status == 0, said
+    table = json.loads((place / "out" / "sweep.json").read_text())
+    assert table["dials"] == list(BagSampleConfig.dials()) == ["steps", "choice_temperature", "order"]
+    assert [(row["choice_temperature"], row["steps"]) for row in table["rows"]] == [(0, 1), (0, 2), (4.5, 1), (4.5, 2)]
+    assert "\nsteps  choice_temperature  distance_other_inception" in f"\n{said}"
+    assert sorted(path.parent.name for path in (place / "out").glob("*/result.json")) == [
+        *("steps1", "steps1-choice_temperature4.5", "steps2", "steps2-choice_temperature4.5")
+    ]
+    status, said = sweep(*words, "--guidance", "1,2")
+    assert (status, said.startswith("error: --guidance does not go with")) == (2, True)
+
+
+def test_a_page_says_how_its_samples_were_drawn():
+    facts = SampleRequest(4, (0,), BagSampleConfig(steps=9), seed=3).facts()
+    told = {**priors.sampling("bag").of(facts).unusual(), "seed": facts["seed"]}
+    _, text = run_page.samples({}, {}, {}, told)
+    assert "none chosen: steps 9, seed 3." in text
 
 
 def test_the_page_speaks_of_a_prior_without_network_and_classes():
@@ -88,17 +136,26 @@ def test_the_page_speaks_of_a_prior_without_network_and_classes():
     assert "A model (<b>bag</b>) learns which of the 37 ids stand at the 2 x 3 places of a picture. Trained" in text
 
 
-def test_another_prior_is_trained_planned_and_sampled(tmp_path, registered, ranks):
+def drawn(path, codes):
+    register()
+    prior = priors.Prior.load(path, mesh=base.Mesh(codes=codes))
+    return prior.sample(torch.tensor([0, 3, -1]), {"steps": 3}, numbers_B=torch.arange(3)), prior.fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_it_is_trained_planned_and_sampled_on_one_process_and_two(tmp_path, ranks):
     caches = prior_runs.write_caches(tmp_path / "caches")
-    net = "prior.net={width: 16, num_layers: 2, num_heads: 2, ffn_multiple: 16}"
+    net = f"prior.net={json.dumps(NET)}"
     paths = [prior_runs.write_config(tmp_path / str(n), caches, "prior.name=bag", net) for n in (1, 2)]
     one, two = (jobs.finish(path, world=n, before=register) for n, path in enumerate(paths, 1))
     jobs.same_numbers(one, two)  # also what is held out, whose halves follow from the numbers of images
     rows = jobs.rows(one)
     assert rows[-2]["loss"] < rows[0]["loss"] - 0.02
+    assert rows[0]["loss"] == pytest.approx(math.log(prior_runs.CODES), abs=0.1)
     assert rows[-1]["val/accuracy"] > 0
 
-    job = jobs.start(paths[0], "--dry-run", "--world", "2", before=partial(register))
+    job = jobs.start(paths[0], "--dry-run", "--world", "2", before=register)
     assert job.wait() == [0], job.output
     assert "8 steps of 8 images, data 1 x codes 2 = 2 processes" in job.output
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from vqscale import priors
 from vqscale.codes import noise
 from vqscale.codes.heads import dense
 from vqscale.codes.rows import set_aside
+from vqscale.config.schema import doc_lines
 from vqscale.nets.transformer import Transformer
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS
-from vqscale.priors.autoregressive import Decoder
-from vqscale.priors.base import guidance_scales
+from vqscale.priors.autoregressive import Incremental
+from vqscale.priors.base import SampleWarning, guidance_scales
+from vqscale.priors.config import AutoregressiveSampleConfig, SampleConfig
 from vqscale.seed import derive
 
 CODES, GRID, CLASSES, BATCH = 23, (2, 3), 4, 6
@@ -111,7 +114,7 @@ def test_it_learns_one_batch_by_heart(name):
         loss.backward()
         adam.step()
     assert loss < 0.05
-    again = prior.sample(labels, numbers_B=torch.arange(CLASSES), temperature=0.0)
+    again = prior.sample(labels, {"temperature": 0.0}, numbers_B=torch.arange(CLASSES))
     assert torch.equal(again, ids)
     assert prior.training
 
@@ -121,7 +124,7 @@ def draws(name, order, options, codes):
     prior = lively(priors.build(config_of(name), mesh))
     _, labels = batch()
     order = torch.tensor(order)
-    return prior.sample(part(labels[order], mesh), numbers_B=part(100 + order, mesh), seed=3, **options)
+    return prior.sample(part(labels[order], mesh), options, numbers_B=part(100 + order, mesh), seed=3)
 
 
 OPTIONS = [{}, {"guidance": 2.0, "temperature": 0.9}, {"guidance": 3.0, "schedule": "cosine", "top_k": 7, "top_p": 0.9}]
@@ -190,8 +193,9 @@ def test_every_option_of_sampling_does_what_it_says(options):
     rule = {key: x for key, x in options.items() if key in ("temperature", "top_k", "top_p")}
     found = []
     for seed in (0, 3):
-        ids = prior.train().sample(labels, numbers_B=numbers, seed=seed, **options)
-        h_BTD, null_BTD = (prior.eval().states(ids, classes) for classes in (labels, torch.full_like(labels, -1)))
+        ids = prior.train().sample(labels, options, numbers_B=numbers, seed=seed)
+        given = (labels, torch.full_like(labels, -1))
+        h_BTD, null_BTD = (prior.eval().states(ids, prior.prefix(classes)) for classes in given)
         for at, (scale, drawn_B) in enumerate(zip(scales, ids.flatten(1).t(), strict=True)):
             p_BK = dense.distribution(
                 h_BTD[:, at], prior.head.rows, unguided_ND=null_BTD[:, at], guidance=scale, **rule
@@ -209,7 +213,7 @@ def test_a_prior_of_no_numbers_draws_nothing(options):
     with torch.no_grad():
         prior.net.norm.weight[0] = math.nan
     with pytest.raises(FloatingPointError, match=r"6 of the 6 tokens .*\(token 0, 1, 2, 3, 4 \.\.\.\).*checkpoint"):
-        prior.sample(torch.arange(6) % CLASSES, numbers_B=torch.arange(6), **options)
+        prior.sample(torch.arange(6) % CLASSES, numbers_B=torch.arange(6), settings=options)
 
 
 @pytest.mark.parametrize("net", [{}, {"num_prefix": 2}, {"num_prefix": 3, "prefix_rotary": "zero", "adaln": False}])
@@ -217,11 +221,11 @@ def test_a_prior_of_no_numbers_draws_nothing(options):
 def test_the_cache_gives_the_logits_of_the_whole_sequence(net):
     prior = lively(priors.build(config_of("autoregressive", net=NET | STILL | net))).eval()
     ids, labels = batch()
-    halves = [labels, torch.full_like(labels, -1)]
+    halves = [prior.prefix(labels), prior.prefix(labels, null=True)]
     logits = {}
     for cached in (True, False):
-        decoder = Decoder(prior, halves, cached)
-        steps = [decoder.advance(), *(decoder.advance(one) for one in ids.flatten(1).t()[:-1])]
+        sequence = Incremental(prior, halves, cached)
+        steps = [sequence.advance(), *(sequence.advance(one) for one in ids.flatten(1).t()[:-1])]
         logits[cached] = torch.stack(steps, 1) @ prior.head.rows.t()
     torch.testing.assert_close(logits[True], logits[False], rtol=1e-5, atol=1e-5)
     whole = torch.cat([prior.states(ids, half) for half in halves]) @ prior.head.rows.t()
@@ -234,7 +238,7 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(net):
 def test_without_the_cache_every_position_is_computed_from_the_beginning(cached, tokens):
     prior, seen = priors.build(config_of("autoregressive")), []
     prior.net.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    prior.sample(torch.arange(2), numbers_B=torch.arange(2), cached=cached)
+    prior.sample(torch.arange(2), numbers_B=torch.arange(2), settings={"cached": cached})
     assert seen == tokens
 
 
@@ -253,10 +257,10 @@ def test_no_guidance_costs_nothing_and_guidance_0_is_the_null_class(monkeypatch)
     monkeypatch.setattr(Transformer, "forward", watched)
     plain = prior.sample(labels, numbers_B=numbers)
     assert set(seen) == {BATCH}
-    assert torch.equal(prior.sample(labels, numbers_B=numbers, guidance=1.0, schedule="linear"), plain)
+    assert torch.equal(prior.sample(labels, {"guidance": 1.0, "schedule": "linear"}, numbers_B=numbers), plain)
     assert set(seen) == {BATCH}
     null = prior.sample(torch.full_like(labels, -1), numbers_B=numbers)
-    assert torch.equal(prior.sample(labels, numbers_B=numbers, guidance=0.0), null)
+    assert torch.equal(prior.sample(labels, {"guidance": 0.0}, numbers_B=numbers), null)
     assert set(seen) == {BATCH, 2 * BATCH}
 
 
@@ -282,11 +286,13 @@ def test_guidance_over_the_positions():
 def test_what_is_random_in_training_follows_from_the_keys(name):
     prior = lively(priors.build(config_of(name, class_dropout=0.5)))
     labels, keys = torch.arange(4000) % CLASSES, noise.keys(1, torch.arange(4000))
-    kept = prior.labels(labels, keys)
-    assert abs(float((kept == -1).double().mean()) - 0.5) < 0.04
-    assert torch.equal(kept[kept >= 0], labels[kept >= 0])
-    assert torch.equal(prior.labels(labels[7:90], keys[7:90]), kept[7:90])
-    assert torch.equal(prior.eval().labels(labels, keys), labels)
+    dropped = prior.condition.dropped(labels, keys)
+    assert abs(float(dropped.double().mean()) - 0.5) < 0.04
+    assert torch.equal(prior.condition.dropped(labels[7:90], keys[7:90]), dropped[7:90])
+    expected = prior.condition(torch.where(dropped, -1, labels))
+    assert torch.equal(prior.prefix(labels, keys), expected)
+    assert len(expected.unique(dim=0)) == CLASSES + 1
+    assert torch.equal(prior.eval().prefix(labels, keys), prior.condition(labels))
     ids, few = batch()
     assert torch.equal(prior(ids, few).nats_B, prior(ids, few).nats_B)
 
@@ -309,7 +315,7 @@ def test_smoothing_is_for_training(name, more):
 def test_the_loss_is_that_of_the_formulas(more):
     prior = lively(priors.build(config_of("autoregressive", class_dropout=0.0, **more)))
     ids, labels = batch()
-    logits = prior.states(ids, labels).flatten(0, 1) @ prior.head.rows.t()
+    logits = prior.states(ids, prior.prefix(labels)).flatten(0, 1) @ prior.head.rows.t()
     expected = F.cross_entropy(logits, ids.flatten(), label_smoothing=more.get("label_smoothing", 0.0))
     expected += more.get("z_loss", 0.0) * logits.logsumexp(1).square().mean()
     assert float(prior(ids, labels).loss) == pytest.approx(float(expected), rel=1e-5)
@@ -337,15 +343,45 @@ def test_what_does_not_fit_is_said(name):
             prior(ids.masked_fill(ids == ids[0, 0, 0], wrong), labels)
     with pytest.raises(ValueError, match=re.escape("ids have the shape [6, 3, 2]") + ".*one of 2 x 3 ids"):
         prior(ids.transpose(1, 2), labels)
-    with pytest.raises(ValueError, match=r"grid is \[4, 4\].*built for \[2, 3\]"):
-        prior.sample(labels, numbers_B=torch.arange(6), grid=(4, 4))
-    with pytest.raises(ValueError, match=r"classes have the shape \[6\] and numbers_B \[5\]"):
+    with pytest.raises(ValueError, match=r"conditions have the shape \[6\] and numbers_B \[5\]"):
         prior.sample(labels, numbers_B=torch.arange(5))
-    with pytest.warns(UserWarning, match="class_dropout 0: its null class has its first values"):
-        prior.sample(labels, numbers_B=torch.arange(6), guidance=2.0)
+    with pytest.warns(SampleWarning, match=r"guidance is 2.0.*class_dropout 0: its null class has its first values"):
+        prior.sample(labels, {"guidance": 2.0}, numbers_B=torch.arange(6))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prior.sample(labels, numbers_B=torch.arange(6))
+
+
+@dataclass(frozen=True)
+class OtherSampleConfig(SampleConfig):
+    """Of no prior."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperatur": 1.0}, "settings: temperatur: unknown key; did you mean temperature"),
+        ({"schedule": "sine"}, "expected constant | linear | cosine, found the text 'sine'"),
+        ({"top_k": -1, "top_p": 0.0}, "top_k is -1: use at least 0"),
+        (AutoregressiveSampleConfig(temperature=-1.0), "temperature is -1.0: use 0 (the likeliest id) or more"),
+        (OtherSampleConfig(), "settings are OtherSampleConfig, and the prior autoregressive is sampled as its Auto"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_those_of_the_prior_are_refused(settings, said):
+    prior = priors.build(config_of("autoregressive"))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        prior.sample(torch.arange(2), settings, numbers_B=torch.arange(2))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_settings_at_their_default_say_nothing_and_are_those_of_no_settings(name):
+    kind = priors.sampling(name)
+    assert kind().unusual() == {}
+    assert list(kind().problems()) == []
+    assert set(kind.dials()) <= set(doc_lines(kind))
+    prior, numbers = lively(priors.build(config_of(name))), torch.arange(4)
+    assert torch.equal(prior.sample(numbers, kind(), numbers_B=numbers), prior.sample(numbers, numbers_B=numbers))
 
 
 @pytest.mark.parametrize(

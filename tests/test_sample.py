@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +17,16 @@ from jobs import at_call, hear
 from PIL import Image
 from saved_runs import small
 
+from vqscale.config.schema import fields_of
 from vqscale.disk.lock import hold
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError
+from vqscale.priors.base import Prior
+from vqscale.priors.config import AutoregressiveConfig, AutoregressiveSampleConfig, GuidedSampleConfig
 from vqscale.programs import sample_folder
-from vqscale.programs.sample import Settings, check, parse_classes, sample, summary, warnings
+from vqscale.programs.sample import check, sample, summary
+from vqscale.programs.sample_request import SampleRequest, parse_classes
 from vqscale.run import folder as run_folder
 from vqscale.seed import derive
 
@@ -31,22 +37,26 @@ class Rule:
     """A prior of which every id is known: a function of the seed, the image's number, its class and the position."""
 
     num_codes, num_classes = CODES, 5
+    config = AutoregressiveConfig()
+    sample_config = Prior.sample_config
 
-    def __init__(self, made_by: str | None = None, class_dropout: float = 0.1) -> None:
+    def __init__(self, made_by: str | None = None) -> None:
         self.card = {"tokenizer": made_by} if made_by else {}
-        self.class_dropout = class_dropout
         self.fingerprint = "f00d"
-        self.asked: list[dict] = []
+        self.asked: list[tuple] = []
 
-    def sample(self, condition_B, *, numbers_B, seed=0, guidance=1.0, **settings):
-        self.asked.append({"numbers": numbers_B.tolist(), "seed": seed, "guidance": guidance, **settings})
+    def sample(self, condition_B, settings, *, numbers_B, seed):
+        self.asked.append((numbers_B.tolist(), seed, settings))
         wanted = zip(numbers_B.tolist(), condition_B.tolist(), strict=True)
-        rows = [[derive(seed, n, c, at, str(guidance)) % CODES for at in range(16)] for n, c in wanted]
+        rows = [[derive(seed, n, c, at, str(settings.guidance)) % CODES for at in range(16)] for n, c in wanted]
         return torch.tensor(rows).view(-1, *GRID)
 
 
-def settings(**others) -> Settings:
-    return Settings(**({"num_images": 23, "classes": (1, 4, 0), "batch": 4, "guidance": 1.5, "seed": 3} | others))
+def request(**others) -> SampleRequest:
+    """A request for images, in which some fields, of it or of the prior's SampleConfig, have other values."""
+    how = {key: others.pop(key) for key in list(others) if key in fields_of(AutoregressiveSampleConfig)}
+    how = AutoregressiveSampleConfig(**{"guidance": 1.5, **how})
+    return SampleRequest(**{"num_images": 23, "classes": (1, 4, 0), "how": how, "batch": 4, "seed": 3, **others})
 
 
 def draw(folder: Path, codes: int = 1, before=None, **others):
@@ -60,7 +70,7 @@ def draw(folder: Path, codes: int = 1, before=None, **others):
         with pytest.MonkeyPatch.context() as changes:
             if before is not None:
                 before(rank, changes)
-            return sample(Rule(), small(mesh), folder, mesh, settings(**others))
+            return sample(Rule(), small(mesh), folder, mesh, request(**others))
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
@@ -165,7 +175,7 @@ def test_stopped_on_two_processes_and_continued_on_one(whole, tmp_path, ranks):
     stop = partial(at, MAKE, 2, 1, partial(hear, signal.SIGUSR1))
     first, _ = ranks(2, draw, tmp_path, 1, stop)
     assert (first.state, first.reason, first.missing, first.images) == ("stopped", "SIGUSR1", 2, 16)
-    assert "2 batches are missing" in summary(first, tmp_path, settings(), 2)
+    assert "2 batches are missing" in summary(first, tmp_path, request(), 2)
     assert len(list((tmp_path / "parts").iterdir())) == 4
     assert not (tmp_path / "samples.npz").exists()
     (tmp_path / "parts" / "000001.tmp").write_bytes(b"half")
@@ -194,12 +204,12 @@ def test_other_settings_are_refused_and_may_overwrite(tmp_path):
     other = Rule()
     other.fingerprint = "beef"
     with pytest.raises(ValueError, match=r'prior.fingerprint is "beef", and was "f00d"'):
-        sample(other, small(), tmp_path, Mesh(), settings())
+        sample(other, small(), tmp_path, Mesh(), request())
     before = (tmp_path / "samples.npz").read_bytes()
-    done = sample(Rule(), small(), tmp_path, Mesh(), settings(guidance=2.0), overwrite=True)
+    done = sample(Rule(), small(), tmp_path, Mesh(), request(guidance=2.0), overwrite=True)
     assert done.images == 23
     assert (tmp_path / "samples.npz").read_bytes() != before
-    same = sample(Rule(), small(), tmp_path, Mesh(), settings(guidance=2.0), overwrite=True)
+    same = sample(Rule(), small(), tmp_path, Mesh(), request(guidance=2.0), overwrite=True)
     assert same.state == "already"
 
 
@@ -222,31 +232,35 @@ def _other(folder):
 
 def test_settings_reach_the_prior(tmp_path):
     rule = Rule()
-    asked = settings(temperature=0.9, top_k=7, top_p=0.8, schedule="cosine", cached=False, num_images=6)
+    asked = request(temperature=0.9, top_k=7, top_p=0.8, schedule="cosine", cached=False, num_images=6)
     sample(rule, small(), tmp_path, Mesh(), asked)
-    assert [call["numbers"] for call in rule.asked] == [[0, 1, 2, 3], [4, 5]]
-    expected = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "schedule": "cosine", "cached": False, "seed": 3}
-    assert all(call.items() >= expected.items() for call in rule.asked)
+    expected = AutoregressiveSampleConfig(1.5, "cosine", 0.9, 7, 0.8, cached=False)
+    assert rule.asked == [([0, 1, 2, 3], 3, expected), ([4, 5], 3, expected)]
 
 
 def test_what_does_not_go_together_is_refused():
     tokenizer = small()
-    check(Rule(tokenizer.fingerprint), tokenizer, settings())
+    check(Rule(tokenizer.fingerprint), tokenizer, request())
     with pytest.raises(ValueError, match=f"fingerprint abc, and the one given has {tokenizer.fingerprint}"):
-        check(Rule("abc"), tokenizer, settings())
+        check(Rule("abc"), tokenizer, request())
     more = Rule()
     more.num_codes = 14
     with pytest.raises(ValueError, match="the prior has 14 codes and the tokenizer 13"):
-        check(more, tokenizer, settings())
+        check(more, tokenizer, request())
     with pytest.raises(ValueError, match=r"class 5, 9 is none of the prior's \(0 .. 4\): change --classes"):
-        check(Rule(), tokenizer, settings(classes=(5, 1, 9)))
+        check(Rule(), tokenizer, request(classes=(5, 1, 9)))
     with pytest.raises(ValueError, match="list of classes is empty"):
-        check(Rule(), tokenizer, settings(classes=()))
-    bad = {"num_images": 0, "batch": 0, "top_k": -1, "temperature": -1, "top_p": 0, "guidance": -1, "schedule": "step"}
-    with pytest.raises(ValueError, match=r"class 1 .*twice") as refusal:
-        check(Rule(), tokenizer, settings(classes=(1, 1), **bad))
+        check(Rule(), tokenizer, request(classes=()))
+    bad = {"num_images": 0, "batch": 0, "top_k": -1, "temperature": -1, "top_p": 0, "guidance": -1}
+    said = request(classes=(1, 1), **bad).problems()
+    assert any(re.match("class 1 .*twice", line) for line in said)
     for name, value in bad.items():
-        assert f"{name} is {value}: use" in str(refusal.value)
+        assert any(line.startswith(f"{name} is {value}: use") for line in said)
+    for wrong in (request(num_images=0), request(top_k=-1)):
+        with pytest.raises(ValueError, match=r"is (0|-1): use at least"):
+            check(Rule(), tokenizer, wrong)
+    with pytest.raises(ValueError, match="settings are GuidedSampleConfig, and the prior autoregressive is sampled as"):
+        check(Rule(), tokenizer, replace(request(), how=GuidedSampleConfig()))
 
 
 def test_classes_are_numbers_and_ranges():
@@ -256,6 +270,14 @@ def test_classes_are_numbers_and_ranges():
             parse_classes(text)
 
 
-def test_guidance_without_a_null_class_is_warned_of():
-    assert warnings(Rule(), settings()) == [] == warnings(Rule(class_dropout=0.0), settings(guidance=1.0))
-    assert "which this prior was never shown" in warnings(Rule(class_dropout=0.0), settings())[0]
+def test_samples_that_were_begun_before_priors_had_their_own_settings_go_on(whole, tmp_path):
+    """What sample.json said then: all settings in one dict, and no name of the prior."""
+    draw(tmp_path, before=partial(at, MAKE, 3, 0, lambda: (tmp_path / "STOP").touch()))
+    facts = json.loads((tmp_path / "sample.json").read_text())
+    del facts["prior"]["name"]
+    facts["settings"] = {"num_images": 23, "classes": [1, 4, 0], "guidance": 1.5, "schedule": "constant"}
+    facts["settings"] |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3, "batch": 4, "resize": None}
+    facts["settings"] |= {"cached": True}
+    (tmp_path / "sample.json").write_text(json.dumps(facts))
+    assert draw(tmp_path).images == 23 - 3 * 4
+    assert (tmp_path / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()

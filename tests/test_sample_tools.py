@@ -20,6 +20,7 @@ import prior_runs
 import pytest
 import test_sample
 import torch
+import yaml
 from jobs import hear
 from judges import Small
 from saved_runs import IBQ, small
@@ -89,9 +90,8 @@ def drawn(place, tmp_path_factory):
 def test_the_images_are_those_of_the_prior(place, drawn):
     prior, tokenizer = Prior.load(place / "prior" / "run"), Tokenizer.load(place / "tokenizer")
     labels = torch.tensor([4, 0, 1] * 3)
-    ids = prior.sample(
-        labels, numbers_B=torch.arange(9), guidance=1.5, schedule="cosine", temperature=0.9, cached=False
-    )
+    how = {"guidance": 1.5, "schedule": "cosine", "temperature": 0.9, "cached": False}
+    ids = prior.sample(labels, how, numbers_B=torch.arange(9))
     with np.load(drawn / "samples.npz") as file:
         np.testing.assert_array_equal(file["arr_1"], labels)
         np.testing.assert_array_equal(file["ids"], ids)
@@ -141,7 +141,8 @@ def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
             ("--temperature", -1, "--top-p", 0, "--classes", "x", "--codes", 2, "--timeout-s", 0, "--num-images", 0),
             "error: --codes 2 does not divide the 1 processes that were started: change --codes or --nproc_per_node; "
             "--classes has 'x': give numbers and ranges such as 0,5,10-19; num_images is 0: use at least 1; "
-            "temperature is -1.0: use 0 (the likeliest id) or more; top_p is 0.0: use a share above 0 and at most 1; "
+            "command line: temperature: temperature is -1.0: use 0 (the likeliest id) or more; "
+            "command line: top_p: top_p is 0.0: use a share above 0 and at most 1; "
             "--timeout-s is 0.0, and processes have to wait for each other: use more than 0\n",
         ),
         (("--classes", "2,2"), "class 2 is in the list of classes twice"),
@@ -150,6 +151,8 @@ def test_without_the_cache_of_keys_and_values(place, drawn, tmp_path):
         (("--num-images", 0), "num_images is 0: use at least 1"),
         (("--per-class", 0), "num_images is 0: use at least 1"),
         (("--temperature", -1), "temperature is -1.0: use 0"),
+        (("--temperature", "hot"), "error: command line: temperature: expected float, found the text 'hot'"),
+        (("--schedule", "step"), "schedule: expected constant | linear | cosine, found the text 'step'"),
         (("--resize", 0), "resize is 0: use at least 1 pixel"),
         (("--codes", 2), "error: --codes 2 does not divide the 1 processes that were started"),
     ],
@@ -163,22 +166,34 @@ def test_bad_input_is_said_and_nothing_written(place, tmp_path, words, message):
 
 
 def test_options_are_checked_before_processes_meet_and_models_are_read(tmp_path):
-    taken = tmp_path / "taken"
+    taken, prior = tmp_path / "taken", without_weights(tmp_path / "prior")
     taken.touch()
     for out in (taken, taken / "below"):
-        status, said = tool("sample", tmp_path / "no prior", tmp_path, out, "--temperature", -1, "--device", "cuda")
+        status, said = tool("sample", prior, tmp_path, out, "--temperature", -1, "--device", "cuda")
         assert (status, said) == (
             2,
-            f"error: temperature is -1.0: use 0 (the likeliest id) or more; OUT {out} cannot be written: {taken} is "
-            "no folder; choose another OUT\n",
+            "error: command line: temperature: temperature is -1.0: use 0 (the likeliest id) or more; "
+            f"OUT {out} cannot be written: {taken} is no folder; choose another OUT\n",
         )
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    status, said = tool("sample", tmp_path / "no prior", tmp_path, tmp_path / "out", "--device", "cuda")
+    assert status == 2
+    assert said.startswith(f"error: PRIOR {tmp_path}/no prior does not exist (looked from {Path.cwd()}): give a run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prior", "taken"]
+
+
+def without_weights(folder: Path) -> Path:
+    """A folder of which one can read that it is a prior, and nothing else."""
+    folder.mkdir()
+    prior = {"name": "autoregressive", "num_codes": 5}
+    (folder / "run.yaml").write_text(yaml.safe_dump({"task": "prior", "prior": prior}))
+    return folder
 
 
 def test_options_of_a_sweep_are_checked_before_processes_meet_and_models_are_read(tmp_path):
     files = ("--reference", tmp_path / "r.npz", "--inception", tmp_path)
     words = ("--temperature", "1,-1", "--top-k", ",", "--schedule", "step", "--classes", ",", "--num-images", 3)
-    command = [TOOLS / "sweep.py", tmp_path / "no prior", tmp_path, tmp_path / "out", *files, *words]
+    prior = without_weights(tmp_path / "prior")
+    command = [TOOLS / "sweep.py", prior, tmp_path, tmp_path / "out", *files, *words]
     done = subprocess.run(
         [sys.executable, *map(str, command), "--device", "cuda"],
         env={**os.environ, "WORLD_SIZE": "4", "RANK": "0"},
@@ -190,14 +205,14 @@ def test_options_of_a_sweep_are_checked_before_processes_meet_and_models_are_rea
     for message in (
         "error: --classes names no class",
         "--top-k names no value",
-        "schedule is step: use constant, linear, cosine",
+        "schedule: expected constant | linear | cosine, found the text 'step'",
         "temperature is -1.0: use 0",
         "--num-images 3 is less than the 4 processes that were started, of which each measures a part: give more",
         f"--reference {tmp_path}/r.npz does not exist (looked from {Path.cwd()}), and nothing is downloaded: give the",
         f"--inception {tmp_path} is no file, and nothing is downloaded: give the path of pt_inception",
     ):
         assert done.stderr.count(message) == 1, done.stderr
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["prior"]
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(place, tmp_path):
@@ -299,7 +314,8 @@ def test_parts_are_removed_when_what_replaces_them_is_on_the_disk(tmp_path, monk
 def test_guidance_without_a_null_class_is_warned_of_once(place, tmp_path):
     status, said = draw(place, tmp_path / "out", "--guidance", 2, "--num-images", 5, prior="undropped")
     assert status == 0
-    assert said.count("warning: guidance 2.0 leads away from the null class, which this prior was never shown") == 1
+    assert said.count("guidance is 2.0") == 1, said
+    assert "warning: guidance is 2.0, but this prior was trained with class_dropout 0: its null class has its" in said
 
 
 def sweeping(place: Path, folder: Path, *words: object) -> list[object]:

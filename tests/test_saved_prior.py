@@ -40,7 +40,7 @@ def same(one: Prior, other: Prior) -> None:
     ids, labels = batch()
     with torch.no_grad(), one.evaluating(), other.evaluating():
         assert torch.equal(one(ids, labels).nats_B, other(ids, labels).nats_B)
-    drawn = [prior.sample(labels, numbers_B=torch.arange(6), guidance=2.0) for prior in (one, other)]
+    drawn = [prior.sample(labels, numbers_B=torch.arange(6), settings={"guidance": 2.0}) for prior in (one, other)]
     assert torch.equal(*drawn)
     assert one.fingerprint == other.fingerprint
 
@@ -73,7 +73,7 @@ def on_two(folder, source, codes):
     prior.save(folder)
     assert len(prior.head.rows) == prior.head.layout.count <= -(-CODES // codes)
     labels = batch()[1]
-    return prior.fingerprint, prior.sample(labels, numbers_B=torch.arange(6), guidance=2.0)
+    return prior.fingerprint, prior.sample(labels, numbers_B=torch.arange(6), settings={"guidance": 2.0})
 
 
 @pytest.mark.dist
@@ -81,7 +81,7 @@ def on_two(folder, source, codes):
 def test_two_processes_save_and_load_the_same(ranks, tmp_path, codes):
     prior = lively(priors.build(config_of("autoregressive")))
     prior.save(tmp_path / "one", {"tokenizer": "f00d"})
-    ids = prior.sample(batch()[1], numbers_B=torch.arange(6), guidance=2.0)
+    ids = prior.sample(batch()[1], numbers_B=torch.arange(6), settings={"guidance": 2.0})
     for fingerprint, drawn in ranks(2, on_two, tmp_path / "two", tmp_path / "one", codes):
         assert fingerprint == prior.fingerprint
         assert torch.equal(drawn, ids)
@@ -212,7 +212,7 @@ def test_an_exported_prior_draws_what_its_run_draws(place, tmp_path, ranks):
     prior = Prior.load(place / "run")
     labels = torch.arange(10) % 5
     with np.load(tmp_path / "one" / "samples.npz") as file:
-        np.testing.assert_array_equal(file["ids"], prior.sample(labels, numbers_B=torch.arange(10), guidance=2.0))
+        np.testing.assert_array_equal(file["ids"], prior.sample(labels, {"guidance": 2.0}, numbers_B=torch.arange(10)))
     assert "10 images of 5 classes are in" in draw(place, tmp_path / "one", prior="run")[1]  # to the tools they are one
 
 

@@ -21,12 +21,14 @@ from test_sample import MAKE, Rule, at
 from vqscale.metrics import generation
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
+from vqscale.priors.config import AutoregressiveSampleConfig, SampleConfig
 from vqscale.programs import sweep
-from vqscale.programs.sample import Settings
+from vqscale.programs.sample_request import SampleRequest
 from vqscale.run import folder as run_folder
-from vqscale.show import sweep_table as written
+from vqscale.show.sweep_table import Table, nearest, score
 
-BASE = Settings(num_images=12, classes=(0, 1, 2), batch=4)
+BASE = SampleRequest(num_images=12, classes=(0, 1, 2), how=AutoregressiveSampleConfig(), batch=4)
+USUAL = AutoregressiveSampleConfig.dials()
 DIALS = {"temperature": [0.9, 1.0], "guidance": [1.0, 1.5, 2.0]}
 
 
@@ -53,20 +55,20 @@ def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, refere
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     mesh, rule = Mesh(world), Rule()
     judge = sweep.Judge(network or Small(), reference or references(folder))
-    every = sweep.settings(replace(BASE, **base), dials)
+    every = sweep.requests(replace(BASE, **base), dials)
     tokenizer = small(mesh, tokenizer_seed)
     handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
     try:
         with pytest.MonkeyPatch.context() as changes:
             if before is not None:
                 before(int(os.environ.get("RANK", "0")), changes)
-            rows, missing = sweep.sweep(
+            table, missing = sweep.sweep(
                 rule, tokenizer, judge, folder / "out", mesh, every, about={"command": "x"}, keep=keep
             )
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
-    return rows, missing, len(rule.asked)
+    return table.rows, missing, len(rule.asked)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_every_combination_has_the_scores_of_its_samples(whole):
     network = Small()
     reference = generation.read_reference(folder / "reference.npz", network, Mesh())
     for row in rows:
-        place = folder / "out" / f"guidance{row['guidance']:g}-temperature{row['temperature']:g}"
+        place = folder / "out" / f"guidance{row['guidance']:g}{'-temperature0.9' if row['temperature'] < 1 else ''}"
         seen = generation.describe(SampleFile(place / "samples.npz"), network, Mesh())
         for key, value in generation.compare(seen, reference).items():
             assert row[key] == pytest.approx(value, rel=1e-9), key
@@ -103,7 +105,7 @@ def test_the_table_is_kept_whole(whole):
         lines = list(csv.DictReader(file))
     assert [float(line["score_other_inception"]) for line in lines] == [row["score_other_inception"] for row in rows]
     assert (folder / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    told = written.table(rows).splitlines()
+    told = Table(USUAL, rows).text().splitlines()
     assert told[0].split()[:3] == ["guidance", "temperature", "distance_other_inception"]
     assert len(told) == 7
 
@@ -119,9 +121,9 @@ def test_what_is_measured_is_not_measured_again(whole, tmp_path):
         ValueError, match=r"measured of something else, tokenizer.fingerprint is \w+, and was \w+: give"
     ):
         run(tmp_path, {"guidance": [1.0]}, tokenizer_seed=2)
-    result = tmp_path / "out" / "guidance1-temperature1" / "result.json"
+    result = tmp_path / "out" / "guidance1" / "result.json"
     result.write_text("{")
-    with pytest.raises(ValueError, match=r"result.json cannot be read .*: remove .*guidance1-temperature1, and it is"):
+    with pytest.raises(ValueError, match=r"result.json cannot be read .*: remove .*guidance1, and it is"):
         run(tmp_path, {"guidance": [1.0]})
 
 
@@ -140,7 +142,7 @@ def guided(folder):
     table = json.loads((folder / "out" / "sweep.json").read_text())
     with (folder / "out" / "sweep.csv").open() as file:
         assert [float(line["guidance"]) for line in csv.DictReader(file)] == [row["guidance"] for row in table["rows"]]
-    assert (folder / "out" / "sweep.png").read_bytes() == written.figure(table["rows"])
+    assert (folder / "out" / "sweep.png").read_bytes() == Table(USUAL, table["rows"]).figure()
     return [row["guidance"] for row in table["rows"]]
 
 
@@ -196,18 +198,16 @@ def test_what_is_of_something_else_is_refused_before_anything_is_looked_at(tmp_p
     np.savez(tmp_path / "other.npz", np.zeros((20, 8, 8, 3), np.uint8))
     before = contents(tmp_path)
     dials = {"guidance": [1.0, 2.0]}
-    told = (
-        r"guidance2-temperature1 was measured of something else, judge.reference.sha256 is \w{64}, and was \w{64}: give"
-    )
+    told = r"guidance2 was measured of something else, judge.reference.sha256 is \w{64}, and was \w{64}: give"
     with pytest.raises(ValueError, match=told):
         run(tmp_path, dials, reference=tmp_path / "other.npz", network=Blind())
     with pytest.raises(
         ValueError, match=r"else, judge.inception.sha256 is 0+6, and was 0+5; settings.num_images is 11"
     ):
         run(tmp_path, dials, network=Blind(seed=6), num_images=11)
-    result = tmp_path / "out" / "guidance2-temperature1" / "result.json"
+    result = tmp_path / "out" / "guidance2" / "result.json"
     result.write_text(json.dumps({"row": {}, "facts": {"prior": 1}}))
-    with pytest.raises(ValueError, match=r"result.json cannot be read .*: remove .*guidance2-temperature1, and it is"):
+    with pytest.raises(ValueError, match=r"result.json cannot be read .*: remove .*guidance2, and it is"):
         run(tmp_path, dials, network=Blind())
     after = contents(tmp_path)
     assert {path for path in before if before[path] != after[path]} == {result}
@@ -249,28 +249,58 @@ def test_one_rank_of_two_is_asked_to_stop_while_it_measures(tmp_path, ranks):
     assert [len(rows) for rows, _ in ranks(2, run, tmp_path, dials)] == [2, 2]
 
 
-def test_dials_that_cannot_be_turned_are_refused():
-    with pytest.raises(ValueError, match="--top-k names no value"):
-        sweep.settings(BASE, {"top_k": []})
+def test_requests_that_cannot_be_drawn_are_refused():
     with pytest.raises(ValueError, match=r"temperature is -1.0: use 0 .*; top_p is 0.0"):
-        sweep.settings(BASE, {"temperature": [-1.0, 1.0], "top_p": [0.0]})
-    assert len(sweep.settings(BASE, {"guidance": [1.0, 1.0, 2.0]})) == 2
-    names = {sweep.name(one) for one in sweep.settings(BASE, {"top_k": [0, 5], "top_p": [1.0, 0.9], **DIALS})}
-    assert len(names) == 24
-    assert "guidance1.5-temperature0.9-top5-share0.9" in names
+        sweep.requests(BASE, {"temperature": [-1.0, 1.0], "top_p": [0.0]})
+    assert len(sweep.requests(BASE, {"guidance": [1.0, 1.0, 2.0]})) == 2
+
+
+def test_every_setting_has_a_folder_of_its_own():
+    every = sweep.requests(BASE, {"top_k": [0, 5], "top_p": [1.0, 0.9], "schedule": ["constant", "linear"], **DIALS})
+    names = {sweep.name(one.how) for one in every}
+    assert len(names) == 48
+    assert "guidance1" in names
+    assert "guidance1.5-schedule_linear-temperature0.9-top_k5-top_p0.9" in names
     near = [1.0, 1.0 + 1e-9]
-    assert len({sweep.name(one) for one in sweep.settings(BASE, {"guidance": near, "temperature": near})}) == 4
+    assert len({sweep.name(one.how) for one in sweep.requests(BASE, {"guidance": near, "temperature": near})}) == 4
+    assert sweep.name(SampleConfig()) == "usual"
+
+
+def test_what_was_measured_before_folders_had_these_names_is_in_the_table(tmp_path):
+    rows, _ = run(tmp_path, {"guidance": [1.5]})
+    old = tmp_path / "out" / "guidance1.5-temperature1"
+    (tmp_path / "out" / "guidance1.5").rename(old)
+    assert run(tmp_path, {"guidance": [1.5]}) == (rows, 0)
+    with pytest.raises(
+        ValueError, match=r"guidance1.5-temperature1 was measured of something else, settings.seed is 1"
+    ):
+        run(tmp_path, {"guidance": [1.5]}, seed=1)
+
+
+def test_what_was_measured_before_there_was_a_dial_had_its_default(tmp_path):
+    rows, _ = run(tmp_path, {"guidance": [1.0]})
+    path = tmp_path / "out" / "guidance1" / "result.json"
+    result = json.loads(path.read_text())
+    del result["row"]["top_k"], result["facts"]["settings"]["top_k"]
+    path.write_text(json.dumps(result))
+    assert run(tmp_path, {"guidance": [1.0]}) == (rows, 0)
+    assert [row["top_k"] for row in run(tmp_path, {"top_k": [0, 5]})[0]] == [0, 5]
 
 
 def test_curves_go_over_guidance_one_for_each_of_the_others():
-    dials = {"guidance": 1.0, "schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    rows = [{**dials, "guidance": g, "temperature": t, "fid": g * t} for g in (2.0, 1.0) for t in (0.9, 1.0)]
-    x, lines = written.curves(rows, "fid")
+    usual = {"guidance": 1.0, "schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    rows = [{**usual, "guidance": g, "temperature": t, "fid": g * t} for g in (2.0, 1.0) for t in (0.9, 1.0)]
+    x, lines = Table(USUAL, rows).curves("fid")
     assert (x, lines) == (
         "guidance",
         {"temperature 0.9": [(1.0, 0.9), (2.0, 1.8)], "temperature 1.0": [(1.0, 1.0), (2.0, 2.0)]},
     )
-    assert written.curves([{**row, "guidance": 1.0} for row in rows], "fid")[0] == "temperature"
-    assert written.nearest(rows)["fid"] == 0.9
-    assert written.nearest([dials]) is None
-    assert written.score(rows, "fid") == "fid"
+    assert Table(USUAL, [{**row, "guidance": 1.0} for row in rows]).curves("fid")[0] == "temperature"
+    ramps = [{**usual, "schedule": ramp, "fid": 1.0} for ramp in ("constant", "linear")]
+    assert Table(USUAL, ramps).curves("fid") == (
+        "guidance",
+        {f"schedule {r}": [(1.0, 1.0)] for r in ("constant", "linear")},
+    )
+    assert nearest(rows)["fid"] == 0.9
+    assert nearest([usual]) is None
+    assert score(rows, "fid") == "fid"

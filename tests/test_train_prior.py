@@ -89,7 +89,7 @@ def loaded(path, weights, codes):
     ids, labels = torch.arange(12).view(2, *GRID), torch.tensor([1, -1])
     with torch.no_grad():
         nats = prior(ids, labels).nats_B
-    sample = prior.sample(labels, numbers_B=torch.arange(2), guidance=2.0)
+    sample = prior.sample(labels, {"guidance": 2.0}, numbers_B=torch.arange(2))
     return nats, sample, prior.card, prior.fingerprint
 
 
@@ -99,13 +99,13 @@ def test_a_trained_prior_is_loaded(alone, caches, ranks):
     [batch] = stream.batches()
     with torch.no_grad():
         mean = prior(batch.ids, batch.labels).loss.item()
-        best = (prior.states(batch.ids, batch.labels) @ prior.head.rows.t()).argmax(2)
+        best = (prior.states(batch.ids, prior.prefix(batch.labels)) @ prior.head.rows.t()).argmax(2)
     assert mean == pytest.approx(summary["loss"], abs=1e-6)  # of the average
     right = (best == batch.ids.flatten(1)).double().mean().item()
     assert 0.05 < right < 0.95
     assert summary["accuracy"] == pytest.approx(right)
     assert prior.card["tokenizer"] == TOKENIZER
-    assert (prior.num_codes, prior.num_classes, prior.class_dropout) == (CODES, 5, 0.3)
+    assert (prior.num_codes, prior.num_classes, prior.condition.dropout) == (CODES, 5, 0.3)
     one = loaded(alone, "average", 1)
     assert not torch.allclose(one[0], loaded(alone, "parameters", 1)[0])
     assert not torch.allclose(one[0], loaded(alone / "checkpoints" / "0000000004", "average", 1)[0])
@@ -118,7 +118,7 @@ def test_a_trained_prior_is_loaded(alone, caches, ranks):
 def test_the_parts_of_a_loss_are_for_the_eye(alone):
     prior = Prior.load(alone).train()
     ids, labels, keys = torch.arange(36).view(6, *GRID), torch.arange(6) - 1, noise.keys(1, torch.arange(6))
-    logits = prior.states(ids, prior.labels(labels, keys)) @ prior.head.rows.t()
+    logits = prior.states(ids, prior.prefix(labels, keys)) @ prior.head.rows.t()
     found = prior(ids, labels, keys)
     expected = {
         "cross_entropy": torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()),

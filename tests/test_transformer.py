@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from vqscale import config as configuration
 from vqscale.nets.config_transformer import TransformerConfig
-from vqscale.nets.transformer import Classes, KVCache, Transformer, rotary, rotate
+from vqscale.nets.transformer import KVCache, Transformer, rotary, rotate
 
 SMALL = {"width": 24, "num_layers": 2, "num_heads": 3, "ffn_multiple": 8}
 DESIGNS = {
@@ -154,7 +154,6 @@ def test_first_values_are_those_of_the_papers(scale):
     assert [float(part.std()) for part in parts] == pytest.approx([1e-3 * scale] * 2 + [scale / 2] * 4, rel=0.05)
     assert float(net.adapters[1].linear.weight.detach().std()) == pytest.approx(scale / 2, rel=0.05)
     assert all(float(adapter.linear.bias.detach().abs().max()) == 0 for adapter in net.adapters)
-    assert float(Classes(100, config).table.weight.detach().std()) == pytest.approx(scale, rel=0.05)
 
 
 def test_in_half_precision_the_residual_stream_and_the_norms_are_not():
@@ -177,14 +176,6 @@ def test_the_cache_has_the_type_of_autocast(on):
     for kept in cache.extend(0, k_BSTd, k_BSTd):
         assert kept.dtype == (torch.bfloat16 if on else torch.float32)
         assert torch.equal(kept, k_BSTd.to(kept.dtype))
-
-
-def test_no_class_is_a_class_of_its_own():
-    config = TransformerConfig(**SMALL, num_prefix=2)
-    classes = Classes(3, config)
-    rows = classes(torch.tensor([-1, 0, 2]))
-    assert rows.shape == (3, 2, 24)
-    assert torch.equal(rows.flatten(1), classes.table.weight[[3, 0, 2]])
 
 
 def test_hidden_widths_of_the_published_models():

@@ -1,5 +1,5 @@
-"""A transformer over the tokens of a grid, and classes as vectors: vectors to vectors, in the designs of LlamaGen
-(2406.06525) and of the priors of IBQ (2412.02692).
+"""A transformer over the tokens of a grid: vectors to vectors, in the designs of LlamaGen (2406.06525) and of the
+priors of IBQ (2412.02692).
 
 RMSNorm before each part, SwiGLU, no biases, rotary embedding over the sides of the grid, and with `adaln` scales,
 shifts and gates made of the class. The residual stream and all norms are float32 under autocast. Not here: ids and
@@ -214,19 +214,3 @@ class Transformer(nn.Module):
             return h_BTD
         scale, shift = adapt[-1].unbind(1)
         return h_BTD * (1 + scale) + shift
-
-
-class Classes(nn.Module):
-    """Class labels 0 .. C - 1 as P vectors each, and a null class, which -1 means, for no class and for guidance."""
-
-    def __init__(self, num_classes: int, config: TransformerConfig) -> None:
-        super().__init__()
-        self.num_classes, self.num_prefix = num_classes, config.num_prefix
-        self.table = nn.Embedding(num_classes + 1, config.num_prefix * config.width)
-        with torch.no_grad():
-            self.table.weight.normal_(0.0, config.init_scale)
-
-    def forward(self, labels_B: Tensor) -> Tensor:
-        """labels -1 .. C - 1 -> (B, P, D)."""
-        rows_B = torch.where(labels_B < 0, self.num_classes, labels_B)
-        return self.table(rows_B).unflatten(-1, (self.num_prefix, -1))

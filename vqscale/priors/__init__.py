@@ -1,22 +1,22 @@
 """Priors: models of the ids of images, one file each, one interface (base.py); they end in codes.Head.
 
-To add one: a file here, its settings in config.py, and its line in PRIORS. The tests run over this dictionary.
+To add one: a file here, its config and its SampleConfig (without torch, as in config.py), and its line in PRIORS.
+Programs, tables and pages take what they offer from these; the tests run over the dictionary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vqscale import config as configuration
-from vqscale.priors.config import PriorConfig
+from vqscale.priors.config import PRIORS, PriorConfig, SampleConfig
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
     from vqscale.priors.base import Prior
 
-PRIORS = {"autoregressive": "vqscale.priors.autoregressive:Autoregressive"}
+__all__ = ["PRIORS", "Prior", "build", "sampling"]
 
 
 def build(config: Mapping[str, Any] | PriorConfig, mesh: Mesh | None = None, *, seed: int = 0) -> Prior:
@@ -32,10 +32,15 @@ def build(config: Mapping[str, Any] | PriorConfig, mesh: Mesh | None = None, *, 
 
     from vqscale.seed import derive
 
-    module, name = PRIORS[config.name].split(":")
     torch.manual_seed(derive(seed, "prior"))
-    prior: Prior = getattr(import_module(module), name)(config, mesh, seed=seed)
+    prior: Prior = configuration.load_class(config.model)(config, mesh, seed=seed)
     return prior
+
+
+def sampling(name: str) -> type[SampleConfig]:
+    """How the prior of this name is sampled."""
+    kind: type[SampleConfig] = configuration.load_class(PRIORS[name]).sampling
+    return kind
 
 
 def __getattr__(name: str) -> Any:

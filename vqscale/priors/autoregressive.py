@@ -1,12 +1,10 @@
-"""The autoregressive prior of LlamaGen (2406.06525) and IBQ (2412.02692): p(ids | class) = prod_i p(id_i | ids before).
+"""The autoregressive prior of LlamaGen (2406.06525) and IBQ (2412.02692): p(ids | c) = prod_i p(id_i | ids before, c).
 
-The sequence is the prefix made of the class, then the ids row by row but the last; the vector of each token predicts
-the id after it, so an image of h x w ids costs one pass over as many tokens (and the rest of the prefix).
+The sequence is the prefix made of the condition c, then the ids row by row but the last; the vector of each token
+predicts the id after it, so an image of h x w ids costs one pass over as many tokens (and the rest of the prefix).
 """
 
 from __future__ import annotations
-
-import warnings
 
 import torch
 from torch import Tensor
@@ -14,8 +12,8 @@ from torch import Tensor
 from vqscale.codes import noise
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import Modelled, Prior, Schedule, guidance_scales
-from vqscale.priors.config import AutoregressiveConfig
+from vqscale.priors.base import Modelled, Prior, guidance_scales
+from vqscale.priors.config import AutoregressiveConfig, AutoregressiveSampleConfig
 from vqscale.seed import derive
 
 
@@ -30,71 +28,48 @@ class Autoregressive(Prior):
         if not torch.empty(0).is_meta:
             self.to(self.mesh.device)
 
-    def states(self, ids_Bhw: Tensor, labels_B: Tensor) -> Tensor:
-        """h_BTD, the vectors that predict each of the T = h w ids from those before it and the class (-1: null)."""
-        prefix_BPD = self.classes(labels_B)
+    def states(self, ids_Bhw: Tensor, prefix_BPD: Tensor) -> Tensor:
+        """h_BTD, the vectors that predict each of the T ids from those before it and the prefix."""
         ids_BT = self.checked(ids_Bhw).flatten(1)
         x_BTD = torch.cat([prefix_BPD, self.head.embed(ids_BT[:, :-1])], 1)
         turns = rotary(self.config.net, self.config.grid, x_BTD.device)[: x_BTD.shape[1]]
         h_BTD = self.net(x_BTD, turns, self.net.adapt(prefix_BPD[:, 0]))
         return h_BTD[:, self.config.net.num_prefix - 1 :]
 
-    def loss(self, ids_Bhw: Tensor, condition_B: Tensor, keys_B: Tensor | None = None) -> Modelled:
-        return self.modelled(self.states(ids_Bhw, self.labels(condition_B, keys_B)), ids_Bhw)
+    def loss(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
+        return self.modelled(self.states(ids_Bhw, self.prefix(condition, keys_B)), ids_Bhw)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        condition_B: Tensor,
-        *,
-        numbers_B: Tensor,
-        grid: tuple[int, ...] | None = None,
-        seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
-        schedule: Schedule = "constant",
-        cached: bool = True,
-    ) -> Tensor:
-        scales = guidance_scales(guidance, schedule, self.config.num_tokens)
+    def draw(self, condition: Tensor, settings: AutoregressiveSampleConfig, numbers_B: Tensor, seed: int) -> Tensor:
+        scales = guidance_scales(settings.guidance, settings.schedule, self.config.num_tokens)
         guided = any(scale != 1 for scale in scales)
-        if guided and not self.config.class_dropout:
-            warnings.warn(
-                f"guidance is {guidance}, but this prior was trained with class_dropout 0: its null class has its "
-                "first values, and guidance leads away from noise; use guidance 1, or train with class_dropout 0.1",
-                stacklevel=2,
-            )
-        drawn: list[Tensor] = []
-        with self.evaluating():
-            labels_B = self.sampled(condition_B, numbers_B, grid)
-            decoder = Decoder(self, [labels_B, torch.full_like(labels_B, -1)] if guided else [labels_B], cached)
-            for position, scale in enumerate(scales):
-                h_BD, *null_BD = decoder.advance(drawn[-1] if drawn else None).chunk(1 + guided)
-                drawn.append(
-                    self.head.sample(
-                        h_BD,
-                        noise.keys(derive(seed, "sample"), numbers_B, position),
-                        temperature=temperature,
-                        top_k=top_k,
-                        top_p=top_p,
-                        unguided_ND=null_BD[0] if guided else None,
-                        guidance=scale,
-                    )
+        prefixes = [self.prefix(condition), *([self.prefix(condition, null=True)] if guided else [])]
+        sequence, drawn = Incremental(self, prefixes, settings.cached), list[Tensor]()
+        for position, scale in enumerate(scales):
+            h_BD, *null_BD = sequence.advance(drawn[-1] if drawn else None).chunk(1 + guided)
+            drawn.append(
+                self.head.sample(
+                    h_BD,
+                    noise.keys(derive(seed, "sample"), numbers_B, position),
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    top_p=settings.top_p,
+                    unguided_ND=null_BD[0] if guided else None,
+                    guidance=scale,
                 )
+            )
         return torch.stack(drawn, 1).unflatten(1, tuple(self.config.grid))
 
 
-class Decoder:
-    """The vectors that predict the next id, id by id, for each of several classes of the same images.
+class Incremental:
+    """The vectors that predict the next id, id by id, after each of several prefixes of the same images.
 
     With `cached` the keys and values of the tokens so far are kept; without, all tokens are computed again: the
     definition, equal to rounding.
     """
 
-    def __init__(self, prior: Autoregressive, labels: list[Tensor], cached: bool = True) -> None:
-        self._prior, self._times = prior, len(labels)
-        self._next_BTD = prior.classes(torch.cat(labels))  # the prefix comes first
+    def __init__(self, prior: Autoregressive, prefixes: list[Tensor], cached: bool = True) -> None:
+        self._prior, self._times = prior, len(prefixes)
+        self._next_BTD = torch.cat(prefixes)
         self._adapt = prior.net.adapt(self._next_BTD[:, 0])
         net = prior.config.net
         self._turns = rotary(net, prior.config.grid, self._next_BTD.device)
@@ -102,7 +77,7 @@ class Decoder:
         self._cache = KVCache(net, len(self._next_BTD), length, self._next_BTD) if cached else None
 
     def advance(self, ids_B: Tensor | None = None) -> Tensor:
-        """Give the id that was drawn (None at first); returns h of the next, the classes one after the other.
+        """Give the id that was drawn (None at first); returns h of the next, the prefixes one after the other.
 
         Collective, for the ids are embedded.
         """

@@ -1,4 +1,4 @@
-"""What every prior has: the interface, its vocabulary and classes, guidance, and how it is found and left on disk.
+"""What every prior has: the interface, its vocabulary and condition, guidance, and how it is found and left on disk.
 
 A prior is called with this rank's images and talks to nobody; its head does (codes/heads/flat.py). All ranks of a code
 group have the same number of images. Not here: how ids are modelled (one file each), and training (train/prior.py).
@@ -7,27 +7,27 @@ group have the same number of images. Not here: how ids are modelled (one file e
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from vqscale.codes import noise, tally
+from vqscale import config as configuration
+from vqscale.codes import tally
 from vqscale.codes.heads.flat import Head
 from vqscale.nets.config_transformer import TransformerConfig
-from vqscale.nets.transformer import Classes
-from vqscale.parallel import ops
-from vqscale.parallel.mesh import Axis, Mesh
-from vqscale.priors.config import IdsConfig, PriorConfig
+from vqscale.parallel.mesh import Mesh
+from vqscale.priors import conditions
+from vqscale.priors.config import GuidedSampleConfig, IdsConfig, PriorConfig, Ramp, SampleConfig
 from vqscale.seed import derive
 from vqscale.tokenizer import export, saved
 
-Schedule = Literal["constant", "linear", "cosine"]
 NOBODY = torch.iinfo(torch.int64).min  # what the head ignores, so that -1 is an error like any other wrong id
 
 
@@ -43,11 +43,17 @@ class Modelled:
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Prior(nn.Module, ABC):
-    """A distribution of ids (B, h, w) given a class, -1 for none. `card` has what is known of where weights come from.
+class SampleWarning(UserWarning):
+    """Settings that are allowed and hardly meant."""
 
-    Label smoothing, z_loss, dropout and the dropping of classes act in training mode only.
+
+class Prior(nn.Module, ABC):
+    """A distribution of ids (B, *grid) given a condition. `card` has what is known of where weights come from.
+
+    Label smoothing, z_loss, dropout and the dropping of conditions act in training mode only.
     """
+
+    config: Any  # of this prior, an IdsConfig; it names the SampleConfig
 
     def __init__(self, config: IdsConfig, net: TransformerConfig, mesh: Mesh | None, seed: int) -> None:
         super().__init__()
@@ -58,20 +64,22 @@ class Prior(nn.Module, ABC):
         self.head = Head.from_config(
             config.head, config.num_codes, net.width, self.mesh, seed=chosen, feature_dim=config.feature_dim
         )
-        self.classes = Classes(config.num_classes, net)
+        condition = conditions.build(config, net)
+        self._condition_name = condition.saved_as
+        self.add_module(condition.saved_as, condition)
+
+    @property
+    def condition(self) -> conditions.Condition:
+        return cast(conditions.Condition, getattr(self, self._condition_name))
 
     @property
     def num_codes(self) -> int:
-        return self.config.num_codes
+        return int(self.config.num_codes)
 
     @property
     def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def class_dropout(self) -> float:
-        """Share of images that were trained with the null class; where it is 0, guidance has nothing to go by."""
-        return self.config.class_dropout
+        """Conditions that are numbers; 0 where there are none."""
+        return self.condition.num_classes
 
     @property
     def fingerprint(self) -> str:
@@ -82,38 +90,46 @@ class Prior(nn.Module, ABC):
         return export.fingerprint(self, self.config)
 
     @abstractmethod
-    def loss(self, ids_Bhw: Tensor, condition_B: Tensor, keys_B: Tensor | None = None) -> Modelled:
-        """The loss of ids int64 (B, h, w), every one of 0 .. K - 1, given classes -1 .. C - 1; collective.
+    def loss(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
+        """The loss of ids int64 (B, *grid), every one of 0 .. K - 1, given a condition (of classes, -1 .. C - 1);
+        collective.
 
-        keys_B (noise.keys) decide what is random per image (dropped classes), on any number of ranks alike; without
+        keys_B (noise.keys) decide what is random per image (dropped conditions), on any number of ranks alike; without
         them torch's generator does. Training and the evaluations of a run always give them.
         """
 
     @abstractmethod
+    def draw(self, condition: Tensor, settings: Any, numbers_B: Tensor, seed: int) -> Tensor:
+        """What `sample` answers, with settings of this prior's SampleConfig; called in evaluation mode, no gradient."""
+
+    @torch.no_grad()
     def sample(
         self,
-        condition_B: Tensor,
+        condition: Tensor,
+        settings: SampleConfig | Mapping[str, Any] | None = None,
         *,
         numbers_B: Tensor,
-        grid: tuple[int, ...] | None = None,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
-        schedule: Schedule = "constant",
-        cached: bool = True,
     ) -> Tensor:
-        """Draw ids (B, h, w) for classes; collective, no gradient, in evaluation mode.
+        """Draw ids (B, *grid) for a condition; collective, no gradient, in evaluation mode.
 
-        numbers_B number the images over all ranks: (seed, number) decides an image, on any number of ranks and in any
-        batch, up to ties within rounding. Guidance s changes logits to u + s (c - u), u those of the null class, over
-        the positions as `guidance_scales` says; 1 is none and costs nothing. Then temperature, top-k, top-p, as
-        Head.sample. `cached` False computes every position from the beginning: slow, and the definition.
+        `settings` are of this prior's own SampleConfig (config.sampling), or a dict of some of its fields; None: all at
+        their default. numbers_B number the images over all ranks: (seed, number) decides an image, on any number of
+        ranks and in any batch, up to ties within rounding. ValueError for settings that are not this prior's.
         """
+        chosen = self.sample_config(settings)
+        if numbers_B.dim() != 1 or condition.shape[:1] != numbers_B.shape:
+            raise ValueError(
+                f"conditions have the shape {list(condition.shape)} and numbers_B {list(numbers_B.shape)}, arguments "
+                "of sample: give one condition and one number for each image"
+            )
+        for line in self.remarks(chosen):
+            warnings.warn(line, SampleWarning, stacklevel=3)
+        with self.evaluating():
+            return self.draw(condition, chosen, numbers_B, seed)
 
-    def forward(self, ids_Bhw: Tensor, condition_B: Tensor, keys_B: Tensor | None = None) -> Modelled:
-        return self.loss(ids_Bhw, condition_B, keys_B)
+    def forward(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
+        return self.loss(ids_Bhw, condition, keys_B)
 
     @classmethod
     def load(
@@ -157,63 +173,62 @@ class Prior(nn.Module, ABC):
         return ids_Bhw
 
     def modelled(self, h_BTD: Tensor, ids_Bhw: Tensor) -> Modelled:
-        """The loss of ids (B, h, w) given the vectors that predict each of them, T = h w; collective.
+        """The loss of ids (B, *grid) given the vectors that predict each of them, T = the product of grid; collective.
 
-        The head gives the sum of a loss: with statistics on, what label smoothing and z_loss add to the cross entropy
-        is found by a pass over the vocabulary for each of them, without gradient, and by none where they are 0. Nor
-        does the head say which id was the most probable: right_B is another pass, in float32, which training is spared.
+        The head does not say which id was the most probable: right_B is another pass over the vocabulary, in float32,
+        which training is spared.
         """
         h_ND, ids_N = h_BTD.flatten(0, 1), ids_Bhw.flatten()
         smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-
-        def loss(smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-            return self.head.loss(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY)
+        losses = self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY)
 
         def of_images(values_N: Tensor) -> Tensor:
             return values_N.detach().unflatten(0, h_BTD.shape[:2]).mean(1)
 
-        nats_N = loss(smoothing, z_loss)
-        found = Modelled(nats_N.mean(), of_images(nats_N))
+        found = Modelled(losses.whole_N.mean(), of_images(losses.whole_N))
         if not tally.statistics.on:
             return found
-        with torch.no_grad():
-            plain = whole = found.loss.detach()
-            if z_loss:  # a weight of 1 more, because the difference that z_loss itself makes is lost in rounding
-                found.parts["z_loss"] = z_loss * (loss(smoothing, z_loss + 1.0).mean() - whole)
-                plain = whole - found.parts["z_loss"]
-            found.parts["cross_entropy"] = loss().mean() if smoothing else plain
-            if not self.training:
-                best_N = self.head.sample(h_ND, torch.zeros_like(ids_N), temperature=0.0)
-                found.right_B = of_images((best_N == ids_N).double())
+        found.parts["cross_entropy"] = losses.cross_entropy_N.mean()
+        if z_loss:
+            found.parts["z_loss"] = z_loss * losses.square_N.mean()
+        if not self.training:
+            best_N = self.head.sample(h_ND, torch.zeros_like(ids_N), temperature=0.0)
+            found.right_B = of_images((best_N == ids_N).double())
         return found
 
-    def labels(self, condition_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        """Classes as the network sees them, -1 for the null class: in training some are dropped. Collective on a CPU.
-
-        ValueError on all ranks of the code group for labels outside -1 .. C - 1.
+    def prefix(self, condition: Tensor, keys_B: Tensor | None = None, *, null: bool = False) -> Tensor:
+        """The vectors (B, P, D) before the first id: in training of some images the null condition's, with `null` of
+        all. Collective. ValueError on all ranks of the code group for what is no condition.
         """
-        labels_B = condition_B.to(torch.int64)
-        check_labels(labels_B, self.config.num_classes, self.mesh.codes)
-        if not self.training or not self.config.class_dropout:
-            return labels_B
-        if keys_B is None:
-            keys_B = torch.randint(2**62, labels_B.shape, device=labels_B.device)
-        dropped_B = noise.uniform(keys_B, 0, 1)[:, 0] < self.config.class_dropout
-        return torch.where(dropped_B, -1, labels_B)
+        given = self.condition.checked(condition, self.mesh.codes)
+        if null:
+            null_B: Tensor | None = torch.ones(len(given), dtype=torch.bool, device=given.device)
+        else:
+            null_B = self.condition.dropped(given, keys_B)
+        vectors: Tensor = self.condition(given, null_B)
+        return vectors
 
-    def sampled(self, condition_B: Tensor, numbers_B: Tensor, grid: tuple[int, ...] | None) -> Tensor:
-        """The labels of images to be drawn. ValueError for what no prior can draw; collective on a CPU."""
-        if grid is not None and tuple(grid) != tuple(self.config.grid):
+    def sample_config(self, given: SampleConfig | Mapping[str, Any] | None = None) -> SampleConfig:
+        """These settings as this prior's SampleConfig. ValueError with all that is wrong with them."""
+        kind: type[SampleConfig] = self.config.sampling
+        if given is None or isinstance(given, Mapping):
+            return configuration.parse(kind, given or {}, source="settings")
+        if not isinstance(given, kind):
             raise ValueError(
-                f"grid is {list(grid)}, an argument of sample, but this prior was built for {list(self.config.grid)}, "
-                "the grid of its config: leave it out, or train a prior of that grid"
+                f"settings are {type(given).__name__}, and the prior {self.config.name} is sampled as its "
+                f"{kind.__name__} says: give one of these, or a dict"
             )
-        if condition_B.shape != numbers_B.shape or condition_B.dim() != 1:
-            raise ValueError(
-                f"classes have the shape {list(condition_B.shape)} and numbers_B {list(numbers_B.shape)}, arguments of "
-                "sample: give one class and one number for each image"
-            )
-        return self.labels(condition_B)
+        wrong = [text for _, text in given.problems()]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return given
+
+    def remarks(self, settings: SampleConfig) -> list[str]:
+        """What follows from settings that are allowed and hardly meant."""
+        if not isinstance(settings, GuidedSampleConfig) or settings.guidance == 1:
+            return []
+        why = self.condition.against_guidance()
+        return [f"guidance is {settings.guidance}, but {why}"] if why else []
 
     @contextmanager
     def evaluating(self) -> Iterator[Self]:
@@ -226,27 +241,8 @@ class Prior(nn.Module, ABC):
             self.train(training)
 
 
-def check_labels(labels_B: Tensor, num_classes: int, axis: Axis) -> None:
-    """ValueError on every rank of the axis when any has a label outside -1 .. num_classes - 1.
-
-    On a GPU the check waits for nobody and fails inside the device.
-    """
-    if labels_B.device.type != "cpu":
-        if labels_B.device.type != "meta":
-            inside = ((labels_B >= -1) & (labels_B < num_classes)).all()
-            torch._assert_async(inside, f"classes must be in -1 .. {num_classes - 1}")
-        return
-    found = torch.stack([-labels_B.min(), labels_B.max()]) if len(labels_B) else torch.tensor([1, -1])
-    least, most = ops.max_over(found, axis).tolist()
-    if -least < -1 or most >= num_classes:
-        raise ValueError(
-            f"classes must be in -1 (none) .. {num_classes - 1}, for num_classes is {num_classes} in the prior's "
-            f"config, but they go from {-least} to {most}: give other classes, or train with as many as there are"
-        )
-
-
-def guidance_scales(scale: float, schedule: Schedule, steps: int) -> list[float]:
-    """The scale at each of `steps` positions: the same at all, or from 1 at the first to `scale` at the last.
+def guidance_scales(scale: float, schedule: Ramp, steps: int) -> list[float]:
+    """The scale at each of `steps` steps: the same at all, or from 1 at the first to `scale` at the last.
 
     linear   1 + (scale - 1) i / (steps - 1)         cosine   1 + (scale - 1) (1 - cos(pi i / (steps - 1))) / 2
     """
@@ -256,5 +252,5 @@ def guidance_scales(scale: float, schedule: Schedule, steps: int) -> list[float]
         "cosine": lambda t: (1.0 - math.cos(math.pi * t)) / 2.0,
     }
     if schedule not in ramps:
-        raise ValueError(f"schedule is {schedule!r}, an argument of sample: choose one of {', '.join(ramps)}")
+        raise ValueError(f"schedule is {schedule!r}, a setting of sample: choose one of {', '.join(ramps)}")
     return [1.0 + (scale - 1.0) * ramps[schedule](i / max(1, steps - 1)) for i in range(steps)]

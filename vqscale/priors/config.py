@@ -1,14 +1,137 @@
-"""The settings of priors, as frozen dataclasses that mirror the YAML. No torch here: --help stays instant."""
+"""The settings of priors, as frozen dataclasses that mirror the YAML, and of drawing from them. No torch here: --help
+stays instant.
+
+A prior has two dataclasses, and names both: what it is (its config, with the key `name`) and how it is sampled (its
+SampleConfig), from which the programs that draw take their options. PRIORS and CONDITIONS are open sets of configs.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from vqscale.codes.config import HeadConfig
+from vqscale.config import OneOf
 from vqscale.nets.config_transformer import TransformerConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Ramp = Literal["constant", "linear", "cosine"]
+
+PRIORS = {"autoregressive": "vqscale.priors.config:AutoregressiveConfig"}
+CONDITIONS = {"classes": "vqscale.priors.config:ClassesConfig"}
+
+
+def switch(off: str) -> Any:
+    """A field of a SampleConfig that is true unless the option --{off} is given. It changes how ids are computed and
+    not which, so it is no dial.
+    """
+    return field(default=True, metadata={"off": off})
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How ids are drawn from a prior, whatever images they are of; each prior has its own. Every field has a default.
+
+    The fields are its dials, in the order of tables: a sweep turns the first fastest and draws curves over it.
+    """
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, message) of all that no prior of this kind can do."""
+        return ()
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Self:
+        """What is said of samples, among other facts; a field that is not there has its default."""
+        return cls(**{one.name: facts[one.name] for one in fields(cls) if one.name in facts})
+
+    @classmethod
+    def dials(cls) -> tuple[str, ...]:
+        """The fields that decide which ids are drawn."""
+        return tuple(one.name for one in fields(cls) if "off" not in one.metadata)
+
+    def unusual(self) -> dict[str, Any]:
+        """The dials that are not at their default."""
+        usual, chosen = asdict(type(self)()), asdict(self)
+        return {dial: chosen[dial] for dial in self.dials() if chosen[dial] != usual[dial]}
+
+
+@dataclass(frozen=True)
+class GuidedSampleConfig(SampleConfig):
+    """Of priors that can be guided: away from what they say of an image of which nothing is known."""
+
+    guidance: float = 1.0
+    """logits u + s (c - u), u those of the null condition: 1 is no guidance and costs nothing, 0 the null condition"""
+    schedule: Ramp = "constant"
+    """guidance at each step: the same at all, or from 1 at the first to its full value at the last"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if not self.guidance >= 0:
+            yield (
+                "guidance",
+                f"guidance is {self.guidance}: use 0 (the null condition), 1 (no guidance) or more",
+            )
+
+
+@dataclass(frozen=True)
+class AutoregressiveSampleConfig(GuidedSampleConfig):
+    """Drawing id by id: guidance, then temperature, top-k, top-p."""
+
+    temperature: float = 1.0
+    """of the logits; 0 takes the likeliest id"""
+    top_k: int = 0
+    """draw from so many likeliest ids; 0 is all"""
+    top_p: float = 1.0
+    """draw from the likeliest ids that have this share together"""
+    cached: bool = switch(off="uncached")
+    """keep keys and values of the tokens so far; without, all is computed again: slow, and the definition"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
+        if not self.temperature >= 0:
+            yield "temperature", f"temperature is {self.temperature}: use 0 (the likeliest id) or more"
+        if self.top_k < 0:
+            yield "top_k", f"top_k is {self.top_k}: use at least 0"
+        if not 0 < self.top_p <= 1:
+            yield "top_p", f"top_p is {self.top_p}: use a share above 0 and at most 1"
+
+
+@dataclass(frozen=True)
+class ClassesConfig:
+    """The class of an image, one of num_classes; a share class_dropout of the images are trained without."""
+
+    module: ClassVar[str] = "vqscale.priors.conditions:Classes"
+    name: Literal["classes"] = "classes"
+    """which condition"""
+
+    def check_labels(self, labels: NDArray[Any], path: str, num_classes: int) -> list[str]:
+        """What there is to say of the labels of the cache at a path. ValueError where the prior cannot learn them."""
+        known, most = int((labels >= 0).sum()), int(labels.max(initial=-1))
+        if not num_classes:
+            return [f"prior.num_classes is 0: the labels of {known} images in {path} are left aside"] if known else []
+        if not known:
+            raise ValueError(
+                f"the token cache in {path} has the label of none of its {len(labels)} images, and prior.num_classes "
+                f"is {num_classes}: a prior learns its classes from labels; encode shards that have them (cls beside "
+                "every image), or use prior.num_classes=0"
+            )
+        if most >= num_classes:
+            raise ValueError(
+                f"the token cache in {path} has labels up to {most}, and prior.num_classes is {num_classes}: use at "
+                f"least prior.num_classes={most + 1}"
+            )
+        unknown = len(labels) - known
+        note = f"{unknown} of the {len(labels)} images in {path} have no label: they count as the null class"
+        return [note] if unknown else []
+
+
+if TYPE_CHECKING:  # which knows today's
+    ConditionConfig = ClassesConfig
+else:
+    ConditionConfig = OneOf(CONDITIONS)
 
 
 @dataclass(frozen=True)
@@ -19,6 +142,8 @@ class IdsConfig:
     """K, the number of codes of the tokenizer"""
     grid: tuple[int, ...] = (16, 16)
     """ids along each side: rows and columns of an image; one number for what has one side"""
+    condition: ConditionConfig = field(default_factory=ClassesConfig)
+    """what the ids of an image are given: the tokens before the first id are made of it"""
     num_classes: int = 1000
     """classes of images: labels 0 .. num_classes - 1; 0 looks at no labels"""
     class_dropout: float = 0.1
@@ -61,6 +186,8 @@ class IdsConfig:
 class AutoregressiveConfig(IdsConfig):
     """One id after the other, row by row, as LlamaGen and IBQ do."""
 
+    model: ClassVar[str] = "vqscale.priors.autoregressive:Autoregressive"
+    sampling: ClassVar[type[SampleConfig]] = AutoregressiveSampleConfig
     name: Literal["autoregressive"] = "autoregressive"
     """which prior"""
     net: TransformerConfig = field(default_factory=TransformerConfig)
@@ -78,4 +205,7 @@ class AutoregressiveConfig(IdsConfig):
 
 
 # The prior of a run is one of these.
-PriorConfig = AutoregressiveConfig
+if TYPE_CHECKING:
+    PriorConfig = AutoregressiveConfig
+else:
+    PriorConfig = OneOf(PRIORS)

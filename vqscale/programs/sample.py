@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs import sample_folder
-from vqscale.programs.sample_settings import Settings, parse_classes
+from vqscale.programs.sample_request import SampleRequest, parse_classes
 from vqscale.run import processes
 from vqscale.run.folder import StopRequest, commit, versions
 from vqscale.show.progress import Progress
@@ -51,9 +51,10 @@ class Outcome:
         return self.images / max(self.seconds, 1e-9)
 
 
-def check(prior: Prior, tokenizer: Tokenizer, settings: Settings) -> None:
+def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
     """ValueError with all that does not go together; the same on every rank. Collective."""
-    faults = settings.problems()
+    prior.sample_config(request.how)
+    faults = request.problems()
     codes, made_by, mine = int(tokenizer.quantizer.num_codes), prior.card.get("tokenizer"), tokenizer.fingerprint
     if prior.num_codes != codes:
         faults.append(
@@ -66,7 +67,7 @@ def check(prior: Prior, tokenizer: Tokenizer, settings: Settings) -> None:
             "its decoder does not know these ids; give that tokenizer, or train the prior on a cache of this one"
         )
     # A prior without classes has the label -1 alone.
-    wrong = [c for c in settings.classes if not (c == -1 or 0 <= c < prior.num_classes)]
+    wrong = [c for c in request.classes if not (c == -1 or 0 <= c < prior.num_classes)]
     if wrong:
         there = f"0 .. {prior.num_classes - 1}" if prior.num_classes else "none"
         faults.append(f"class {', '.join(map(str, wrong[:5]))} is none of the prior's ({there}): change --classes")
@@ -79,27 +80,12 @@ def classes_of(prior: Prior, text: str | None) -> tuple[int, ...]:
     return tuple(range(prior.num_classes)) or (-1,) if text is None else parse_classes(text)
 
 
-def warnings(prior: Prior, settings: Settings) -> list[str]:
-    """What follows from settings that are allowed and hardly meant."""
-    if settings.guidance == 1:
-        return []
-    if prior.num_classes == 0:
-        return [f"guidance {settings.guidance} does nothing: the prior has no classes to guide to"]
-    if prior.class_dropout == 0:
-        return [
-            f"guidance {settings.guidance} leads away from the null class, which this prior was never shown (its class "
-            "dropout is 0), so its answers there are noise and images get worse, not clearer: use guidance 1, or train "
-            "with class dropout, 0.1 say"
-        ]
-    return []
-
-
 def sample(
     prior: Prior,
     tokenizer: Tokenizer,
     folder: Path,
     mesh: Mesh,
-    settings: Settings,
+    request: SampleRequest,
     *,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -109,19 +95,19 @@ def sample(
     """Make or continue the samples in `folder` until all are there, or until somebody asks to stop. Collective.
 
     `about` is added to sample.json: paths, say. `stop` is the caller's, who does more than this and clears it; without
-    one requests are heard from here on, and a file STOP in the folder. ValueError for what the user has to change,
+    one this function looks for signals, and for a file STOP in the folder. ValueError for what the user has to change,
     RunError for what went wrong, on all ranks. An OSError (a full disk) is raised on the rank that met it.
     """
-    check(prior, tokenizer, settings)
-    facts = _facts(prior, tokenizer, settings, about or {})
+    check(prior, tokenizer, request)
+    facts = _facts(prior, tokenizer, request, about or {})
     with ExitStack() as held:
         missing = processes.first(lambda: _begin(folder, facts, overwrite, held), mesh)
         if missing is None:
             return Outcome("already")
-        heard = stop or StopRequest(folder, mesh)
-        outcome = _Work(prior, tokenizer, folder, mesh, settings, progress, heard).make(missing)
+        asked_to_stop = stop or StopRequest(folder, mesh)
+        outcome = _Work(prior, tokenizer, folder, mesh, request, progress, asked_to_stop).make(missing)
         if stop is None:
-            heard.clear()
+            asked_to_stop.clear()
         made = {"images": outcome.images, "seconds": round(outcome.seconds, 3), "images_per_s": round(outcome.rate, 3)}
         facts["made"] = {**made, "processes": mesh.world.size, "device": mesh.device.type}
         if outcome.state == "sampled":
@@ -138,11 +124,16 @@ def _begin(folder: Path, facts: Mapping[str, Any], overwrite: bool, held: ExitSt
     return sample_folder.begin(folder, facts, overwrite)
 
 
-def _facts(prior: Prior, tokenizer: Tokenizer, settings: Settings, about: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(prior: Prior, tokenizer: Tokenizer, request: SampleRequest, about: Mapping[str, Any]) -> dict[str, Any]:
     """What sample.json says; collective."""
     return {
-        "settings": {**asdict(settings), "classes": list(settings.classes)},
-        "prior": {"fingerprint": prior.fingerprint, "codes": prior.num_codes, "card": prior.card},
+        "settings": request.facts(),
+        "prior": {
+            "name": prior.config.name,
+            "fingerprint": prior.fingerprint,
+            "codes": prior.num_codes,
+            "card": prior.card,
+        },
         "tokenizer": {"fingerprint": tokenizer.fingerprint},
         **about,
         "commit": commit(),
@@ -159,19 +150,19 @@ class _Work:
         tokenizer: Tokenizer,
         folder: Path,
         mesh: Mesh,
-        settings: Settings,
+        request: SampleRequest,
         progress: bool,
         stop: StopRequest,
     ) -> None:
         self.prior, self.tokenizer, self.folder = prior, tokenizer, folder
-        self.mesh, self.settings, self.progress, self.stop = mesh, settings, progress, stop
+        self.mesh, self.request, self.progress, self.stop = mesh, request, progress, stop
 
     def make(self, missing: Sequence[int]) -> Outcome:
         """Draw and write these batches until all are there or a rank is asked to stop; the same on every rank."""
         rank, world = self.mesh.world.rank, self.mesh.world.size
         rounds = -(-len(missing) // world)
         bar = Progress(rounds, rank=rank if self.progress else 1)
-        total = sample_folder.num_batches(asdict(self.settings))
+        total = sample_folder.num_batches(self.request.facts())
         if len(missing) < total:
             bar.say(f"{total - len(missing)} of {total} batches are there already")
         began, images, left, stopped = time.perf_counter(), 0, len(missing), False
@@ -193,11 +184,11 @@ class _Work:
         """Draw and write a batch; how many images. With None there is none for this rank in this round, but codes that
         are split over ranks need its part in those of the others.
         """
-        size, split = self.settings.batch, self.mesh.codes.size > 1
+        size, split = self.request.batch, self.mesh.codes.size > 1
         if block is None and not split:
             return 0
         first = (block or 0) * size
-        count = min(size, self.settings.num_images - first)
+        count = min(size, self.request.num_images - first)
         # Ranks of a code group have batches of one length: what is beyond the last image is thrown away.
         labels, ids, images = self.draw(first, size if split else count)
         if block is None:
@@ -207,23 +198,15 @@ class _Work:
 
     @torch.no_grad()
     def draw(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
-        """(labels, ids (b, h, w ...), images (b, height, width, 3)) of the images first, first + 1, ..."""
-        settings, device = self.settings, self.mesh.device
-        labels = settings.labels(first, count)
-        ids = self.prior.sample(
-            torch.from_numpy(labels).to(device),
-            numbers_B=torch.arange(first, first + count, device=device),
-            seed=settings.seed,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            guidance=settings.guidance,
-            schedule=settings.schedule,
-            cached=settings.cached,
-        )
+        """(labels, ids (b, *grid), images (b, height, width, 3)) of the images first, first + 1, ..."""
+        request, device = self.request, self.mesh.device
+        labels = request.labels(first, count)
+        numbers_B = torch.arange(first, first + count, device=device)
+        condition_B = torch.from_numpy(labels).to(device)
+        ids = self.prior.sample(condition_B, request.how, numbers_B=numbers_B, seed=request.seed)
         images = self.tokenizer.decode(ids)
-        if settings.resize is not None:
-            images = resize(images, settings.resize)
+        if request.resize is not None:
+            images = resize(images, request.resize)
         pictures = to_bytes(images).permute(0, 2, 3, 1)
         return labels, ids.cpu().numpy(), pictures.contiguous().cpu().numpy()
 
@@ -237,9 +220,9 @@ def resize(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False)
 
 
-def summary(outcome: Outcome, folder: Path, settings: Settings, world: int) -> str:
+def summary(outcome: Outcome, folder: Path, request: SampleRequest, world: int) -> str:
     """The closing line."""
-    what = f"{settings.num_images} images of {len(settings.classes)} classes"
+    what = f"{request.num_images} images of {len(request.classes)} classes"
     if outcome.state == "stopped":
         return (
             f"stopped by {outcome.reason}: {outcome.missing} batches are missing in {folder}; the same command goes "

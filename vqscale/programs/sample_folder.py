@@ -106,7 +106,7 @@ def part(folder: Path, batch: int) -> Path:
 def write_part(
     folder: Path, batch: int, images: NDArray[np.uint8], labels: NDArray[np.int64], ids: NDArray[np.int64]
 ) -> None:
-    """Images (b, height, width, 3), labels (b,) and ids (b, h, w ...) of a batch."""
+    """Images (b, height, width, 3), labels (b,) and ids (b, *grid) of a batch."""
     with files.writing(part(folder, batch)) as file:
         np.savez(file, images=images, labels=labels, ids=ids)
 

@@ -1,13 +1,14 @@
-"""A sweep of sampling settings: for each draw images, measure them against one reference, and keep the whole table.
+"""A sweep of a prior's dials (its SampleConfig): for each setting of them draw images, measure them against one
+reference, and keep the whole table.
 
 OUT/sweep.json, sweep.csv, sweep.png    the table so far: every setting that any sweep in OUT has measured, by the dials
-OUT/SETTING/                            samples of a setting while it is measured (programs/sample.py), then result.json
-OUT/STOP                                made by hand: the sweep leaves as it does for a signal
+OUT/SETTING/                            its samples while it is measured (programs/sample.py), then result.json
+OUT/STOP                                made by hand: the sweep ends as it does for a signal
 
-A setting whose result.json is there is not drawn again, so the same command goes on with what is missing, or with more
-settings, or others: the table is made of all of these files that differ in the dials alone. A request to stop is heard
-after every batch that is drawn, and when images have been measured. Not here: what is drawn (sample.py) and what is
-measured (metrics/generation.py).
+A setting that some result.json in OUT has is not drawn again, so the same command goes on with what is missing, or with
+more settings, or others: the table is made of all of these files that differ in the dials alone. Whether to stop is
+asked after every batch that is drawn, and when images have been measured. Not here: what is drawn (sample.py) and what
+is measured (metrics/generation.py).
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs import sample_folder
 from vqscale.programs.sample import check, sample
-from vqscale.programs.sample_settings import Settings
+from vqscale.programs.sample_request import SampleRequest
 from vqscale.run import processes
 from vqscale.run.folder import StopRequest
 from vqscale.show import report
-from vqscale.show import sweep_table as written
+from vqscale.show.sweep_table import Row, Table, ordered
 from vqscale.train import loop
 
 if TYPE_CHECKING:
     from vqscale.priors.base import Prior
+    from vqscale.priors.config import SampleConfig
     from vqscale.tokenizer.model import Tokenizer
 
 RESULT = "result.json"
@@ -52,28 +54,28 @@ class Judge:
         return {"inception": dict(self.network.facts), "reference": report.file(str(self.reference))}
 
 
-def settings(base: Settings, dials: Mapping[str, Sequence[Any]]) -> list[Settings]:
-    """Every combination of the dials' positions, the last dial turning fastest. ValueError for what cannot be drawn."""
-    problems = [
-        f"--{name.replace('_', '-')} names no value: give some, such as 1,1.5,2"
-        for name, values in dials.items()
-        if not values
+def requests(base: SampleRequest, values: Mapping[str, Sequence[Any]]) -> list[SampleRequest]:
+    """Every combination of the dials' values, the first dial varying fastest. ValueError for what cannot be drawn."""
+    dials = [dial for dial in reversed(base.how.dials()) if dial in values]
+    made = [
+        replace(base, how=replace(base.how, **dict(zip(dials, chosen, strict=True))))
+        for chosen in itertools.product(*(values[dial] for dial in dials))
     ]
-    turned = {name: values for name, values in dials.items() if values}
-    made = [replace(base, **dict(zip(turned, values, strict=True))) for values in itertools.product(*turned.values())]
-    problems += dict.fromkeys(problem for one in made for problem in one.problems())
+    problems = dict.fromkeys(problem for one in made for problem in one.problems())
     if problems:
         raise ValueError("; ".join(problems))
     return list(dict.fromkeys(made))
 
 
-def name(one: Settings) -> str:
-    """The folder of a setting, another one for every position of the dials."""
-    guidance, temperature, share = (repr(x).removesuffix(".0") for x in (one.guidance, one.temperature, one.top_p))
-    words = [f"guidance{guidance}", f"temperature{temperature}"]
-    words += [one.schedule] * (one.schedule != "constant")
-    words += [f"top{one.top_k}"] * bool(one.top_k) + [f"share{share}"] * (one.top_p < 1)
-    return "-".join(words)
+def name(how: SampleConfig) -> str:
+    """The folder of a setting, another one for all values of the dials: the first, and those that are not usual."""
+    unusual, first = how.unusual(), how.dials()[:1]
+    said = [dial for dial in how.dials() if dial in first or dial in unusual]
+    return "-".join(_word(dial, getattr(how, dial)) for dial in said) or "usual"
+
+
+def _word(dial: str, value: Any) -> str:
+    return f"{dial}{repr(value).removesuffix('.0')}" if isinstance(value, int | float) else f"{dial}_{value}"
 
 
 def sweep(
@@ -82,13 +84,13 @@ def sweep(
     judge: Judge,
     folder: Path,
     mesh: Mesh,
-    every: Sequence[Settings],
+    every: Sequence[SampleRequest],
     *,
     about: Mapping[str, Any] | None = None,
     keep: bool = False,
     measure_batch: int = 64,
-) -> tuple[list[written.Row], int]:
-    """(rows of the table, how many of the settings are missing, because somebody asked to stop). Collective.
+) -> tuple[Table, int]:
+    """(the table, how many of the settings are missing, because somebody asked to stop). Collective.
 
     `every` differ in the dials alone. keep: samples.npz of every setting stays; without, it goes when it is measured.
     """
@@ -98,36 +100,53 @@ def sweep(
         "judge": processes.first(judge.facts, mesh),
     }
     stop = StopRequest(folder, mesh)
-    facts = {name(one): {**made_from, "settings": json.loads(json.dumps(asdict(one)))} for one in every}
+    kind = type(every[0].how)
+    facts = {name(one.how): {**made_from, "settings": json.loads(json.dumps(one.facts()))} for one in every}
 
-    def tabled() -> list[written.Row]:
-        rows = _rows(folder, facts[name(every[0])])
-        if rows:
-            written.write(folder, {**made_from, **(about or {})}, rows)
-        return rows
+    def tabled() -> Table:
+        table = Table(kind.dials(), _rows(folder, facts[name(every[0].how)], kind))
+        if table.rows:
+            table.write(folder, {**made_from, **(about or {})})
+        return table
 
-    known = processes.first(lambda: {place for place in facts if _measured(folder / place, facts[place])}, mesh)
-    rows, missing = processes.first(tabled, mesh), [one for one in every if name(one) not in known]
+    known = processes.first(lambda: _known(folder, facts, kind), mesh)
+    table, missing = processes.first(tabled, mesh), [one for one in every if name(one.how) not in known]
     if missing:
         check(prior, tokenizer, missing[0])
         reference = generation.read_reference(judge.reference, judge.network, mesh, batch=measure_batch)
     while missing and not loop.agree(mesh, stop.here(), 0)[0]:
-        one, place = missing[0], folder / name(missing[0])
+        one, place = missing[0], folder / name(missing[0].how)
         sample(prior, tokenizer, place, mesh, one, stop=stop)
         if loop.agree(mesh, stop.here(), 0)[0]:
             break
         seen = generation.describe(SampleFile(place / sample_folder.FILE), judge.network, mesh, batch=measure_batch)
         processes.first(partial(_write, place, facts[place.name], one, seen, reference, keep), mesh)
-        rows, missing = processes.first(tabled, mesh), missing[1:]
+        table, missing = processes.first(tabled, mesh), missing[1:]
     stop.clear()
-    return rows, len(missing)
+    return table, len(missing)
 
 
-def _rows(folder: Path, facts: Mapping[str, Any]) -> list[written.Row]:
+def _results(folder: Path, kind: type[SampleConfig]) -> dict[Path, tuple[Row, Mapping[str, Any]]]:
+    """(row, facts) of all settings that were measured in the folder, by their own folders, whatever their names. A
+    field that came into being later had its default.
+    """
+    found, usual = dict[Path, tuple[Row, Mapping[str, Any]]](), asdict(kind())
+    for path in sorted(folder.glob(f"*/{RESULT}")):
+        row, facts = _result(path)
+        row = {**{dial: usual[dial] for dial in kind.dials()}, **row}
+        found[path.parent] = row, {**facts, "settings": {**usual, **facts["settings"]}}
+    return found
+
+
+def _rows(folder: Path, facts: Mapping[str, Any], kind: type[SampleConfig]) -> list[Row]:
     """The rows of all settings that were measured in the folder and differ from these facts in the dials alone."""
-    found = [_result(path) for path in folder.glob(f"guidance*/{RESULT}")]
-    dials = {f"settings.{dial}" for dial in written.DIALS}
-    return written.ordered([row for row, before in found if not _differences(before, facts).keys() - dials])
+    found = _results(folder, kind).values()
+    rows = [row for row, before in found if not _differences(before, facts).keys() - _keys(kind)]
+    return ordered(rows, kind.dials())
+
+
+def _keys(kind: type[SampleConfig]) -> set[str]:
+    return {f"settings.{dial}" for dial in kind.dials()}
 
 
 def _result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,16 +160,20 @@ def _result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{path} cannot be read ({error}): remove {path.parent}, and it is measured again") from None
 
 
-def _measured(place: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether this setting was measured. ValueError if it was of something else."""
-    if not (place / RESULT).exists():
-        return False
-    lines = _differences(_result(place / RESULT)[1], facts).values()
-    if lines:
-        raise ValueError(
-            f"{place} was measured of something else, {'; '.join(lines)}: give another OUT, or remove {place}"
-        )
-    return True
+def _known(folder: Path, wanted: Mapping[str, Mapping[str, Any]], kind: type[SampleConfig]) -> set[str]:
+    """Names of those that are measured. ValueError if one was measured of something else."""
+    results, found = _results(folder, kind), set()
+    for one, facts in wanted.items():
+        lines = {place: _differences(before, facts) for place, (_, before) in results.items()}
+        same = {place: other for place, other in lines.items() if not _keys(kind) & other.keys()}
+        if same and all(same.values()):
+            place, other = next(iter(same.items()))
+            raise ValueError(
+                f"{place} was measured of something else, {'; '.join(other.values())}: give another OUT, or remove "
+                f"{place}"
+            )
+        found |= {one} if same else set()
+    return found
 
 
 def _differences(before: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
@@ -166,11 +189,11 @@ def _identity(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(
-    place: Path, facts: Mapping[str, Any], one: Settings, seen: Described, reference: Described, keep: bool
+    place: Path, facts: Mapping[str, Any], one: SampleRequest, seen: Described, reference: Described, keep: bool
 ) -> None:
     """Compare what was seen of a setting's images with the reference, and write its result."""
-    dials = {key: value for key, value in asdict(one).items() if key in written.DIALS}
-    row = {**dials, **generation.compare(seen, reference), "num_images": one.num_images, "seed": one.seed}
+    row = {dial: getattr(one.how, dial) for dial in one.how.dials()}
+    row |= {**generation.compare(seen, reference), "num_images": one.num_images, "seed": one.seed}
     files.write_json(place / RESULT, {"row": row, "facts": facts})
     if not keep:
         (place / sample_folder.FILE).unlink(missing_ok=True)

@@ -97,18 +97,19 @@ def samples(
     drawn: Mapping[int, Sequence[Picture]],
     real: Mapping[int, Sequence[Picture]],
     names: Mapping[int, str],
-    settings: Mapping[str, Any],
+    how: Mapping[str, Any],
 ) -> Part:
-    """A row for each class: what was drawn, beside held-out images of this class."""
+    """A row for each class: what was drawn, beside held-out images of this class. `how` has what to say of the drawing,
+    by name.
+    """
     lines = [
         f"<tr><td>{html.escape(names.get(label, str(label)))}</td><td>{_strip(images)}</td>"
         f"<td>{_strip(real.get(label, ()))}</td></tr>"
         for label, images in drawn.items()
     ]
-    keys = {"guidance": 1, "schedule": "constant", "temperature": 1, "top_k": 0, "top_p": 1, "seed": None}
-    how = ", ".join(f"{key.replace('_', '-')} {settings[key]}" for key, usual in keys.items() if settings[key] != usual)
+    told = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in how.items())
     table = f"<table><tr><th>class</th><th>drawn from the prior</th><th>real</th></tr>{''.join(lines)}</table>"
-    return "Samples", f"<p>The first images of every class, none chosen: {html.escape(how)}.</p>{table}"
+    return "Samples", f"<p>The first images of every class, none chosen: {html.escape(told)}.</p>{table}"
 
 
 def commands(lines: Sequence[str]) -> Part:

@@ -19,7 +19,7 @@ from torch import Tensor
 from vqscale import priors
 from vqscale.codes import noise, tally
 from vqscale.codes.rows import Rows, set_aside
-from vqscale.data.tokens.stream import Stream, TokenBatch
+from vqscale.data.tokens.stream import Stream
 from vqscale.engine.engine import Engine
 from vqscale.metrics import unigram
 from vqscale.nets.transformer import Block
@@ -27,6 +27,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Modelled, Prior
+from vqscale.priors.config import PriorConfig
 from vqscale.run import folder
 from vqscale.run.profile import Trace
 from vqscale.seed import derive
@@ -50,37 +51,13 @@ def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[Strea
             continue
         made_by = None if each is stream else stream.tokenizer_fingerprint
         each.cache.expect(made_by, config.prior.num_codes, config.prior.grid, 1)
-        check_labels(each, config.prior.num_classes)
+        check_labels(each, config.prior)
     return stream, held_out
 
 
-def check_labels(stream: Stream, num_classes: int) -> list[str]:
-    """What there is to say of the labels of a cache, given to a prior of so many classes. ValueError where they do not
-    go together.
-    """
-    labels, path = stream.cache.labels, stream.config.path
-    known, most = int((labels >= 0).sum()), int(labels.max(initial=-1))
-    if not num_classes:
-        return [f"prior.num_classes is 0: the labels of {known} images in {path} are left aside"] if known else []
-    if not known:
-        raise ValueError(
-            f"the token cache in {path} has the label of none of its {len(labels)} images, and prior.num_classes is "
-            f"{num_classes}: a prior learns its classes from labels; encode shards that have them (cls beside every "
-            "image), or use prior.num_classes=0"
-        )
-    if most >= num_classes:
-        raise ValueError(
-            f"the token cache in {path} has labels up to {most}, and prior.num_classes is {num_classes}: use at least "
-            f"prior.num_classes={most + 1}"
-        )
-    if known == len(labels):
-        return []
-    return [f"{len(labels) - known} of the {len(labels)} images in {path} have no label: they count as the null class"]
-
-
-def known_labels(batch: TokenBatch, num_classes: int, device: torch.device) -> Tensor:
-    """The labels of a batch, -1 for none; a prior without classes knows none."""
-    return (batch.labels if num_classes else torch.full_like(batch.labels, -1)).to(device)
+def check_labels(stream: Stream, config: PriorConfig) -> list[str]:
+    """What there is to say of a cache's labels, given to this prior. ValueError where they do not go together."""
+    return config.condition.check_labels(stream.cache.labels, stream.config.path, config.num_classes)
 
 
 def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
@@ -115,9 +92,9 @@ def evaluate(
             if most and number * stream.batch >= most:
                 break
             ids, valid_B = batch.ids.to(mesh.device), batch.valid.to(mesh.device)
-            labels = known_labels(batch, prior.num_classes, mesh.device)
+            condition = prior.condition.of(batch).to(mesh.device)
             keys = noise.keys(derive(seed, "held out"), batch.numbers.to(mesh.device))
-            modelled = model(ids, labels, keys)
+            modelled = model(ids, condition, keys)
             assert modelled.right_B is not None, f"{type(prior).__name__} does not say which ids it has right"
             each_3B = torch.stack([modelled.nats_B, modelled.right_B, valid_B]).double()
             sums += each_3B @ valid_B.double()
@@ -166,7 +143,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
         return ended
     for each in filter(None, (stream, held_out)):
-        notes += check_labels(each, prior.num_classes)
+        notes += check_labels(each, config.prior)
     for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
         progress.say(note)
     folder.write_note(place, "tokens.json", whose(stream), mesh)
@@ -186,11 +163,11 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         for micro in range(config.engine.accumulation):
             batch, seconds = next(batches)
             waited += seconds
-            ids, labels = batch.ids.to(mesh.device), known_labels(batch, prior.num_classes, mesh.device)
+            ids, condition = batch.ids.to(mesh.device), prior.condition.of(batch).to(mesh.device)
             # What is random per image follows from its place in the batch of the step, however that is cut.
             places = torch.arange(mine, device=mesh.device) + (micro * mesh.world.size + mesh.world.rank) * mine
             keys = noise.keys(derive(run.seed, "condition"), step, places)
-            modelled = engine(ids, labels, keys)
+            modelled = engine(ids, condition, keys)
             engine.backward(modelled.loss)
             report = engine.step()
             if log:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,14 @@ class Head(nn.Module):
     def loss(
         self, h_ND: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore: int = -1
     ) -> Tensor:
-        """Cross entropy of softmax(h rows^T) with the targets: loss_N, 0 at `ignore`. Collective.
+        """Cross entropy of softmax(h rows^T) with the targets: loss_N, 0 at `ignore`; `losses` without its parts."""
+        asked = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        return self.losses(h_ND, targets_N, ignore=ignore, **asked).whole_N
+
+    def losses(
+        self, h_ND: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore: int = -1
+    ) -> Losses:
+        """The loss and what it is made of, 0 at `ignore`. Collective.
 
         Each of the N tokens by itself: take the mean over those that count. label_smoothing e mixes the target with the
         uniform distribution, (1 - e) one-hot + e / K; z_loss z adds z lse^2, which keeps the normaliser near 1. Memory
@@ -166,8 +173,7 @@ class Head(nn.Module):
             raise ValueError(f"label_smoothing is {label_smoothing}, an argument of loss: use a share from 0 to 1")
         plan = _Plan(self.layout, self.axis, label_smoothing, z_loss, ignore, self.products, self.outputs.budget)
         with clock.span("codes"), full_precision(h_ND):
-            loss_N: Tensor = _Loss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan)
-            return loss_N
+            return Losses(*_Loss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan))
 
     @torch.no_grad()
     def sample(
@@ -222,6 +228,14 @@ def _check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis
         )
 
 
+class Losses(NamedTuple):
+    """Of each token: what is to be minimised, and without gradient its parts."""
+
+    whole_N: Tensor
+    cross_entropy_N: Tensor  # with the target alone
+    square_N: Tensor  # of the log-normaliser, which z_loss weighs
+
+
 @dataclass(frozen=True)
 class _Plan:
     layout: Rows
@@ -240,7 +254,7 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: _Plan) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
         axis, layout = plan.axis, plan.layout
         h_BD, targets_B = ops.gather(h_ND, axis), ops.gather(targets_N, axis)
         counts_B = targets_B != plan.ignore
@@ -260,7 +274,10 @@ class _Loss(torch.autograd.Function):
             loss_B -= plan.smoothing * (x_BD @ mean_D)
         ctx.plan = plan
         ctx.save_for_backward(h_BD, rows_kD, lse_B, counts_B, at.mine_B, at.local_B)
-        return own(torch.where(counts_B, loss_B, 0.0), axis).clone()
+        parts = (loss_B, lse_B - target_B, lse_B.square())
+        whole_N, *others = (own(torch.where(counts_B, part_B, 0.0), axis).clone() for part_B in parts)
+        ctx.mark_non_differentiable(*others)
+        return whole_N, *others
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -228,7 +228,7 @@ def _prior(args: argparse.Namespace) -> str:
             world = mesh.world
             found = Stream(TokensConfig(path), args.batch * world.size, world.rank, world.size, train=train)
             found.cache.expect(model.card.get("tokenizer"), model.num_codes, model.config.grid, 1)
-            notes.extend(prior.check_labels(found, model.num_classes))
+            notes.extend(prior.check_labels(found, model.config))
             return found
 
         held_out = stream(args.cache, train=False)

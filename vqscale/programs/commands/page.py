@@ -53,7 +53,8 @@ def _page(args: argparse.Namespace) -> int:
         parts.append(run_page.reconstructions(pictures[-1]))
     parts.append(run_page.prior(*second))
     source = first[0]["data"].get("val") or first[0]["data"]["train"]
-    parts.append(run_page.samples(drawn, _real(source, list(drawn)), _names(source), settings))
+    how = _how(second[0]["prior"]["name"], settings)
+    parts.append(run_page.samples(drawn, _real(source, list(drawn)), _names(source), how))
     parts.append(run_page.commands(_commands(args)))
     print(run_page.write(args.out, "From images to samples", parts))
     return 0
@@ -95,6 +96,13 @@ def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
             if label in found and len(found[label]) < DRAWN:
                 found[label].append(image)
     return facts["settings"], found
+
+
+def _how(prior: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is worth saying of how samples of a prior of this name were drawn: what is not usual, and the seed."""
+    from vqscale import priors
+
+    return {**priors.sampling(prior).of(settings).unusual(), "seed": settings["seed"]}
 
 
 def _real(source: Mapping[str, Any], classes: Sequence[int]) -> dict[int, list[Picture]]:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
+    from vqscale.priors.config import SampleConfig
     from vqscale.programs.sample import Outcome
-    from vqscale.programs.sample_settings import Settings
+    from vqscale.programs.sample_request import SampleRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.programs import sample_settings
+    from vqscale.programs import sample_request
     from vqscale.run import processes
 
-    grid = sample_settings.settle(args, lambda classes: _settings(args, classes).problems())
+    grid = sample_request.check_arguments(args, lambda classes: _problems(args, classes))
     from vqscale.programs import sample
     from vqscale.run.folder import EXIT_STOPPED
 
@@ -51,42 +52,45 @@ def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
     return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 
-def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[Settings, Outcome]:
-    from vqscale.priors.base import Prior
-    from vqscale.programs import sample
+def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[SampleRequest, Outcome]:
+    from vqscale.priors.base import Prior, SampleWarning
+    from vqscale.programs import sample, sample_options
     from vqscale.tokenizer.matching import tokenizer_of
 
-    warnings.filterwarnings("ignore", message="guidance is")  # said below, once
+    warnings.simplefilter("ignore", SampleWarning)  # said below, once
     prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
     tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
-    settings = _settings(args, sample.classes_of(prior, args.classes))
+    request = _request(args, sample.classes_of(prior, args.classes), sample_options.sample_config(args))
     if mesh.world.rank == 0:
-        for line in sample.warnings(prior, settings):
+        for line in prior.remarks(request.how):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     command = shlex.join(["python", "tools/sample.py", *words])
     about = {"paths": {"prior": str(args.prior), "tokenizer": str(args.tokenizer)}, "command": command}
-    return settings, sample.sample(prior, tokenizer, args.out, mesh, settings, about=about, overwrite=args.overwrite)
+    return request, sample.sample(prior, tokenizer, args.out, mesh, request, about=about, overwrite=args.overwrite)
 
 
-def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> Settings:
-    from vqscale.programs.sample_settings import Settings
+def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
+    """All that is wrong with what is asked for, as far as can be seen without a model."""
+    from vqscale.priors.config import SampleConfig
+    from vqscale.programs import sample_options
+    from vqscale.programs.sample_request import noted
 
-    return Settings(
-        num_images=args.num_images if args.per_class is None else args.per_class * len(classes),
-        classes=classes,
-        guidance=args.guidance,
-        schedule=args.schedule,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        batch=args.batch,
-        resize=args.resize,
-        cached=not args.uncached,
-    )
+    found = _request(args, classes, SampleConfig()).problems()
+    with noted(found):
+        sample_options.sample_config(args)
+    return found
+
+
+def _request(args: argparse.Namespace, classes: tuple[int, ...], how: SampleConfig) -> SampleRequest:
+    from vqscale.programs.sample_request import SampleRequest
+
+    num_images = args.num_images if args.per_class is None else args.per_class * len(classes)
+    return SampleRequest(num_images, classes, how, args.seed, args.batch, args.resize)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from vqscale.programs import sample_options
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = parser.add_argument
     add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
@@ -96,18 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     number.add_argument("--num-images", type=int, default=100, help="images in all (default: 100)")
     number.add_argument("--per-class", type=int, help="images of every class, instead of --num-images")
     add("--classes", help="numbers and ranges such as 0,5,10-19, which take turns (default: all)")
-    add("--guidance", type=float, default=1.0, help="logits u + s (c - u) away from the null class; 1 is none")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="constant", help="guidance over the ids")
-    add("--temperature", type=float, default=1.0, help="of the logits; 0 takes the likeliest id (default: 1)")
-    add("--top-k", type=int, default=0, help="draw from so many likeliest ids; 0 is all (default)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest ids with this share together (default: 1)")
     add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
     add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
     add("--resize", type=int, help="pixels of the shorter side, bicubic as LlamaGen resizes (default: as decoded)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
     add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
     add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
-    add("--uncached", action="store_true", help="without the cache of keys and values: slow, to check it")
     add("--overwrite", action="store_true", help="throw away what is in OUT if it is not the same samples")
     add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
+    sample_options.add(parser)
     return parser

@@ -1,13 +1,14 @@
-"""Measure a prior under several sampling settings: FID, Inception score, sFID, precision and recall against guidance.
+"""Measure a prior under several sampling settings: FID, Inception score, sFID, precision and recall over its dials.
 
     python tools/sweep.py PRIOR TOKENIZER OUT --guidance 1,1.5,2 --temperature 0.9,1.0 \\
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
 Every combination of the lists draws --num-images images (tools/sample.py says how) and measures them (tools/evaluate.py
-samples says how). OUT gets sweep.json, sweep.csv and sweep.png, written again after every setting; a setting that is
-measured is not measured again, so the same command goes on, on any number of processes; TERM, USR1, USR2 or a file STOP
-in OUT end it with status 75. The whole table is kept, with what other commands measured in OUT at other settings of the
-dials: the best of many, chosen on the very reference, is not a number to publish without it.
+samples says how); the dials are those of the prior in PRIOR. OUT gets sweep.json, sweep.csv and sweep.png, written
+again after every setting; a setting that is measured is not measured again, so the same command goes on, on any number
+of processes; TERM, USR1, USR2 or a file STOP in OUT end it with status 75. The whole table is kept, with what other
+commands measured in OUT at other settings of the dials: the best of many, chosen on the very reference, is not a number
+to publish without it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
-    from vqscale.programs.sample_settings import Settings
+    from vqscale.programs.sample_request import SampleRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
-    from vqscale.programs import sample_settings
+    from vqscale.programs import sample_request
     from vqscale.run import processes
     from vqscale.run.folder import EXIT_STOPPED
 
-    grid = sample_settings.settle(args, lambda classes: _problems(args, classes))
+    grid = sample_request.check_arguments(args, lambda classes: _problems(args, classes))
 
     with processes.joined(args.device, grid, args.timeout_s) as mesh:
         told, missing = _measure(args, words, mesh)
@@ -52,33 +53,32 @@ def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
 def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[str, int]:
     """(what to say at the end, how many settings are missing)."""
     from vqscale.nets.inception import load
-    from vqscale.priors.base import Prior
+    from vqscale.priors.base import Prior, SampleWarning
     from vqscale.programs import sample, sweep
-    from vqscale.show import sweep_table as written
     from vqscale.tokenizer.matching import tokenizer_of
 
-    warnings.filterwarnings("ignore", message="guidance is")  # said below, once
+    warnings.simplefilter("ignore", SampleWarning)  # said below, once
     prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
     tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
-    every = _settings(args, sample.classes_of(prior, args.classes))
+    every = _requests(args, sample.classes_of(prior, args.classes))
     if mesh.world.rank == 0:
-        for line in dict.fromkeys(line for one in every for line in sample.warnings(prior, one)):
+        for line in dict.fromkeys(line for one in every for line in prior.remarks(one.how)):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     network = load(args.inception, args.inception_sha256).to(mesh.device)
     judge = sweep.Judge(network, args.reference)
     about = {"command": shlex.join(["python", "tools/sweep.py", *words])}
-    rows, missing = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
+    table, missing = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
     left = f"\nstopped after {len(every) - missing} of {len(every)} settings: the same command goes on"
-    return f"{written.table(rows)}\n{args.out}: sweep.json, sweep.csv, sweep.png{left * bool(missing)}", missing
+    return f"{table.text()}\n{args.out}: sweep.json, sweep.csv, sweep.png{left * bool(missing)}", missing
 
 
 def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
     """All that is wrong with the settings and the files, as far as can be seen without a model."""
-    from vqscale.programs.sample_settings import noted
+    from vqscale.programs.sample_request import noted
 
     found = list[str]()
     with noted(found):
-        _settings(args, classes)
+        _requests(args, classes)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if 0 < args.num_images < world:
         found.append(
@@ -95,16 +95,17 @@ def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
     return found
 
 
-def _settings(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Settings]:
-    from vqscale.programs import sweep
-    from vqscale.programs.sample_settings import Settings
+def _requests(args: argparse.Namespace, classes: tuple[int, ...]) -> list[SampleRequest]:
+    from vqscale.programs import sample_options, sweep
+    from vqscale.programs.sample_request import SampleRequest
 
-    base = Settings(args.num_images, classes, seed=args.seed, batch=args.batch, resize=args.resize)
-    dials = {"schedule": args.schedule, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    return sweep.settings(base, {**dials, "guidance": args.guidance})
+    usual, values = sample_options.dials(args)
+    return sweep.requests(SampleRequest(args.num_images, classes, usual, args.seed, args.batch, args.resize), values)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from vqscale.programs import sample_options
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = parser.add_argument
     add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
@@ -113,11 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--reference", required=True, type=Path, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
     add("--inception", required=True, type=Path, help="weights of FID's Inception, a path")
     add("--inception-sha256", default="6726825d", help='how its sha256 begins; "any" takes every file')
-    add("--guidance", type=_numbers, default=[1.0], help="scales, such as 1,1.5,2 (default: 1)")
-    add("--temperature", type=_numbers, default=[1.0], help="temperatures (default: 1)")
-    add("--top-k", type=_counts, default=[0], help="likeliest ids to draw from; 0 is all (default)")
-    add("--top-p", type=_numbers, default=[1.0], help="shares of the likeliest ids (default: 1)")
-    add("--schedule", type=_words, default=["constant"], help="constant, linear, cosine, or several")
     add("--num-images", type=int, default=50_000, help="images of every setting (default: 50000, as is published)")
     add("--classes", help="numbers and ranges such as 0,5,10-19, which take turns (default: all)")
     add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
@@ -128,16 +124,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
     add("--keep", action="store_true", help="keep samples.npz of every setting")
     add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
+    sample_options.add(parser, lists=True)
     return parser
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(word) for word in _words(text)]
-
-
-def _counts(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]

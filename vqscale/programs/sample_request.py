@@ -1,6 +1,6 @@
 """What is asked for when images are drawn, and all that can be said against it without a model. Imports no torch.
 
-Not here: whether it suits a prior and its tokenizer (sample.py).
+Not here: whether it suits a prior and its tokenizer (sample.py), and how the ids are drawn (each prior's SampleConfig).
 """
 
 from __future__ import annotations
@@ -8,42 +8,39 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vqscale.config import ConfigError
+from vqscale.priors.config import SampleConfig
 from vqscale.run import processes
-
-if TYPE_CHECKING:
-    from vqscale.priors.base import Schedule
-
-SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
-class Settings:
+class SampleRequest:
     """All that images follow from, beside the weights of the prior and the tokenizer."""
 
     num_images: int
     classes: tuple[int, ...]
-    guidance: float = 1.0
-    schedule: Schedule = "constant"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    how: SampleConfig  # of the prior
     seed: int = 0
     batch: int = 64  # of a step and process
     resize: int | None = None  # pixels of the shorter side of what is written; None: as they are decoded
-    cached: bool = True  # without, every step of the prior is computed anew: slow, and the check of the cache
+
+    def facts(self) -> dict[str, Any]:
+        """Everything by name, in one dict."""
+        own = {key: getattr(self, key) for key in ("num_images", "seed", "batch", "resize")}
+        return {**own, "classes": list(self.classes), **asdict(self.how)}
 
     def problems(self) -> list[str]:
-        """What cannot be drawn whatever the prior is."""
+        """What cannot be drawn whatever the weights of the prior are."""
         found = []
-        for name, least in (("num_images", 1), ("batch", 1), ("top_k", 0)):
-            if getattr(self, name) < least:
-                found.append(f"{name} is {getattr(self, name)}: use at least {least}")
+        for name in ("num_images", "batch"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} is {getattr(self, name)}: use at least 1")
         if self.resize is not None and self.resize < 1:
             found.append(
                 f"resize is {self.resize}: use at least 1 pixel, or leave it out for images as they are decoded"
@@ -53,16 +50,7 @@ class Settings:
         twice = sorted({c for c in self.classes if self.classes.count(c) > 1}) if len(self.classes) < 10_000 else []
         if twice:
             found.append(f"class {twice[0]} is in the list of classes twice: images take turns, give each once")
-        if self.schedule not in SCHEDULES:
-            found.append(f"schedule is {self.schedule}: use {', '.join(SCHEDULES)}")
-        for name, good, rule in (
-            ("temperature", self.temperature >= 0, "0 (the likeliest id) or more"),
-            ("top_p", 0 < self.top_p <= 1, "a share above 0 and at most 1"),
-            ("guidance", self.guidance >= 0, "0 (the null class), 1 (no guidance) or more"),
-        ):
-            if not good:
-                found.append(f"{name} is {getattr(self, name)}: use {rule}")
-        return found
+        return [*found, *(text for _, text in self.how.problems())]
 
     def labels(self, first: int, count: int) -> NDArray[np.int64]:
         """Classes of the images first, first + 1, ..."""
@@ -82,9 +70,9 @@ def parse_classes(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def settle(args: Any, problems: Callable[[tuple[int, ...]], Sequence[str]]) -> tuple[int, int]:
-    """(data, codes) of a tool that draws. ValueError with everything that is wrong with its options, before any process
-    meets another.
+def check_arguments(args: Any, problems: Callable[[tuple[int, ...]], Sequence[str]]) -> tuple[int, int]:
+    """(data, codes) of a program that draws. ValueError with everything that is wrong with its options, before any
+    process meets another.
 
     `problems` takes the classes, or class 0 where they are the prior's to say. args: codes, classes, out, timeout_s.
     """
@@ -112,5 +100,7 @@ def noted(wrong: list[str]) -> Iterator[None]:
     """A ValueError inside is added to the list, to be said with the others."""
     try:
         yield
+    except ConfigError as error:
+        wrong += error.problems
     except ValueError as error:
         wrong.append(str(error))
