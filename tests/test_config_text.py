@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import subprocess
 import sys
 
@@ -150,28 +149,6 @@ def test_to_dict_is_plain_and_parses_back():
     assert data["optim"]["betas"] == [0.1 + 0.2, 1e-300]
     assert data["quantizer"]["inner"]["inner"] == {"name": "levels", "levels": []}
     assert config.parse(Run, data) == FULL
-
-
-def test_describe_shows_every_key_with_its_doc():
-    lines = config.describe(Run).splitlines()
-    rows = {line.strip().split("  ")[0]: line.strip().split("  ")[-1].strip() for line in lines}
-    assert rows["steps: int (required)"] == "optimiser steps"
-    assert rows["optim.lr: float = 0.5"] == "peak learning rate"
-    assert rows["optim.warmup_steps: int or null = null"] == "steps of growth; null: none"
-    assert rows["teacher: {...} or null = null"] == "another optimiser"
-    assert rows["teacher.lr: float = 0.001"] == "peak learning rate"
-    assert rows["quantizer: {name: flat | levels | residual, ...} = {name: flat, ...}"] == "how latents become ids"
-    assert rows["quantizer.name=flat"] == "A quantizer with a table."
-    assert rows["quantizer.name=levels"] == "a grid of levels"
-    assert rows["quantizer.num_codes: int = 99"] == "number of codes"
-    assert rows["quantizer.inner.*"] == "the same keys as above"
-    assert rows["stages.N.width: int (required)"] == "channels"
-    assert rows["schedule: constant | cosine = cosine"] == "of the learning rate"
-    assert rows["shards: str or [str, ...] = []"] == "where images are"
-    order = [line.split(":")[0] for line in lines if re.match(r"\w+:", line)]
-    assert order == list(config.to_dict(Run(1)))
-    tasks = config.describe(TrainTask | ProbeTask).splitlines()
-    assert [line.rstrip() for line in tasks] == ["task=train", "  steps: int = 1", "task=probe", "  folder: str = ."]
 
 
 def test_differences_name_dotted_keys_and_both_values():

@@ -23,7 +23,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, overload
 from vqscale.config.schema import (
     allows_none,
     classes_of,
-    describe,
     dotted_keys,
     fields_of,
     join,
@@ -34,8 +33,6 @@ from vqscale.config.schema import (
     type_name,
 )
 from vqscale.config.text import COMMAND_LINE, Node, inline, leaves, nodes_of, read, words, write
-
-__all__ = ["ConfigError", "describe", "differences", "dump", "load", "parse", "to_dict"]
 
 T = TypeVar("T")
 _FAILED = object()

@@ -1,7 +1,7 @@
-"""What a config schema says of itself: keys, types, defaults, doc lines, what tells a union's members apart, the help.
+"""What a config schema says of itself: keys, types, defaults, doc lines, what tells a union's members apart.
 
 A schema is a frozen dataclass, or a union of dataclasses, closed (X | Y) or open (OneOf). Nothing here reads a config:
-that is load.py, which also passes on `describe`.
+that is load.py.
 """
 
 from __future__ import annotations
@@ -192,47 +192,3 @@ def type_name(kind: Any) -> str:
         key, by_name = named(classes)
         texts.append(f"{{{key}: {' | '.join(inline(name) for name in by_name)}, ...}}" if key else "{...}")
     return " or ".join([*texts, "null"] if allows_none(kind) else texts)
-
-
-def describe(schema: Any) -> str:
-    """The help: each key with its type, default and doc line, the members of a union each under its name."""
-    rows = list(_rows(schema, "", MISSING, ()))
-    width = min(max((len(left) for left, _ in rows), default=0), 60)
-    return "\n".join(f"{left:<{width}}  {doc}".rstrip() for left, doc in rows)
-
-
-def _rows(kind: Any, prefix: str, default: Any, above: tuple[type, ...]) -> Iterator[tuple[str, str]]:
-    """(key with type and default, doc line) of all under a type. `default` is what stands there if nothing is given."""
-    for items in (choice for choice in members(kind) if get_origin(choice) is tuple):
-        for item in dict.fromkeys(get_args(items)):
-            yield from _rows(item, join(prefix, "N"), MISSING, above)
-    classes = classes_of(kind)
-    if any(cls in above for cls in classes):
-        yield join(prefix, "*"), "the same keys as above"
-        return
-    key, by_name = named(classes)
-    names = {cls: name for name, cls in by_name.items()}
-    for cls in classes:
-        if key:
-            yield f"{join(prefix, key)}={inline(names[cls])}", _first_line(cls) or doc_lines(cls).get(key, "")
-        for name, field in fields_of(cls).items():
-            value = getattr(default, name) if isinstance(default, cls) else field.default
-            rows = [(_key_line(join(prefix, name), field.kind, value), doc_lines(cls).get(name, ""))]
-            rows += _rows(field.kind, join(prefix, name), value, (*above, cls))
-            yield from ((f"  {left}" if key else left, doc) for left, doc in rows if name != key)
-
-
-def _key_line(key: str, kind: Any, default: Any) -> str:
-    left = f"{key}: {type_name(kind)}"
-    if default is MISSING:
-        return f"{left} (required)"
-    if not is_config(default):
-        return f"{left} = {inline(plain(default))}"
-    tag, _ = named(classes_of(kind))
-    return f"{left} = {{{tag}: {inline(getattr(default, tag))}, ...}}" if tag else left
-
-
-def _first_line(cls: type) -> str:
-    """The first line of a docstring that a person wrote: without one, dataclass makes one of the signature."""
-    doc = inspect.cleandoc(cls.__doc__ or "")
-    return "" if doc.startswith(f"{cls.__name__}(") else doc.split("\n")[0]

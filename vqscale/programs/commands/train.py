@@ -5,7 +5,7 @@
 
     CONFIG       a YAML file as in configs/; in a checkout, without one, configs/quickstart/tokenizer.yaml
     key=value    changes a key of it, e.g. mesh.codes=4 optim.lr=2e-4 tokenizer.quantizer.num_codes=65536
-    --help       this text and every key with its type, default and meaning
+    --help [KEY] this text and every key with its type, default and meaning; or KEY and what is below it: data.train
     --dry-run    check everything, print parameters, memory per rank and bytes per step, and start nothing
     --world N    with --dry-run: plan for N processes
     --profile    trace 3 steps into the run folder's profile/ (run.profile_steps=3)
@@ -38,8 +38,7 @@ def main(argv: list[str]) -> int:
 
 def _start(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nKeys:\n{configuration.describe(Run)}")
-        return 0
+        return _help([word for word in argv if not word.startswith("-")])
     path, changes, dry, planned = _arguments(argv)
     config = configuration.load(Run, path or checkout.config("quickstart/tokenizer.yaml"), changes)
     world = planned or int(os.environ.get("WORLD_SIZE", "1"))
@@ -50,6 +49,13 @@ def _start(argv: list[str]) -> int:
         return 0
     folder.check(config)
     return _run(config, _check_machine(config))
+
+
+def _help(keys: list[str]) -> int:
+    """All of the help, or what it says of these keys."""
+    head = f"{__doc__}\nKeys (* may have another value when a run goes on):"
+    print("\n".join([configuration.describe(Run, key) for key in keys] or [head, configuration.describe(Run)]))
+    return 0
 
 
 def _arguments(argv: list[str]) -> tuple[Path | None, list[str], bool, int | None]:
