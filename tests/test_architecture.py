@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "engine": BESIDE | {"disk"},
     "codes": BESIDE,
     "quantizers": BESIDE | {"codes"},
-    "nets": BESIDE,
+    "nets": GROUND,
     "tokenizer": BESIDE | {"disk", "codes", "quantizers", "nets"},
     "priors": BESIDE | {"disk", "codes", "quantizers", "nets", "tokenizer"},
     "data": BESIDE | {"disk"},

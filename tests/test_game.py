@@ -86,7 +86,7 @@ def reference(config, accumulation=1):
             recon, quantized = net(images)
             loss = (recon - images).square().mean() + (0.3 * lpips(images, recon).mean() if lpips else 0)
             if step >= 1:
-                real, fake = judge(images), judge(recon.detach())
+                real, fake = judge.main(images), judge.main(recon.detach())
                 its_loss = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
                 regular = (real - m_fake).clamp(min=0).square().mean() + (m_real - fake).clamp(min=0).square().mean()
                 gradients = torch.autograd.grad((its_loss + 0.05 * regular) / accumulation, list(judge.parameters()))
@@ -100,7 +100,7 @@ def reference(config, accumulation=1):
                         0.5 * m + 0.5 * torch.tensor([pair[i] for pair in answers]).mean()
                         for i, m in enumerate((m_real, m_fake))
                     )
-                part = _soft(-judge(recon).mean(dim=(1, 2, 3))).mean()
+                part = _soft(-judge.main(recon).mean(dim=(1, 2, 3))).mean()
                 weight = 0.5
                 if game.adaptive:
                     last = net.decoder.conv_out.weight
@@ -212,7 +212,7 @@ def test_a_game_that_cannot_be_played_is_refused(tmp_path, tiny_shards):
     for part in (
         "adaptive asks for a gradient at the decoder's last layer, and engine.zero_stage 3 takes that layer apart",
         "run.compile does not go with engine.zero_stage 3",
-        "num_layers 3 leave no patch of images of data.train.image_size 16, they need 24 pixels",
+        "the discriminator patchgan has no answer for samples with a side of 16 (data.train.image_size), it needs 24",
         "weight is 0",
         "decay is 1.0",
         "vgg_sha256 is 'xyz', no digits of a sha256",

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from vqscale import config as configuration
-from vqscale.nets.config_patchgan import PatchGANConfig
+from vqscale.nets import discriminators
+from vqscale.nets.config_discriminators import PatchGANConfig
+from vqscale.nets.discriminators import Answer, alone
 from vqscale.nets.patchgan import PatchGAN, SyncBatchNorm
+from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.train import losses
+from vqscale.train import adversarial_losses as losses
 
 
 def test_the_published_size_names_and_patches():
     with torch.device("meta"):
         net = PatchGAN(PatchGANConfig())
-        assert net(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+        (answer,) = net(torch.empty(2, 3, 256, 256))
+        assert answer.values.shape == (2, 1, 30, 30)
     assert sum(p.numel() for p in net.parameters()) == 2_765_633  # 2.77 M
     numbers = {name.split(".")[1] for name in net.state_dict()}
     assert numbers == {"0", "2", "3", "5", "6", "8", "9", "11"}
@@ -39,11 +45,11 @@ def test_norms(norm):
     config = PatchGANConfig(channels=8, num_layers=2, norm=norm, num_groups=4)
     net = PatchGAN(config)
     images = torch.randn(4, 3, 16, 16)
-    answers = net(images)
+    answers = net(images)[0].values
     assert answers.shape == (4, 1, 2, 2)
-    assert torch.equal(net.eval()(images), answers)
+    assert torch.equal(net.eval()(images)[0].values, answers)
     assert not dict(net.named_buffers())
-    alone = net(images[:1])
+    alone = net(images[:1])[0].values
     if norm == "group":  # an image's answer does not depend on the others
         torch.testing.assert_close(alone, answers[:1])
     else:
@@ -53,7 +59,7 @@ def test_norms(norm):
 
 
 def test_sync_is_batch_on_one_process():
-    one, other = nn.BatchNorm2d(5, track_running_stats=False), SyncBatchNorm(5, Mesh().world)
+    one, other = nn.BatchNorm2d(5, track_running_stats=False), SyncBatchNorm(5)
     with torch.no_grad():
         for norm in (one, other):
             norm.weight.copy_(torch.linspace(0.5, 2, 5))
@@ -72,16 +78,19 @@ def _whole():
     return torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def _net(axis=None):
+def _net(gather=alone):
     torch.manual_seed(2)
-    return PatchGAN(PatchGANConfig(channels=4, num_layers=2, norm="sync"), axis)
+    return discriminators.build(PatchGANConfig(channels=4, num_layers=2, norm="sync"), gather)
 
 
 def _synchronised(world):
     """A rank's part of answers and image gradients, and the mean over ranks of its parameters' gradients."""
     mesh = Mesh(1, world)
-    net, images = _net(mesh.world), _whole().float().chunk(world)[mesh.world.rank].requires_grad_()
-    answers = net(images)
+    net, images = (
+        _net(partial(ops.gather, axis=mesh.world)),
+        _whole().float().chunk(world)[mesh.world.rank].requires_grad_(),
+    )
+    answers = net(images)[0].values
     (answers**3).mean().backward()
     return answers.detach(), images.grad, {name: p.grad for name, p in net.named_parameters()}
 
@@ -90,7 +99,7 @@ def _synchronised(world):
 def test_synchronised_statistics_make_one_batch_of_all_ranks(ranks):
     world = 3
     net, images = _net(), _whole().float().requires_grad_()
-    answers = net(images)
+    answers = net(images)[0].values
     (answers**3).mean().backward()
     found = ranks(world, _synchronised, world)
     torch.testing.assert_close(torch.cat([part for part, _, _ in found]), answers.detach())
@@ -107,13 +116,13 @@ def test_a_config_that_builds_nothing_is_refused():
         configuration.parse(PatchGANConfig, {"num_layers": 0})
     for layers in (1, 2, 3):
         config = PatchGANConfig(channels=4, num_layers=layers)
-        assert PatchGAN(config)(torch.zeros(2, 3, config.least_side, config.least_side)).shape == (2, 1, 1, 1)
+        assert PatchGAN(config)(torch.zeros(2, 3, config.least_side, config.least_side))[0].values.shape == (2, 1, 1, 1)
         with pytest.raises(RuntimeError):
             PatchGAN(config)(torch.zeros(2, 3, config.least_side - 2, config.least_side - 2))
 
 
-REAL = torch.tensor([[2.0, -1.0], [0.5, 0.5]]).view(2, 1, 1, 2)
-FAKE = torch.tensor([[-3.0, 1.0], [0.0, 2.0]]).view(2, 1, 1, 2)
+REAL = [Answer(torch.tensor([[2.0, -1.0], [0.5, 0.5]]).view(2, 1, 1, 2))]
+FAKE = [Answer(torch.tensor([[-3.0, 1.0], [0.0, 2.0]]).view(2, 1, 1, 2))]
 
 
 def test_losses_of_the_players_are_their_formulas():
@@ -132,14 +141,30 @@ def test_losses_of_the_players_are_their_formulas():
     assert losses.generator(FAKE, "hinge", "after").item() == pytest.approx(0.0)
     assert losses.generator(FAKE, "nonsaturating", "after").item() == pytest.approx(soft(3.0, -1.0, 0.0, -2.0))
     assert losses.generator(FAKE, "nonsaturating", "before").item() == pytest.approx(soft(1.0, -1.0))
-    assert losses.generator(FAKE.bfloat16(), "hinge", "after").dtype == torch.float32
+    assert losses.generator([Answer(FAKE[0].values.bfloat16())], "hinge", "after").dtype == torch.float32
 
 
 def test_lecam_and_the_adaptive_ratio():
-    averages = torch.tensor([0.6, -0.2])
+    averages = torch.tensor([[0.6], [-0.2]])
     squares = [(2 + 0.2) ** 2, 0.0, 0.7**2, 0.7**2], [3.6**2, 0.0, 0.6**2, 0.0]
     assert losses.lecam(REAL, FAKE, averages).item() == pytest.approx(sum(map(sum, squares)) / 4)
     main, play = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
     assert losses.adaptive_ratio(main, play, 1e4).item() == pytest.approx(5 / 2.0001)
     assert losses.adaptive_ratio(main, play, 2.0).item() == 2.0
     assert losses.adaptive_ratio(main, torch.zeros(2), 1e4).item() == 1e4
+
+
+def test_losses_of_several_answers_are_the_means_of_theirs():
+    """Of each answer as if it were alone: other numbers of patches, another weight of none."""
+    other = [Answer(torch.linspace(-2, 2, 6).view(2, 3))], [Answer(torch.linspace(-1, 3, 6).view(2, 3))]
+    real, fake = [*REAL, *other[0]], [*FAKE, *other[1]]
+    for kind in ("hinge", "nonsaturating"):
+        for mean in ("before", "after"):
+            each = [losses.discriminator(*pair, kind, mean) for pair in ((REAL, FAKE), other)]
+            assert losses.discriminator(real, fake, kind, mean).item() == pytest.approx(sum(each).item() / 2)
+            each = [losses.generator(answers, kind, mean) for answers in (FAKE, other[1])]
+            assert losses.generator(fake, kind, mean).item() == pytest.approx(sum(each).item() / 2)
+    averages = torch.tensor([[0.6, 0.1], [-0.2, -0.5]])
+    each = [losses.lecam(*pair, averages[:, [i]]) for i, pair in enumerate(((REAL, FAKE), other))]
+    assert losses.lecam(real, fake, averages).item() == pytest.approx(sum(each).item() / 2)
+    assert losses.mean_values(real).tolist() == pytest.approx([0.5, 0.0])

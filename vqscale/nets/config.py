@@ -1,4 +1,4 @@
-"""What a network is made of, without torch: the configs of the nets, read before anything heavy is imported.
+"""What a network is made of, without torch: the configs of the nets, and which there are.
 
 Not here: the quantizer between encoder and decoder, and the size of the images, which a convolutional network does not
 need to know.
@@ -8,19 +8,51 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from vqscale.config import Free
+from vqscale.config import Free, OneOf
+
+# One line for each net: its name in a config, and where its settings are.
+NETS = {"conv": "vqscale.nets.config:ConvConfig", "magvit": "vqscale.nets.config:MagvitConfig"}
+
+
+class NetSettings:
+    """What the settings of every net say beside their keys."""
+
+    name: str
+    module: ClassVar[str]
+    """what builds it, as `module:function`: build(config, dim) -> Parts"""
+    takes_context: ClassVar[bool] = False
+    """whether encoder and decoder are given a context beside what they encode and decode"""
+    in_channels: int
+    """channels of a sample, as it comes in and goes out"""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Steps of the sample's side per latent, of each side: their number is the number of sides."""
+        raise NotImplementedError
+
+    @property
+    def strides_from(self) -> str:
+        """Which settings the strides follow from, for messages."""
+        raise NotImplementedError
+
+
+if TYPE_CHECKING:
+    NetConfig = NetSettings
+else:
+    NetConfig = OneOf(NETS)
 
 
 @dataclass(frozen=True)
-class ConvConfig:
+class ConvConfig(NetSettings):
     """The convolutional encoder and decoder of the VQGAN family; by default the net of the published IBQ tokenizers.
 
     Level i works at 1 / (patch * 2**i) of the image's side with channels * multipliers[i] channels. The encoder walks
     the levels upwards with num_blocks residual blocks each, the decoder downwards with one more.
     """
 
+    module: ClassVar[str] = "vqscale.nets.conv:build"
     name: Literal["conv"] = "conv"
     """which network"""
     channels: int = 128
@@ -53,12 +85,11 @@ class ConvConfig:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels per latent, of each side: an image of H x W gives H // strides[0] x W // strides[1] latents."""
+        """Pixels per latent."""
         return (self.patch * 2 ** (len(self.multipliers) - 1),) * 2
 
     @property
     def strides_from(self) -> str:
-        """Which settings the strides follow from, for messages."""
         return f"{len(self.multipliers)} levels in net.multipliers {list(self.multipliers)}"
 
     def problems(self) -> Iterable[tuple[str, str]]:
@@ -78,13 +109,14 @@ class ConvConfig:
 
 
 @dataclass(frozen=True)
-class MagvitConfig:
+class MagvitConfig(NetSettings):
     """The convolutional encoder and decoder of the published SimVQ tokenizers of images, after Open-MAGVIT2.
 
     Level i works at 1 / 2**i of the image's side with channels * multipliers[i] channels. There is no attention and no
     convolution around the quantizer: z_channels is the quantizer's dim.
     """
 
+    module: ClassVar[str] = "vqscale.nets.magvit:build"
     name: Literal["magvit"] = "magvit"
     """which network"""
     channels: int = 128
@@ -109,12 +141,11 @@ class MagvitConfig:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels per latent, of each side."""
+        """Pixels per latent."""
         return (2 ** (len(self.multipliers) - 1),) * 2
 
     @property
     def strides_from(self) -> str:
-        """Which settings the strides follow from, for messages."""
         return f"{len(self.multipliers)} levels in net.multipliers {list(self.multipliers)}"
 
     def problems(self) -> Iterable[tuple[str, str]]:
@@ -139,10 +170,6 @@ def _pyramid_problems(config: ConvConfig | MagvitConfig, counts: tuple[str, ...]
             f"{config.num_groups} groups do not divide {config.channels} channels, which the first "
             "block normalises: change num_groups or channels",
         )
-
-
-# The network of a tokenizer is one of these.
-NetConfig = ConvConfig | MagvitConfig
 
 
 def grid(net: NetConfig, sides: Sequence[int]) -> tuple[int, ...]:

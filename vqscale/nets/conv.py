@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.nets import Parts
-from vqscale.nets.config import ConvConfig, NetConfig
+from vqscale.nets.config import ConvConfig, MagvitConfig
 
 
 def build(config: ConvConfig, dim: int) -> Parts:
     """Encoder and decoder, and the 1x1 convolutions between their latents and a quantizer of `dim`."""
     encoder, quant_conv = Encoder(config), nn.Conv2d(config.z_channels, dim, 1)
     post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
-    return Parts(encoder, quant_conv, post_quant_conv, Decoder(config))
+    return Parts(encoder, quant_conv, post_quant_conv, Decoder(config), "conv_out.weight")
 
 
 def _norm(channels: int, config: ConvConfig) -> nn.GroupNorm:
@@ -89,7 +89,7 @@ class Upsample(nn.Module):
 class Recomputed(nn.Module):
     """Base of what runs blocks: with config.checkpointing their activations are computed again in the backward pass."""
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: ConvConfig | MagvitConfig) -> None:
         super().__init__()
         self.checkpointing = config.checkpointing
 

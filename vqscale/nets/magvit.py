@@ -26,7 +26,7 @@ def build(config: MagvitConfig, dim: int) -> Parts:
             f"net.z_channels is {config.z_channels} and the quantizer's dim is {dim}, but the net magvit has no "
             "convolution between them: give both the same number, or use the net conv"
         )
-    return Parts(Encoder(config), nn.Identity(), nn.Identity(), Decoder(config))
+    return Parts(Encoder(config), nn.Identity(), nn.Identity(), Decoder(config), "conv_out.weight")
 
 
 def _norm(channels: int, config: MagvitConfig) -> nn.GroupNorm:

@@ -1,7 +1,7 @@
 """PatchGAN: a discriminator that gives every patch of an image a number, high where it takes it for real.
 
 The network of pix2pix as VQGAN uses it, with its key names (main.N.*) and its initialisation. Not here: what the
-numbers are trained for (vqscale.losses), and who is frozen when (vqscale.train).
+numbers are trained for and who is frozen when (train/), and ranks: how statistics are gathered the caller passes in.
 
 Batch norms keep no running statistics: a discriminator is only used while it learns, and what nobody reads need not
 be kept equal on all ranks.
@@ -12,28 +12,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vqscale.nets.config_patchgan import PatchGANConfig
-from vqscale.parallel import ops
-from vqscale.parallel.mesh import Axis
+from vqscale.nets.config_discriminators import PatchGANConfig
+from vqscale.nets.discriminators import Answer, Gather, alone
 
 
 class SyncBatchNorm(nn.Module):
-    """(B, C, H, W) -> the same, each channel normalised over the images of all ranks of an axis; batch norm on one.
+    """(B, C, H, W) -> the same, each channel normalised over the images that `gather` reaches; batch norm on one
+    process.
 
-    Every rank passes a batch of the same shape. One gather of 2 C numbers forward, one reduce-scatter backward: a
-    rank's images have a part in the losses of all others, and their gradients come back to it.
+    Every process passes a batch of the same shape. One gather of 2 C numbers forward, whose gradients come back: the
+    images of a process have a part in the losses of all others.
     """
 
-    def __init__(self, channels: int, axis: Axis, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, gather: Gather = alone, eps: float = 1e-5) -> None:
         super().__init__()
-        self.axis, self.eps = axis, eps
+        self.gather, self.eps = gather, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         here = torch.stack(torch.var_mean(wide, dim=(0, 2, 3), correction=0))
-        variances, means = ops.gather(here[None], self.axis).unbind(1)  # (ranks, C) each
+        variances, means = self.gather(here[None]).unbind(1)  # (ranks, C) each
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)  # of equal numbers of values; nothing cancels
         scale = self.weight * torch.rsqrt(variance + self.eps)
@@ -41,15 +41,14 @@ class SyncBatchNorm(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Images (B, in_channels, H, W) -> one number per patch (B, 1, h, w), no sigmoid.
+    """Images (B, in_channels, H, W) -> one answer: a number per patch (B, 1, h, w), no sigmoid.
 
     With the default config patches are 70 pixels wide and overlap, and 256 pixels give 30 x 30 of them. Batch norm uses
     the statistics of the batch in evaluation too.
     """
 
-    def __init__(self, config: PatchGANConfig, axis: Axis | None = None) -> None:
+    def __init__(self, config: PatchGANConfig, gather: Gather = alone) -> None:
         super().__init__()
-        axis = axis or Axis("world")
         widths = [config.channels * min(2**layer, 8) for layer in range(config.num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(config.in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for layer in range(1, config.num_layers + 1):
@@ -57,22 +56,22 @@ class PatchGAN(nn.Module):
             stride, bias = (2 if layer < config.num_layers else 1), config.norm == "group"
             layers += [
                 nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=bias),
-                _norm(widths[layer], config, axis),
+                _norm(widths[layer], config, gather),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.main = nn.Sequential(*layers)
         self.main.apply(_initialise)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.main(images)
+    def forward(self, images: Tensor) -> list[Answer]:
+        return [Answer(self.main(images))]
 
 
-def _norm(channels: int, config: PatchGANConfig, axis: Axis) -> nn.Module:
+def _norm(channels: int, config: PatchGANConfig, gather: Gather) -> nn.Module:
     if config.norm == "group":
         return nn.GroupNorm(config.num_groups, channels)
     if config.norm == "sync":
-        return SyncBatchNorm(channels, axis)
+        return SyncBatchNorm(channels, gather)
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
 

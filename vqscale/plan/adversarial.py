@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from vqscale.nets import discriminators
 from vqscale.nets.lpips import LPIPS
-from vqscale.nets.patchgan import PatchGAN
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import split_bytes
 from vqscale.train.config import TokenizerRun
@@ -36,7 +36,7 @@ def judges(config: TokenizerRun, images: int, world: int, dense: int, rows: int)
     with torch.device("meta"):
         pixels = torch.empty(images, 3, *config.data.train.sides)
         if config.loss.adversarial is not None:
-            net = PatchGAN(config.loss.adversarial.net)  # on an axis of one: nothing is sent here
+            net = discriminators.build(config.loss.adversarial.net)  # alone: nothing is sent here
             params = _count(net)
             found.parameters["discriminator"] = params
             found.memory["discriminator"] = split_bytes(params, stage, world)

@@ -20,9 +20,10 @@ from torch.utils.flop_counter import flop_registry
 
 from vqscale import nets, quantizers
 from vqscale.codes import tally
+from vqscale.nets import discriminators
 from vqscale.nets.config import NetConfig, grid
+from vqscale.nets.discriminators import Answer
 from vqscale.nets.lpips import LPIPS
-from vqscale.nets.patchgan import PatchGAN
 from vqscale.parallel.mesh import Mesh
 from vqscale.train.config_losses import LossConfig
 
@@ -96,7 +97,7 @@ def network(config: NetConfig, sides: Sequence[int], dim: int, loss: LossConfig 
         forward,
         walk.operations - forward,
         tuple(walk.kernels),
-        sum(p.numel() for part in parts for p in part.parameters()),
+        sum(p.numel() for part in parts[:4] for p in part.parameters()),
         math.prod(places),
         () if loss is None else judges(loss, sides),
     )
@@ -108,15 +109,19 @@ def judges(loss: LossConfig, sides: Sequence[int]) -> tuple[Kernel, ...]:
     with torch.device("meta"):
         image, recon = torch.empty(1, 3, *sides), torch.empty(1, 3, *sides, requires_grad=True)
         lpips = None if loss.perceptual is None else LPIPS()
-        judge = None if loss.adversarial is None else PatchGAN(loss.adversarial.net)
+        judge = None if loss.adversarial is None else discriminators.build(loss.adversarial.net)
     with Walk() as walk:
         if lpips is not None:
             lpips(image, recon).sum().backward()
         if judge is not None:
-            (judge(image).mean() + judge(recon.detach()).mean()).backward()
+            (_said(judge(image)) + _said(judge(recon.detach()))).backward()
             judge.requires_grad_(False)
-            judge(recon).mean().backward()
+            _said(judge(recon)).backward()
     return tuple(walk.kernels)
+
+
+def _said(answers: list[Answer]) -> Tensor:
+    return torch.stack([answer.values.mean() for answer in answers]).sum()
 
 
 @dataclass(frozen=True)

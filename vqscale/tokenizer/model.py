@@ -37,6 +37,9 @@ class Tokenizer(nn.Module):
     side // stride places along it. Images are (B, 3, H, W) in [-1, 1], their ids (B, h, w). The N tokens of a batch
     are row-major, sample after sample: of images token (b * h + y) * w + x is row y, column x of image b.
 
+    A net may take a context (net.takes_context): then every call has it as second argument, a tensor with B entries
+    that encoder and decoder both see, and that is in no id.
+
     latent_norm acts on each token before the quantizer and has no parameters: "rms" divides it by its root mean square,
     "layer" first subtracts its mean, "none" leaves it. From quant_conv to the quantizer's answer everything is in the
     type of the parameters, float32, whatever the autocast; the nets follow the autocast.
@@ -56,6 +59,7 @@ class Tokenizer(nn.Module):
         self.encoder, self.quant_conv = parts.encoder, parts.quant_conv
         self.quantizer = quantizer
         self.post_quant_conv, self.decoder = parts.post_quant_conv, parts.decoder
+        self._last_weight = parts.last_weight
 
     @classmethod
     def from_config(cls, config: TokenizerConfig, mesh: Mesh | None = None, seed: int = 0) -> Tokenizer:
@@ -110,17 +114,22 @@ class Tokenizer(nn.Module):
         """The type of the parameters."""
         return next(self.decoder.parameters()).dtype
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        """Images -> (reconstruction of the same shape, not clamped; what the quantizer returned for x_ND)."""
-        x_ND = self.latents(images)
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The decoder's weight nearest to what comes out."""
+        return self.decoder.get_parameter(self._last_weight)
+
+    def forward(self, samples: Tensor, context: Tensor | None = None) -> tuple[Tensor, Quantized]:
+        """Samples -> (what the decoder makes of them, not clamped; what the quantizer returned for x_ND)."""
+        x_ND = self.latents(samples, context)
         with _no_autocast(x_ND):
             quantized = self.quantizer(x_ND)
-        return self.reconstruct(quantized.z, self.grid(images)), quantized
+        return self.reconstruct(quantized.z, self.grid(samples), context), quantized
 
-    def latents(self, images: Tensor) -> Tensor:
-        """Images -> x_ND, never in half precision: what the quantizer is given."""
-        self.grid(images)  # refuses sides that the strides do not divide
-        encoded = self.encoder(images)
+    def latents(self, samples: Tensor, context: Tensor | None = None) -> Tensor:
+        """Samples -> x_ND, never in half precision: what the quantizer is given."""
+        self.grid(samples)  # refuses sides that the strides do not divide
+        encoded = self.encoder(samples, *self._given(context))
         with _no_autocast(encoded):
             x_BDg = self.quant_conv(encoded.to(self.dtype))
             x_ND = x_BDg.movedim(1, -1).flatten(0, -2)
@@ -130,10 +139,21 @@ class Tokenizer(nn.Module):
                 x_ND = F.layer_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
             return x_ND
 
-    def reconstruct(self, z_ND: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def reconstruct(self, z_ND: Tensor, grid: tuple[int, ...], context: Tensor | None = None) -> Tensor:
         """Rows of codes for a grid of (B, *grid) tokens -> samples, never in half precision, not clamped."""
         z_BDg = z_ND.unflatten(0, grid).movedim(-1, 1)
-        return self.decoder(self.post_quant_conv(z_BDg)).to(self.dtype)
+        return self.decoder(self.post_quant_conv(z_BDg), *self._given(context)).to(self.dtype)
+
+    def _given(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        """The context as the nets take it. ValueError where there is one for a net that takes none, or the reverse."""
+        if (context is not None) != self.net.takes_context:
+            wants = "encodes and decodes with a context" if self.net.takes_context else "takes no context"
+            raise ValueError(
+                f"the net {self.net.name} of this tokenizer {wants}, and it was given "
+                f"{'none' if context is None else f'one of shape {tuple(context.shape)}'}: call it "
+                f"{'with' if self.net.takes_context else 'without'} a context, or change tokenizer.net"
+            )
+        return () if context is None else (context,)
 
     def grid(self, samples: Tensor) -> tuple[int, ...]:
         """(B, *grid): samples, and tokens along each side. ValueError for channels or sides that are not the net's."""
@@ -147,16 +167,16 @@ class Tokenizer(nn.Module):
         return samples.shape[0], *grid(self.net, samples.shape[2:])
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, samples: Tensor, context: Tensor | None = None) -> Tensor:
         """Samples -> int64 ids (B, *grid), or (B, *grid, num_ids): the search alone, in evaluation in any mode."""
         with _evaluating(self):
-            x_ND = self.latents(images)
+            x_ND = self.latents(samples, context)
             with _no_autocast(x_ND):
                 ids_N = self.quantizer.encode(x_ND)
-            return ids_N.view(*self.grid(images), *ids_N.shape[1:])
+            return ids_N.view(*self.grid(samples), *ids_N.shape[1:])
 
     @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
+    def decode(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
         """Ids (B, *grid) -> samples (B, C, *sides), not clamped, without gradients and dropout in any training mode.
 
         ValueError for ids that are none of this tokenizer's, on all ranks of a split codebook if one has such.
@@ -166,7 +186,7 @@ class Tokenizer(nn.Module):
             last = len(self.net.strides)
             with _no_autocast(ids):
                 z_ND = self.quantizer.decode(ids.flatten(0, last))
-            return self.reconstruct(z_ND, ids.shape[: last + 1])
+            return self.reconstruct(z_ND, ids.shape[: last + 1], context)
 
     def _check_ids(self, ids: Tensor) -> None:
         """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""

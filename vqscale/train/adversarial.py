@@ -13,18 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqscale.engine.engine import Engine, StepReport
+from vqscale.nets import discriminators
+from vqscale.nets.discriminators import Answer
 from vqscale.nets.lpips import load as load_lpips
-from vqscale.nets.patchgan import PatchGAN
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
-from vqscale.train import losses
+from vqscale.train import adversarial_losses as losses
 from vqscale.train.config import TokenizerRun
 from vqscale.train.config_losses import AdversarialConfig, PerceptualConfig
 
@@ -45,20 +47,20 @@ class Perceptual:
 class Discriminator:
     """The discriminator of a run: its engine, what it plays for, and LeCAM's averages. Making one is collective.
 
-    In a checkpoint everything is under discriminator/: the engine's state, and lecam, the averages [of images, of
-    reconstructions] of its answers over all ranks.
+    In a checkpoint everything is under discriminator/: the engine's state, and lecam, the averages over all ranks of
+    its answers to images, then of its answers to reconstructions.
     """
 
     name = "discriminator"
 
     def __init__(self, config: AdversarialConfig, run: TokenizerRun, mesh: Mesh) -> None:
         torch.manual_seed(derive(run.run.seed, "discriminator"))
-        net = PatchGAN(config.net, mesh.world).to(mesh.device)
+        net = discriminators.build(config.net, partial(ops.gather, axis=mesh.world)).to(mesh.device)
         steps = max(1, run.run.steps - config.start_step)
         self.engine = Engine(net, {}, run.engine, config.optim or run.optim, mesh, steps)
         self.config, self._mesh, self._accumulation = config, mesh, run.engine.accumulation
-        self.averages = torch.zeros(2, device=mesh.device)
-        self._answers = torch.zeros(2, device=mesh.device)
+        self.averages_2A = torch.zeros(2, config.net.num_answers, device=mesh.device)
+        self._answers_2A = torch.zeros_like(self.averages_2A)
         self._report: StepReport | None = None
         net.requires_grad_(False)
 
@@ -66,28 +68,28 @@ class Discriminator:
         """Whether there is a game at this step, numbered from 1; the same on every rank."""
         return step > self.config.start_step
 
-    def losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def losses(self, real: list[Answer], fake: list[Answer]) -> dict[str, Tensor]:
         """What it minimises, by name, already weighted, from its answers to images and to reconstructions."""
         game = self.config
         its_part = losses.discriminator(real, fake, game.discriminator, game.discriminator_patch_mean)
         found: dict[str, Tensor] = {game.discriminator: its_part}
         if game.lecam_weight:
-            found["lecam"] = game.lecam_weight * losses.lecam(real, fake, self.averages)
+            found["lecam"] = game.lecam_weight * losses.lecam(real, fake, self.averages_2A)
         return found
 
-    def step(self, real: Tensor, fake: Tensor) -> StepReport:
+    def step(self, real: list[Answer], fake: list[Answer]) -> StepReport:
         """Step the engine; at the end of a step its mean answers go into the averages, unless it was skipped.
 
         LeCAM looks at the averages before its own step, so that micro-batches and ranks make one batch.
         """
-        means = torch.stack([x.detach().float().mean() for x in (real, fake)])
-        self._answers += means / self._accumulation
+        means_2A = torch.stack([losses.mean_values(answers) for answers in (real, fake)])
+        self._answers_2A += means_2A / self._accumulation
         report = self.engine.step()
         if report.boundary:
-            answers = ops.sum_over(self._answers, self._mesh.world) / self._mesh.world.size
+            answers_2A = ops.sum_over(self._answers_2A, self._mesh.world) / self._mesh.world.size
             if report.stepped:
-                self.averages = torch.lerp(self.averages, answers, 1 - self.config.lecam_decay)
-            self._answers.zero_()
+                self.averages_2A = torch.lerp(self.averages_2A, answers_2A, 1 - self.config.lecam_decay)
+            self._answers_2A.zero_()
             self._report = report
         return report
 
@@ -125,10 +127,10 @@ class Discriminator:
         """(replicated, rows, facts) as an engine's; collective."""
         with self.learning():  # ZeRO-3 has no moments to give for what is frozen
             replicated, rows, facts = self.engine.state()
-        return replicated | {"lecam": self.averages.to("cpu", copy=True)}, rows, facts
+        return replicated | {"lecam": self.averages_2A.flatten().to("cpu", copy=True)}, rows, facts
 
     def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what `state` gave, on any number of ranks and at any stage; collective."""
-        self.averages = replicated["lecam"].to(self._mesh.device, copy=True)
+        self.averages_2A = replicated["lecam"].to(self._mesh.device, copy=True).view(2, -1)
         with self.learning():
             self.engine.load({name: x for name, x in replicated.items() if name != "lecam"}, rows, facts)

@@ -1,7 +1,7 @@
 """What a tokenizer is trained for, as frozen dataclasses that mirror the YAML. No torch here.
 
-The formulas are in train/losses.py, the networks in vqscale/nets, the order of the two steps in train/adversarial.py.
-The defaults of the adversarial loss are those of the published IBQ and SimVQ tokenizers.
+The formulas are in train/losses.py and train/adversarial_losses.py, the networks in vqscale/nets, the order of the two
+steps in train/adversarial.py. The defaults of the adversarial loss are those of the published IBQ and SimVQ tokenizers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from vqscale.config import Free
 from vqscale.engine.config import OptimConfig
-from vqscale.nets.config_patchgan import PatchGANConfig
+from vqscale.nets.config_discriminators import DiscriminatorConfig, PatchGANConfig
 
 PatchMean = Literal["before", "after"]
 Player = Literal["hinge", "nonsaturating"]
@@ -52,7 +52,7 @@ class PerceptualConfig:
 class AdversarialConfig:
     """A discriminator of patches and what it and the tokenizer play for. It steps first, then the tokenizer."""
 
-    net: PatchGANConfig = field(default_factory=PatchGANConfig)
+    net: DiscriminatorConfig = field(default_factory=PatchGANConfig)
     """the discriminator"""
     generator: Player = "nonsaturating"
     """the tokenizer's part: nonsaturating is softplus(-D(recon)), hinge is -D(recon)"""

@@ -83,9 +83,10 @@ class TokenizerRun:
             return
         if size < adversarial.net.least_side:
             yield (
-                "loss.adversarial.net.num_layers",
-                f"num_layers {adversarial.net.num_layers} leave no patch of images of data.train.image_size {size}, "
-                f"they need {adversarial.net.least_side} pixels: use fewer layers or larger images",
+                "loss.adversarial.net",
+                f"the discriminator {adversarial.net.name} has no answer for samples with a side of {size} "
+                f"(data.train.image_size), it needs {adversarial.net.least_side}: change its settings (num_layers of "
+                "patchgan), or use larger samples",
             )
         if adversarial.adaptive and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
             yield (

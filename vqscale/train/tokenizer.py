@@ -27,6 +27,7 @@ from vqscale.show.progress import Progress
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import loop, losses
 from vqscale.train.adversarial import Discriminator, Perceptual
+from vqscale.train.adversarial_losses import mean_values
 from vqscale.train.average import Average
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
@@ -64,7 +65,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     tables = set_aside(tokenizer)
     quantizer = tokenizer.quantizer
     quantizer.begin()
-    last_weight = tokenizer.decoder.get_parameter("conv_out.weight")
+    last_weight = tokenizer.last_weight
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
     if run.compile:
         compile_nets(tokenizer)
@@ -108,7 +109,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
                     its_parts = playing.losses(real, fake)
                     playing.engine.backward(torch.stack([*its_parts.values()]).sum())
                     playing.step(real, fake)
-                its_values = {**its_parts, "real": real.mean(), "fake": fake.mean()}  # mean answers
+                its_values = {**its_parts, "real": mean_values(real).mean(), "fake": mean_values(fake).mean()}
 
             # the tokenizer
             distance = losses.reconstruction(images, recon, config.loss.reconstruction)

@@ -1,16 +1,43 @@
-"""What a discriminator of patches is made of, without torch."""
+"""The settings of discriminators, and which there are, without torch. What they answer is in discriminators.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vqscale.config import OneOf
+
+# One line for each discriminator: its name in a config, and where its settings are.
+DISCRIMINATORS = {"patchgan": "vqscale.nets.config_discriminators:PatchGANConfig"}
+
+
+class DiscriminatorSettings:
+    """What the settings of every discriminator say beside their keys."""
+
+    name: str
+    module: ClassVar[str]
+    """the discriminator's class, as `module:Class`"""
+    num_answers: ClassVar[int] = 1
+    """parts, each of which gives an answer"""
+
+    @property
+    def least_side(self) -> int:
+        """The smallest side of a sample of which it has something to say."""
+        raise NotImplementedError
+
+
+if TYPE_CHECKING:
+    DiscriminatorConfig = DiscriminatorSettings
+else:
+    DiscriminatorConfig = OneOf(DISCRIMINATORS)
 
 
 @dataclass(frozen=True)
-class PatchGANConfig:
+class PatchGANConfig(DiscriminatorSettings):
     """PatchGAN: 4x4 convolutions, num_layers of stride 2 and two of stride 1; by default the published one."""
 
+    module: ClassVar[str] = "vqscale.nets.patchgan:PatchGAN"
     name: Literal["patchgan"] = "patchgan"
     """which network"""
     channels: int = 64
