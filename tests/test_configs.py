@@ -12,8 +12,7 @@ from vqscale import priors
 from vqscale.codes.rows import set_aside
 from vqscale.plan.prior import plan as plan_prior
 from vqscale.plan.tokenizer import plan, planned_mesh
-from vqscale.programs import study as studies
-from vqscale.programs.study import StudyConfig
+from vqscale.programs.commands import study
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
 
@@ -91,12 +90,20 @@ def test_published_priors_have_their_published_size(path):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_a_shipped_study_expands_to_runs(path):
-    study = configuration.load(StudyConfig, path)
-    members = studies.expand(study, path)
-    assert len({member.name for member in members}) == len(members) > 1
-    for member in members:
-        assert plan(member.config, study.processes).memory
+def test_a_shipped_study_is_planned_and_prepared(path, tmp_path, capsys):
+    place = f"folder={tmp_path / 'study'}"
+    assert study.main([str(path), place, "--dry-run"]) == 0
+    head, *planned = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"{len(planned)} runs of 1 processes")
+    assert not (tmp_path / "study").exists()
+    assert study.main([str(path), place, "--prepare"]) == 0
+    prepared = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(set(prepared)) == len(planned) > 1
+    for line, config in zip(planned, prepared, strict=True):
+        name, _, costs = line.strip().partition(": ")
+        run = configuration.load(Run, config)
+        assert (config.stem, Path(run.run.folder).name) == (name, name)
+        assert f" {run.run.steps} steps" in costs
 
 
 def test_a_typo_in_a_shipped_config_names_its_neighbour(tmp_path):

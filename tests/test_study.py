@@ -1,8 +1,9 @@
-"""A study from nothing to its page with real runs, one of which dies; interrupted and continued; what is refused."""
+"""Studies of tokenizers and of priors, from nothing to the page with real runs; what stops them; what is refused."""
 
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
 import signal
@@ -11,19 +12,33 @@ import sys
 import time
 from pathlib import Path
 
+import prior_runs
 import pytest
+import yaml
 from jobs import ROOT, write_config, write_shards
 
 from vqscale import config as configuration
+from vqscale.config.schema import classes_of, fields_of
+from vqscale.programs import launchers, study_runner
 from vqscale.programs import study as studies
+from vqscale.programs.commands import study as command
+from vqscale.programs.launchers import Launcher, State
 from vqscale.programs.study import StudyConfig
-from vqscale.show import page
+from vqscale.show import page, study_page
+from vqscale.train.config import Run
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     return write_config(folder, write_shards(folder / "shards"))
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    """A base run of another task, on caches that are there already."""
+    folder = tmp_path_factory.mktemp("prior-study")
+    return prior_runs.write_config(folder, prior_runs.write_caches(folder / "caches"))
 
 
 def _write(base: Path, **keys) -> Path:
@@ -41,6 +56,7 @@ def _quantizers(*names):
 
 
 K = {"name": "K", "key": "tokenizer.quantizer.num_codes", "values": [16, 32]}
+RATE = {"name": "rate", "key": "optim.lr", "values": [0.001, 1e-2]}
 
 
 def _expand(path):
@@ -48,16 +64,39 @@ def _expand(path):
     return study, studies.expand(study, path)
 
 
-def test_every_combination_is_a_run_of_its_own(base, tmp_path):
-    _, members = _expand(_write(base, dials=[_quantizers("vq", "ema"), K], seeds=[0, 7], set=["run.steps=3"]))
-    assert [member.name for member in members] == [
+def test_every_combination_is_a_run_of_its_own(base):
+    _, trials = _expand(_write(base, dials=[_quantizers("vq", "ema"), K], seeds=[0, 7], set=["run.steps=3"]))
+    assert [trial.name for trial in trials] == [
         f"{name}-{k}-seed{seed}" for name in ("vq", "ema") for k in (16, 32) for seed in (0, 7)
     ]
-    last = members[-1].config
+    last = trials[-1].config
     assert (last.tokenizer.quantizer.name, last.tokenizer.quantizer.num_codes) == ("ema", 32)
     assert (last.run.seed, last.run.steps) == (7, 3)
-    assert members[-1].labels == {"quantizer": "ema", "K": "32", "seed": "7"}
-    assert len({member.config.run.folder for member in members}) == len(members)
+    assert trials[-1].labels == {"quantizer": "ema", "K": "32", "seed": "7"}
+    assert len({trial.config.run.folder for trial in trials}) == len(trials)
+
+
+def test_the_base_may_be_a_run_of_any_task(prior):
+    dials = [{"name": "layers", "key": "prior.net.num_layers", "values": [1, 2]}, RATE]
+    _, trials = _expand(_write(prior, dials=dials))
+    assert [trial.config.task for trial in trials] == ["prior"] * 4
+    assert [trial.config.prior.net.num_layers for trial in trials] == [1, 1, 2, 2]
+    assert [trial.config.optim.lr for trial in trials] == [0.001, 0.01] * 2
+
+
+def test_every_task_has_what_a_study_shows_of_it():
+    assert set(study_page.TASKS) == {fields_of(run)["task"].default for run in classes_of(Run)}
+
+
+@pytest.mark.parametrize("name", ["sweep #1", "a: b", "g=h", "@x", "*x", "{x}", "[y", "%z", "2024", "~", "it's", '"q"'])
+def test_a_folder_of_any_name_holds_its_own_runs(base, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    study, trials = _expand(_write(base, dials=[K], folder=name))
+    assert [trial.folder for trial in trials] == [Path(name) / "runs" / run for run in ("16-seed0", "32-seed0")]
+    studies.prepare(study, trials)
+    kept = configuration.load(Run, trials[1].file)
+    assert kept == trials[1].config
+    assert [str(path) for path in sorted(tmp_path.iterdir())] == [str(tmp_path / name)]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +108,8 @@ def test_every_combination_is_a_run_of_its_own(base, tmp_path):
         ({"dials": [K | {"key": "tokenizer.quantizer.num_code"}]}, ["unknown key", "tokenizer.quantizer.num_codes?"]),
         ({"dials": [K | {"values": [0]}]}, ["num_codes is 0"]),
         ({"dials": [K | {"values": [16, 16]}]}, ["several runs would be called 16-seed0"]),
+        ({"dials": [K, K]}, ["2 dials are called K", "a name of its own"]),
+        ({"dials": [K | {"name": "seed"}]}, ["a dial is called seed", "another name"]),
         ({"dials": [K], "processes": 3}, ["does not divide by 3 processes"]),
         ({"dial": [K]}, ["unknown key", "dials"]),
     ],
@@ -82,23 +123,61 @@ def test_what_a_study_may_not_say(base, keys, words):
 
 def test_results_of_another_base_config_are_not_mixed(base):
     path = _write(base, dials=[K], folder=str(base.parent / "mixed"))
-    study, members = _expand(path)
-    studies.settle(study, members)
-    before = members[0].file(study).read_text()
-    study, members = _expand(_write(base, dials=[K], folder=str(base.parent / "mixed"), set=["optim.lr=0.5"]))
+    study, trials = _expand(path)
+    studies.prepare(study, trials)
+    before = trials[0].file.read_text()
+    study, trials = _expand(_write(base, dials=[K], folder=str(base.parent / "mixed"), set=["optim.lr=0.5"]))
     with pytest.raises(
         ValueError, match=r"(?s)another base config.*optim\.lr: 0\.001 -> 0\.5.*change the study's folder"
     ):
-        studies.settle(study, members)
-    assert members[0].file(study).read_text() == before
+        studies.prepare(study, trials)
+    assert trials[0].file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no STUDY.yaml is given"),
+        (["STUDY", "other.yaml"], "other.yaml is neither an option nor key=value"),
+        (["STUDY", "--dry-run", "--prepare"], "--dry-run and --prepare exclude each other"),
+        (["STUDY", "--local", "--slurm"], "--local and --slurm exclude each other"),
+        (["STUDY", "--prepare", "--time=2"], "--time=2 is for a launcher, and --prepare starts nothing"),
+        (["STUDY", "--dryrun"], "launcher_options are --dryrun, and launcher local takes none"),
+        (["STUDY", "launcher=slrm"], "launcher is slrm, and the launchers are local, slurm: did you mean slurm?"),
+        (["STUDY", "--stop"], "stopped where it runs"),
+    ],
+)
+def test_a_command_that_says_nothing_starts_nothing(base, tmp_path, capsys, words, said):
+    place = tmp_path / "study"
+    path = _write(base, dials=[K], folder=str(place))
+    assert command.main([str(path) if word == "STUDY" else word for word in words] or ["jobs=1"]) == 2
+    assert said in capsys.readouterr().err
+    assert not place.exists()
+
+
+def test_a_plan_and_configs_without_a_run(base, prior, tmp_path, capsys):
+    for task, dial in ((base, K), (prior, RATE)):
+        place = tmp_path / task.parent.name
+        path = _write(task, dials=[dial], folder=str(place))
+        assert command.main([str(path), "--dry-run"]) == 0
+        first, *rest = capsys.readouterr().out.splitlines()
+        assert first == f"2 runs of 1 processes, 2 side by side, in {place}"
+        assert all("parameters" in line and "MiB per rank, 8 steps" in line for line in rest)
+        assert not place.exists()
+        assert command.main([str(path), "--prepare"]) == 0
+        listed = [Path(line) for line in capsys.readouterr().out.splitlines()]
+        assert [configuration.load(Run, each).run.folder for each in listed] == [
+            str(place / "runs" / each.stem) for each in listed
+        ]
+        assert not [*(place / "runs").iterdir()]
 
 
 def _tool(path, *words):
     return [sys.executable, str(ROOT / "tools" / "study.py"), str(path), *words]
 
 
-def _results(base):
-    with (base.parent / "study" / "results.csv").open() as file:
+def _results(folder):
+    with (folder / "results.csv").open() as file:
         return {line["run"]: line for line in csv.DictReader(file)}
 
 
@@ -110,7 +189,7 @@ def test_from_nothing_to_the_page_with_one_run_that_dies(base):
     path = _write(base, dials=[dial | {"choices": [*dial["choices"], dies]}])
     done = subprocess.run(_tool(path), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
-    lines = _results(base)
+    lines = _results(base.parent / "study")
     assert {name: line["status"] for name, line in lines.items()} == {
         "vq-seed0": "done", "fsq-seed0": "done", "dies-seed0": "failed"
     }  # fmt: skip
@@ -120,7 +199,7 @@ def test_from_nothing_to_the_page_with_one_run_that_dies(base):
     summary = json.loads((base.parent / "study" / "runs" / "vq-seed0" / "summary.json").read_text())
     assert float(lines["vq-seed0"]["psnr"]) == summary["psnr"]
     text = (base.parent / "study" / "index.html").read_text()
-    assert text.count("data:image/png;base64,") >= len(page.FIGURES) + 2
+    assert text.count("data:image/png;base64,") == len(study_page.TASKS["tokenizer"].figures) + 2
     assert "dies-seed0" in text
     assert "http" not in text.replace("http-equiv", "")
     # again: what is done stays as it is, the one that died is tried again
@@ -131,47 +210,157 @@ def test_from_nothing_to_the_page_with_one_run_that_dies(base):
 
 
 @pytest.mark.slow
+def test_a_study_of_a_prior_from_nothing_to_its_page(prior):
+    place = prior.parent / "study"
+    path = _write(prior, dials=[RATE], set=["run.steps=4"])
+    done = subprocess.run(_tool(path), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = _results(place)
+    assert [line["rate"] for line in lines.values()] == ["0.001", "0.01"]
+    for name, line in lines.items():
+        summary = json.loads((place / "runs" / name / "summary.json").read_text())
+        rows = [json.loads(row) for row in (place / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        assert (
+            float(line["loss"]) == summary["loss"] == next(row["val/loss"] for row in rows[::-1] if "val/loss" in row)
+        )
+        assert float(line["training loss"]) == next(row["loss"] for row in rows[::-1] if "loss" in row)
+        assert {"perplexity", "accuracy", "unigram", "tokens_per_s", "verdict"} <= {k for k, v in line.items() if v}
+    text = (place / "index.html").read_text()
+    for key, figure in study_page.TASKS["prior"].figures.items():
+        assert (place / "figures" / f"{key}.png").stat().st_size > 1000
+        assert html.escape(figure.caption) in text
+    assert "psnr" not in text
+    assert "psnr" not in done.stdout
+
+
+@pytest.mark.slow
 def test_interrupted_and_continued(base):
-    path = _write(
-        base,
-        dials=[K],
-        folder=str(base.parent / "long"),
-        set=["run.steps=80", "run.checkpoint_every=80", "run.eval_every=80"],
+    place = base.parent / "long"
+    more = ["run.steps=80", "run.checkpoint_every=80", "run.eval_every=80"]
+    path = _write(base, dials=[K], folder=str(place), set=more)
+    process = subprocess.Popen(
+        _tool(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    process = subprocess.Popen(_tool(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    _, members = _expand(path)
+    _, trials = _expand(path)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not all(studies.last_row(member.folder) for member in members):
+    while time.monotonic() < deadline and not all(studies.last_row(trial.folder) for trial in trials):
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C goes to the whole group of a terminal
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "the same command goes on" in said
-    for member in members:
-        assert not (member.folder / "summary.json").exists()
-        assert os.listdir(member.folder / "checkpoints")
+    assert {line["status"] for line in _results(place).values()} == {"stopped"}
+    for trial in trials:
+        assert not (trial.folder / "summary.json").exists()
+        assert os.listdir(trial.folder / "checkpoints")
     done = subprocess.run(_tool(path), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    for member in members:
-        rows = [json.loads(line) for line in (member.folder / "metrics.jsonl").read_text().splitlines()]
+    for trial in trials:
+        rows = [json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows if "loss" in row]
         assert steps == list(range(1, 81))
 
 
+class Elsewhere(Launcher):
+    """A launcher that is known nowhere: between two looks at its runs, one more has written its summary."""
+
+    attached = True
+
+    def __init__(self, study, trials):
+        super().__init__(study, trials)
+        self.given = []
+
+    def check(self):
+        if "--refuse" in self.study.launcher_options:
+            raise ValueError("not here")
+
+    def start(self, trials):
+        self.given = list(trials)
+        return [f"started {len(trials)}"]
+
+    def poll(self):
+        for trial in self.given[:1]:
+            trial.folder.mkdir(parents=True)
+            (trial.folder / "summary.json").write_text('{"loss": 1.5, "unigram": 2.0}')
+        self.given = self.given[1:]
+        return {trial.name: State("running", "elsewhere") for trial in self.given}
+
+    def stop(self):
+        return []
+
+
+def test_another_launcher_is_a_class_and_a_line(prior, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(launchers.LAUNCHERS, "elsewhere", Elsewhere)
+    monkeypatch.setattr(study_runner, "POLL_S", 0.0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    path = _write(prior, dials=[RATE], folder=str(tmp_path / "study"), seeds=[0, 1])
+    assert command.main([str(path), "--elsewhere", "--refuse"]) == 2
+    assert "not here" in capsys.readouterr().err
+    assert command.main([str(path), "--elsewhere"]) == 0
+    assert "started 4" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "study" / "study.yaml").read_text())["launcher"] == "elsewhere"
+    lines = _results(tmp_path / "study")
+    assert [line["status"] for line in lines.values()] == ["done"] * 4
+    assert {line["verdict"] for line in lines.values()} == {"0.5 nats below how often ids occur"}
+    assert command.main([str(path), "--elsewhere"]) == 0
+    assert "started 0" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_done_says_how_far_it_is(base, tmp_path):
+    _, trials = _expand(_write(base, dials=[K], folder=str(tmp_path / "study")))
+    trials[0].folder.mkdir(parents=True)
+    (trials[0].folder / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "los')
+    found = [study_runner.result_line(trial) for trial in trials]
+    assert [(line["status"], line.get("steps")) for line in found] == [("begun", 3), ("waiting", None)]
+    failed = study_runner.result_line(trials[0], State("failed", "out of memory"))
+    assert (failed["status"], failed["steps"], failed["error"]) == ("failed", 3, "out of memory")
+    assert "error" not in study_runner.result_line(trials[0], State("running", "process 7"))
+
+
 def test_a_collapse_is_told_with_what_was_measured():
+    verdict = study_page.TASKS["tokenizer"].verdict
     used = {"usage": 0.9, "perplexity": 90.0, "num_codes": 128, "codes/saturation": 1.0}
-    assert studies.verdict(used) == "in use"
+    assert verdict(used) == "in use"
     dead = used | {"usage": 0.02, "perplexity": 2.0, "codes/latent_norm": 0.125}
-    assert studies.verdict(dead) == "collapsed: usage 2%, perplexity 2 of 128; saturation 1, latent_norm 0.125"
-    assert studies.verdict({}) == ""
+    assert verdict(dead) == "collapsed: usage 2%, perplexity 2 of 128; saturation 1, latent_norm 0.125"
+    assert verdict({}) == ""
+
+
+def test_a_prior_that_knows_only_how_often_ids_occur_is_told():
+    verdict = study_page.TASKS["prior"].verdict
+    assert verdict({"loss": 5.25, "unigram": 8.0}) == "2.75 nats below how often ids occur"
+    assert verdict({"loss": 8.125, "unigram": 8.0}).startswith("learnt nothing of the images: 8.125 nats")
+    assert verdict({"loss": 5.0}) == ""
+
+
+LINES = [
+    {"run": f"{q}-{k}-{s}", "quantizer": q, "K": str(k), "seed": str(s), "psnr": k + s + (q == "vq")}
+    for q in ("vq", "ema") for k in (16, 32) for s in (0, 1)
+]  # fmt: skip
 
 
 def test_curves_take_the_dial_of_numbers_and_keep_the_seeds_apart():
-    lines = [
-        {"quantizer": q, "K": str(k), "seed": str(s), "psnr": k + s + (q == "vq")}
-        for q in ("vq", "ema") for k in (16, 32) for s in (0, 1)
-    ]  # fmt: skip
-    assert page.numeric_dial(lines, ["quantizer", "K"]) == "K"
-    assert page.numeric_dial(lines, ["quantizer"]) is None
-    curves = page.series(lines, "psnr", "K", ["quantizer", "K"])
+    assert page.numeric_dial(LINES, ["quantizer", "K"]) == "K"
+    assert page.numeric_dial(LINES, ["quantizer"]) is None
+    curves = page.series(LINES, "psnr", "K", ["quantizer", "K"])
     assert curves == {"vq": {16.0: [17, 18], 32.0: [33, 34]}, "ema": {16.0: [16, 17], 32.0: [32, 33]}}
+
+
+@pytest.mark.parametrize("dials", [["quantizer"], ["quantizer", "K"], ["K"]], ids=str)
+def test_a_number_is_drawn_over_choices_and_over_numbers(tmp_path, dials):
+    figure = page.Figure("PSNR", log=True, from_zero=False)
+    assert page.draw(figure, LINES, "psnr", dials, tmp_path / "psnr.png")
+    assert (tmp_path / "psnr.png").read_bytes()[:4] == b"\x89PNG"
+    assert not page.draw(figure, LINES, "ssim", dials, tmp_path / "ssim.png")
+    assert not (tmp_path / "ssim.png").exists()
+
+
+def test_nothing_that_a_study_is_called_becomes_part_of_its_page(tmp_path):
+    bad = "<script>alert(1)</script>"
+    lines = [{"run": bad, bad: bad, "status": "failed", "error": bad, "verdict": bad}]
+    (tmp_path / "a<b").mkdir()
+    path = study_page.write(tmp_path / "a<b", study_page.TASKS["prior"], lines, [bad], {}, [f"study.py {bad}"])
+    text = path.read_text()
+    assert "<script" not in text
+    assert "<h1>Study a&lt;b</h1>" in text
+    assert text.count(html.escape(bad)) == 5  # run and verdict in the table, run and error below it, the command

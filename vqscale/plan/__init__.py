@@ -1,1 +1,20 @@
 """What a run would cost, on any grid of machines: operations, memory, bytes and seconds, by counting and arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vqscale.plan.tokenizer import Costs
+    from vqscale.train.config import Run
+
+
+def costs_of(config: Run, world: int) -> Costs:
+    """What a run of any task costs on each of `world` processes."""
+    if config.task == "prior":
+        from vqscale.plan.prior import plan as plan_prior
+
+        return plan_prior(config, world)
+    from vqscale.plan.tokenizer import plan
+
+    return plan(config, world)

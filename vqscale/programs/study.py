@@ -1,28 +1,31 @@
-"""A study: one base run, one to three dials, every combination a plain YAML and a run of its own. No torch here.
+"""A study: one base run, one or more dials, every combination a plain YAML and a run of its own. No torch here.
 
     FOLDER/study.yaml     what was asked for            FOLDER/configs/NAME.yaml   each run, readable in one file
     FOLDER/runs/NAME/     the run folders               FOLDER/logs/NAME.txt       what they printed
     FOLDER/results.csv    a line per run                FOLDER/index.html          the page
 
-A study continues where it was left: runs that are done are not started again, the others resume from their checkpoints.
-The expansion and the results are here; how a run is started is a Launcher, and what the page looks like is in
-vqscale/show/page.py.
+The base run may be of any task. A study continues where it was left: runs that are done are not started again, the
+others resume from their checkpoints. The expansion is here; study_runner.py brings the runs to their end, launchers/
+knows where they run, vqscale/show/study_page.py what is shown of a task's runs.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vqscale import config as configuration
+from vqscale.config.text import inline
 from vqscale.disk import files
-from vqscale.train.config import TokenizerRun
+from vqscale.train.config import Run
+
+SEED = "seed"
+RESERVED = ("run", SEED, "status", "error", "verdict")  # columns of results.csv that are not a dial's
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class DialConfig:
     """its name in tables and figures"""
     key: str | None = None
     """the dotted key that takes `values`"""
-    values: tuple[int, ...] = ()
+    values: tuple[int | float, ...] = ()
     """numbers for `key`"""
     choices: tuple[ChoiceConfig, ...] = ()
     """instead of key and values: positions that each change several keys"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
+        if self.name in RESERVED:
+            yield "name", f"a dial is called {self.name}, as a column of results.csv is: give it another name"
         if not self.values and not self.choices:
             yield "values", f"dial {self.name} has no positions: give key and values, or choices"
         if bool(self.values) != (self.key is not None):
@@ -60,7 +65,7 @@ class DialConfig:
         """(label, overrides) of each position."""
         if self.choices:
             return [(choice.label, choice.set) for choice in self.choices]
-        return [(str(value), (f"{self.key}={value}",)) for value in self.values]
+        return [(str(value), (f"{self.key}={inline(value)}",)) for value in self.values]
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class StudyConfig:
     """Many runs, one question."""
 
     base: str
-    """config of the base run, relative to this file"""
+    """config of the base run, of any task, relative to this file"""
     folder: str
     """where everything of the study goes"""
     dials: tuple[DialConfig, ...]
@@ -79,12 +84,19 @@ class StudyConfig:
     """run.seed of the repetitions; figures show their spread"""
     processes: int = 1
     """processes of each run"""
+    launcher: str = "local"
+    """where the runs go: local is this machine, slurm an array of jobs"""
+    launcher_options: tuple[str, ...] = ()
+    """for the launcher; with slurm options of sbatch, as [--gpus-per-node=1, --time=02:00:00]"""
     jobs: int = 2
-    """runs side by side"""
+    """runs side by side on this machine; how many on a cluster is for the cluster to say"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.dials:
             yield "dials", "the study is empty, it has no dials: give at least one, with key and values or choices"
+        for name, count in Counter(dial.name for dial in self.dials).items():
+            if count > 1:
+                yield "dials", f"{count} dials are called {name}: give each a name of its own"
         if not self.seeds:
             yield "seeds", "the study is empty, it has no seeds: give at least [0]"
         for key in ("processes", "jobs"):
@@ -93,103 +105,102 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class Member:
+class Trial:
     """One run of a study."""
 
     name: str
     labels: dict[str, str]
-    config: TokenizerRun
+    """position of each dial, and the seed"""
+    config: Run
+    study_folder: Path
 
-    def file(self, study: StudyConfig) -> Path:
-        return Path(study.folder) / "configs" / f"{self.name}.yaml"
+    @property
+    def file(self) -> Path:
+        """Its config."""
+        return self.study_folder / "configs" / f"{self.name}.yaml"
 
-    def log(self, study: StudyConfig) -> Path:
-        return Path(study.folder) / "logs" / f"{self.name}.txt"
+    @property
+    def log(self) -> Path:
+        return self.study_folder / "logs" / f"{self.name}.txt"
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.config.run.folder)
 
+    @property
+    def done(self) -> bool:
+        return (self.folder / "summary.json").exists()
 
-def expand(study: StudyConfig, path: Path) -> list[Member]:
-    """The runs of a study, in the order of its dials; ConfigError names what a dial has wrong, for all of them."""
-    base = path.parent / study.base
-    members, problems = [], list[str]()
-    positions = [dial.positions() for dial in study.dials] + [
-        [(str(seed), (f"run.seed={seed}",)) for seed in study.seeds]
-    ]
-    names = [dial.name for dial in study.dials] + ["seed"]
-    for combination in itertools.product(*positions):
-        labels = dict(zip(names, (label for label, _ in combination), strict=True))
-        name = "-".join(label if dial != "seed" else f"seed{label}" for dial, label in labels.items())
-        name = "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in name)
-        overrides = [*study.set, *(line for _, lines in combination for line in lines)]
-        overrides.append(f"run.folder={Path(study.folder) / 'runs' / name}")
+    @property
+    def steps_done(self) -> int:
+        return int(last_row(self.folder).get("step", 0))
+
+
+def expand(study: StudyConfig, path: Path) -> list[Trial]:
+    """The runs of the study in the file `path`, in the order of its dials; ValueError names what is wrong, for all."""
+    trials, problems = [], list[str]()
+    for labels, overrides in _combinations(study):
         try:
-            config: TokenizerRun = configuration.load(TokenizerRun, base, overrides)
-            config.check_world(study.processes)
+            trials.append(_trial(study, path, labels, overrides))
         except ValueError as error:
-            problems.append(f"{path}: {name} ({', '.join(f'{k} {v}' for k, v in labels.items())}): {error}")
-            continue
-        members.append(Member(name, labels, config))
+            told = ", ".join(f"{dial} {label}" for dial, label in labels.items())
+            problems.append(f"{path}: {_name(labels)} ({told}): {error}")
     if problems:
         raise ValueError("\n".join(problems))
-    doubles = {member.name for member in members if sum(other.name == member.name for other in members) > 1}
-    if doubles:
-        raise ValueError(
-            f"{path}: several runs would be called {', '.join(sorted(doubles))}: give their labels other names"
-        )
-    return members
+    tasks = sorted({trial.config.task for trial in trials})
+    if len(tasks) > 1:
+        raise ValueError(f"{path}: its runs are of the tasks {' and '.join(tasks)}: make a study of each")
+    shared = [name for name, count in Counter(trial.name for trial in trials).items() if count > 1]
+    if shared:
+        raise ValueError(f"{path}: several runs would be called {', '.join(shared)}: give their labels other names")
+    return trials
 
 
-def settle(study: StudyConfig, members: Iterable[Member]) -> None:
+def _combinations(study: StudyConfig) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """(labels, overrides) of each combination of positions and seed."""
+    seeds = [(str(seed), (f"run.seed={seed}",)) for seed in study.seeds]
+    names = [*(dial.name for dial in study.dials), SEED]
+    for combination in itertools.product(*(dial.positions() for dial in study.dials), seeds):
+        labels = dict(zip(names, (label for label, _ in combination), strict=True))
+        yield labels, [line for _, lines in combination for line in lines]
+
+
+def _trial(study: StudyConfig, path: Path, labels: dict[str, str], overrides: list[str]) -> Trial:
+    name, place = _name(labels), Path(study.folder)
+    folder = f"run.folder={inline(str(place / 'runs' / name))}"
+    config: Run = configuration.load(Run, path.parent / study.base, [*study.set, *overrides, folder])
+    config.check_world(study.processes)
+    return Trial(name, labels, config, place)
+
+
+def _name(labels: dict[str, str]) -> str:
+    name = "-".join(f"seed{label}" if dial == SEED else label for dial, label in labels.items())
+    return "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in name)
+
+
+def prepare(study: StudyConfig, trials: Sequence[Trial]) -> None:
     """Write study.yaml and the configs; ValueError, and nothing written, when the folder holds another study's runs."""
     place = Path(study.folder)
-    for member in members:
-        file = member.file(study)
-        if not file.exists():
-            continue
-        old: TokenizerRun = configuration.load(TokenizerRun, file)
-        changed = configuration.differences(configuration.to_dict(old), configuration.to_dict(member.config))
-        if changed:
-            raise ValueError(
-                f"{place} holds results of another base config, {file} differs:\n  "
-                + "\n  ".join(changed)
-                + "\nchange the study's folder, or set these keys back to go on with it"
-            )
+    for trial in trials:
+        if trial.file.exists():
+            _check_same(place, trial)
     for folder in ("configs", "logs", "runs"):
         (place / folder).mkdir(parents=True, exist_ok=True)
     files.write(place / "study.yaml", configuration.dump(study))
-    for member in members:
-        files.write(member.file(study), configuration.dump(member.config))
+    for trial in trials:
+        files.write(trial.file, configuration.dump(trial.config))
 
 
-def outcome(member: Member, failure: str = "") -> dict[str, Any]:
-    """A line of results.csv: labels, status (done, failed, waiting), and the numbers of a run that is done."""
-    line: dict[str, Any] = {"run": member.name, **member.labels, "status": "waiting"}
-    summary, last = _json(member.folder / "summary.json"), last_row(member.folder)
-    if summary:
-        kept = {name: last[name] for name in KEPT if name in last}
-        line |= {"status": "done", **summary, **kept, **member.labels}  # a dial may be called like a key of the summary
-        line["verdict"] = verdict(line)
-    elif failure:
-        line |= {"status": "failed", "error": failure}
-    return line
-
-
-KEPT = ("loss", "codes/saturation", "codes/code_norm", "codes/latent_norm")
-COLLAPSED_USAGE, COLLAPSED_PERPLEXITY = 0.5, 0.1
-
-
-def verdict(line: Mapping[str, Any]) -> str:
-    """Whether the codes are in use on held-out images, and when not, what was measured of the reasons."""
-    usage, perplexity, codes = line.get("usage"), line.get("perplexity"), line.get("num_codes")
-    if usage is None or perplexity is None or not codes:
-        return ""
-    if usage >= COLLAPSED_USAGE and perplexity >= COLLAPSED_PERPLEXITY * codes:
-        return "in use"
-    measured = [f"{key.rpartition('/')[2]} {line[key]:.3g}" for key in KEPT[1:] if line.get(key) is not None]
-    return f"collapsed: usage {usage:.0%}, perplexity {perplexity:.0f} of {codes}; {', '.join(measured)}"
+def _check_same(place: Path, trial: Trial) -> None:
+    old: Run = configuration.load(Run, trial.file)
+    changed = configuration.differences(configuration.to_dict(old), configuration.to_dict(trial.config))
+    if changed:
+        raise ValueError(
+            f"{place} holds results of another base config, {trial.file} differs:\n  "
+            + "\n  ".join(changed)
+            + "\nchange the study's folder, or set these keys back to go on with it"
+        )
 
 
 def last_row(folder: Path) -> dict[str, Any]:
@@ -198,20 +209,3 @@ def last_row(folder: Path) -> dict[str, Any]:
     lines = path.read_text().splitlines() if path.exists() else []
     rows = (json.loads(line) for line in reversed(lines) if line.endswith("}"))
     return next((row for row in rows if "loss" in row), {})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
-
-
-def write_results(study: StudyConfig, lines: list[dict[str, Any]]) -> Path:
-    """results.csv, a line per run, with every column that any run has."""
-    path = Path(study.folder) / "results.csv"
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="")
-    writer.writeheader()
-    writer.writerows(lines)
-    files.write(path, text.getvalue())
-    return path

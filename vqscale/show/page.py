@@ -10,17 +10,24 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
 
-FIGURES = {
-    "usage": "usage: share of codes that held-out images use",
-    "perplexity": "perplexity of the codes held-out images use",
-    "psnr": "PSNR on held-out images, dB",
-    "loss": "training loss at the end",
-}
+
+@dataclass(frozen=True)
+class Figure:
+    """How one number of all runs is drawn."""
+
+    caption: str
+    log: bool = False
+    """over a dial of numbers, the number goes by powers of two"""
+    from_zero: bool = True
+    """bars begin at zero; otherwise a little below the least value, where bars from zero would hide what differs"""
+
+
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
@@ -49,33 +56,33 @@ def series(lines: Sequence[Line], key: str, x: str, dials: Sequence[str]) -> dic
     return found
 
 
-def figure(lines: Sequence[Line], key: str, dials: Sequence[str], path: Path) -> bool:
+def draw(figure: Figure, lines: Sequence[Line], key: str, dials: Sequence[str], path: Path) -> bool:
     """Draw one number of all runs into a PNG; False, and no file, when no run has it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
+    from matplotlib.figure import Figure as Drawing
 
     done = [line for line in lines if _number(line.get(key)) is not None]
     if not done:
         return False
-    shape, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    shape = Drawing(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(shape)
+    axes = shape.subplots()
     x = numeric_dial(lines, dials)
     if x is not None:
-        _curves(axes, series(done, key, x, dials), key)
+        _curves(axes, series(done, key, x, dials), figure)
         axes.set_xlabel(x)
     else:
-        _bars(axes, done, key, dials)
-    axes.set_title(FIGURES.get(key, key), fontsize=10)
+        _bars(axes, done, key, dials, figure)
+    axes.set_title(figure.caption, fontsize=10)
     axes.grid(alpha=0.3)
     shape.savefig(path, dpi=110)
-    plt.close(shape)
     return True
 
 
-def _curves(axes: Any, curves: Mapping[str, Mapping[float, Sequence[float]]], key: str) -> None:
-    axes.set_xscale("log", base=2)
-    if key == "perplexity":
+def _curves(axes: Any, curves: Mapping[str, Mapping[float, Sequence[float]]], figure: Figure) -> None:
+    if _by_powers([place for points in curves.values() for place in points]):
+        axes.set_xscale("log", base=2)
+    if figure.log:
         axes.set_yscale("log", base=2)
     for name, points in curves.items():
         places = sorted(points)
@@ -86,7 +93,12 @@ def _curves(axes: Any, curves: Mapping[str, Mapping[float, Sequence[float]]], ke
     axes.legend(fontsize=8)
 
 
-def _bars(axes: Any, lines: Sequence[Line], key: str, dials: Sequence[str]) -> None:
+def _by_powers(places: Sequence[float]) -> bool:
+    """Whether positions of a dial spread so wide that they go by powers of two."""
+    return min(places) > 0 and max(places) >= 8 * min(places)
+
+
+def _bars(axes: Any, lines: Sequence[Line], key: str, dials: Sequence[str], figure: Figure) -> None:
     groups: dict[str, list[float]] = {}
     for line in lines:
         groups.setdefault(", ".join(str(line[dial]) for dial in dials), []).append(float(line[key]))
@@ -95,8 +107,9 @@ def _bars(axes: Any, lines: Sequence[Line], key: str, dials: Sequence[str]) -> N
              [max(v) - m for m, v in zip(means, groups.values(), strict=True)]]  # fmt: skip
     axes.bar(list(groups), means, yerr=reach if any(map(any, reach)) else None, capsize=4, color="#4878a8")
     axes.tick_params(axis="x", rotation=40, labelsize=8)
-    if key == "psnr":  # bars from zero would hide what differs
-        axes.set_ylim(min(means) - 1)
+    if not figure.from_zero:
+        every = [value for values in groups.values() for value in values]
+        axes.set_ylim(min(every) - ((max(every) - min(every)) / 3 or abs(every[0]) / 10))
 
 
 def table(lines: Sequence[Line], columns: Mapping[str, str]) -> str:

@@ -45,7 +45,9 @@ def _start(argv: list[str]) -> int:
     config.check_world(world)
     if dry:
         if os.environ.get("RANK", "0") == "0":
-            print(_plan(config, world))
+            from vqscale.plan import costs_of
+
+            print(costs_of(config, world).text())
         return 0
     folder.check(config)
     return _run(config, _check_machine(config))
@@ -74,16 +76,6 @@ def _arguments(argv: list[str]) -> tuple[Path | None, list[str], bool, int | Non
     if "--profile" in left:
         left[left.index("--profile")] = "run.profile_steps=3"
     return *words.config_and_changes(left), dry, planned
-
-
-def _plan(config: Run, world: int) -> str:
-    if config.task == "prior":
-        from vqscale.plan.prior import plan as plan_prior
-
-        return plan_prior(config, world).text()
-    from vqscale.plan.tokenizer import plan
-
-    return plan(config, world).text()
 
 
 def _check_machine(config: Run) -> str:

@@ -1,0 +1,75 @@
+"""Runs of a study as processes of this machine, `jobs` side by side. They end with the process that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from vqscale.programs.launchers.base import Launcher, State, argument, last_words
+from vqscale.programs.study import StudyConfig, Trial
+from vqscale.run.checkout import checkout
+
+
+class Local(Launcher):
+    attached = True
+
+    def __init__(self, study: StudyConfig, trials: Sequence[Trial]) -> None:
+        super().__init__(study, trials)
+        self.waiting: list[Trial] = []
+        self.running: dict[str, tuple[Trial, subprocess.Popen[bytes]]] = {}
+        self.ended: dict[str, State] = {}
+        self.stopping = False
+
+    def check(self) -> None:
+        if self.study.launcher_options:
+            raise ValueError(
+                f"launcher_options are {', '.join(self.study.launcher_options)}, and launcher local takes none: remove "
+                "them, or use launcher: slurm (--slurm)"
+            )
+
+    def start(self, trials: Sequence[Trial]) -> list[str]:
+        self.waiting += trials
+        self._fill()
+        return []
+
+    def poll(self) -> dict[str, State]:
+        for name, (trial, process) in list(self.running.items()):
+            status = process.poll()
+            if status is not None:
+                del self.running[name]
+                if status:
+                    self.ended[name] = State("stopped" if self.stopping else "failed", last_words(trial.log))
+        self._fill()
+        running = {name: State("running", f"process {process.pid}") for name, (_, process) in self.running.items()}
+        return running | {trial.name: State("waiting", "for a place") for trial in self.waiting} | self.ended
+
+    def stop(self) -> list[str]:
+        self.stopping = True
+        self.waiting.clear()
+        for _, process in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        return []
+
+    def _fill(self) -> None:
+        while self.waiting and len(self.running) < self.study.jobs:
+            trial = self.waiting.pop(0)
+            self.running[trial.name] = (trial, self._start(trial))
+
+    def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.study.processes}"]
+        command = [*(many if self.study.processes > 1 else []), *_program(), argument(trial.file)]
+        threads = max(1, (os.cpu_count() or 1) // (self.study.processes * self.study.jobs))
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        with trial.log.open("a") as log:  # in a group of its own: Ctrl-C is for this process, which lets the run save
+            return subprocess.Popen(
+                [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
+            )
+
+
+def _program() -> list[str]:
+    """The training program: of the checkout, or of an installed package, which has no launch/."""
+    root = checkout()
+    return ["-m", "vqscale", "train"] if root is None else [str(root / "launch" / "train.py")]
