@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -81,7 +82,7 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(ranks, grid):
 def test_the_walk_finds_the_products_that_the_scan_names():
     settings = {"name": "ibq", "num_codes": 4, "dim": 4}
     plain = count.code_axis(settings)
-    assert plain.products == 6  # 2 of mix, 4 of unmix
+    assert plain.products == 6  # 2 of mix, 4 of its backward pass
     entropy = count.code_axis({**settings, "entropy_weight": 0.1})
     assert entropy.products == plain.products + 2  # column sums, and their mean in the backward pass
     assert entropy.passes > plain.passes
@@ -160,3 +161,21 @@ def test_wires_leave_the_node_where_the_group_does():
     assert machine.wire("all_reduce", 2, 8) == machine.between  # one rank per node, every eighth
     assert machine.wire("all_reduce", 16, 1).bytes_per_s == 8 * machine.between.bytes_per_s
     assert Wire(1e-5, 1e9).seconds(10**6, 4) == pytest.approx(2e-5 + 1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.03, 0.3])
+def test_tiles_that_hold_a_probability_are_about_as_many_as_there_are(temperature):
+    codes, tokens, wide = 2**16, 256, 64
+    logits = torch.randn(tokens, codes, generator=torch.Generator().manual_seed(1))
+    bits = (logits - logits.amax(1, keepdim=True)) / temperature / math.log(2)
+    live = (bits > -56).unflatten(1, (-1, wide)).any(2).unflatten(0, (-1, 128)).any(1)
+    assert cost.live_tiles(codes, temperature, 128 * wide) == pytest.approx(float(live.double().mean()), abs=0.1)
+
+
+def test_the_entropy_costs_what_its_temperature_leaves_of_it():
+    low, high = (
+        Work(2**18, 256, 4096, "ibq", True, codes_precision="medium", entropy_temperature=t) for t in (0.01, 1.0)
+    )
+    found = [cost.on_machine(AXIS, work, MACHINES["h100"]).exponentials for work in (low, high)]
+    assert found == [pytest.approx(4.0, abs=0.1), 8.0]
+    assert cost.on_machine(AXIS, replace(low, entropy=False), MACHINES["h100"]).exponentials == 3

@@ -48,13 +48,13 @@ def _gradients(data, codes):
     """Per case: z, ids, losses, gradients. The loss of a rank is such that the mean over ranks is that of the batch."""
     mesh = Mesh(data, codes)
     out = {}
-    for form, (temperature, commitment, codebook, sharp) in FORMS.items():
+    for form, (temperature, commitment, codebook, low) in FORMS.items():
         settings = {
             "temperature": temperature,
             "commitment_weight": commitment,
             "codebook_weight": codebook,
             "entropy_weight": ENTROPY_WEIGHT,
-            "entropy_temperature": sharp,
+            "entropy_temperature": low,
         }
         for num_codes in SIZES:
             quantizer = ibq(mesh, num_codes, **settings)
@@ -84,7 +84,7 @@ def _gradients(data, codes):
 
 def _closed_form(form, num_codes):
     """{part: (value, dZ, dC)} and ids, from the formulas above."""
-    temperature, a, b, sharp = FORMS[form]
+    temperature, a, b, low = FORMS[form]
     (z, g), c = _given(), _rows(num_codes)
     logits = z @ c.t()
     ids = logits.argmax(1)
@@ -96,11 +96,11 @@ def _closed_form(form, num_codes):
         return p * (m - (p * m).sum(1, keepdim=True))
 
     through, quant = soft(g @ c.t()) / temperature, soft(s * r @ c.t()) / temperature
-    q, logq = torch.softmax(logits / sharp, 1), torch.log_softmax(logits / sharp, 1)
+    q, logq = torch.softmax(logits / low, 1), torch.log_softmax(logits / low, 1)
     token = -(q * logq).sum(1, keepdim=True)
     mean = q.mean(0)
     u = -(mean.log() + 1)
-    entropy = q * (-(logq + token) - (u - (q * u).sum(1, keepdim=True))) / (sharp * TOKENS)
+    entropy = q * (-(logq + token) - (u - (q * u).sum(1, keepdim=True))) / (low * TOKENS)
     spread = -(mean * mean.log()).sum()
     parts = {
         "straight through": ((c[ids] * g).sum(), through @ c, h.t() @ g + through.t() @ z),

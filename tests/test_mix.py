@@ -55,7 +55,9 @@ def _mix(data, codes):
     mesh = Mesh(data, codes)
     weights = _weights(lambda x: mine(x, mesh))
     out = {}
-    for (case, (num_codes, budget, token_block, temperature, sharp)), similarity in product(CASES.items(), NAMES):
+    for (case, (num_codes, budget, token_block, temperature, entropy_temperature)), similarity in product(
+        CASES.items(), NAMES
+    ):
         weight_K = normal(num_codes, seed=14)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scan, "TOKEN_BLOCK", token_block)
@@ -65,7 +67,7 @@ def _mix(data, codes):
             for used in USED:
                 x = mine(normal(TOKENS, DIM, seed=22), mesh).requires_grad_()
                 codebook.rows.grad = None
-                mixed = codebook.mix(x, temperature, sharp)
+                mixed = codebook.mix(x, temperature, entropy_temperature)
                 spread = tally.entropy_of_mean(mixed.columns_k, len(x), mesh)
                 # sum_k weight_k columns_k: one term per rank, which adds up over the world to the term of all tokens
                 columns = (mixed.columns_k * weight_K[codebook.layout.start : codebook.layout.stop]).sum()
@@ -85,12 +87,12 @@ def _mix(data, codes):
 def test_mix_is_the_dense_one_in_values_and_gradients(ranks, grid):
     world = grid[0] * grid[1]
     results = ranks(world, _mix, *grid, timeout_s=240.0)
-    for case, (num_codes, _, _, temperature, sharp) in CASES.items():
+    for case, (num_codes, _, _, temperature, entropy_temperature) in CASES.items():
         for similarity in NAMES:
             got = [result[case, similarity] for result in results]
             rows = normal(num_codes, DIM, seed=21).requires_grad_()
             x = normal(TOKENS, DIM, seed=22).requires_grad_()
-            mixed = dense.mix(x, rows, similarity, temperature, sharp)
+            mixed = dense.mix(x, rows, similarity, temperature, entropy_temperature)
             ids, score = dense.nearest(x, rows, similarity)
             score = score / temperature
             values = (ids, score, mixed.mean_ND, mixed.lse_N, mixed.entropy_N, torch.exp(score - mixed.lse_N))

@@ -129,9 +129,9 @@ def _sent(codes):
 def test_bytes_are_those_of_the_docstring_and_do_not_know_K(ranks, codes):
     each = TOKENS * (codes - 1)
     plain = (each * (4 * 6 + 24 + 16 + 8 * 6), each * (8 * 6 + 4 + 4 * 6))
-    sharp = (plain[0] + each * 16, plain[1] + each * (4 + 8))
+    entropies = (plain[0] + each * 16, plain[1] + each * (4 + 8))
     for result in ranks(codes, _sent, codes):
-        assert result == [plain, sharp] * 2
+        assert result == [plain, entropies] * 2
 
 
 def _no_tokens(codes):
@@ -174,13 +174,13 @@ def _drawn(seed):
 
 def _random(codes, seed):
     mesh = Mesh(1, codes)
-    x, rows, similarity, temperature, sharp, budget = _drawn(seed)
+    x, rows, similarity, temperature, entropy_temperature, budget = _drawn(seed)
     codebook = put(Codebook(len(rows), rows.shape[1], mesh=mesh, similarity=similarity), rows)
     codebook.budget = budget
     x = mine(x, mesh).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "TOKEN_BLOCK", 7 if seed % 2 else 2048)
-        mixed = codebook.mix(x, temperature, sharp)
+        mixed = codebook.mix(x, temperature, entropy_temperature)
     weight = mine(normal(TOKENS, rows.shape[1], seed=5).float(), mesh)
     loss = (mixed.mean_ND * weight).sum() + mixed.lse_N.sum() + mixed.entropy_N.sum() + mixed.columns_k.square().sum()
     loss.backward()
@@ -189,9 +189,9 @@ def _random(codes, seed):
 
 
 def _dense(seed, dtype):
-    x, rows, similarity, temperature, sharp, _ = _drawn(seed)
+    x, rows, similarity, temperature, entropy_temperature, _ = _drawn(seed)
     x, rows = (part.to(dtype).requires_grad_() for part in (x, rows))
-    mixed = dense.mix(x, rows, similarity, temperature, sharp)
+    mixed = dense.mix(x, rows, similarity, temperature, entropy_temperature)
     weight = normal(TOKENS, rows.shape[1], seed=5).to(dtype)
     loss = (mixed.mean_ND * weight).sum() + mixed.lse_N.sum() + mixed.entropy_N.sum() + mixed.columns_K.square().sum()
     loss.backward()
@@ -201,10 +201,10 @@ def _dense(seed, dtype):
 
 def _terms(seed):
     """How large what a softmax multiplies is: of it the share 2^-24 may be left out (pairs.py), whatever remains."""
-    x, rows, similarity, temperature, sharp, _ = _drawn(seed)
+    x, rows, similarity, temperature, entropy_temperature, _ = _drawn(seed)
     c, n = float(rows.norm(dim=1).max()), float(x.norm(dim=1).max())
     key, query = (1.0, 1.0) if similarity == "cosine" else (c, n)
-    logit = 4 * c / temperature + 30 / sharp + 2 * TOKENS * 30 / sharp
+    logit = 4 * c / temperature + 30 / entropy_temperature + 2 * TOKENS * 30 / entropy_temperature
     inner = 1 / float(x.norm(dim=1).min()) if similarity == "cosine" else 1.0
     outer = 1 / float(rows.norm(dim=1).min()) if similarity == "cosine" else 1.0
     return c, 1.0, 30.0, 1.0, logit * key * inner, logit * query * outer

@@ -73,8 +73,8 @@ def test_a_list_is_bounded_by_its_tokens():
     assert len(collector.close(torch.zeros(1))) == pairs.PER_TOKEN
 
 
-def _mixed(x, rows, temperature, sharper=None, budget=1):
-    return forward.mix(x, scan.Keys(rows), rows, forward.Wanted(len(rows), budget, temperature, sharper))
+def _mixed(x, rows, temperature, entropy_temperature=None, budget=1):
+    return forward.mix(x, scan.Keys(rows), rows, forward.Wanted(len(rows), budget, temperature, entropy_temperature))
 
 
 @pytest.mark.parametrize("temperature", [0.003, 0.03, 0.3, 3.0])
@@ -86,19 +86,31 @@ def test_what_is_left_out_of_a_softmax_is_below_its_rounding(temperature):
     kept = torch.zeros_like(p, dtype=torch.bool)
     for tokens, some in mixed.dense:
         kept[tokens, some] = True
-    kept[mixed.few.token_P, mixed.few.row_P] = True
+    kept[mixed.pairs.token_P, mixed.pairs.row_P] = True
     assert float((p * ~kept).sum(1).max()) <= 2.0**-24
     if temperature <= 0.03:
-        assert len(mixed.few), "this temperature would not show a list"
+        assert len(mixed.pairs), "this temperature would not show a list"
         assert kept.double().mean() < 0.5
     if temperature == 3.0:
         assert kept.all()
 
 
-@pytest.mark.parametrize("sharper", [1.0, 100.0])
-def test_a_second_temperature_is_served_by_pairs_where_they_are_few(sharper):
-    mixed = _mixed(normal(16, 8, seed=1), normal(2000, 8, seed=2), 1.0, sharper)
-    assert (mixed.sharp_few is not None) == (sharper == 100.0)
+@pytest.mark.parametrize("entropy_temperature", [0.5, 0.01])
+def test_an_entropy_temperature_is_served_by_pairs_where_they_are_few(entropy_temperature):
+    mixed = _mixed(normal(16, 8, seed=1), normal(2000, 8, seed=2), 1.0, entropy_temperature)
+    assert (mixed.entropy_pairs is not None) == (entropy_temperature == 0.01)
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "passes"), [((0.3, 1.0), 1), ((1.0, 1.0), 1), ((1.0, 0.5), 2), ((1.0, 0.01), 1)]
+)
+def test_an_entropy_temperature_that_is_not_below_the_temperature_begins_no_list_that_it_would_throw_away(
+    temperatures, passes, monkeypatch
+):
+    made, whole = [], forward._pass
+    monkeypatch.setattr(forward, "_pass", lambda *args, **more: made.append(1) or whole(*args, **more))
+    _mixed(normal(16, 8, seed=1), normal(2000, 8, seed=2), *temperatures)
+    assert len(made) == passes
 
 
 def test_equal_codes_overflow_the_list_and_are_done_densely():

@@ -272,7 +272,7 @@ def test_parts_cover_all_rows_and_follow_the_budget():
 
 @contextmanager
 def everybody_served():
-    """As if every size and every processor were one on which screening is faster."""
+    """As if every size and every processor were one on which the prefilter is faster."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("LEAST_TOKENS", "LEAST_ROWS", "LEAST_PAIRS"):
             patch.setattr(prefilter, name, 0)

@@ -8,7 +8,7 @@ from whole import CODES, GRIDS, mine, normal, put, table
 
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.config import UpkeepConfig
-from vqscale.codes.revival import Upkeep, choose, first_dead
+from vqscale.codes.revival import Upkeep, choose, dead_ids
 from vqscale.parallel.mesh import Mesh
 
 K, DIM, TOKENS = 13, 3, 8
@@ -37,15 +37,15 @@ def test_candidates_are_tokens_of_the_global_batch_without_replacement(ranks, gr
     assert not torch.equal(alone[1], alone[2])
 
 
-def _first_dead(codes):
+def _dead_ids(codes):
     mesh = Mesh(1, codes)
     codebook = Codebook(K, DIM, mesh=mesh)
     out = []
-    for dead, num, turn in DEAD:
+    for dead, num, first in DEAD:
         dead_K = torch.zeros(K, dtype=torch.bool)
         dead_K[list(dead)] = True
         here = dead_K[codebook.layout.start : codebook.layout.stop]
-        out.append(first_dead(here, num, turn, codebook).tolist())
+        out.append(dead_ids(here, num, first, codebook).tolist())
     return out
 
 
@@ -55,7 +55,7 @@ DEAD = [((), 3, 0), ((1, 4, 12), 5, 0), ((1, 4, 12), 2, 4), ((1, 4, 12), 3, 5), 
 @pytest.mark.parametrize("codes", CODES)
 def test_the_dead_are_named_in_turn_on_every_rank(ranks, codes):
     expected = [[-1, -1, -1], [1, 4, 12, -1, -1], [4, 12], [12, 1, 4], [*range(7, K), *range(7)], [11, 12, 0, 1]]
-    assert ranks(codes, _first_dead, codes) == [expected] * codes
+    assert ranks(codes, _dead_ids, codes) == [expected] * codes
 
 
 def _warm_up(data, codes, warmup_steps, num_codes):

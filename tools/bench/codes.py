@@ -28,7 +28,7 @@ each in forms that start from the same numbers and take turns:
 
   ours      vqscale, in blocks, the rows split over the processes
   bf16      the step with engine.matmul: medium, on CPUs with products in bfloat16; of a search, that product alone,
-            which a search by screening cannot do without
+            which a search by prefilter cannot do without
   released  the training step in plain torch as the released code lays it out: images, codes in dimension 1
   dense     the same on tokens in rows, which is kinder: one-hot products and tensors of tokens x codes, no copies into
             another layout; its search is one product and a maximum

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 SHARED_MOST = 227 * 1024  # bytes of shared memory that a program may have
 POINTERS = {"X": "low", "C": "low", "V": "low", "G": "low", "LOW": "low", "SCORE": "*fp64", "ROW": "*i32"}
 FULL_TOKENS = ("rescore_kernel", "widths_kernel")  # these read tokens and codes as they are given, not operands
-NUMBERS = ("scale", "out_scale", "sharper", "rounding")
+NUMBERS = ("scale", "out_scale", "ratio", "rounding")
 
 
 class Case(NamedTuple):
@@ -69,11 +69,11 @@ def cases(dim: int, full: bool) -> Iterator[Case]:
     yield case(kernels.column_sums_kernel, "columns", "")
     yield case(kernels.row_means_kernel, "means", "")
     for same in (True, False):
-        for sharp in (False, True):
-            says = ", ".join(word for word, said in (("values apart", not same), ("two temperatures", sharp)) if said)
-            yield case(kernels.mix_kernel, "mix", says, SHARP=sharp, SAME=same)
-            marks = {"HAS_MEAN": True, "HAS_SHIFT": True, "HAS_ENTROPY": sharp, "HAS_COLUMNS": sharp, "SAME": same}
-            wide = sharp or not same
+        for entropy in (False, True):
+            says = ", ".join(word for word, said in (("values apart", not same), ("two temperatures", entropy)) if said)
+            yield case(kernels.mix_kernel, "mix", says, ENTROPY=entropy, SAME=same)
+            marks = {"HAS_MEAN": True, "HAS_SHIFT": True, "HAS_ENTROPY": entropy, "HAS_COLUMNS": entropy, "SAME": same}
+            wide = entropy or not same
             yield case(kernels_backward.token_gradient_kernel, "tokens", says, wide, **marks)
             yield case(kernels_backward.key_gradient_kernel, "keys", says, wide, **marks)
 

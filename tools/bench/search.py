@@ -2,7 +2,7 @@
 
 FAISS (pip install faiss-cpu, the extra `bench`) is the flat index of inner products, IndexFlatIP: exact in float32.
 Building the index is not timed. Its processes are replicas like those of the dense form: each has all K rows. The
-bfloat16 product is what a search by screening cannot do without, in blocks into one buffer, with its rows already in
+bfloat16 product is what a search by prefilter cannot do without, in blocks into one buffer, with its rows already in
 bfloat16. Nothing here measures.
 """
 

@@ -23,16 +23,16 @@ HAS_TRITON = find_spec("triton") is not None  # the extra `gpu`
 
 @dataclass(frozen=True)
 class Passes:
-    """Functions with the signatures that scan, mixing and unmixing give them."""
+    """Functions with the signatures that scan.py, softmax/forward.py and softmax/backward.py give them."""
 
     best: Any
     mix: Any
     column_sums: Any
     row_means: Any
-    unmix: Any
+    mix_backward: Any
 
 
-BLOCKS = Passes(scan.best, forward.mix, forward.column_sums, forward.row_means, backward.unmix)
+BLOCKS = Passes(scan.best, forward.mix, forward.column_sums, forward.row_means, backward.mix_backward)
 
 
 def pick(x_BD: Tensor, products: Products = "fp32") -> Passes:
@@ -47,8 +47,8 @@ def pick(x_BD: Tensor, products: Products = "fp32") -> Passes:
     from vqscale.codes.gpu import passes
 
     if x_BD.dtype == torch.bfloat16 or products == "bf16":
-        return Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.unmix)
-    return Passes(passes.best, forward.mix, forward.column_sums, forward.row_means, backward.unmix)
+        return Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.mix_backward)
+    return Passes(passes.best, forward.mix, forward.column_sums, forward.row_means, backward.mix_backward)
 
 
 def readable(rows_kD: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ nothing is sent.
 
 Logits are (query . key + bias) / T, with queries made from the tokens and keys and bias from the rows (similarity.py).
 The similarity decides the logits; the value of a code is always its row.
-Arithmetic is float32 (or float64 if the rows are) whatever the autocast. `nearest` is exact where a screening search or
-the kernels serve, `mix` takes the best of its own products: where two codes are within the rounding of a float32
+Arithmetic is float32 (or float64 if the rows are) whatever the autocast. `nearest` is exact where the prefilter or the
+kernels serve, `mix` takes the best of its own products: where two codes are within the rounding of a float32
 product their ids may differ, as those of two machines may.
 """
 
@@ -92,9 +92,9 @@ class Codebook(Table):
     def nearest(self, x_ND: Tensor, keys: scan.Keys | None = None) -> tuple[Tensor, Tensor]:
         """(ids_N int64, score_N): the code with the highest similarity, the lowest id among equals. No gradient.
 
-        `keys` replaces those of the similarity, for codes that are not the rows themselves. Where `screen` serves, the
-        ids are those of float64 arithmetic on the given float32 numbers. A token that is not finite, or that met a row
-        which is not, takes an id that exists, and its score is not a number.
+        `keys` replaces those of the similarity, for codes that are not the rows themselves. Where the prefilter serves,
+        the ids are those of float64 arithmetic on the given float32 numbers. A token that is not finite, or that met a
+        row which is not, takes an id that exists, and its score is not a number.
         """
         with clock.span("codes"), full_precision(x_ND):
             rows_kD = backend.readable(self.rows)
@@ -126,11 +126,10 @@ class Codebook(Table):
         """
         with clock.span("codes"), full_precision(x_ND):
             rows_kD = backend.readable(self.rows)
-            sharper = None if entropy_temperature is None else temperature / entropy_temperature
             chosen = products.wanted(rows_kD.device.type, rows_kD.dtype)
-            wanted = Wanted(self.num_codes, self.budget, temperature, sharper, chosen)
-            plan = autograd.Plan(self.layout, self.axis, wanted, self.similarity)
-            return autograd.mix(x_ND.to(rows_kD.dtype), rows_kD, plan)
+            wanted = Wanted(self.num_codes, self.budget, temperature, entropy_temperature, chosen)
+            request = autograd.Request(self.layout, self.axis, wanted, self.similarity)
+            return autograd.mix(x_ND.to(rows_kD.dtype), rows_kD, request)
 
     @torch.no_grad()
     def replace(self, ids_P: Tensor, values_PD: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def nearest(x_ND: Tensor, rows_KD: Tensor, similarity: str = "dot") -> tuple[Ten
     return l_NK.argmax(1), l_NK.amax(1)
 
 
-class Mixture(NamedTuple):
+class DenseMixture(NamedTuple):
     lse_N: Tensor
     mean_ND: Tensor
     entropy_N: Tensor
@@ -40,11 +40,11 @@ class Mixture(NamedTuple):
 
 def mix(
     x_ND: Tensor, rows_KD: Tensor, similarity: str = "dot", temperature: float = 1.0, entropy_temperature: float = 1.0
-) -> Mixture:
+) -> DenseMixture:
     """Log-normaliser and mean row at one temperature (values detached), entropies and column sums at another."""
     l_NK = logits(x_ND, rows_KD, similarity)
     logq_NK = F.log_softmax(l_NK / entropy_temperature, dim=1)
-    return Mixture(
+    return DenseMixture(
         torch.logsumexp(l_NK / temperature, dim=1),
         F.softmax(l_NK / temperature, dim=1) @ rows_KD.detach(),
         -(logq_NK.exp() * logq_NK).sum(1),

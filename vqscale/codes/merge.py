@@ -51,17 +51,17 @@ def merge_best(score_B: Tensor, row_B: Tensor, layout: Rows, axis: Axis) -> tupl
     return ids_B.clamp(max=layout.num_codes - 1), top_B.masked_fill(top_B == torch.inf, torch.nan)
 
 
-def merge_softmax(part: Softmax, fall_B: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+def merge_softmax(part: Softmax, delta_B: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
     """(log of the sum relative to the top of all ranks, entropy, this rank's factor 2^(top_r - lse)), for all B tokens.
 
-    `fall_B` is by how many bits the top of this rank is above that of all, which is never: 0 or negative.
+    `delta_B` is the top of this rank minus that of all ranks, in bits: 0 on the rank that has it, else negative.
 
     In bits. The log-normaliser is top + log; it is kept in two parts, because where logits are large their sum would
     round away what probabilities are made of.
     """
-    fall_B = fall_B.clamp_min(-1e4)
-    shrink_B = torch.exp2(fall_B)
-    both_2B = torch.stack([part.sum_B * shrink_B, shrink_B * (part.excess_B + fall_B * part.sum_B)])
+    delta_B = delta_B.clamp_min(-1e4)
+    shrink_B = torch.exp2(delta_B)
+    both_2B = torch.stack([part.sum_B * shrink_B, shrink_B * (part.excess_B + delta_B * part.sum_B)])
     sum_B, excess_B = ops.sum_over(both_2B, axis)
     log_B = sum_B.log2()
     return log_B, log_B - excess_B / sum_B, shrink_B / sum_B

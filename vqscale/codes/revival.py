@@ -32,15 +32,18 @@ def choose(x_ND: Tensor, num: int, mesh: Mesh, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def first_dead(dead_k: Tensor, num: int, turn: int, codebook: Codebook) -> Tensor:
-    """Up to `num` global ids of dead rows, in id order from `turn` on; -1 fills. The same on every rank."""
+def dead_ids(dead_k: Tensor, num: int, first: int, codebook: Codebook) -> Tensor:
+    """Up to `num` global ids of dead rows, filled up with -1: in the order of ids, from `first` on and then from 0.
+
+    The same on every rank. `first` is drawn anew each time, or the codes with low ids would always be revived first.
+    """
     layout, total = codebook.layout, codebook.num_codes
     dead = torch.nonzero(dead_k)[:, 0] + layout.start
-    keys = torch.sort((dead - turn) % total).values[:num]
+    keys = torch.sort((dead - first) % total).values[:num]
     padded = torch.full((num,), total, dtype=torch.int64, device=dead_k.device)
     padded[: len(keys)] = keys
     keys = torch.sort(ops.gather(padded, codebook.axis)).values[:num]
-    return torch.where(keys < total, (keys + turn) % total, -1)
+    return torch.where(keys < total, (keys + first) % total, -1)
 
 
 class Upkeep(nn.Module):
@@ -120,8 +123,8 @@ class Upkeep(nn.Module):
         codebook, window, config = self._codebook[0], self.window, self.config
         patience = 2 * window.steps if config.revive_after is None else config.revive_after
         dead_k = (window.age_k >= patience) & (window.rate() < config.revive_below * tokens / codebook.num_codes)
-        turn = derive(self.seed, "turn", step) % codebook.num_codes
-        ids = first_dead(dead_k, num, turn, codebook)
+        first = derive(self.seed, "turn", step) % codebook.num_codes
+        ids = dead_ids(dead_k, num, first, codebook)
         changed = codebook.replace(ids, choose(x_ND, num, self.mesh, derive(self.seed, "revive", step)))
         window.restart(changed)
         return changed

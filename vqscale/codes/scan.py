@@ -16,7 +16,7 @@ from torch import Tensor
 
 TOKEN_BLOCK = 2048
 LOWEST = -1e30  # below every logit, and finite: the state of an online softmax that has seen nothing
-BUFFERS = 4  # tensors of block size that are alive at once in the worst pass (unmixing with two temperatures)
+BUFFERS = 4  # tensors of block size that are alive at once in the worst pass (backward, with two temperatures)
 BITS = 1.0 / math.log(2.0)  # bits per nat
 LOWEST_BITS = {torch.float32: -126.0, torch.float64: -1022.0}
 CPU_BLOCK = 2**22  # bytes of one block that the second-level caches of a few cores hold; larger measured slower
@@ -94,7 +94,7 @@ def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:
     buffer = Buffer()
     for tokens, rows in blocks_of(x_BD, len(keys.keys_kD), budget):
         s_br = scores(x_BD[tokens], keys, rows, buffer)
-        raise_best(s_br, line_peaks(s_br), rows.start, score_B[tokens], row_B[tokens])
+        update_best(s_br, line_peaks(s_br), rows.start, score_B[tokens], row_B[tokens])
     return score_B, row_B
 
 
@@ -111,9 +111,9 @@ def line_peaks(s_br: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def raise_best(s_br: Tensor, peak_bL: Tensor, first_row: int, score_b: Tensor, row_b: Tensor) -> None:
-    """Raise the best so far, in place; a later row must be strictly better, so ties go to the lowest. What is not a
-    number is better than all numbers, and stays: it reaches the result.
+def update_best(s_br: Tensor, peak_bL: Tensor, first_row: int, score_b: Tensor, row_b: Tensor) -> None:
+    """Take a block into the best so far, in place; a later row must be strictly better, so ties go to the lowest. What
+    is not a number is better than all numbers, and stays: it reaches the result.
     """
     value_b, line_b = peak_bL.max(dim=1)  # the first among equals
     last = s_br.shape[1] - 1

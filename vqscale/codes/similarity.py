@@ -14,7 +14,7 @@ line of SIMILARITIES; for a config to name it, its name stands in config.Similar
     exact, finish           search/prefilter.py, which decides in float64 between the few rows that are left
     centred, key_error      search/bounds.py, whose bounds must hold for keys that float32 has rounded
 
-The tests run over SIMILARITIES and two more (tests/similarities.py); test_prefilter.py attacks the bounds of all.
+The tests run over SIMILARITIES and two more (tests/lib/similarities.py); test_prefilter.py attacks the bounds of all.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class CodeAxis:
     """matrix products of 2 N K D operations"""
     passes: int
     """reads and writes of a number per token and code, outside products"""
-    exponentials: int
+    exponentials: float
 
 
 EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_")

@@ -110,6 +110,7 @@ def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: i
         images=images,
         precision=engine.precision,
         codes_precision=engine.matmul,
+        entropy_temperature=getattr(quantizer, "entropy_temperature", 0.01),
     )
 
 

@@ -12,7 +12,7 @@ parameters, W = R M ranks (data R x codes M). A gather or a scatter sends its pa
             mean rows and chosen rows            scatter               8 N D            ibq
             their gradients, a shift             gather                8 N D + 4 N      ibq
             gradient of the tokens               scatter               4 N D            ibq
-            sharp softmax: sum and excess        all-reduce            8 B              entropy
+            entropies' softmax: sum and excess   all-reduce            8 B              entropy
             gradient of the entropies            (with the gradients)  4 N              entropy
             means of the columns' gradient       all-reduce            4 B              entropy
             entropy of the mean, its gradient    all-reduce            4, 4             entropy
@@ -71,6 +71,8 @@ class Work:
     """of the network"""
     codes_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products: engine.matmul"""
+    entropy_temperature: float = 0.01
+    """of the softmax of the entropies, where there are any"""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _codes(work: Work, grid: Grid, logged: bool) -> Iterator[Message]:
         yield message("tokens, for sums", "gather", vectors)
         yield Message("sum of the counts", "codes", "all_reduce", 4)
     if work.entropy:
-        yield message("sharp softmax: sum and excess", "all_reduce", 8 * all_tokens)
+        yield message("entropies' softmax: sum and excess", "all_reduce", 8 * all_tokens)
         yield message("means of the columns' gradient", "all_reduce", 4 * all_tokens)
         yield message("entropy of the mean", "all_reduce", 4)
         yield message("its gradient", "all_reduce", 4)

@@ -135,14 +135,14 @@ def rescore_kernel(
 @triton.jit
 def mix_kernel(
     X, C, BIAS, V, STATE, MEAN, PEAK,
-    num_tokens, num_codes, dim, num_chunks, codes_per_part, scale, sharper,
-    HAS_BIAS: tl.constexpr, SHARP: tl.constexpr, SAME: tl.constexpr,
+    num_tokens, num_codes, dim, num_chunks, codes_per_part, scale, ratio,
+    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, SAME: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of l = scale (x . c + bias) over one part of the codes, with the sum of p times the values.
 
-    With s the scores before the scale, STATE[part, :, n] = max s, sum 2^(scale (s - max s)), and with SHARP that sum
-    and the excess at scale sharper; MEAN[part, n, :] = sum 2^(scale (s - max s)) value; PEAK as in `peaks_kernel`. SAME
+    With s the scores before the scale, STATE[part, :, n] = max s, sum 2^(scale (s - max s)), and with ENTROPY that sum
+    and the excess at scale ratio; MEAN[part, n, :] = sum 2^(scale (s - max s)) value; PEAK as in `peaks_kernel`. SAME
     says that V is C, which is then read once.
     """
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -153,7 +153,7 @@ def mix_kernel(
     x = load_rows(X, token, num_tokens, dim, BLOCK_D)
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    sharp_total = tl.zeros([BLOCK_N], tl.float32)
+    entropy_total = tl.zeros([BLOCK_N], tl.float32)
     excess = tl.zeros([BLOCK_N], tl.float32)
     mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(first, last, BLOCK_K):
@@ -166,19 +166,19 @@ def mix_kernel(
         peak = tl.max(logit, axis=1)
         tl.store(PEAK + token.to(tl.int64) * num_chunks + start // BLOCK_K, peak, mask=here)
         higher = tl.maximum(top, peak)
-        fall = (top - higher) * scale
+        delta = (top - higher) * scale
         below = (logit - higher[:, None]) * scale
-        if SHARP:
-            sharp_below = below * sharper
-            shrink = tl.exp2(fall * sharper)
-            excess = shrink * (excess + fall * sharper * sharp_total)
-            sharp_total *= shrink
-            if counts(sharp_below):
-                q = tl.exp2(sharp_below)
-                excess += tl.sum(q * sharp_below, axis=1)
-                sharp_total += tl.sum(q, axis=1)
+        if ENTROPY:
+            entropy_below = below * ratio
+            shrink = tl.exp2(delta * ratio)
+            excess = shrink * (excess + delta * ratio * entropy_total)
+            entropy_total *= shrink
+            if counts(entropy_below):
+                q = tl.exp2(entropy_below)
+                excess += tl.sum(q * entropy_below, axis=1)
+                entropy_total += tl.sum(q, axis=1)
         p = tl.exp2(below)
-        shrink = tl.exp2(fall)
+        shrink = tl.exp2(delta)
         total = shrink * total + tl.sum(p, axis=1)
         mean *= shrink[:, None]
         if SAME:
@@ -190,8 +190,8 @@ def mix_kernel(
     state = STATE + part.to(tl.int64) * 4 * num_tokens + token
     tl.store(state, top, mask=here)
     tl.store(state + num_tokens, total, mask=here)
-    if SHARP:
-        tl.store(state + 2 * num_tokens, sharp_total, mask=here)
+    if ENTROPY:
+        tl.store(state + 2 * num_tokens, entropy_total, mask=here)
         tl.store(state + 3 * num_tokens, excess, mask=here)
     column = tl.arange(0, BLOCK_D)
     place = (part.to(tl.int64) * num_tokens + token)[:, None] * dim + column[None, :]

@@ -15,10 +15,10 @@ from vqscale.codes.gpu.kernels import counts, load_rows
 
 @triton.jit
 def logit_gradient(
-    below, slope, log, shift, sharp_log, entropy_grad, entropy, column_grad, column_mean, sharper,
+    below, slope, log, shift, entropy_log, g_entropy, entropy, g_columns, g_columns_mean, ratio,
     HAS_MEAN: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """p o (slope - shift) + sharper q o (columns - columns_mean - g_H (log q + H)), either tile orientation.
+    """p o (slope - shift) + ratio q o (g_columns - their mean - g_H (log q + H)), either tile orientation.
 
     `below` is the logit minus that of the best score; it and the logarithms of the sums are in bits, the entropy in
     nats. What is per token and what is per code comes with a dimension of one where the other runs.
@@ -31,21 +31,32 @@ def logit_gradient(
         else:
             out -= p * shift
     if HAS_ENTROPY or HAS_COLUMNS:
-        logq = below * sharper - sharp_log
+        logq = below * ratio - entropy_log
         if counts(logq):
             pull = tl.zeros_like(below)
             if HAS_ENTROPY:
-                pull -= entropy_grad * (logq * 0.6931471805599453 + entropy)
+                pull -= g_entropy * (logq * 0.6931471805599453 + entropy)
             if HAS_COLUMNS:
-                pull += column_grad - column_mean
-            out += sharper * tl.exp2(logq) * pull
+                pull += g_columns - g_columns_mean
+            out += ratio * tl.exp2(logq) * pull
     return out
+
+
+# What arrives per token, named once: passes.py stacks it in this order, `load_upstream` gives it in this order.
+UPSTREAM = (
+    "top",  # best score over all K, as the products here see it
+    "log",  # log2 of the sum at the temperature, relative to the top
+    "shift",  # what the softmax's centring subtracts
+    "entropy_log",  # as log, at the entropy temperature
+    "g_entropy",  # gradient of the entropy
+    "entropy",  # in nats
+    "g_columns_mean",  # mean of the gradient of the column sums
+)
 
 
 @triton.jit
 def load_upstream(NUMBERS, token, end, num_tokens):
-    """Seven numbers per token: best score, log of the sum, shift, log of the sharp sum, gradient of the entropy,
-    entropy, mean of the columns' gradient."""
+    """The numbers of UPSTREAM for some tokens, each a tile; zeros from token `end` on."""
     here = token < end
     return (
         tl.load(NUMBERS + token, mask=here, other=0.0),
@@ -60,7 +71,7 @@ def load_upstream(NUMBERS, token, end, num_tokens):
 
 @triton.jit
 def token_gradient_kernel(
-    X, C, BIAS, V, G, NUMBERS, COLUMNS, OUT, num_tokens, num_codes, dim, codes_per_part, scale, out_scale, sharper,
+    X, C, BIAS, V, G, NUMBERS, COLUMNS, OUT, num_tokens, num_codes, dim, codes_per_part, scale, out_scale, ratio,
     HAS_BIAS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     HAS_COLUMNS: tl.constexpr, SAME: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -74,7 +85,7 @@ def token_gradient_kernel(
     g = x
     if HAS_MEAN:
         g = load_rows(G, token, num_tokens, dim, BLOCK_D)
-    top, log, shift, sharp_log, entropy_grad, entropy, column_mean = load_upstream(
+    top, log, shift, entropy_log, g_entropy, entropy, g_columns_mean = load_upstream(
         NUMBERS, token, num_tokens, num_tokens
     )
     out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -92,12 +103,12 @@ def token_gradient_kernel(
             else:
                 v = load_rows(V, row, last, dim, BLOCK_D)
                 slope = tl.dot(g, tl.trans(v), input_precision="ieee")
-        column_grad = tl.zeros([BLOCK_K], tl.float32)
+        g_columns = tl.zeros([BLOCK_K], tl.float32)
         if HAS_COLUMNS:
-            column_grad = tl.load(COLUMNS + row, mask=row < last, other=0.0)
+            g_columns = tl.load(COLUMNS + row, mask=row < last, other=0.0)
         dl = logit_gradient(
-            below, slope, log[:, None], shift[:, None], sharp_log[:, None], entropy_grad[:, None], entropy[:, None],
-            column_grad[None, :], column_mean[:, None], sharper, HAS_MEAN, HAS_SHIFT, HAS_ENTROPY, HAS_COLUMNS,
+            below, slope, log[:, None], shift[:, None], entropy_log[:, None], g_entropy[:, None], entropy[:, None],
+            g_columns[None, :], g_columns_mean[:, None], ratio, HAS_MEAN, HAS_SHIFT, HAS_ENTROPY, HAS_COLUMNS,
         )  # fmt: skip
         # Where there is no code the exponentials may be infinite, and infinity times zero is not a number.
         dl = tl.where((row < last)[None, :], dl, 0.0)
@@ -110,7 +121,7 @@ def token_gradient_kernel(
 @triton.jit
 def key_gradient_kernel(
     X, C, BIAS, V, G, NUMBERS, COLUMNS, OUT, OUT_BIAS,
-    num_tokens, num_codes, dim, tokens_per_part, scale, out_scale, sharper,
+    num_tokens, num_codes, dim, tokens_per_part, scale, out_scale, ratio,
     HAS_BIAS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     HAS_COLUMNS: tl.constexpr, SAME: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -131,15 +142,17 @@ def key_gradient_kernel(
     bias = tl.zeros([BLOCK_K], tl.float32)
     if HAS_BIAS:
         bias = tl.load(BIAS + row, mask=here, other=0.0)
-    column_grad = tl.zeros([BLOCK_K], tl.float32)
+    g_columns = tl.zeros([BLOCK_K], tl.float32)
     if HAS_COLUMNS:
-        column_grad = tl.load(COLUMNS + row, mask=here, other=0.0)
+        g_columns = tl.load(COLUMNS + row, mask=here, other=0.0)
     out = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     out_bias = tl.zeros([BLOCK_K], tl.float32)
     for start in range(first, last, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         x = load_rows(X, token, last, dim, BLOCK_D)
-        top, log, shift, sharp_log, entropy_grad, entropy, column_mean = load_upstream(NUMBERS, token, last, num_tokens)
+        top, log, shift, entropy_log, g_entropy, entropy, g_columns_mean = load_upstream(
+            NUMBERS, token, last, num_tokens
+        )
         score = tl.dot(c, tl.trans(x), input_precision="ieee") + bias[:, None]
         below = (score - top[None, :]) * scale
         slope = below
@@ -147,8 +160,8 @@ def key_gradient_kernel(
             g = load_rows(G, token, last, dim, BLOCK_D)
             slope = tl.dot(v, tl.trans(g), input_precision="ieee")
         dl = logit_gradient(
-            below, slope, log[None, :], shift[None, :], sharp_log[None, :], entropy_grad[None, :], entropy[None, :],
-            column_grad[:, None], column_mean[None, :], sharper, HAS_MEAN, HAS_SHIFT, HAS_ENTROPY, HAS_COLUMNS,
+            below, slope, log[None, :], shift[None, :], entropy_log[None, :], g_entropy[None, :], entropy[None, :],
+            g_columns[:, None], g_columns_mean[None, :], ratio, HAS_MEAN, HAS_SHIFT, HAS_ENTROPY, HAS_COLUMNS,
         )  # fmt: skip
         dl = tl.where((token < last)[None, :], dl, 0.0)
         out = tl.dot(dl.to(x.dtype), x, out, input_precision="ieee")

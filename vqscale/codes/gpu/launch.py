@@ -28,7 +28,7 @@ class Operands:
         return x.to(self.dtype).contiguous()
 
 
-class Cut:
+class Launch:
     """The grid of a kernel whose programs keep tiles of one side and walk over parts of the other."""
 
     def __init__(self, kernel: Kernel, given: Operands, wide: bool = False) -> None:

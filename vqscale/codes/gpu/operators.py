@@ -6,12 +6,14 @@ passes.py. Nothing here reads a number back from the device. A rank without rows
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from vqscale.codes.gpu import kernels, kernels_backward, tiles
-from vqscale.codes.gpu.launch import Cut, Operands, is_same, on_device_of
+from vqscale.codes.gpu.launch import Launch, Operands, is_same, on_device_of
 from vqscale.codes.gpu.tiles import RESCORE_DIM, RESCORE_TOKENS
 from vqscale.codes.scan import LOWEST
 
@@ -21,20 +23,18 @@ def best(x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, low: bool) -> tup
     if not len(x_BD) or not len(keys_kD):
         return _nobody(x_BD)
     given = Operands(x_BD, keys_kD, bias_k, low)
-    cut = Cut("peaks", given)
-    num_chunks = -(-given.rows // cut.codes)
+    launch = Launch("peaks", given)
+    num_chunks = -(-given.rows // launch.codes)
     peak = given.x.new_empty((given.num, num_chunks), dtype=torch.float32)
     with on_device_of(x_BD):
-        kernels.peaks_kernel[cut.grid](
-            given.x, given.c, given.bias, peak, given.num, given.rows, given.dim, num_chunks, cut.per_part,
-            **cut.options,
+        kernels.peaks_kernel[launch.grid](
+            given.x, given.c, given.bias, peak, given.num, given.rows, given.dim, num_chunks, launch.per_part,
+            **launch.options,
         )  # fmt: skip
-        return _rescore(x_BD.contiguous(), keys_kD.contiguous(), peak, given, cut.codes)
+        return _rescore(x_BD.contiguous(), keys_kD.contiguous(), peak, given, launch.codes)
 
 
-@best.register_fake
-def _(x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, low: bool) -> tuple[Tensor, Tensor]:
-    return _nobody(x_BD)
+best.register_fake(lambda x_BD, *_: _nobody(x_BD))
 
 
 def _nobody(x_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def mix(
     bias_k: Tensor | None,
     values_kD: Tensor,
     scale: float,
-    sharper: float | None,
+    ratio: float | None,
     low: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(best score, its row, highest score of the products and three sums as 4 x B, sum of p times the values)."""
@@ -92,45 +92,37 @@ def mix(
         return *_nobody(x_BD), state_4B, torch.zeros_like(x_BD, dtype=torch.float32)
     given = Operands(x_BD, keys_kD, bias_k, low)
     same = is_same(keys_kD, values_kD)
-    cut = Cut("mix", given)
-    num_chunks = -(-given.rows // cut.codes)
+    launch = Launch("mix", given)
+    num_chunks = -(-given.rows // launch.codes)
     peak = given.x.new_empty((given.num, num_chunks), dtype=torch.float32)
-    state = peak.new_zeros((cut.parts, 4, given.num))
-    mean = peak.new_empty((cut.parts, given.num, given.dim))
+    state = peak.new_zeros((launch.parts, 4, given.num))
+    mean = peak.new_empty((launch.parts, given.num, given.dim))
     with on_device_of(x_BD):
-        kernels.mix_kernel[cut.grid](
+        kernels.mix_kernel[launch.grid](
             given.x, given.c, given.bias, given.c if same else given.of(values_kD), state, mean, peak,
-            given.num, given.rows, given.dim, num_chunks, cut.per_part, scale, sharper or 1.0,
-            SHARP=sharper is not None, SAME=same, **cut.options,
+            given.num, given.rows, given.dim, num_chunks, launch.per_part, scale, ratio or 1.0,
+            ENTROPY=ratio is not None, SAME=same, **launch.options,
         )  # fmt: skip
-        score_B, row_B = _rescore(x_BD.contiguous(), keys_kD.contiguous(), peak, given, cut.codes)
-    return score_B, row_B, *_merge(state, mean, scale, sharper or 1.0)
+        score_B, row_B = _rescore(x_BD.contiguous(), keys_kD.contiguous(), peak, given, launch.codes)
+    return score_B, row_B, *_merge(state, mean, scale, ratio or 1.0)
 
 
 @mix.register_fake
-def _(
-    x_BD: Tensor,
-    keys_kD: Tensor,
-    bias_k: Tensor | None,
-    values_kD: Tensor,
-    scale: float,
-    sharper: float | None,
-    low: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x_BD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean_BD = torch.empty_like(x_BD, dtype=torch.float32)
     return *_nobody(x_BD), mean_BD.new_empty((4, len(x_BD))), mean_BD
 
 
-def _merge(state: Tensor, mean: Tensor, scale: float, sharper: float) -> tuple[Tensor, Tensor]:
+def _merge(state: Tensor, mean: Tensor, scale: float, ratio: float) -> tuple[Tensor, Tensor]:
     """The parts of an online softmax as one, relative to the highest of their tops."""
     if len(state) == 1:
         return state[0], mean[0]
-    top, total, sharp_total, excess = state.unbind(1)
+    top, total, entropy_total, excess = state.unbind(1)
     top_B = top.amax(0)
-    fall = (top - top_B) * scale
-    shrink, sharp_shrink = torch.exp2(fall), torch.exp2(fall * sharper)
-    excess_B = (sharp_shrink * (excess + fall * sharper * sharp_total)).sum(0)
-    state_4B = torch.stack([top_B, (shrink * total).sum(0), (sharp_shrink * sharp_total).sum(0), excess_B])
+    delta = (top - top_B) * scale
+    shrink, entropy_shrink = torch.exp2(delta), torch.exp2(delta * ratio)
+    excess_B = (entropy_shrink * (excess + delta * ratio * entropy_total)).sum(0)
+    state_4B = torch.stack([top_B, (shrink * total).sum(0), (entropy_shrink * entropy_total).sum(0), excess_B])
     return state_4B, mean.mul_(shrink[:, :, None]).sum(0)
 
 
@@ -141,21 +133,17 @@ def column_sums(
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros(len(keys_kD), dtype=torch.float32, device=x_BD.device)
     given = Operands(x_BD, keys_kD, bias_k, low)
-    cut = Cut("columns", given)
-    out = given.x.new_empty((cut.parts, given.rows), dtype=torch.float32)
+    launch = Launch("columns", given)
+    out = given.x.new_empty((launch.parts, given.rows), dtype=torch.float32)
     with on_device_of(x_BD):
-        kernels.column_sums_kernel[cut.grid](
+        kernels.column_sums_kernel[launch.grid](
             given.x, given.c, given.bias, top_B.float().contiguous(), log_B.float().contiguous(), out,
-            given.num, given.rows, given.dim, cut.per_part, scale, **cut.options,
+            given.num, given.rows, given.dim, launch.per_part, scale, **launch.options,
         )  # fmt: skip
     return out.sum(0)
 
 
-@column_sums.register_fake
-def _(
-    x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, scale: float, top_B: Tensor, log_B: Tensor, low: bool
-) -> Tensor:
-    return keys_kD.new_empty(len(keys_kD), dtype=torch.float32)
+column_sums.register_fake(lambda x_BD, keys_kD, *_: keys_kD.new_empty(len(keys_kD), dtype=torch.float32))
 
 
 @custom_op("vqscale::row_means", mutates_args=())
@@ -172,55 +160,44 @@ def row_means(
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros(len(x_BD), dtype=torch.float32, device=x_BD.device)
     given = Operands(x_BD, keys_kD, bias_k, low)
-    cut = Cut("means", given)
-    out = given.x.new_empty((cut.parts, given.num), dtype=torch.float32)
+    launch = Launch("means", given)
+    out = given.x.new_empty((launch.parts, given.num), dtype=torch.float32)
     with on_device_of(x_BD):
-        kernels.row_means_kernel[cut.grid](
+        kernels.row_means_kernel[launch.grid](
             given.x, given.c, given.bias,
             *(part.float().contiguous() for part in (top_B, log_B, weight_k)), out,
-            given.num, given.rows, given.dim, cut.per_part, scale, **cut.options,
+            given.num, given.rows, given.dim, launch.per_part, scale, **launch.options,
         )  # fmt: skip
     return out.sum(0)
 
 
-@row_means.register_fake
-def _(
-    x_BD: Tensor,
-    keys_kD: Tensor,
-    bias_k: Tensor | None,
-    scale: float,
-    top_B: Tensor,
-    log_B: Tensor,
-    weight_k: Tensor,
-    low: bool,
-) -> Tensor:
-    return x_BD.new_empty(len(x_BD), dtype=torch.float32)
+row_means.register_fake(lambda x_BD, *_: x_BD.new_empty(len(x_BD), dtype=torch.float32))
 
 
-@custom_op("vqscale::unmix", mutates_args=())
-def unmix(
+@custom_op("vqscale::mix_backward", mutates_args=())
+def mix_backward(
     x_BD: Tensor,
     keys_kD: Tensor,
     bias_k: Tensor | None,
     values_kD: Tensor,
-    numbers_7B: Tensor,
+    upstream_7B: Tensor,
     mean_BD: Tensor | None,
     columns_k: Tensor | None,
     has_shift: bool,
     has_entropy: bool,
     scale: float,
     out_scale: float,
-    sharper: float,
+    ratio: float,
     low: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, the keys and the bias (empty without one). `numbers_7B` as `load_upstream` reads them."""
+    """The gradients of x, the keys and the bias (empty without one). `upstream_7B` as `load_upstream` reads them."""
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros_like(x_BD), torch.zeros_like(keys_kD), _like_bias(keys_kD, bias_k).zero_()
     given = Operands(x_BD, keys_kD, bias_k, low)
     same = is_same(keys_kD, values_kD)
     read = (
         given.x, given.c, given.bias, given.c if same else given.of(values_kD),
-        given.x if mean_BD is None else given.of(mean_BD), numbers_7B.float().contiguous(),
+        given.x if mean_BD is None else given.of(mean_BD), upstream_7B.float().contiguous(),
         given.x if columns_k is None else columns_k.float().contiguous(),
     )  # fmt: skip
     flags = {
@@ -232,38 +209,24 @@ def unmix(
     }
     sizes, wide = (given.num, given.rows, given.dim), not same or has_entropy or columns_k is not None
     with on_device_of(x_BD):
-        cut = Cut("tokens", given, wide)
-        out = given.x.new_empty((cut.parts, given.num, given.dim), dtype=torch.float32)
-        kernels_backward.token_gradient_kernel[cut.grid](
-            *read, out, *sizes, cut.per_part, scale, out_scale, sharper, **flags, **cut.options
+        launch = Launch("tokens", given, wide)
+        out = given.x.new_empty((launch.parts, given.num, given.dim), dtype=torch.float32)
+        kernels_backward.token_gradient_kernel[launch.grid](
+            *read, out, *sizes, launch.per_part, scale, out_scale, ratio, **flags, **launch.options
         )
         grad_BD = _summed(out, x_BD.dtype)
-        cut = Cut("keys", given, wide)
-        out = given.x.new_empty((cut.parts, given.rows, given.dim), dtype=torch.float32)
-        out_bias = out.new_empty((cut.parts, given.rows if given.has_bias else 0))
-        kernels_backward.key_gradient_kernel[cut.grid](
-            *read, out, out_bias, *sizes, cut.per_part, scale, out_scale, sharper, **flags, **cut.options
+        launch = Launch("keys", given, wide)
+        out = given.x.new_empty((launch.parts, given.rows, given.dim), dtype=torch.float32)
+        out_bias = out.new_empty((launch.parts, given.rows if given.has_bias else 0))
+        kernels_backward.key_gradient_kernel[launch.grid](
+            *read, out, out_bias, *sizes, launch.per_part, scale, out_scale, ratio, **flags, **launch.options
         )
     grad_k = _summed(out_bias, torch.float32 if bias_k is None else bias_k.dtype)
     return grad_BD, _summed(out, keys_kD.dtype), grad_k
 
 
-@unmix.register_fake
-def _(
-    x_BD: Tensor,
-    keys_kD: Tensor,
-    bias_k: Tensor | None,
-    values_kD: Tensor,
-    numbers_7B: Tensor,
-    mean_BD: Tensor | None,
-    columns_k: Tensor | None,
-    has_shift: bool,
-    has_entropy: bool,
-    scale: float,
-    out_scale: float,
-    sharper: float,
-    low: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@mix_backward.register_fake
+def _(x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x_BD), torch.empty_like(keys_kD), _like_bias(keys_kD, bias_k)
 
 

@@ -1,4 +1,4 @@
-"""The passes of scan, mixing and unmixing as fused GPU kernels: same signatures, same answers, no wait for the device.
+"""The passes of scan.py and softmax/ as fused GPU kernels: same signatures, same answers, no wait for the device.
 
 The budget is ignored: tiles live in registers and shared memory. Beyond its outputs an operation needs operands in the
 kernels' type, the peaks of chunks of codes (4 bytes per token and 64 codes; 64 MiB at 4096 x 262,144), and parts of
@@ -8,10 +8,10 @@ token sums (16 x tokens x D floats at most). Products of 2 B k D operations:
     mix          2   logits, mean row                                   + the same
     column_sums  1   logits
     row_means    1   logits
-    unmix        6   logits and values twice, once for the gradient of x and once for that of the keys; unmixing has 4
+    mix_backward 6   logits and values twice, for the gradient of x and for that of the keys; softmax/backward.py has 4
 
-The operands of the products are bfloat16 in `best`, elsewhere with torch.set_float32_matmul_precision("medium") or if x
-and the keys are; else float32 without tensor cores, by which the kernels are judged: backend.py does not choose it.
+The operands of the products are bfloat16 in `best`, elsewhere where such products are wanted (products.py) or if x and
+the keys are; else float32 without tensor cores, by which the kernels are judged: backend.py does not choose it.
 Sums, powers and the state of the softmax are float32 in both. At 256 dimensions and logits of unit variance bfloat16
 moves entropies at temperature 0.01, which are 0.06 in the mean, by 0.02 (root mean square).
 
@@ -39,9 +39,10 @@ import torch
 from torch import Tensor
 
 from vqscale.codes.gpu import operators as ops
+from vqscale.codes.gpu.kernels_backward import UPSTREAM
 from vqscale.codes.scan import Keys
 from vqscale.codes.softmax.backward import Gradients, Upstream
-from vqscale.codes.softmax.forward import Mixed, Softmax, Wanted
+from vqscale.codes.softmax.forward import LocalMixture, Softmax, Wanted
 
 
 def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:
@@ -54,69 +55,80 @@ def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class FusedMixed(Mixed):
+class FusedLocalMixture(LocalMixture):
     """The softmax is one of the products' scores plus `gain_B`, a shift per token that makes the best of them exact."""
 
     gain_B: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
-def _top(mixed: Mixed, score_B: Tensor) -> Tensor:
+def _top(mixed: LocalMixture, score_B: Tensor) -> Tensor:
     """The best score over all K, as the products of this rank see it."""
-    assert isinstance(mixed, FusedMixed)
+    assert isinstance(mixed, FusedLocalMixture)
     return score_B - mixed.gain_B
 
 
-def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> Mixed:
-    """One pass, as mixing.mix. The best row is exact; the softmax is that of the products' precision, in float32."""
+def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> LocalMixture:
+    """One pass, as forward.mix. The best row is exact; the softmax is that of the products' precision, in float32."""
     score_B, row_B, state_4B, sum_BD = ops.mix(
-        x_BD, keys.keys_kD, keys.bias_k, values_kD, wanted.scale, wanted.sharper, wanted.products == "bf16"
+        x_BD, keys.keys_kD, keys.bias_k, values_kD, wanted.scale, wanted.ratio, wanted.products == "bf16"
     )
-    top_B, sum_B, sharp_sum_B, excess_B = state_4B.unbind(0)
+    top_B, sum_B, entropy_sum_B, excess_B = state_4B.unbind(0)
     soft = Softmax(sum_B, torch.zeros_like(sum_B))
-    sharp = None if wanted.sharper is None else Softmax(sharp_sum_B, excess_B)
+    entropy_soft = None if wanted.ratio is None else Softmax(entropy_sum_B, excess_B)
     score_B = score_B.to(top_B.dtype)
-    return FusedMixed(row_B, score_B, soft, sum_BD, sharp, gain_B=score_B - top_B)
+    return FusedLocalMixture(row_B, score_B, soft, sum_BD, entropy_soft, gain_B=score_B - top_B)
 
 
-def column_sums(x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, wanted: Wanted) -> Tensor:
-    """sum_n q_nj of the rows of this rank, as mixing.column_sums: k numbers."""
+def column_sums(
+    x_BD: Tensor, keys: Keys, mixed: LocalMixture, score_B: Tensor, log_B: Tensor, wanted: Wanted
+) -> Tensor:
+    """sum_n q_nj of the rows of this rank, as forward.column_sums: k numbers."""
     low = wanted.products == "bf16"
     out_k: Tensor = ops.column_sums(
-        x_BD, keys.keys_kD, keys.bias_k, wanted.sharp_scale, _top(mixed, score_B), log_B, low
+        x_BD, keys.keys_kD, keys.bias_k, wanted.entropy_scale, _top(mixed, score_B), log_B, low
     )
     return out_k
 
 
 def row_means(
-    x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
+    x_BD: Tensor, keys: Keys, mixed: LocalMixture, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
 ) -> Tensor:
-    """sum_j q_nj weight_j over the rows of this rank, as mixing.row_means: B numbers."""
+    """sum_j q_nj weight_j over the rows of this rank, as forward.row_means: B numbers."""
     low = wanted.products == "bf16"
     out_B: Tensor = ops.row_means(
-        x_BD, keys.keys_kD, keys.bias_k, wanted.sharp_scale, _top(mixed, score_B), log_B, weight_k, low
+        x_BD, keys.keys_kD, keys.bias_k, wanted.entropy_scale, _top(mixed, score_B), log_B, weight_k, low
     )
     return out_B
 
 
-def unmix(x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: Mixed, up: Upstream, wanted: Wanted) -> Gradients:
-    """The backward pass, as unmixing.unmix; gradients come in the types of x and the keys."""
+def mix_backward(
+    x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: LocalMixture, up: Upstream, wanted: Wanted
+) -> Gradients:
+    """The backward pass, as backward.mix_backward; gradients come in the types of x and the keys."""
+    numbers = {
+        "top": _top(mixed, up.score_B),
+        "log": up.log_B,
+        "shift": up.shift_B,
+        "entropy_log": up.entropy_log_B,
+        "g_entropy": up.g_entropy_B,
+        "entropy": up.entropy_B,
+        "g_columns_mean": up.g_columns_mean_B,
+    }
     zero_B = torch.zeros_like(up.log_B)
-    sharp = (up.sharp_log_B, up.entropy_B, up.entropy_value_B, up.columns_mean_B)
-    numbers = (_top(mixed, up.score_B), up.log_B, up.shift_B, *sharp)
-    numbers_7B = torch.stack([zero_B if part_B is None else part_B for part_B in numbers])
-    dx_BD, dkeys_kD, dbias_k = ops.unmix(
+    upstream_7B = torch.stack([zero_B if (part_B := numbers[name]) is None else part_B for name in UPSTREAM])
+    dx_BD, dkeys_kD, dbias_k = ops.mix_backward(
         x_BD,
         keys.keys_kD,
         keys.bias_k,
         values_kD,
-        numbers_7B,
-        up.mean_BD,
-        up.columns_k,
+        upstream_7B,
+        up.g_mean_BD,
+        up.g_columns_k,
         up.shift_B is not None,
-        up.entropy_B is not None,
+        up.g_entropy_B is not None,
         wanted.scale,
         1.0 / wanted.temperature,
-        wanted.sharper or 1.0,
+        wanted.ratio or 1.0,
         wanted.products == "bf16",
     )
     return Gradients(dx_BD, dkeys_kD, None if keys.bias_k is None else dbias_k)

@@ -97,7 +97,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Keys:
+class WideKeys:
     """Rows `start` to `stop` of this rank as keys of bounds, filled to whole groups with copies of the last row."""
 
     start: int
@@ -115,7 +115,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Queries:
+class WideQueries:
     """Tokens as queries of bounds, for the keys that they were made for."""
 
     wide_TE: Tensor
@@ -135,7 +135,7 @@ def key_size(num_rows: int, dim: int) -> int:
     return -(-num_rows // (LINE * GROUP)) * LINE * GROUP * (dim + EXTRA)
 
 
-def make_keys(form: Form, start: int, stop: int, buffer: Tensor | None = None) -> Keys:
+def make_keys(form: Form, start: int, stop: int, buffer: Tensor | None = None) -> WideKeys:
     """The keys of some rows (at least one), in `buffer` if there is one: flat, bfloat16, `key_size` numbers."""
     rows_rD = form.rows_kD[start:stop]
     num, dim = rows_rD.shape
@@ -155,7 +155,7 @@ def make_keys(form: Form, start: int, stop: int, buffer: Tensor | None = None) -
         tops.append(_fill(wide_rE[chunk], r_rD, error_r, _beta(form, start, chunk, mean_bias), form.similarity.centred))
     wide_rE[num:] = wide_rE[num - 1]
     longest, steepest = torch.stack(tops).amax(0).tolist()
-    return Keys(start, stop, wide_rE, mean_D, mean_bias, longest, steepest, form.similarity.centred)
+    return WideKeys(start, stop, wide_rE, mean_D, mean_bias, longest, steepest, form.similarity.centred)
 
 
 def _mean_bias(form: Form, start: int, stop: int) -> float:
@@ -198,7 +198,7 @@ def _fill(wide_rE: Tensor, r_rD: Tensor, error_r: Tensor | float, beta_r: Tensor
     return tops
 
 
-def make_queries(x_TD: Tensor, keys: Keys, score_T: Tensor) -> Queries:
+def make_queries(x_TD: Tensor, keys: WideKeys, score_T: Tensor) -> WideQueries:
     """The queries of some tokens for these keys; `score_T` (float64) is the score to beat, -inf for none."""
     num, dim = x_TD.shape
     gamma = _gamma(dim)
@@ -223,10 +223,10 @@ def make_queries(x_TD: Tensor, keys: Keys, score_T: Tensor) -> Queries:
     wide_TE[:, dim + 5] = shift_T - wide_TE[:, dim + 4]
     shift_T = wide_TE[:, dim + 4 :].double().sum(1)
     slack_T += 2 * gamma * shift_T.abs()
-    return Queries(wide_TE, base_T, shift_T, slack_T, (most_T < ROOM) & (shift_T.abs() < ROOM))
+    return WideQueries(wide_TE, base_T, shift_T, slack_T, (most_T < ROOM) & (shift_T.abs() < ROOM))
 
 
-def top_of_lines(keys: Keys, queries: Queries, out_LT: Tensor) -> None:
+def top_of_lines(keys: WideKeys, queries: WideQueries, out_LT: Tensor) -> None:
     """The highest u of each line, or 0 where none is positive, in blocks that stay in a cache."""
     num_tokens = len(queries.wide_TE)
     step = max(1, min(keys.lines, PRODUCT // (LINE * num_tokens)))
@@ -245,7 +245,7 @@ def top(u: Tensor, dim: int) -> Tensor:
     return u.view(torch.int16).amax(dim).view(torch.bfloat16)
 
 
-def in_lines(keys: Keys, queries: Queries, line_P: Tensor, token_P: Tensor) -> Tensor:
+def in_lines(keys: WideKeys, queries: WideQueries, line_P: Tensor, token_P: Tensor) -> Tensor:
     """u of the rows of lines, each line for one token: P x LINE."""
     keys_PLE = keys.wide_rE.view(-1, LINE, keys.wide_rE.shape[1])[line_P]
     return torch.bmm(keys_PLE, queries.wide_TE[token_P, :, None]).squeeze(2)

@@ -1,4 +1,4 @@
-"""Exact search by screening: a bfloat16 product bounds all scores from above, float64 decides between the few left.
+"""Exact search by a prefilter: a bfloat16 product bounds all scores from above, float64 decides between the few left.
 
 `scan.best` is the plain form: one product in the rows' precision. Here the ids are those of float64 arithmetic on the
 given float32 numbers, the lowest among equals, for about half the time where bfloat16 products are fast. Local
@@ -14,6 +14,9 @@ The row that float64 prefers is never dropped: its score is at least the best so
 too many groups are left for a token (equal rows, rows that bfloat16 cannot tell apart), or numbers are so large that a
 bound may overflow, the part is scored in float64 for this token instead. Memory follows the budget and is never
 tokens x rows.
+
+Suffixes here: T tokens of a block, L lines of a part (as the last letter, the rows of a line), G groups of a part (the
+lines of a group), A tokens that step 2 leaves, P Q R pairs, of a token with a group, a line, a row in this order.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from vqscale.codes import products
 from vqscale.codes.search import bounds
-from vqscale.codes.search.bounds import GROUP, LINE, Form, Keys
+from vqscale.codes.search.bounds import GROUP, LINE, Form, WideKeys
 
 TOKEN_BLOCK = 2048
 LEAST_TOKENS, LEAST_ROWS, LEAST_PAIRS = 256, 8192, 2**24  # with fewer, plain measured faster
@@ -35,7 +38,7 @@ MOST_LINES = 1 / 64  # of the lines of a part: with more left, a product in floa
 
 
 def serves(x_BD: Tensor, form: Form) -> bool:
-    """Whether screening is the faster exact search for these tokens and rows; the one place that decides.
+    """Whether the prefilter makes the exact search faster for these tokens and rows; the one place that decides.
 
     It is on a CPU with bfloat16 products (AVX512-BF16 or AMX), in float32, from a size on at which the product is most
     of the work. A GPU searches plainly: nothing was measured there.
@@ -84,32 +87,32 @@ def parts(num_rows: int, dim: int, num_tokens: int, budget: int) -> Iterator[tup
 
 
 class _Part:
-    """The search of a block of tokens in a part of the rows: raises their best so far in place."""
+    """The search of a block of tokens in a part of the rows. Changes their best so far, score_T and row_T, in place."""
 
     def __init__(
-        self, form: Form, keys: Keys, x_TD: Tensor, finite_T: Tensor, score_T: Tensor, row_T: Tensor, budget: int
+        self, form: Form, keys: WideKeys, x_TD: Tensor, finite_T: Tensor, score_T: Tensor, row_T: Tensor, budget: int
     ) -> None:
         self.form, self.keys, self.x_TD, self.budget = form, keys, x_TD, budget
         self.score_T, self.row_T = score_T, row_T
         self.before_T, self.row_before_T = score_T.clone(), row_T.clone()
         self.queries = bounds.make_queries(x_TD, keys, score_T)
         self.plain_T = finite_T & ~self.queries.fits_T
-        self.screened_T = finite_T & self.queries.fits_T
+        self.filtered_T = finite_T & self.queries.fits_T
 
     def search(self, line_LT: Tensor) -> None:
-        """Raise the best so far; `line_LT` is memory for the bounds of all lines."""
-        bounds.top_of_lines(self.keys, self.queries, line_LT)
+        """The numbered steps of the file's head; `line_LT` is memory for the bounds of all lines."""
+        bounds.top_of_lines(self.keys, self.queries, line_LT)  # (1)
         group_GT = bounds.top(line_LT.view(-1, GROUP, line_LT.shape[1]), 1)
         least_T = self.queries.least(self.score_T)
-        token_A = torch.nonzero(self.screened_T & (bounds.top(group_GT, 0) >= least_T)).squeeze(1)
+        token_A = torch.nonzero(self.filtered_T & (bounds.top(group_GT, 0) >= least_T)).squeeze(1)  # (2)
         if len(token_A):
             group_GA = group_GT if len(token_A) == group_GT.shape[1] else group_GT[:, token_A]
-            seen_T = self._raise_in_one(line_LT, group_GA.argmax(0), token_A)
-            self._raise_in_all(line_LT, group_GA, token_A, seen_T)
+            seen_T = self._score_best_line(line_LT, group_GA.argmax(0), token_A)  # (3)
+            self._score_other_lines(line_LT, group_GA, token_A, seen_T)  # (4), (5)
         for token_P in torch.nonzero(self.plain_T).squeeze(1).split(TOKEN_BLOCK):
-            self._raise_plainly(token_P)
+            self._search_plainly(token_P)
 
-    def _raise_in_one(self, line_LT: Tensor, group_A: Tensor, token_A: Tensor) -> Tensor:
+    def _score_best_line(self, line_LT: Tensor, group_A: Tensor, token_A: Tensor) -> Tensor:
         """Score the row with the highest bound in each token's most promising line, then what is left of that line.
 
         Returns the line of each token, -1 for tokens without one.
@@ -120,13 +123,13 @@ class _Part:
             line_P, token_P = line_A[some], token_A[some]
             u_PL = bounds.in_lines(self.keys, self.queries, line_P, token_P)
             first_P = u_PL.argmax(1)
-            self._raise(line_P * LINE + first_P, token_P)
+            self._update_best(line_P * LINE + first_P, token_P)
             rest_PL = u_PL >= self.queries.least(self.score_T)[token_P, None]
-            self._raise_some(rest_PL.scatter_(1, first_P[:, None], False), line_P, token_P)
+            self._score_rows(rest_PL.scatter_(1, first_P[:, None], False), line_P, token_P)
         seen_T = torch.full_like(self.row_T, -1)
         return seen_T.index_copy_(0, token_A, line_A)
 
-    def _raise_in_all(self, line_LT: Tensor, group_GA: Tensor, token_A: Tensor, seen_T: Tensor) -> None:
+    def _score_other_lines(self, line_LT: Tensor, group_GA: Tensor, token_A: Tensor, seen_T: Tensor) -> None:
         """Score every row of other lines that may be better than the best so far, or equal and lower."""
         least_T = self.queries.least(self.score_T)
         group_P, at_P = torch.nonzero(group_GA >= least_T[token_A], as_tuple=True)
@@ -135,12 +138,14 @@ class _Part:
         kept_P = ~crowded_A[at_P]
         group_P, token_P = group_P[kept_P], token_A[at_P[kept_P]]
         line_PG = group_P[:, None] * GROUP + torch.arange(GROUP, device=group_P.device)
+        # (4): of the groups that are left the lines, and of these the rows
         left_PG = (line_LT[line_PG, token_P[:, None]] >= least_T[token_P, None]) & (line_PG != seen_T[token_P, None])
         pair_Q, in_group_Q = torch.nonzero(left_PG, as_tuple=True)
         line_Q, token_Q = line_PG[pair_Q, in_group_Q], token_P[pair_Q]
         for some in self._chunks(len(line_Q)):
             u_PL = bounds.in_lines(self.keys, self.queries, line_Q[some], token_Q[some])
-            self._raise_some(u_PL >= least_T[token_Q[some], None], line_Q[some], token_Q[some])
+            # (5)
+            self._score_rows(u_PL >= least_T[token_Q[some], None], line_Q[some], token_Q[some])
 
     def _chunks(self, num_lines: int) -> Iterator[slice]:
         """Lines whose keys in bfloat16 and rows in float64 take a quarter of the budget."""
@@ -148,13 +153,14 @@ class _Part:
         for first in range(0, num_lines, step):
             yield slice(first, first + step)
 
-    def _raise_some(self, which_PL: Tensor, line_P: Tensor, token_P: Tensor) -> None:
+    def _score_rows(self, which_PL: Tensor, line_P: Tensor, token_P: Tensor) -> None:
+        """Take the marked rows of lines, each line for one token, into the best so far."""
         pair_R, in_line_R = torch.nonzero(which_PL, as_tuple=True)
         if len(pair_R):
-            self._raise(line_P[pair_R] * LINE + in_line_R, token_P[pair_R])
+            self._update_best(line_P[pair_R] * LINE + in_line_R, token_P[pair_R])
 
-    def _raise(self, row_P: Tensor, token_P: Tensor) -> None:
-        """Raise the best so far of tokens by exact scores of pairs; rows count from the start of this part."""
+    def _update_best(self, row_P: Tensor, token_P: Tensor) -> None:
+        """Take exact scores of pairs into the best so far of their tokens; rows count from the start of this part."""
         row_P = row_P.clamp(max=self.keys.stop - self.keys.start - 1) + self.keys.start
         score_P = self.form.exact(self.x_TD[token_P], row_P)
         top_T = self.score_T.scatter_reduce(0, token_P, score_P, "amax")
@@ -165,7 +171,7 @@ class _Part:
         self.score_T.copy_(top_T)
         self.row_T.copy_(row_T)
 
-    def _raise_plainly(self, token_P: Tensor) -> None:
+    def _search_plainly(self, token_P: Tensor) -> None:
         """The same by products in float64 with all rows of the part. Scores closer than its rounding are equal."""
         x_PD = self.x_TD[token_P].double()
         high_P = x_PD.new_full((len(x_PD),), -torch.inf)
@@ -178,7 +184,7 @@ class _Part:
             better_P = top_P > high_P
             high_P = torch.where(better_P, high_Pr.gather(1, lowest_P[:, None]).squeeze(1), high_P)
             row_P = torch.where(better_P, lowest_P + first, row_P)
-        # What screening has found in this part meanwhile may be an equal row with a higher number: begin again.
+        # What the prefilter has found in this part meanwhile may be an equal row with a higher number: begin again.
         score_P, before_P = self.form.exact(self.x_TD[token_P], row_P), self.before_T[token_P]
         better_P = score_P > before_P
         self.score_T[token_P] = torch.where(better_P, score_P, before_P)

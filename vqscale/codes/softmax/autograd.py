@@ -10,7 +10,7 @@ Bytes that a rank sends per token of its own on a code axis of M ranks, in float
     forward    x 4 D; best score and id 24, softmax state 16, another 16 with entropies; mean and chosen row back 8 D
     backward   their gradients 8 D and a shift 4; with entropies their gradient 4, mean of the columns' 8; of x back 4 D
 
-K is not in it. plan/traffic.py lists the collectives of a whole step, and a test holds them to the bytes counted.
+K is not in it. request/traffic.py lists the collectives of a whole step, and a test holds them to the bytes counted.
 """
 
 from __future__ import annotations
@@ -52,51 +52,55 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Request:
+    """What `mix` is asked for, and of which rows."""
+
     layout: Rows
     axis: Axis
     wanted: Wanted
     similarity: Similarity
 
 
-def mix(x_ND: Tensor, rows_kD: Tensor, plan: Plan) -> Mixture:
+def mix(x_ND: Tensor, rows_kD: Tensor, request: Request) -> Mixture:
     """The mixture of the tokens of this rank."""
-    keys_kD = plan.similarity.keys(rows_kD)
+    keys_kD = request.similarity.keys(rows_kD)
     # None where the keys are the rows: both gradients then share a tensor.
-    out = _Mix.apply(plan.similarity.queries(x_ND), rows_kD, None if keys_kD is rows_kD else keys_kD, plan)
-    return Mixture(*out, *([None, None] if plan.wanted.sharper is None else []))
+    out = _Mix.apply(request.similarity.queries(x_ND), rows_kD, None if keys_kD is rows_kD else keys_kD, request)
+    return Mixture(*out, *([None, None] if request.wanted.ratio is None else []))
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-        axis, layout, wanted = plan.axis, plan.layout, plan.wanted
-        keys = _keys(rows_kD, keys_kD, plan)
+    def forward(
+        ctx: Any, x_ND: Tensor, rows_kD: Tensor, keys_kD: Tensor | None, request: Request
+    ) -> tuple[Tensor, ...]:
+        axis, layout, wanted = request.axis, request.layout, request.wanted
+        keys = _keys(rows_kD, keys_kD, request)
         x_BD = ops.gather(x_ND, axis)
         passes = backend.pick(x_BD, wanted.products)
         mixed = passes.mix(x_BD, keys, rows_kD, wanted)
         ids_B, score_B = merge_best(mixed.score_B, mixed.row_B, layout, axis)
-        fall_B = (mixed.score_B - score_B) * wanted.scale
-        log_B, _, share_B = merge_softmax(mixed.soft, fall_B, axis)
+        delta_B = (mixed.score_B - score_B) * wanted.scale
+        log_B, _, share_B = merge_softmax(mixed.soft, delta_B, axis)
         code_BD = layout.take(rows_kD, ids_B)
-        # Mean rows and chosen rows go home together.
-        mean_ND, code_ND = _home([mixed.sum_BD * share_B[:, None], code_BD], axis)
+        # One collective brings the mean rows and the chosen rows to the ranks of their tokens.
+        mean_ND, code_ND = _reduce_scatter_tokens([mixed.sum_BD * share_B[:, None], code_BD], axis)
         own_ids_N, own_score_N, own_log_N = (
             own(part_B, axis) for part_B in (ids_B, score_B / wanted.temperature, log_B / BITS)
         )
         outputs = [own_ids_N.clone(), own_score_N.clone(), own_score_N + own_log_N, mean_ND, code_ND]
-        sharp_log_B = entropy_B = None
-        if mixed.sharp is not None and wanted.sharper is not None:
-            sharp_log_B, bits_B, _ = merge_softmax(mixed.sharp, fall_B * wanted.sharper, axis)
+        entropy_log_B = entropy_B = None
+        if mixed.entropy_soft is not None and wanted.ratio is not None:
+            entropy_log_B, bits_B, _ = merge_softmax(mixed.entropy_soft, delta_B * wanted.ratio, axis)
             entropy_B = bits_B / BITS
-            columns_k = passes.column_sums(x_BD, keys, mixed, score_B, sharp_log_B, wanted)
+            columns_k = passes.column_sums(x_BD, keys, mixed, score_B, entropy_log_B, wanted)
             outputs += [own(entropy_B, axis).clone(), columns_k]
         ctx.mark_non_differentiable(outputs[0], outputs[1])
         ctx.set_materialize_grads(False)
         # What the lists hold are numbers without gradient; the tensors of autograd go through save_for_backward.
-        ctx.plan, ctx.mixed, ctx.passes = plan, mixed, passes
+        ctx.request, ctx.mixed, ctx.passes = request, mixed, passes
         mixed.sum_BD = x_BD.new_empty(0)
-        ctx.save_for_backward(x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, sharp_log_B, entropy_B)
+        ctx.save_for_backward(x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, entropy_log_B, entropy_B)
         return tuple(outputs)
 
     @staticmethod
@@ -118,25 +122,28 @@ def _backward(
     g_columns_k: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, rows and keys. Which gradients are absent is the same on all ranks: the losses are."""
-    x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, sharp_log_B, entropy_B = saved
-    plan, mixed, keys = ctx.plan, ctx.mixed, _keys(rows_kD, keys_kD, ctx.plan)
+    x_BD, rows_kD, keys_kD, ids_B, score_B, mean_ND, log_B, entropy_log_B, entropy_B = saved
+    request, mixed, keys = ctx.request, ctx.mixed, _keys(rows_kD, keys_kD, ctx.request)
     shift_N = None
     if g_mean_ND is not None:
         shift_N = (g_mean_ND * mean_ND).sum(1)
     if g_lse_N is not None:
         shift_N = -g_lse_N if shift_N is None else shift_N - g_lse_N
-    mean_BD, code_BD, shift_B, entropy_g_B = _from_home([g_mean_ND, g_code_ND, shift_N, g_entropy_N], plan.axis)
-    columns_mean_B = None
+    given = [g_mean_ND, g_code_ND, shift_N, g_entropy_N]
+    g_mean_BD, g_code_BD, shift_B, g_entropy_B = _gather_tokens(given, request.axis)
+    g_columns_mean_B = None
     if g_columns_k is not None:
-        part_B = ctx.passes.row_means(x_BD, keys, mixed, score_B, sharp_log_B, g_columns_k, plan.wanted)
-        columns_mean_B = ops.sum_over(part_B, plan.axis)
-    up = Upstream(score_B, log_B, mean_BD, shift_B, entropy_g_B, entropy_B, g_columns_k, columns_mean_B, sharp_log_B)
-    out = ctx.passes.unmix(x_BD, keys, rows_kD, mixed, up, plan.wanted)
-    dx_ND = ops.scatter_sum(out.x_BD, plan.axis)
-    drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD, plan.similarity)
-    if code_BD is not None:
+        part_B = ctx.passes.row_means(x_BD, keys, mixed, score_B, entropy_log_B, g_columns_k, request.wanted)
+        g_columns_mean_B = ops.sum_over(part_B, request.axis)
+    up = Upstream(
+        score_B, log_B, g_mean_BD, shift_B, g_entropy_B, entropy_B, g_columns_k, g_columns_mean_B, entropy_log_B
+    )
+    out = ctx.passes.mix_backward(x_BD, keys, rows_kD, mixed, up, request.wanted)
+    dx_ND = ops.scatter_sum(out.x_BD, request.axis)
+    drows_kD, dkeys_kD = _rows_gradient(out, rows_kD, keys_kD, request.similarity)
+    if g_code_BD is not None:
         drows_kD = torch.zeros_like(rows_kD) if drows_kD is None else drows_kD
-        plan.layout.add_(drows_kD, ids_B, code_BD)
+        request.layout.add_(drows_kD, ids_B, g_code_BD)
     return dx_ND, drows_kD, dkeys_kD, None
 
 
@@ -151,11 +158,11 @@ def _rows_gradient(
     return drows_kD, None if keys_kD is None else out.keys_kD
 
 
-def _keys(rows_kD: Tensor, keys_kD: Tensor | None, plan: Plan) -> Keys:
-    return Keys(rows_kD if keys_kD is None else keys_kD, plan.similarity.bias(rows_kD))
+def _keys(rows_kD: Tensor, keys_kD: Tensor | None, request: Request) -> Keys:
+    return Keys(rows_kD if keys_kD is None else keys_kD, request.similarity.bias(rows_kD))
 
 
-def _home(parts: list[Tensor], axis: Axis) -> list[Tensor]:
+def _reduce_scatter_tokens(parts: list[Tensor], axis: Axis) -> list[Tensor]:
     """Sum over the ranks and keep this rank's tokens, of several tensors in one collective."""
     if axis.size == 1:
         return parts
@@ -163,7 +170,7 @@ def _home(parts: list[Tensor], axis: Axis) -> list[Tensor]:
     return [part.contiguous() for part in ops.scatter_sum(torch.cat(parts, 1), axis).split(widths, 1)]
 
 
-def _from_home(parts: list[Tensor | None], axis: Axis) -> list[Tensor | None]:
+def _gather_tokens(parts: list[Tensor | None], axis: Axis) -> list[Tensor | None]:
     """Gather several tensors over the tokens, any of them absent, in one collective."""
     given = [part if part.ndim == 2 else part[:, None] for part in parts if part is not None]
     if axis.size == 1 or not given:

@@ -1,12 +1,14 @@
 """The backward pass of forward.py: logits again, block by block, and all gradients of them summed before two products.
 
-With p and q the two softmaxes, value_j = sg(row_j) and the gradients of the mean row, the log-normaliser, the entropies
-and the column sums given:
+With u the scores before any temperature, p their softmax at the temperature T and q that at the entropy temperature E,
+value_j = sg(row_j), and the gradients g of the mean row, the log-normaliser, the entropies H and the column sums given:
 
-    dl = p o (g_mean . value - shift) + sharper * q o (columns - columns_mean - g_H (log q + H))
-    dx = dl keys / T        dkeys = dl^T x / T        dbias = sum_n dl / T
+    du = p / T o (g_mean . value - shift)  +  q / E o (g_columns - mean of g_columns - g_H (log q + H))
+    dx = du keys        dkeys = du^T x        dbias = sum_n du
 
-Blocks that the forward pass did by pairs are done by the same pairs here.
+p is 2^(l - log) with l relative to the best score: 2^-log and 1 / T go into g_mean and the shift, which are numbers of
+tokens, so that no block is multiplied by them. README.md beside this file derives it. Blocks that the forward pass did
+by pairs are done by the same pairs here.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from vqscale.codes import scan
 from vqscale.codes.products import add_product, operand
 from vqscale.codes.scan import BITS, Keys, exp2_
-from vqscale.codes.softmax.forward import Mixed, Wanted, relative
+from vqscale.codes.softmax.forward import LocalMixture, Wanted, relative
 from vqscale.codes.softmax.pairs import Pairs
 
 
@@ -29,18 +31,19 @@ class Upstream:
     """Gradients that arrive, for all B tokens, and what the ranks know together of the softmaxes."""
 
     score_B: Tensor  # the best score over all K
-    log_B: Tensor  # log2 of the sum at T, relative to the best
-    mean_BD: Tensor | None = None  # gradient of the mean row
+    log_B: Tensor  # log2 of the sum at the temperature, relative to the best
+    g_mean_BD: Tensor | None = None  # gradient of the mean row
     shift_B: Tensor | None = None  # g_mean . mean - g_lse: what the softmax's centring subtracts
-    entropy_B: Tensor | None = None  # gradient of the entropies
-    entropy_value_B: Tensor | None = None  # the entropies, in nats
-    columns_k: Tensor | None = None  # gradient of the column sums
-    columns_mean_B: Tensor | None = None  # sum_j q_nj columns_j over all K
-    sharp_log_B: Tensor | None = None  # as log_B, at T / sharper
+    g_entropy_B: Tensor | None = None  # gradient of the entropies
+    entropy_B: Tensor | None = None  # the entropies, in nats
+    g_columns_k: Tensor | None = None  # gradient of the column sums
+    g_columns_mean_B: Tensor | None = None  # sum_j q_nj g_columns_j over all K
+    entropy_log_B: Tensor | None = None  # as log_B, at the entropy temperature
 
     @property
-    def sharp(self) -> bool:
-        return self.entropy_B is not None or self.columns_k is not None
+    def reaches_q(self) -> bool:
+        """Whether anything arrives for the softmax at the entropy temperature."""
+        return self.g_entropy_B is not None or self.g_columns_k is not None
 
 
 @dataclass
@@ -50,17 +53,18 @@ class Gradients:
     bias_k: Tensor | None
 
 
-def unmix(x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: Mixed, up: Upstream, wanted: Wanted) -> Gradients:
+def mix_backward(
+    x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: LocalMixture, up: Upstream, wanted: Wanted
+) -> Gradients:
     """Gradients of x (this rank's share over its rows), of the keys and of the bias."""
     out = Gradients(
         torch.zeros_like(x_BD),
         torch.zeros_like(keys.keys_kD),
         None if keys.bias_k is None else torch.zeros_like(keys.bias_k),
     )
-    in_blocks = up.sharp and mixed.sharp_few is None
-    # The normaliser of p and the factor 1 / T of dl go into what is small: tokens, not blocks.
+    in_blocks = up.reaches_q and mixed.entropy_pairs is None
     factor_B = torch.exp2(-up.log_B) / wanted.temperature
-    g_BD = None if up.mean_BD is None else up.mean_BD * factor_B[:, None]
+    g_BD = None if up.g_mean_BD is None else up.g_mean_BD * factor_B[:, None]
     shift_B = None if up.shift_B is None else up.shift_B * factor_B
     if shift_B is not None or in_blocks:
         spare, buffer, wide = scan.Buffer(), scan.Buffer(), scan.Buffer()
@@ -68,7 +72,7 @@ def unmix(x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: Mixed, up: Upstrea
         g_BD = None if g_BD is None else operand(g_BD, wanted.products)
         for tokens, rows in mixed.dense:
             l_br = relative(x_BD, keys, tokens, rows, buffer, up.score_B, wanted.scale)
-            dq_br = _sharp_block(l_br, up, tokens, rows, wanted) if in_blocks else None
+            dq_br = _entropy_block(l_br, up, tokens, rows, wanted) if in_blocks else None
             dl_br = _soft_block(l_br, g_BD, shift_B, operand(values_kD[rows], wanted.products), tokens, spare, wide)
             dl_br = dq_br if dl_br is None else dl_br if dq_br is None else dl_br.add_(dq_br)
             assert dl_br is not None
@@ -77,13 +81,13 @@ def unmix(x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: Mixed, up: Upstrea
             dl_br = operand(dl_br, wanted.products, spare)
             add_product(out.x_BD[tokens], dl_br, keys.keys_kD[rows], wanted.products)
             add_product(out.keys_kD[rows], dl_br.t(), low_x_BD[tokens], wanted.products)
-        if shift_B is not None and mixed.few is not None:
-            few = mixed.few
+        if shift_B is not None and mixed.pairs is not None:
+            few = mixed.pairs
             p_P = torch.exp2((few.score_P - up.score_B[few.token_P]) * wanted.scale)
             u_P = 0.0 if g_BD is None else few.dot(g_BD.to(values_kD.dtype), values_kD)
             _add_pairs(out, x_BD, keys, few, p_P * (u_P - shift_B[few.token_P]))
-    if up.sharp and mixed.sharp_few is not None:
-        _add_pairs(out, x_BD, keys, mixed.sharp_few, _sharp_pairs(mixed.sharp_few, up, wanted))
+    if up.reaches_q and mixed.entropy_pairs is not None:
+        _add_pairs(out, x_BD, keys, mixed.entropy_pairs, _entropy_pairs(mixed.entropy_pairs, up, wanted))
     return out
 
 
@@ -120,35 +124,35 @@ def _soft_block(
     return p_br.mul_(u_br.sub_(shift_B[tokens, None]))
 
 
-def _sharp_block(l_br: Tensor, up: Upstream, tokens: slice, rows: slice, wanted: Wanted) -> Tensor:
-    """sharper / T * q o (columns - columns_mean - g_H (log q + H)) of a dense block; the logits stay as they are."""
-    assert up.sharp_log_B is not None
-    assert wanted.sharper is not None
-    logq_br = l_br * wanted.sharper - up.sharp_log_B[tokens, None]
+def _entropy_block(l_br: Tensor, up: Upstream, tokens: slice, rows: slice, wanted: Wanted) -> Tensor:
+    """q / E o (g_columns - their mean - g_H (log q + H)) of a dense block; the logits stay as they are."""
+    assert up.entropy_log_B is not None
+    assert wanted.ratio is not None
+    logq_br = l_br * wanted.ratio - up.entropy_log_B[tokens, None]
     q_br = exp2_(logq_br.clone())
-    if up.entropy_B is None:
+    if up.g_entropy_B is None:
         dq_br = logq_br.zero_()
     else:
-        assert up.entropy_value_B is not None
-        dq_br = logq_br.mul_(math.log(2.0)).add_(up.entropy_value_B[tokens, None]).mul_(-up.entropy_B[tokens, None])
-    if up.columns_k is not None:
-        assert up.columns_mean_B is not None
-        dq_br += up.columns_k[rows]
-        dq_br -= up.columns_mean_B[tokens, None]
-    return dq_br.mul_(q_br).mul_(wanted.sharp_scale / BITS)
+        assert up.entropy_B is not None
+        dq_br = logq_br.mul_(math.log(2.0)).add_(up.entropy_B[tokens, None]).mul_(-up.g_entropy_B[tokens, None])
+    if up.g_columns_k is not None:
+        assert up.g_columns_mean_B is not None
+        dq_br += up.g_columns_k[rows]
+        dq_br -= up.g_columns_mean_B[tokens, None]
+    return dq_br.mul_(q_br).mul_(wanted.entropy_scale / BITS)
 
 
-def _sharp_pairs(at: Pairs, up: Upstream, wanted: Wanted) -> Tensor:
+def _entropy_pairs(at: Pairs, up: Upstream, wanted: Wanted) -> Tensor:
     """The same for pairs."""
-    assert up.sharp_log_B is not None
-    below_P = (at.score_P - up.score_B[at.token_P]) * wanted.sharp_scale
-    logq_P = below_P - up.sharp_log_B[at.token_P]
+    assert up.entropy_log_B is not None
+    below_P = (at.score_P - up.score_B[at.token_P]) * wanted.entropy_scale
+    logq_P = below_P - up.entropy_log_B[at.token_P]
     dq_P = torch.zeros_like(logq_P)
-    if up.entropy_B is not None:
-        assert up.entropy_value_B is not None
-        nats_P = logq_P * math.log(2.0) + up.entropy_value_B[at.token_P]
-        dq_P -= up.entropy_B[at.token_P] * nats_P
-    if up.columns_k is not None:
-        assert up.columns_mean_B is not None
-        dq_P += up.columns_k[at.row_P] - up.columns_mean_B[at.token_P]
-    return dq_P * torch.exp2(logq_P) * (wanted.sharp_scale / BITS)
+    if up.g_entropy_B is not None:
+        assert up.entropy_B is not None
+        nats_P = logq_P * math.log(2.0) + up.entropy_B[at.token_P]
+        dq_P -= up.g_entropy_B[at.token_P] * nats_P
+    if up.g_columns_k is not None:
+        assert up.g_columns_mean_B is not None
+        dq_P += up.g_columns_k[at.row_P] - up.g_columns_mean_B[at.token_P]
+    return dq_P * torch.exp2(logq_P) * (wanted.entropy_scale / BITS)

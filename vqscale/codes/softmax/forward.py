@@ -5,20 +5,21 @@ times as fast as exp on a CPU. Between blocks stands the state of an online soft
 The best row is that of the scores themselves, before any factor: equal scores stay equal. Products of 2 B k D
 operations, with B tokens of the whole code group, k rows of this rank, D dimensions:
 
-    mix        2   logits, mean row               (+1, and +1 in the backward pass, where the second temperature
-    unmix      4   logits, values, x, keys            is not served by pairs)
+    mix             2   logits, mean row             (+1, and +1 in the backward pass, where the entropy temperature
+    mix_backward    4   logits, values, x, keys          is not served by pairs)
 
 With `products` bf16 the four that are not logits are rounded: mean rows to 2^-8 and gradients to 2^-6 of their norms,
 while ids, normalisers and entropies keep every bit.
 
 What goes below that, on a CPU, and how much is lost by it (pairs.py: the share 2^-24 of a softmax at most):
 
-* a second, lower temperature (the entropy losses) has few pairs (token, row) that are not below rounding. They are
-  found in the one pass, by the maxima of lines of logits, and all that follows costs pairs, not tokens x codes;
-* a block in which the first temperature has few such pairs is not multiplied again: not for the mean row, and not in
+* an entropy temperature below the temperature has few pairs (token, row) that are not below rounding. They are found
+  in the one pass, by the maxima of lines of logits, and all that follows costs pairs, not tokens x codes;
+* a block in which the temperature has few such pairs is not multiplied again: not for the mean row, and not in
   the backward pass. A block with none is skipped.
 
-Where the lists would be long, the blocks are dense: the memory of a list is bounded by the tokens alone.
+Where the lists would be long, the blocks are dense: the memory of a list is bounded by the tokens alone. An entropy
+temperature that is not below the temperature begins no list. The derivation is in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Wanted:
     num_codes: int  # K, on all ranks
     budget: int  # bytes of the blocks
     temperature: float = 1.0
-    sharper: float | None = None  # a second softmax is at temperature / sharper
+    entropy_temperature: float | None = None  # of a second softmax, whose entropies and column sums are asked for
     products: Products = "fp32"  # of all but the logits
 
     @property
@@ -55,10 +56,15 @@ class Wanted:
         return BITS / self.temperature
 
     @property
-    def sharp_scale(self) -> float:
-        """The same at the second temperature."""
-        assert self.sharper is not None
-        return self.scale * self.sharper
+    def ratio(self) -> float | None:
+        """Bits at the entropy temperature per bit at the temperature: above 1 if the entropies' softmax is sharper."""
+        return None if self.entropy_temperature is None else self.temperature / self.entropy_temperature
+
+    @property
+    def entropy_scale(self) -> float:
+        """`scale` at the entropy temperature."""
+        assert self.ratio is not None
+        return self.scale * self.ratio
 
 
 @dataclass
@@ -72,91 +78,107 @@ class Softmax:
     def empty(x_BD: Tensor) -> Softmax:
         return Softmax(x_BD.new_zeros(len(x_BD)), x_BD.new_zeros(len(x_BD)))
 
-    def fall(self, tokens: slice, fall_b: Tensor) -> Tensor:
-        """Make the state of `tokens` relative to a top that is -fall bits higher; returns the factor that it took."""
+    def rescale(self, tokens: slice, delta_b: Tensor) -> Tensor:
+        """Make the state of `tokens` relative to a new top; returns the factor 2^delta that sums were multiplied by.
+
+        `delta_b` is the old top minus the new one, in bits: negative where the top has risen, else 0.
+        """
         # Differences of tops, not tops: where logits are large their rounding would be that of the result.
-        fall_b = fall_b.clamp_min(-1e4)
-        shrink_b = torch.exp2(fall_b)
-        self.excess_B[tokens] = shrink_b * (self.excess_B[tokens] + fall_b * self.sum_B[tokens])
+        delta_b = delta_b.clamp_min(-1e4)
+        shrink_b = torch.exp2(delta_b)
+        self.excess_B[tokens] = shrink_b * (self.excess_B[tokens] + delta_b * self.sum_B[tokens])
         self.sum_B[tokens] *= shrink_b
         return shrink_b
 
 
 @dataclass
-class Mixed:
-    """What one rank knows after the pass, for all B tokens of the code group."""
+class LocalMixture:
+    """What one rank knows of a mixture after the pass, for all B tokens of the code group."""
 
     row_B: Tensor  # the best row
     score_B: Tensor  # and its score, x . key + bias
-    soft: Softmax  # at T; the excess is not kept
+    soft: Softmax  # at the temperature; the excess is not kept
     sum_BD: Tensor  # sum_j 2^(l_j - top) value_j, to be divided by the merged sum
-    sharp: Softmax | None  # at T / sharper
+    entropy_soft: Softmax | None  # at the entropy temperature
     dense: list[tuple[slice, slice]] = field(default_factory=list)
-    """blocks that the backward pass multiplies again; what is not in them is in `few` or below rounding"""
-    few: Pairs | None = None
-    """pairs of the other blocks, at T"""
-    sharp_few: Pairs | None = None
-    """all pairs that count at T / sharper; None where they are too many"""
+    """blocks that the backward pass multiplies again; what is not in them is in `pairs` or below rounding"""
+    pairs: Pairs | None = None
+    """pairs of the other blocks, at the temperature"""
+    entropy_pairs: Pairs | None = None
+    """all pairs that count at the entropy temperature; None where they are too many"""
 
 
-def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> Mixed:
-    """One pass: best row, softmax state and mean row at T, entropy state at T / sharper."""
-    sparse = x_BD.device.type == "cpu"
+def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> LocalMixture:
+    """One pass: best row, softmax state and mean row at the temperature, state at the entropy temperature."""
+    # Where the entropies' softmax is not the sharper one, its list would overflow and the pass begin again.
+    sparse = x_BD.device.type == "cpu" and (wanted.ratio is None or wanted.ratio > 1.0)
     out = _pass(x_BD, keys, values_kD, wanted, sparse)
-    if out is None:  # too many pairs at the second temperature: its blocks are as dense as the first one's
+    if out is None:  # too many pairs at the entropy temperature: its blocks are as dense as the first one's
         out = _pass(x_BD, keys, values_kD, wanted, sparse=False)
     assert out is not None
     return out
 
 
-def _pass(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted, sparse: bool) -> Mixed | None:
-    num, scale, sharper = len(x_BD), wanted.scale, wanted.sharper
+def _pass(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted, sparse: bool) -> LocalMixture | None:
+    """The pass over all blocks; None, and nothing is kept, where the list of the entropies' pairs has no room.
+
+    A block is b tokens x r rows, cut into lines of 64 rows; a pair is one of its entries. For the tokens of a block:
+
+    * before (1) all of `out` is relative to score_B, the best score of the rows before this block;
+    * after (1) score_B and row_B know this block: they are changed through views, `top_b` is a part of score_B;
+    * after (2) the sum and the mean row are relative to the new top, and do not know this block yet;
+    * after (3) or (4) they know it. Where there are lists of pairs, the softmax of the entropies is made of its list
+      in the end; where there are none, every block comes to (4), which rescales it and adds the block.
+
+    No pair ever adds more than 1 to a sum, because no score is above the top.
+    """
+    num, scale, ratio = len(x_BD), wanted.scale, wanted.ratio
     low = pairs.depth(wanted.num_codes, x_BD.dtype) / scale
-    out = Mixed(
+    out = LocalMixture(
         row_B=torch.zeros(num, dtype=torch.int64, device=x_BD.device),
         score_B=x_BD.new_full((num,), LOWEST),
         soft=Softmax.empty(x_BD),
         sum_BD=x_BD.new_zeros((num, values_kD.shape[1])),
-        sharp=None if sharper is None else Softmax.empty(x_BD),
+        entropy_soft=None if ratio is None else Softmax.empty(x_BD),
     )
-    few, sharp_few = Collector(num), Collector(num)
+    kept, entropy_kept = Collector(num), Collector(num)
     buffer, spare, low_p = scan.Buffer(), scan.Buffer(), scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, len(keys.keys_kD), wanted.budget):
         s_br = scan.scores(x_BD[tokens], keys, rows, buffer)
         peak_bL = scan.line_peaks(s_br)
         top_b = out.score_B[tokens]
         before_b = top_b.clone()
-        scan.raise_best(s_br, peak_bL, rows.start, top_b, out.row_B[tokens])
-        fall_b = (before_b - top_b) * scale
-        shrink_b = out.soft.fall(tokens, fall_b)
+        scan.update_best(s_br, peak_bL, rows.start, top_b, out.row_B[tokens])  # (1)
+        delta_b = (before_b - top_b) * scale
+        shrink_b = out.soft.rescale(tokens, delta_b)  # (2)
         out.sum_BD[tokens] *= shrink_b[:, None]
-        if sharper is not None and sparse:
-            found = pairs.find(s_br, peak_bL, top_b - low / sharper)
-            if not sharp_few.add(found, tokens.start, rows.start):
+        if ratio is not None and sparse:
+            found = pairs.find(s_br, peak_bL, top_b - low / ratio)
+            if not entropy_kept.add(found, tokens.start, rows.start):
                 return None
-        if sparse and _few(s_br, peak_bL, top_b - low, few, out, tokens, rows, values_kD, scale):
+        if sparse and _by_pairs(s_br, peak_bL, top_b - low, kept, out, tokens, rows, values_kD, scale):  # (3)
             continue
-        out.dense.append((tokens, rows))
-        # The best so far is the maximum so far: both softmaxes are kept relative to it.
+        out.dense.append((tokens, rows))  # (4)
         l_br = s_br.sub_(top_b[:, None]).mul_(scale)
-        if sharper is not None and not sparse and out.sharp is not None:
-            _sharpen(l_br, out.sharp, tokens, fall_b * sharper, sharper, spare)
+        if ratio is not None and not sparse and out.entropy_soft is not None:
+            _add_entropy_block(l_br, out.entropy_soft, tokens, delta_b * ratio, ratio, spare)
         p_br = exp2_(l_br)
         out.soft.sum_B[tokens] += p_br.sum(1)
         p_br = operand(p_br, wanted.products, low_p)
         add_product(out.sum_BD[tokens], p_br, values_kD[rows], wanted.products)
-    out.few = few.close(x_BD)
-    if sharper is not None and sparse:
-        out.sharp_few, out.sharp = _sharp_state(sharp_few.close(x_BD), out.score_B, scale * sharper, low / sharper)
+    out.pairs = kept.close(x_BD)
+    if ratio is not None and sparse:
+        every = entropy_kept.close(x_BD)
+        out.entropy_pairs, out.entropy_soft = _entropy_state(every, out.score_B, scale * ratio, low / ratio)
     return out
 
 
-def _few(
+def _by_pairs(
     s_br: Tensor,
     peak_bL: Tensor,
     floor_b: Tensor,
-    few: Collector,
-    out: Mixed,
+    kept: Collector,
+    out: LocalMixture,
     tokens: slice,
     rows: slice,
     values_kD: Tensor,
@@ -166,7 +188,7 @@ def _few(
     if int((peak_bL < floor_b[:, None]).sum()) < (1.0 - SPARSE_LINES) * peak_bL.numel():
         return False
     found = pairs.find(s_br, peak_bL, floor_b)
-    if len(found[0]) > SPARSE_PAIRS * s_br.numel() or not few.add(found, tokens.start, rows.start):
+    if len(found[0]) > SPARSE_PAIRS * s_br.numel() or not kept.add(found, tokens.start, rows.start):
         return False
     here = Pairs(*found, num_tokens=len(s_br))
     p_P = torch.exp2((here.score_P - out.score_B[tokens][here.token_P]) * scale)
@@ -175,46 +197,51 @@ def _few(
     return True
 
 
-def _sharpen(l_br: Tensor, sharp: Softmax, tokens: slice, fall_b: Tensor, sharper: float, spare: scan.Buffer) -> None:
-    """Add a dense block to the second softmax; `l_br` is relative to the top, and is left as it is."""
-    sharp.fall(tokens, fall_b)
-    q_br = torch.mul(l_br, sharper, out=spare.view(l_br, *l_br.shape))
+def _add_entropy_block(
+    l_br: Tensor, soft: Softmax, tokens: slice, delta_b: Tensor, ratio: float, spare: scan.Buffer
+) -> None:
+    """Rescale the softmax of the entropies and add a dense block; `l_br` is relative to the top, and stays as it is."""
+    soft.rescale(tokens, delta_b)
+    q_br = torch.mul(l_br, ratio, out=spare.view(l_br, *l_br.shape))
     below_br = q_br.clone()
     exp2_(q_br)
-    sharp.sum_B[tokens] += q_br.sum(1)
-    sharp.excess_B[tokens] += q_br.mul_(below_br).sum(1)
+    soft.sum_B[tokens] += q_br.sum(1)
+    soft.excess_B[tokens] += q_br.mul_(below_br).sum(1)
 
 
-def _sharp_state(found: Pairs, score_B: Tensor, scale: float, low: float) -> tuple[Pairs, Softmax]:
-    """The pairs that still count below the last best score, and the second softmax, which is theirs alone."""
+def _entropy_state(found: Pairs, score_B: Tensor, scale: float, low: float) -> tuple[Pairs, Softmax]:
+    """The pairs that still count below the last best score, and the softmax of the entropies, which is theirs alone."""
     found = found.take((found.score_P < score_B[found.token_P] - low).logical_not_())
     below_P = (found.score_P - score_B[found.token_P]) * scale
     q_P = torch.exp2(below_P)
     return found, Softmax(found.sums(q_P), found.sums(q_P * below_P))
 
 
-def column_sums(x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, wanted: Wanted) -> Tensor:
-    """sum_n q_nj of the rows of this rank, q the softmax at T / sharper: log2 q = (score - best score) scale - log."""
+def column_sums(
+    x_BD: Tensor, keys: Keys, mixed: LocalMixture, score_B: Tensor, log_B: Tensor, wanted: Wanted
+) -> Tensor:
+    """sum_n q_nj of the rows of this rank, at the entropy temperature: log2 q = (score - best score) scale - log."""
     num_rows = len(keys.keys_kD)
-    if mixed.sharp_few is not None:
-        return mixed.sharp_few.columns(_probability(mixed.sharp_few, wanted.sharp_scale, score_B, log_B), num_rows)
+    if mixed.entropy_pairs is not None:
+        few = mixed.entropy_pairs
+        return few.columns(_probability(few, wanted.entropy_scale, score_B, log_B), num_rows)
     out_k, buffer = x_BD.new_zeros(num_rows), scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, num_rows, wanted.budget):
-        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, wanted.sharp_scale)
+        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, wanted.entropy_scale)
         out_k[rows] += exp2_(l_br.sub_(log_B[tokens, None])).sum(0)
     return out_k
 
 
 def row_means(
-    x_BD: Tensor, keys: Keys, mixed: Mixed, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
+    x_BD: Tensor, keys: Keys, mixed: LocalMixture, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
 ) -> Tensor:
     """sum_j q_nj weight_j over the rows of this rank, with q as in `column_sums`: B numbers."""
-    if mixed.sharp_few is not None:
-        few = mixed.sharp_few
-        return few.sums(_probability(few, wanted.sharp_scale, score_B, log_B) * weight_k[few.row_P])
+    if mixed.entropy_pairs is not None:
+        few = mixed.entropy_pairs
+        return few.sums(_probability(few, wanted.entropy_scale, score_B, log_B) * weight_k[few.row_P])
     out_B, buffer = x_BD.new_zeros(len(x_BD)), scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, len(weight_k), wanted.budget):
-        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, wanted.sharp_scale)
+        l_br = relative(x_BD, keys, tokens, rows, buffer, score_B, wanted.entropy_scale)
         out_B[tokens] += exp2_(l_br.sub_(log_B[tokens, None])) @ weight_k[rows]
     return out_B
 
