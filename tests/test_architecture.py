@@ -212,3 +212,17 @@ def test_no_path_of_one_machine():
         if path.suffix in (".py", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".md", ".cfg") and path.is_file():
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 assert not somewhere.search(line), f"{name}:{number}: {line.strip()}"
+
+
+def test_every_rule_of_the_design_names_a_test_that_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "vqscale" / "README.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {test}"
+
+
+def test_the_map_of_the_design_has_every_room():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "vqscale" / "README.md").read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)/`", row)}
+    rooms = {path.parent.name for path in (ROOT / "vqscale").glob("*/__init__.py")}
+    assert named - {"signals"} == rooms - {"signals"}, sorted(named ^ rooms)
