@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from whole import CODES, GRIDS, close, engine_gradient, mine, normal, put, table
 
 import vqscale
-from vqscale.codes.config import HeadConfig
 from vqscale.codes.heads import dense, passes
+from vqscale.codes.heads.config import FlatConfig
 from vqscale.codes.heads.flat import Head
 from vqscale.codes.rows import Rows, draw, set_aside
 from vqscale.config import parse
@@ -395,12 +395,12 @@ def test_no_tokens_are_no_loss():
 
 
 def test_a_head_is_made_from_its_settings():
-    config = parse(HeadConfig, {"embedding": "codebook", "products": "bf16", "scan_mib": 3})
+    config = parse(FlatConfig, {"embedding": "codebook", "products": "bf16", "scan_mib": 3})
     head = Head.from_config(config, 13, DIM, Mesh(), seed=1, feature_dim=4)
     assert (head.embedding, head.products, head.outputs.budget) == ("codebook", "bf16", 3 * 2**20)
     assert head.map.weight.shape == (DIM, 4)
-    assert not hasattr(Head.from_config(HeadConfig(), 13, DIM, Mesh(), seed=1, feature_dim=4), "map")
-    problems = dict(HeadConfig(init_scale=-1.0, output_scale=0.5, scan_mib=0).problems())
+    assert not hasattr(Head.from_config(FlatConfig(), 13, DIM, Mesh(), seed=1, feature_dim=4), "map")
+    problems = dict(FlatConfig(init_scale=-1.0, output_scale=0.5, scan_mib=0).problems())
     assert set(problems) == {"init_scale", "output_scale", "scan_mib"}
 
 

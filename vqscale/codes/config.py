@@ -10,7 +10,6 @@ from vqscale.config import Free
 
 SimilarityName = Literal["dot", "euclid", "cosine"]  # the keys of similarity.SIMILARITIES
 Init = Literal["normal", "uniform", "data"]
-Embedding = Literal["rows", "tied", "codebook"]
 Products = Literal["fp32", "bf16"]
 
 
@@ -66,31 +65,3 @@ class TableConfig(UpkeepConfig):
         for key in ("num_codes", "dim", "scan_mib"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}: use at least 1"
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """The vocabulary of a prior: what an id looks like to the model, and how logits are made."""
-
-    embedding: Embedding = "rows"
-    """rows: a learned vector per id; tied: the output rows; codebook: the code's frozen vector, through a linear map"""
-    init_scale: float = 0.02
-    """first embeddings are N(0, init_scale^2); output rows begin at zero, unless they are the embeddings (tied)"""
-    output_scale: float = 0.0
-    """embedding codebook: output rows begin as the codes' vectors in a random frame, times this; 0: at zero"""
-    products: Products = "fp32"
-    """precision of the products of tokens with rows in training; sums and gradients of rows are float32 in both"""
-    scan_mib: Free[int] = 64
-    """memory of the blocks in which tokens meet rows, MiB per process"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        if self.init_scale < 0:
-            yield "init_scale", f"init_scale is {self.init_scale}, the scale of the first rows: use 0 or more"
-        if self.output_scale < 0 or (self.output_scale and self.embedding != "codebook"):
-            yield (
-                "output_scale",
-                f"output_scale is {self.output_scale} with embedding: {self.embedding}, and scales the codes' vectors, "
-                "which only embedding: codebook has: use 0, or a positive scale with embedding: codebook",
-            )
-        if self.scan_mib < 1:
-            yield "scan_mib", f"scan_mib is {self.scan_mib}: use at least 1"

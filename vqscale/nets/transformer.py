@@ -3,7 +3,7 @@ priors of IBQ (2412.02692).
 
 RMSNorm before each part, SwiGLU, no biases, rotary embedding over the sides of the grid, and with `adaln` scales,
 shifts and gates made of the class. The residual stream and all norms are float32 under autocast. Not here: ids and
-their number, which is the head's (codes/heads/flat.py), the order in which tokens are made, and losses.
+their number, which is the head's (codes/heads), the order in which tokens are made, and losses.
 
 B sequences of T tokens of D numbers, S heads of d numbers, P tokens of prefix before those of the grid.
 """

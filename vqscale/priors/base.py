@@ -1,6 +1,6 @@
 """What every prior has: the interface, its vocabulary and condition, guidance, and how it is found and left on disk.
 
-A prior is called with this rank's images and talks to nobody; its head does (codes/heads/flat.py). All ranks of a code
+A prior is called with this rank's images and talks to nobody; its head does (codes/heads/base.py). All ranks of a code
 group have the same number of images. Not here: how ids are modelled (one file each), and training (train/prior.py).
 """
 
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale import config as configuration
-from vqscale.codes import tally
-from vqscale.codes.heads.flat import Head
+from vqscale.codes import heads, tally
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import conditions
@@ -61,7 +60,7 @@ class Prior(nn.Module, ABC):
         self.config = config
         self.card: dict[str, Any] = {}
         chosen = derive(seed, "ids")
-        self.head = Head.from_config(
+        self.head = heads.build(
             config.head, config.num_codes, net.width, self.mesh, seed=chosen, feature_dim=config.feature_dim
         )
         condition = conditions.build(config, net)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from vqscale.codes.config import HeadConfig
+from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.config import OneOf
 from vqscale.nets.config_transformer import TransformerConfig
 
@@ -154,7 +154,7 @@ class IdsConfig:
     """weight of the squared log-normaliser, in training only; keeps logits near zero"""
     feature_dim: int | None = None
     """dimension of the tokenizer's codes; with head.embedding: codebook, and with no other"""
-    head: HeadConfig = field(default_factory=HeadConfig)
+    head: HeadConfig = field(default_factory=FlatConfig)
     """embedding of the ids and logits over all of them; split over mesh.codes"""
 
     @property
@@ -174,11 +174,12 @@ class IdsConfig:
             yield "label_smoothing", f"label_smoothing is {self.label_smoothing}: use a share from 0 to below 1"
         if self.z_loss < 0:
             yield "z_loss", f"z_loss is {self.z_loss}, a weight: use 0 or more"
-        if (self.feature_dim is None) == (self.head.embedding == "codebook"):
+        if (self.feature_dim is None) == self.head.wants_features:
+            takes = "takes" if self.head.wants_features else "takes no"
             yield (
                 "feature_dim",
-                f"feature_dim is {self.feature_dim} with head.embedding: {self.head.embedding}; give the dimension of "
-                "the tokenizer's codes with embedding: codebook, and null with the others",
+                f"feature_dim is {self.feature_dim}, and this head {takes} vectors of the tokenizer's codes; give "
+                "their dimension with head.embedding: codebook, and null with the others",
             )
 
 

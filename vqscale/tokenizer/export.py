@@ -39,6 +39,7 @@ BLOCK_BYTES = 16 << 20
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # These change how fast and in how much memory something is computed, not what.
 NOT_IDENTITY = ("scan_mib", "checkpointing")
+UNNAMED = ("flat",)  # was the only head when its settings had no name
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def _identity(value: Any) -> Any:
     if is_config(value):
         keys = fields_of(value.__class__)
         chosen = {key: getattr(value, key) for key in keys if key not in NOT_IDENTITY}
-        return {key: _identity(x) for key, x in chosen.items() if key == "name" or x != keys[key].default}
+        told = {key for key, x in chosen.items() if x != keys[key].default or (key == "name" and x not in UNNAMED)}
+        return {key: _identity(x) for key, x in chosen.items() if key in told}
     return [_identity(item) for item in value] if isinstance(value, tuple) else value
 
 

@@ -55,11 +55,13 @@ class PriorRun:
     """how the processes are laid out"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if (self.tokenizer is None) == (self.prior.head.embedding == "codebook"):
+        wants = self.prior.head.wants_features
+        if (self.tokenizer is None) == wants:
+            takes = "takes" if wants else "takes no"
             yield (
                 "tokenizer",
-                f"tokenizer is {self.tokenizer} with prior.head.embedding: {self.prior.head.embedding}; give the "
-                "folder of the tokenizer with embedding: codebook, and null with the others",
+                f"tokenizer is {self.tokenizer}, and the head of the prior {takes} vectors of its codes; give the "
+                "folder of the tokenizer with prior.head.embedding: codebook, and null with the others",
             )
         yield from check_compile(self.run, self.engine)
 

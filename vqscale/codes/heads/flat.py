@@ -1,4 +1,4 @@
-"""Head: the vocabulary of a prior, K rows of D numbers split over the ranks of the code axis; logits are not sent.
+"""Head: the flat vocabulary of a prior, K rows of D numbers split over the ranks of the code axis; logits are not sent.
 
 What has K in its shape in a prior are two tables, of its inputs and of its outputs. Both are Codebooks, so the rows are
 drawn, kept apart from the module, stepped and saved as a codebook's are. Traffic is as a codebook's: the tokens of the
@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqscale.codes.codebook import SCAN_MIB, Codebook
-from vqscale.codes.config import Embedding, HeadConfig, Products
+from vqscale.codes.config import Products
 from vqscale.codes.heads import draw, passes
+from vqscale.codes.heads.base import Losses, Vocabulary
+from vqscale.codes.heads.config import Embedding, FlatConfig
 from vqscale.codes.merge import full_precision, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
@@ -34,7 +36,7 @@ from vqscale.seed import derive
 FEATURES_AT_ONCE = 4096  # ids whose codebook vectors are asked for at a time
 
 
-class Head(nn.Module):
+class Head(Vocabulary):
     """Embedding, loss and sampling over `num_codes` ids for a model of width `dim`. `mesh` None is one process.
 
     `embedding` says what an id looks like to the model:
@@ -91,11 +93,12 @@ class Head(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: HeadConfig, num_codes: int, dim: int, mesh: Mesh, *, seed: int, feature_dim: int | None = None
+        cls, config: FlatConfig, num_codes: int, dim: int, mesh: Mesh, *, seed: int, feature_dim: int | None = None
     ) -> Head:
         """The head of a prior's settings; `feature_dim` counts with embedding: codebook only."""
-        wanted = feature_dim if config.embedding == "codebook" else None
-        return cls(num_codes, dim, mesh, seed=seed, feature_dim=wanted, **asdict(config))
+        wanted = feature_dim if config.wants_features else None
+        settings = {key: value for key, value in asdict(config).items() if key != "name"}
+        return cls(num_codes, dim, mesh, seed=seed, feature_dim=wanted, **settings)
 
     @property
     def rows(self) -> nn.Parameter:
@@ -226,14 +229,6 @@ def _check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis
             f"{what} must be in {lowest} .. {num_codes - 1}, for the head has {num_codes} codes, but they go from "
             f"{-least} to {most}: give ids of the tokenizer that the head was built for"
         )
-
-
-class Losses(NamedTuple):
-    """Of each token: what is to be minimised, and without gradient its parts."""
-
-    whole_N: Tensor
-    cross_entropy_N: Tensor  # with the target alone
-    square_N: Tensor  # of the log-normaliser, which z_loss weighs
 
 
 @dataclass(frozen=True)

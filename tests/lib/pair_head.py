@@ -1,0 +1,72 @@
+"""A second head in one file, as somebody would add it: an id is two digits, each with a flat head of its own.
+
+p(id | h) = p(high | h) p(low | h), with id = high * lows + low.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from vqscale.codes import noise
+from vqscale.codes.heads.base import Losses, Vocabulary
+from vqscale.codes.heads.config import HeadSettings
+from vqscale.codes.heads.flat import Head
+from vqscale.seed import derive
+
+LINE = {"pair": f"{__name__}:PairConfig"}  # of HEADS
+
+
+@dataclass(frozen=True)
+class PairConfig(HeadSettings):
+    """Two digits."""
+
+    module: ClassVar[str] = f"{__name__}:Pair"
+    name: Literal["pair"] = "pair"
+    """which head"""
+    lows: int = 4
+    """values of the low digit; num_codes is a multiple of it"""
+
+
+class Pair(Vocabulary):
+    def __init__(self, config, num_codes, dim, mesh, seed):
+        super().__init__()
+        self.num_codes, self.dim, self.lows = num_codes, dim, config.lows
+        self.high = Head(num_codes // config.lows, dim, mesh, seed=derive(seed, "high"), scan_mib=config.scan_mib)
+        self.low = Head(config.lows, dim, mesh, seed=derive(seed, "low"), scan_mib=config.scan_mib)
+
+    @classmethod
+    def from_config(cls, config, num_codes, dim, mesh, *, seed, feature_dim=None):
+        return cls(config, num_codes, dim, mesh, seed)
+
+    def digits(self, ids, nobody=-1):
+        """(high, low); `nobody` stays what it is."""
+        low = torch.where(ids == nobody, nobody, ids % self.lows)
+        return torch.where(ids == nobody, nobody, ids.div(self.lows, rounding_mode="floor")), low
+
+    def embed(self, ids):
+        high, low = self.digits(ids)
+        return self.high.embed(high) + self.low.embed(low)
+
+    def losses(self, h_ND, targets_N, *, label_smoothing=0.0, z_loss=0.0, ignore=-1):
+        parts = [
+            head.losses(h_ND, digit_N, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore)
+            for head, digit_N in zip((self.high, self.low), self.digits(targets_N, ignore), strict=True)
+        ]
+        return Losses(*(one + other for one, other in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def sample(self, h_ND, keys_N, *, temperature=1.0, top_k=0, top_p=1.0, unguided_ND=None, guidance=1.0):
+        rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        rule |= {"unguided_ND": unguided_ND, "guidance": guidance}
+        high_N = self.high.sample(h_ND, noise.keys(0, keys_N), **rule)
+        return high_N * self.lows + self.low.sample(h_ND, noise.keys(1, keys_N), **rule)
+
+
+def register():
+    """What the line in HEADS does, in a process of its own."""
+    from vqscale.codes.heads import HEADS
+
+    HEADS.update(LINE)

@@ -1,0 +1,89 @@
+"""What a prior asks of its head, a vocabulary: vectors of ids, a loss of ids given vectors, ids drawn given vectors.
+
+The trunk gives h_ND, one vector of width `dim` for each of this rank's N positions, and gets vectors of that width for
+ids. What has K in its shape is the head's: tables (Codebook) as children, which are drawn, set aside, stepped and saved
+as a codebook's are. Everything else in it is a replicated parameter like those of the trunk. All of it is collective,
+and N is the same on all ranks of a code group. How K codes are written as tables (one, digits, bits) is nobody else's
+business. Not here: which positions are modelled, in what order, and how guidance changes over them (priors/).
+
+The ids of a position are one number, or `num_ids` of them along a last axis: "ids_N" below is (N,) or (N, num_ids).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor, nn
+
+from vqscale.parallel.mesh import Mesh
+
+
+class Losses(NamedTuple):
+    """Of each token: what is to be minimised, and without gradient its parts."""
+
+    whole_N: Tensor
+    cross_entropy_N: Tensor  # with the target alone
+    square_N: Tensor  # of the log-normaliser, which z_loss weighs
+
+
+class Vocabulary(nn.Module, ABC):
+    """Embedding, loss and drawing over `num_codes` ids for a trunk of width `dim`."""
+
+    num_codes: int
+    dim: int
+    num_ids: int = 1
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls, config: Any, num_codes: int, dim: int, mesh: Mesh, *, seed: int, feature_dim: int | None = None
+    ) -> Self:
+        """The head of its settings. First values follow from the seed, whatever the number of ranks.
+
+        `feature_dim` is there where `config.wants_features`, and may be there elsewhere.
+        """
+
+    def set_features(self, decode: Callable[[Tensor], Tensor]) -> None:
+        """Take the frozen vectors of the codes from ids_N -> z_NF, a quantizer's `decode`; once, before training.
+
+        For heads whose settings say wants_features. What is taken is saved with the head.
+        """
+        raise AssertionError(f"{type(self).__name__} takes no vectors of codes")
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """The vectors of ids of any shape (*shape, then num_ids where there are several): (*shape, dim).
+
+        The id -1 is nobody: zeros. ValueError on all ranks of the code group for others outside 0 .. K - 1.
+        """
+
+    @abstractmethod
+    def losses(
+        self, h_ND: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore: int = -1
+    ) -> Losses:
+        """-log p(target | h) of each position in nats, and with it what the regularisers add; 0 at `ignore`.
+
+        label_smoothing e mixes the target with the uniform distribution, z_loss adds the squared log-normaliser: where
+        a head has several distributions, of each. ValueError on all ranks for targets outside 0 .. K - 1.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        h_ND: Tensor,
+        keys_N: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        unguided_ND: Tensor | None = None,
+        guidance: float | Tensor = 1.0,
+    ) -> Tensor:
+        """ids_N drawn from p(. | h): guidance, then temperature (0 is the likeliest), top-k, top-p; no gradient.
+
+        keys_N (noise.keys) decide the random numbers: the same key and h give the same ids on any number of ranks and
+        in any batch, but where two candidates are within rounding. Guidance s, a number or one per position, leads away
+        from what h would be without condition, `unguided_ND`: logits u + s (c - u).
+        """
