@@ -110,7 +110,7 @@ def _kept(codes):
     for top_k, top_p in SETS:
         for restrict.CANDIDATES in (1024, 0):
             logits = integers(30, 50, seed=1, most=2)[:, layout.start : layout.stop].clone()
-            restrict.apply_(logits, restrict.restrict(logits, top_k, top_p, 50, mesh.codes), mesh.codes)
+            restrict.mask_(logits, restrict.keep(logits, top_k, top_p, 50, mesh.codes), mesh.codes)
             out[top_k, top_p, restrict.CANDIDATES] = logits
     restrict.CANDIDATES = 1024
     return out
@@ -162,7 +162,7 @@ def test_bisection_finds_numbers_of_every_size_to_the_bit(dtype):
     assert (order.diff() >= 0).all()
     assert (order.diff() > 0).sum() == 7
     for num in range(1, 10):
-        value, above = restrict._lowest(numbers, None, torch.tensor([num]).double(), Axis("codes"))
+        value, above = restrict._threshold(numbers, None, torch.tensor([num]).double(), Axis("codes"))
         assert value == numbers[0, 9 - num]
         assert above == (numbers > value).sum()
 

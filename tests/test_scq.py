@@ -8,17 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import simplex_dense as dense
 import torch
 import torch.nn.functional as F
 from whole import CODES, GRIDS, close, engine_gradient, mine, normal, put
 
 from vqscale import quantizers
-from vqscale.codes.convex import exact, relaxed
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.convex import dense, exact, relaxed
 from vqscale.config import ConfigError
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers import QUANTIZERS
 from vqscale.quantizers.base import Quantizer
 from vqscale.quantizers.scq import SCQ, WEIGHT_BITS
 
@@ -309,7 +308,6 @@ def test_z_is_no_code_and_ids_are_rows():
     assert float((out.z.detach() - x).norm()) < float((quantizer.decode(out.ids) - x).norm())
     assert Quantizer.exact_decode
     assert SCQ.exact_decode is False
-    assert QUANTIZERS["scq"].endswith(":SCQ")
 
 
 def test_many_equal_rows_end_with_a_residual_that_says_so():
@@ -371,3 +369,13 @@ def test_65536_codes_in_little_memory(ranks, codes, solver):
         assert stats.get("residual", 0.0) < exact.TOLERANCE[torch.float32]
     z = torch.cat([part for _, part, _ in results])
     assert z.shape == (256, 16)
+
+
+def test_the_example_of_three_codes():
+    """The numbers at the top of exact.py."""
+    codebook = put(Codebook(3, 1, similarity="euclid"), torch.tensor([[0.0], [1.0], [3.0]]).double())
+    z, entries, solution = exact.combine(torch.tensor([[1.9]]).double(), codebook, 0.1)
+    assert solution.support.ids_Ns.tolist() == [[1, 2]]
+    assert solution.support.weight_Ns[0].tolist() == pytest.approx([1.2 / 2.1, 0.9 / 2.1])
+    assert len(entries) == 2
+    assert float(z.detach()) == pytest.approx(1.857, abs=1e-3)

@@ -5,37 +5,36 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import simplex_dense
 import torch
 from whole import CODES, close, integers, normal, put
 
 from vqscale.codes import scan
 from vqscale.codes.codebook import Codebook
-from vqscale.codes.convex import active_set, simplex
+from vqscale.codes.convex import active_set, dense, simplex
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
 TOKENS, DIM = 24, 5
-# K, bytes for blocks: one code, fewer than ranks, fewer than stripes, not divisible, many blocks
+# K, bytes for blocks: one code, fewer than ranks, fewer than residue classes, not divisible, many blocks
 SIZES = [(1, 2**26), (3, 2**26), (13, 2**26), (517, 1), (1000, 200_000)]
 SCALES = [1e-4, 0.1, 1.0, 30.0]
 KINDS = [torch.float32, torch.float64]
 
 
 def _case(num_codes, scale, dtype=torch.float64):
-    """(rows, u of all tokens, hot codes)."""
-    hot = torch.randint(num_codes, (TOKENS,), generator=torch.Generator().manual_seed(2))
-    return normal(num_codes, DIM, seed=1).to(dtype), scale * normal(TOKENS, DIM, seed=3), hot
+    """(rows, u of all tokens, nearest codes)."""
+    nearest = torch.randint(num_codes, (TOKENS,), generator=torch.Generator().manual_seed(2))
+    return normal(num_codes, DIM, seed=1).to(dtype), scale * normal(TOKENS, DIM, seed=3), nearest
 
 
 def _projected(codes, dtype):
     mesh, out = Mesh(1, codes), {}
     for num_codes, budget in SIZES:
         for scale in SCALES:
-            rows, u, hot = _case(num_codes, scale, dtype)
+            rows, u, nearest = _case(num_codes, scale, dtype)
             codebook = put(Codebook(num_codes, DIM, mesh=mesh), rows)
             codebook.budget = budget
-            entries = simplex.project(u, hot, (u * rows[hot].double()).sum(1), codebook)
+            entries = simplex.project(u, nearest, (u * rows[nearest].double()).sum(1), codebook)
             part = torch.zeros(TOKENS, codebook.layout.count, dtype=torch.float64)
             part[entries.token_E, entries.row_E] = entries.weight_E
             assert int((part > 0).sum()) == len(entries)
@@ -49,9 +48,9 @@ def test_project_is_the_one_by_sorting(ranks, codes, dtype):
     results = ranks(codes, _projected, codes, dtype)
     for num_codes, _ in SIZES:
         for scale in SCALES:
-            rows, u, hot = _case(num_codes, scale, dtype)
-            score = u @ rows.double().t() + torch.nn.functional.one_hot(hot, num_codes)
-            expected = simplex_dense.project(score)
+            rows, u, nearest = _case(num_codes, scale, dtype)
+            score = u @ rows.double().t() + torch.nn.functional.one_hot(nearest, num_codes)
+            expected = dense.project(score)
             got = [result[num_codes, scale] for result in results]
             p = torch.cat([part for part, _ in got], dim=1)
             # the search is in the rows' precision, the weights on what it found are float64
@@ -66,19 +65,20 @@ def test_project_is_the_one_by_sorting(ranks, codes, dtype):
 
 
 def test_a_projection_of_a_point_of_the_simplex_is_the_point():
-    _, _, hot = _case(13, 1.0)
-    entries = simplex.project(torch.zeros(TOKENS, DIM).double(), hot, torch.zeros(TOKENS).double(), Codebook(13, DIM))
+    _, _, nearest = _case(13, 1.0)
+    nothing = torch.zeros(TOKENS, DIM).double()
+    entries = simplex.project(nothing, nearest, nothing[:, 0], Codebook(13, DIM))
     assert torch.equal(entries.weight_E, torch.ones(TOKENS, dtype=torch.float64))
-    assert torch.equal(entries.row_E[entries.token_E.argsort()], hot)
+    assert torch.equal(entries.row_E[entries.token_E.argsort()], nearest)
 
 
-def _stripes(codes):
+def _residues(codes):
     mesh, out = Mesh(1, codes), {}
     for num_codes, budget in SIZES:
         for make in (normal, integers):
             codebook = put(Codebook(num_codes, DIM, mesh=mesh), make(num_codes, DIM, seed=1).double())
             codebook.budget = budget
-            out[num_codes, make.__name__] = simplex.best_in_stripes(
+            out[num_codes, make.__name__] = simplex.best_of_residues(
                 make(TOKENS, DIM, seed=3).double(), codebook, _without(num_codes)
             )
     return out
@@ -91,8 +91,8 @@ def _without(num_codes):
 
 
 @pytest.mark.parametrize("codes", CODES)
-def test_the_best_in_every_stripe_whatever_the_split(ranks, codes):
-    results = ranks(codes, _stripes, codes)
+def test_the_best_of_every_residue_class_whatever_the_split(ranks, codes):
+    results = ranks(codes, _residues, codes)
     for num_codes, _ in SIZES:
         for make in (normal, integers):
             score = make(TOKENS, DIM, seed=3).double() @ make(num_codes, DIM, seed=1).double().t()
@@ -100,14 +100,14 @@ def test_the_best_in_every_stripe_whatever_the_split(ranks, codes):
                 score[token, ids[ids >= 0]] = scan.LOWEST
             for result in results:
                 value, ids = result[num_codes, make.__name__]
-                for stripe in range(simplex.STRIPES):
-                    of = torch.arange(num_codes)[stripe :: simplex.STRIPES]
+                for residue in range(simplex.RESIDUES):
+                    of = torch.arange(num_codes)[residue :: simplex.RESIDUES]
                     best = score[:, of].amax(1) if len(of) else score.new_full((TOKENS,), scan.LOWEST)
-                    close(value[:, stripe], best, 1e-12)
+                    close(value[:, residue], best, 1e-12)
                     none = best == scan.LOWEST
-                    assert (ids[none, stripe] == num_codes).all()
-                    there = ids[~none, stripe]
-                    assert (there % simplex.STRIPES == stripe).all()
+                    assert (ids[none, residue] == num_codes).all()
+                    there = ids[~none, residue]
+                    assert (there % simplex.RESIDUES == residue).all()
                     close(score[~none].gather(1, there[:, None])[:, 0], best[~none], 1e-12)
 
 
@@ -116,7 +116,7 @@ def _bytes(codes):
     for num_codes in (2**8, 2**12, 2**16):
         codebook = Codebook(num_codes, DIM, mesh=mesh)
         with ops.count_bytes() as sent:
-            simplex.best_in_stripes(torch.zeros(TOKENS, DIM), codebook, torch.zeros(TOKENS, 1, dtype=torch.int64))
+            simplex.best_of_residues(torch.zeros(TOKENS, DIM), codebook, torch.zeros(TOKENS, 1, dtype=torch.int64))
         out[num_codes] = dict(sent)
     return out
 
@@ -125,7 +125,7 @@ def _bytes(codes):
 def test_candidates_cost_24_bytes_whatever_K(ranks):
     for sent in ranks(2, _bytes, 2):
         # a score in float32 and an id, all-reduced by two ranks: what is there, once
-        assert set(map(str, sent.values())) == {str({"codes": TOKENS * simplex.STRIPES * 12})}
+        assert set(map(str, sent.values())) == {str({"codes": TOKENS * simplex.RESIDUES * 12})}
 
 
 def _programs(num, size, dim, lam, seed=1):

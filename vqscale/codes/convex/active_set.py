@@ -5,7 +5,8 @@
 Codes enter where the slope is lower than on the support, the equality-constrained minimum on the support is a Cholesky
 solve, and a step towards it stops where a weight would fall below zero: that code leaves. Every step lowers the
 objective, so no support comes twice and the answer is exact up to rounding, after about as many solves as codes enter
-and leave. Arithmetic is float64: the problems are small and their conditioning is |c|^2 / lam.
+and leave. Arithmetic is float64: the problems are small and their conditioning is |c|^2 / lam. Suffixes: N programs, n
+those not solved yet, s codes of each.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TURNS = 400  # a bound that only rounding can reach; what is left of the slope then shows in the residual
+STEPS = 400  # a bound that only rounding can reach; what is left of the slope then shows in the residual
 ROUNDING = 1e-14  # of the largest entry of A: a slope that is lower by less is not lower
+# Better codes enter together where that helps. Where none of them got a weight, the best one is tried alone; where that
+# gets none either, what it promised was rounding, and the program is solved.
+ALL, BEST, NONE = 2, 1, 0
 
 
 @dataclass
@@ -30,7 +34,7 @@ class _State:
     inside_ns: Tensor  # the support; entries may just have entered with weight zero
     settled_n: Tensor  # p is the minimum on its support
     helped_n: Tensor  # a code that entered since p was last settled has a positive weight
-    patience_n: Tensor  # 2: all better codes enter; 1: the best alone, because together they did not help; 0: stop
+    entering_n: Tensor  # which codes enter at the next step: ALL, BEST or NONE
 
     def keep(self, which_n: Tensor) -> _State:
         return _State(**{name: value[which_n] for name, value in vars(self).items()})
@@ -43,11 +47,11 @@ def minimise(gram_Nss: Tensor, linear_Ns: Tensor, start_Ns: Tensor, allowed_Ns: 
     live_n = torch.arange(len(out_Ns), device=out_Ns.device)
     yes_n = torch.ones_like(live_n, dtype=torch.bool)
     state = _State(
-        gram_Nss, linear_Ns, allowed_Ns, start_Ns.clone(), start_Ns > 0, yes_n, yes_n, torch.full_like(live_n, 2)
+        gram_Nss, linear_Ns, allowed_Ns, start_Ns.clone(), start_Ns > 0, yes_n, yes_n, torch.full_like(live_n, ALL)
     )
-    for turn in range(TURNS):
+    for step in range(STEPS):
         entering_ns = _entering(state)
-        done_n = state.settled_n & ~entering_ns.any(1) if turn else torch.zeros_like(yes_n)
+        done_n = state.settled_n & ~entering_ns.any(1) if step else torch.zeros_like(yes_n)
         if bool(done_n.any()):
             out_Ns[live_n[done_n]] = state.p_ns[done_n]
             live_n, entering_ns, state = live_n[~done_n], entering_ns[~done_n], state.keep(~done_n)
@@ -67,8 +71,8 @@ def _entering(state: _State) -> Tensor:
     below_ns = torch.where(state.inside_ns | ~state.allowed_ns, 0.0, below_ns)
     better_ns = below_ns > ROUNDING * state.gram_nss.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
     best_ns = torch.zeros_like(better_ns).scatter_(1, below_ns.argmax(1, keepdim=True), True)
-    better_ns &= best_ns | (state.patience_n == 2)[:, None]
-    return better_ns & (state.settled_n & (state.patience_n > 0))[:, None]
+    better_ns &= best_ns | (state.entering_n == ALL)[:, None]
+    return better_ns & (state.settled_n & (state.entering_n > NONE))[:, None]
 
 
 def _step(state: _State) -> None:
@@ -84,8 +88,8 @@ def _step(state: _State) -> None:
     moved_ns = torch.where(state.inside_ns, moved_ns.clamp_min(0.0), 0.0)
     state.helped_n = state.helped_n | ((state.p_ns == 0) & (moved_ns > 0)).any(1)
     state.p_ns, state.settled_n = moved_ns, ~falling_ns.any(1)
-    left_n = torch.where(state.helped_n, 2, state.patience_n - 1)
-    state.patience_n = torch.where(broken_n, 0, torch.where(state.settled_n, left_n, state.patience_n))
+    next_n = torch.where(state.helped_n, ALL, state.entering_n - 1)  # ALL, BEST, NONE, in this order
+    state.entering_n = torch.where(broken_n, NONE, torch.where(state.settled_n, next_n, state.entering_n))
 
 
 def on_support(gram_nss: Tensor, linear_ns: Tensor, inside_ns: Tensor) -> Tensor:

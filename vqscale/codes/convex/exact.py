@@ -10,10 +10,21 @@ lowers the objective.
 Per pass and open token, D numbers (r), the ids of its support, 16 scores and ids, and D numbers per new code are sent;
 at the end the ids and weights of supports. K is in none of them, and nothing is tokens x K.
 
+Three codes on a line, c = 0, 1, 3, and the token x = 1.9 with lam = 0.1. The nearest is c_1, so P begins as (0, 1, 0)
+and r = 0.9. Scores c_j . r, with - lam (p_j - onehot_j) = 0 everywhere: 0, 0.9, 2.7; theta is that of the support, 0.9.
+Code 2 is better by 1.8 and enters. On {1, 2} the minimum has equal scores 1 r - lam (p_1 - 1) = 3 r - lam p_2 with
+r = 1.9 - p_1 - 3 p_2 and p_1 + p_2 = 1: p_2 = 0.9 / 2.1 = 0.43, r = 0.043, theta = 0.086. Code 0 scores 0: not
+better, so P = (0, 0.57, 0.43) and z = 1.86. On the support every score is theta, off it none is above: these are the
+KKT conditions.
+
 The solution is differentiated on its support S with onehot constant. With A = C_S C_S^T + lam I, an upstream gradient g
 of C P, v = (A^-1 - A^-1 1 1^T A^-1 / 1^T A^-1 1) C_S g and h = C_S^T v:
 
     dx = h,    dc_j = v_j r + p_j (g - h)
+
+Suffixes: N tokens of this rank; n those of them that are worked on (unsolved, or a chunk); B tokens of the code group;
+s slots of a support, slot 0 the nearest code's; q residue classes of ids; m new codes of a token; E entries, the pairs
+(token, local row) with a positive weight on this rank.
 """
 
 from __future__ import annotations
@@ -46,7 +57,7 @@ PASSES = 200
 
 @dataclass
 class Support:
-    """What n tokens of this rank are made of: s places each, the nearest code in place 0, id -1 where there is none."""
+    """What n tokens of this rank are made of: s slots each, the nearest code in slot 0, id -1 where there is none."""
 
     ids_Ns: Tensor
     weight_Ns: Tensor  # float64
@@ -55,8 +66,8 @@ class Support:
     def at(self, which_n: Tensor | slice) -> Support:
         return Support(self.ids_Ns[which_n], self.weight_Ns[which_n], self.rows_NsD[which_n])
 
-    def widened(self, places: int) -> Support:
-        more = max(0, places - self.ids_Ns.shape[1])
+    def widened(self, slots: int) -> Support:
+        more = max(0, slots - self.ids_Ns.shape[1])
         return Support(
             F.pad(self.ids_Ns, (0, more), value=-1),
             F.pad(self.weight_Ns, (0, more)),
@@ -70,7 +81,7 @@ class Support:
         return wide
 
     def trimmed(self) -> Support:
-        """Without the places whose weight is zero, but for place 0."""
+        """Without the slots whose weight is zero, but for slot 0."""
         keep_Ns = self.weight_Ns > 0
         keep_Ns[:, 0] = True
         order_Ns = torch.argsort((~keep_Ns).to(torch.uint8), dim=1, stable=True)[:, : int(keep_Ns.sum(1).amax())]
@@ -80,8 +91,8 @@ class Support:
 
     def put(self, which_n: Tensor, other: Support) -> Support:
         """These tokens with `other` in place of tokens `which_n`."""
-        places = max(self.ids_Ns.shape[1], other.ids_Ns.shape[1])
-        out, new = self.widened(places), other.widened(places)
+        slots = max(self.ids_Ns.shape[1], other.ids_Ns.shape[1])
+        out, new = self.widened(slots), other.widened(slots)
         out.ids_Ns[which_n], out.weight_Ns[which_n] = new.ids_Ns, new.weight_Ns
         out.rows_NsD[which_n] = new.rows_NsD
         return out
@@ -120,22 +131,22 @@ class _Slope:
 def solve(x_ND: Tensor, codebook: Codebook, lam: float) -> Solution:
     """The supports and weights of the tokens of this rank. A token that is not a number is its nearest code."""
     axis = codebook.axis
-    hot_N, _ = codebook.nearest(x_ND)
-    rows_ND = codebook.lookup(hot_N)
+    nearest_N, _ = codebook.nearest(x_ND)
+    rows_ND = codebook.lookup(nearest_N)
     open_N = torch.isfinite(x_ND).all(1)
     x_ND = torch.where(open_N[:, None], x_ND.to(rows_ND.dtype), rows_ND).double()
-    held = Support(hot_N[:, None], torch.ones_like(x_ND[:, :1]), rows_ND[:, None])
+    held = Support(nearest_N[:, None], torch.ones_like(x_ND[:, :1]), rows_ND[:, None])
     longest = simplex.longest(codebook)
     residual_N, passes = torch.zeros_like(x_ND[:, 0]), 0
     while passes < PASSES:
-        # Tokens that are done stay home; every rank sends as many as the one with the most, supports as wide.
+        # Tokens that are done are not sent; every rank sends as many as the one with the most, supports as wide.
         sizes = torch.stack([open_N.sum(), open_N.new_tensor(held.ids_Ns.shape[1], dtype=torch.int64)])
-        most, places = ops.max_over(sizes, axis).tolist()
+        most, slots = ops.max_over(sizes, axis).tolist()
         if not most:
             break
         passes += 1
         which_n = torch.argsort((~open_N).to(torch.uint8), stable=True)[:most]
-        here = held.at(which_n).widened(places)
+        here = held.at(which_n).widened(slots)
         found, residual_N[which_n], better_n = _improve(x_ND[which_n], here, codebook, lam, longest)
         held = held.put(which_n, found)
         open_N[which_n] = better_n & ((found.weight_Ns > 0).sum(1) < MOST + MOST_PER_DIM * codebook.dim)
@@ -148,7 +159,7 @@ def _improve(
     """One pass: (better supports, the residual before, which tokens were not yet solved)."""
     axis, low = codebook.axis, codebook.rows.dtype
     slope = _Slope.of(x_nD, support, lam, longest)
-    score_Bq, ids_Bq = simplex.best_in_stripes(
+    score_Bq, ids_Bq = simplex.best_of_residues(
         ops.gather(slope.r_nD.to(low), axis), codebook, ops.gather(support.ids_Ns, axis)
     )
     over_nq = own(score_Bq, axis) - slope.theta_n[:, None]
@@ -180,9 +191,9 @@ def _improve(
     return wide.trimmed(), residual_n, better_n
 
 
-def _chunks(num: int, places: int, budget: int) -> Iterator[slice]:
-    """Slices of tokens whose matrices of places x places, six at a time, fit into `budget` bytes."""
-    size = max(1, budget // (48 * places * places))
+def _chunks(num: int, slots: int, budget: int) -> Iterator[slice]:
+    """Slices of tokens whose matrices of slots x slots, six at a time, fit into `budget` bytes."""
+    size = max(1, budget // (48 * slots * slots))
     return (slice(first, first + size) for first in range(0, num, size))
 
 
@@ -206,24 +217,24 @@ def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entri
     """C P of the tokens of this rank, with gradients to x and the rows; the columns of P, sharded; how it was found."""
     with clock.span("codes"), full_precision(x_ND):
         solution = solve(x_ND.detach(), codebook, lam)
-        entries, place_E = _entries(solution.support, codebook.layout, codebook.axis)
-        plan = _Plan(codebook.layout, codebook.axis, codebook.budget, lam)
-        z_ND = _Combine.apply(x_ND.to(codebook.rows.dtype), codebook.rows, solution.support, entries, place_E, plan)
+        entries, slot_E = _entries(solution.support, codebook.layout, codebook.axis)
+        plan = _Problem(codebook.layout, codebook.axis, codebook.budget, lam)
+        z_ND = _Combine.apply(x_ND.to(codebook.rows.dtype), codebook.rows, solution.support, entries, slot_E, plan)
         return z_ND, entries, solution
 
 
 def _entries(support: Support, layout: Rows, axis: Axis) -> tuple[Entries, Tensor]:
-    """The entries on this rank's rows, and their places in the supports of their tokens."""
-    places = int(ops.max_over(torch.tensor(support.ids_Ns.shape[1], device=support.ids_Ns.device), axis))
-    wide = support.widened(places)
+    """The entries on this rank's rows, and their slots in the supports of their tokens."""
+    slots = int(ops.max_over(torch.tensor(support.ids_Ns.shape[1], device=support.ids_Ns.device), axis))
+    wide = support.widened(slots)
     ids_Bs, weight_Bs = ops.gather(wide.ids_Ns, axis), ops.gather(wide.weight_Ns, axis)
     mine_Bs, local_Bs = layout.find(ids_Bs)
-    token_E, place_E = torch.nonzero(mine_Bs & (weight_Bs > 0), as_tuple=True)
-    return Entries(token_E, local_Bs[token_E, place_E], weight_Bs[token_E, place_E]), place_E
+    token_E, slot_E = torch.nonzero(mine_Bs & (weight_Bs > 0), as_tuple=True)
+    return Entries(token_E, local_Bs[token_E, slot_E], weight_Bs[token_E, slot_E]), slot_E
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Problem:
     layout: Rows
     axis: Axis
     budget: int
@@ -235,10 +246,10 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, rows_kD: Tensor, support: Support, entries: Entries, place_E: Tensor, plan: _Plan
+        ctx: Any, x_ND: Tensor, rows_kD: Tensor, support: Support, entries: Entries, slot_E: Tensor, plan: _Problem
     ) -> Tensor:
         ctx.save_for_backward(x_ND)
-        ctx.support, ctx.entries, ctx.place_E, ctx.plan, ctx.shape = support, entries, place_E, plan, rows_kD.shape
+        ctx.support, ctx.entries, ctx.slot_E, ctx.plan, ctx.shape = support, entries, slot_E, plan, rows_kD.shape
         return torch.einsum("ns,nsd->nd", support.weight_Ns, support.rows_NsD.double()).to(x_ND.dtype)
 
     @staticmethod
@@ -248,16 +259,16 @@ class _Combine(torch.autograd.Function):
         with clock.span("codes"), full_precision(x_ND):
             plan, entries, low = ctx.plan, ctx.entries, x_ND.dtype
             part_Ns, h_ND, r_ND = _implicit(x_ND.double(), ctx.support, grads[0].double(), plan)
-            places = int(ops.max_over(torch.tensor(part_Ns.shape[1], device=x_ND.device), plan.axis))
-            part_Bs = ops.gather(F.pad(part_Ns, (0, places - part_Ns.shape[1])), plan.axis)
-            part_E = part_Bs[entries.token_E, ctx.place_E]
+            slots = int(ops.max_over(torch.tensor(part_Ns.shape[1], device=x_ND.device), plan.axis))
+            part_Bs = ops.gather(F.pad(part_Ns, (0, slots - part_Ns.shape[1])), plan.axis)
+            part_E = part_Bs[entries.token_E, ctx.slot_E]
             r_BD, rest_BD = ops.gather(torch.cat([r_ND, grads[0] - h_ND], 1).to(low), plan.axis).chunk(2, 1)
             rows_kD = entries.spread(part_E, r_BD, ctx.shape[0], plan.budget)
             rows_kD += entries.spread(entries.weight_E, rest_BD, ctx.shape[0], plan.budget)
             return h_ND.to(low), rows_kD, None, None, None, None
 
 
-def _implicit(x_ND: Tensor, support: Support, g_ND: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _implicit(x_ND: Tensor, support: Support, g_ND: Tensor, plan: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(v_Ns, h_ND, r_ND) of the module's formulas, float64; local."""
     part_Ns, h_ND, r_ND = torch.zeros_like(support.weight_Ns), torch.zeros_like(x_ND), torch.zeros_like(x_ND)
     for some in _chunks(len(x_ND), support.ids_Ns.shape[1], plan.budget):

@@ -1,12 +1,13 @@
 """Convex combinations of codes, relaxed: solve |x - C P|^2 + lam |P - onehot|^2 without constraints, then project.
 
-The unconstrained minimum is P = onehot + C u with u = (G + lam I)^-1 (x - c_hot) and G = C^T C, which is D x D: one
+The unconstrained minimum is P = onehot + C u with u = (G + lam I)^-1 (x - c_nearest) and G = C^T C, which is D x D: one
 all-reduce of D^2 numbers. Its exact projection to the simplex (simplex.py) is another linear score with a threshold.
 Sent are vectors of D numbers and a few single ones per token, and D^2 numbers.
 
 Backward, with S the support, g the gradient of z = C^T P, v_j = c_j . g - mean_S(c . g) on S, and onehot constant:
 
-    a = (G + lam I)^-1 C_S^T v,    dx = a,    dc_j = v_j u + p_j g - [j = hot] a + c_j (dG + dG^T),    dG = -sum_n a u^T
+    a = (G + lam I)^-1 C_S^T v,    dG = -sum_n a u^T
+    dx = a,                        dc_j = v_j u + p_j g - [j = nearest] a + c_j (dG + dG^T)
 
 so all rows get a gradient, through G. The objective is never below the exact one; that it is below the one of onehot
 holds for tokens near the codes, not for every token far outside them.
@@ -31,12 +32,12 @@ from vqscale.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Relaxation:
     layout: Rows
     axis: Axis
     budget: int
     factor_DD: Tensor  # Cholesky factor of G + lam I, float64
-    hot_B: Tensor
+    nearest_B: Tensor
     u_BD: Tensor  # float64
     entries: Entries
 
@@ -49,22 +50,22 @@ def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entri
 
 
 @torch.no_grad()
-def _solve(x_ND: Tensor, codebook: Codebook, lam: float) -> _Plan:
+def _solve(x_ND: Tensor, codebook: Codebook, lam: float) -> _Relaxation:
     axis = codebook.axis
-    hot_N, _ = codebook.nearest(x_ND)
-    hot_ND = codebook.lookup(hot_N)
+    nearest_N, _ = codebook.nearest(x_ND)
+    nearest_ND = codebook.lookup(nearest_N)
     gram_DD = gram(codebook)
     gram_DD.diagonal().add_(lam)
     factor_DD = torch.linalg.cholesky_ex(gram_DD)[0]
     # A token that is not a number is its nearest code.
     finite_N1 = torch.isfinite(x_ND).all(1, keepdim=True)
-    rest_ND = torch.where(finite_N1, x_ND.to(hot_ND.dtype) - hot_ND, 0.0).double()
+    rest_ND = torch.where(finite_N1, x_ND.to(nearest_ND.dtype) - nearest_ND, 0.0).double()
     u_ND = torch.cholesky_solve(rest_ND.t(), factor_DD).t()
-    score_N1 = (u_ND * hot_ND).sum(1, keepdim=True)
-    both_BD1, hot_B = ops.gather(torch.cat([u_ND, score_N1], dim=1), axis), ops.gather(hot_N, axis)
+    score_N1 = (u_ND * nearest_ND).sum(1, keepdim=True)
+    both_BD1, nearest_B = ops.gather(torch.cat([u_ND, score_N1], dim=1), axis), ops.gather(nearest_N, axis)
     u_BD, score_B = both_BD1[:, :-1].contiguous(), both_BD1[:, -1]
-    entries = simplex.project(u_BD, hot_B, score_B, codebook)
-    return _Plan(codebook.layout, axis, codebook.budget, factor_DD, hot_B, u_BD, entries)
+    entries = simplex.project(u_BD, nearest_B, score_B, codebook)
+    return _Relaxation(codebook.layout, axis, codebook.budget, factor_DD, nearest_B, u_BD, entries)
 
 
 @torch.no_grad()
@@ -79,10 +80,10 @@ def gram(codebook: Codebook) -> Tensor:
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, rows_kD: Tensor, plan: _Plan) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, rows_kD: Tensor, plan: _Relaxation) -> Tensor:
         ctx.save_for_backward(rows_kD)
         ctx.plan, entries = plan, plan.entries
-        z_BD = entries.mixed(entries.weight_E, rows_kD, len(plan.hot_B), plan.budget)
+        z_BD = entries.mixed(entries.weight_E, rows_kD, len(plan.nearest_B), plan.budget)
         return ops.scatter_sum(z_BD, plan.axis).to(x_ND.dtype)
 
     @staticmethod
@@ -91,7 +92,7 @@ class _Combine(torch.autograd.Function):
         (rows_kD,) = ctx.saved_tensors
         with clock.span("codes"), full_precision(rows_kD):
             plan, entries, low = ctx.plan, ctx.plan.entries, rows_kD.dtype
-            num, budget, axis = len(plan.hot_B), plan.budget, plan.axis
+            num, budget, axis = len(plan.nearest_B), plan.budget, plan.axis
             g_BD = ops.gather(grads[0], axis)
             slope_E = entries.products(g_BD, rows_kD, budget)
             sums_2B = torch.stack([entries.per_token(part, num) for part in (slope_E, torch.ones_like(slope_E))])
@@ -102,7 +103,7 @@ class _Combine(torch.autograd.Function):
             a_BD = ops.gather(a_ND.contiguous(), axis)
             out_kD = entries.spread(slope_E, plan.u_BD.to(low), len(rows_kD), budget)
             out_kD += entries.spread(entries.weight_E, g_BD, len(rows_kD), budget)
-            mine_B, local_B = plan.layout.find(plan.hot_B)
+            mine_B, local_B = plan.layout.find(plan.nearest_B)
             out_kD.index_add_(0, local_B[mine_B], -a_BD[mine_B].to(low))
             gram_DD = a_BD.t() @ plan.u_BD
             out_kD.addmm_(rows_kD, -(gram_DD + gram_DD.t()).to(low))

@@ -1,7 +1,7 @@
 """Points of the simplex over K codes, held as the few entries that are not zero, each by the rank that owns its row.
 
-    best_in_stripes   the highest u . c of each token in every class of ids modulo STRIPES: 16 candidates for one pass
-    project           the nearest point of the simplex to onehot + C u, exact: p_j = ([j = hot] + u . c_j - theta)_+
+    best_of_residues  the highest u . c of each token in every class of ids modulo RESIDUES: 16 candidates for one pass
+    project           the nearest point of the simplex to onehot + C u, exact: p_j = ([j = nearest] + u . c_j - theta)_+
     Entries           such points: products with the rows, both ways, and what they say about tokens and codes
 
 Scores of tokens x rows exist in blocks of the codebook's memory budget only. What is sent are numbers per token: 24
@@ -24,7 +24,7 @@ from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
-STRIPES = 16
+RESIDUES = 16
 ROUNDS = 100  # a bound that only rounding can reach: Newton's method ends by itself
 TIE = 1e-9  # weights that differ by less are equal: the lowest id has the largest
 
@@ -109,17 +109,17 @@ def longest(codebook: Codebook) -> Tensor:
     return ops.max_over(F.pad(torch.cat(squares_k), (0, 1)).amax(), codebook.axis).sqrt()
 
 
-def best_in_stripes(u_BD: Tensor, codebook: Codebook, without_Bs: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores, ids), B x STRIPES on every rank: the highest u . c_j among the ids of each class modulo STRIPES.
+def best_of_residues(u_BD: Tensor, codebook: Codebook, without_Bs: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores, ids), B x RESIDUES on every rank: the highest u . c_j among the ids of each class modulo RESIDUES.
 
     The codes `without_Bs` (-1 is none) do not take part; a class without codes has a score of LOWEST and the id K. The
     classes are of global ids, so the candidates do not depend on how the rows are split.
     """
     layout, rows_kD = codebook.layout, codebook.rows.detach()
-    score_Bq = u_BD.new_full((len(u_BD), STRIPES), scan.LOWEST)
+    score_Bq = u_BD.new_full((len(u_BD), RESIDUES), scan.LOWEST)
     ids_Bq = torch.full_like(score_Bq, layout.num_codes, dtype=torch.int64)
     for tokens, rows, score_br in _scores(u_BD, rows_kD, layout, without_Bs, codebook.budget):
-        _raise_stripes(score_br, layout.start + rows.start, score_Bq[tokens], ids_Bq[tokens])
+        _update_best(score_br, layout.start + rows.start, score_Bq[tokens], ids_Bq[tokens])
     top_Bq = ops.max_over(score_Bq, codebook.axis)
     here_Bq = (score_Bq >= top_Bq) & (score_Bq > scan.LOWEST)
     return top_Bq, ops.min_over(torch.where(here_Bq, ids_Bq, layout.num_codes), codebook.axis)
@@ -132,36 +132,36 @@ def _scores(
     for tokens, rows in scan.blocks(len(u_BD), len(rows_kD), u_BD.element_size(), budget):
         score_br = torch.mm(u_BD[tokens], rows_kD[rows].t())
         column_bs = without_Bs[tokens] - (layout.start + rows.start)
-        token_T, place_T = torch.nonzero((column_bs >= 0) & (column_bs < score_br.shape[1]), as_tuple=True)
-        score_br[token_T, column_bs[token_T, place_T]] = scan.LOWEST
+        token_T, entry_T = torch.nonzero((column_bs >= 0) & (column_bs < score_br.shape[1]), as_tuple=True)
+        score_br[token_T, column_bs[token_T, entry_T]] = scan.LOWEST
         yield tokens, rows, score_br
 
 
-def _raise_stripes(score_br: Tensor, first_id: int, score_bq: Tensor, ids_bq: Tensor) -> None:
-    """Raise the best of every class so far, in place; column 0 of the block is the code `first_id`."""
-    whole = score_br.shape[1] // STRIPES * STRIPES
-    places = torch.arange(STRIPES, device=score_br.device)
+def _update_best(score_br: Tensor, first_id: int, score_bq: Tensor, ids_bq: Tensor) -> None:
+    """Update the best of every class so far, in place; column 0 of the block is the code `first_id`."""
+    whole = score_br.shape[1] // RESIDUES * RESIDUES
+    column_q = torch.arange(RESIDUES, device=score_br.device)
     for columns in (slice(0, whole), slice(whole, score_br.shape[1])):
-        width = min(STRIPES, columns.stop - columns.start)
+        width = min(RESIDUES, columns.stop - columns.start)
         if not width:
             continue
         value_bq, line_bq = score_br[:, columns].unflatten(1, (-1, width)).max(dim=1)
-        place_q = (first_id + places[:width]) % STRIPES
-        better_bq = value_bq > score_bq[:, place_q]
-        ids = first_id + columns.start + line_bq * STRIPES + places[:width]
-        score_bq[:, place_q] = torch.where(better_bq, value_bq, score_bq[:, place_q])
-        ids_bq[:, place_q] = torch.where(better_bq, ids, ids_bq[:, place_q])
+        residue_q = (first_id + column_q[:width]) % RESIDUES
+        better_bq = value_bq > score_bq[:, residue_q]
+        ids = first_id + columns.start + line_bq * RESIDUES + column_q[:width]
+        score_bq[:, residue_q] = torch.where(better_bq, value_bq, score_bq[:, residue_q])
+        ids_bq[:, residue_q] = torch.where(better_bq, ids, ids_bq[:, residue_q])
 
 
-def project(u_BD: Tensor, hot_B: Tensor, hot_score_B: Tensor, codebook: Codebook) -> Entries:
-    """The exact projection of onehot(hot_n) + C u_n to the simplex, for all B tokens. `hot_score_B` is u . c_hot.
+def project(u_BD: Tensor, nearest_B: Tensor, nearest_score_B: Tensor, codebook: Codebook) -> Entries:
+    """The exact projection of onehot(nearest_n) + C u_n to the simplex, for all B tokens.
 
-    u_BD is float64. Two passes over the rows in their precision find the codes above a lower bound of theta, which
-    are few; the search for theta and the weights are float64 and look at these codes alone.
+    nearest_score_B is u . c_nearest. u_BD is float64. Two passes over the rows in their precision find the codes above
+    a lower bound of theta, which are few; the search for theta and the weights are float64 and look at these alone.
     """
     layout, axis, rows_kD = codebook.layout, codebook.axis, codebook.rows.detach()
-    low_BD, without_B1 = u_BD.to(rows_kD.dtype), hot_B[:, None]
-    theta_B = _lower_bound(best_in_stripes(low_BD, codebook, without_B1)[0].double(), hot_score_B)
+    low_BD, without_B1 = u_BD.to(rows_kD.dtype), nearest_B[:, None]
+    theta_B = _lower_bound(best_of_residues(low_BD, codebook, without_B1)[0].double(), nearest_score_B)
     # The rounding of the scores that gave the bound, and of those that are compared with it.
     theta_B -= 4 * codebook.dim**0.5 * torch.finfo(low_BD.dtype).eps * longest(codebook) * u_BD.norm(dim=1)
     found = [
@@ -169,40 +169,40 @@ def project(u_BD: Tensor, hot_B: Tensor, hot_score_B: Tensor, codebook: Codebook
         + score_br.new_tensor([tokens.start, rows.start], dtype=torch.int64)
         for tokens, rows, score_br in _scores(low_BD, rows_kD, layout, without_B1, codebook.budget)
     ]
-    token_E, row_E = torch.cat([torch.zeros_like(hot_B[:0, None].expand(-1, 2)), *found]).unbind(1)
+    token_E, row_E = torch.cat([torch.zeros_like(nearest_B[:0, None].expand(-1, 2)), *found]).unbind(1)
     entries = Entries(token_E, row_E, torch.zeros_like(token_E, dtype=torch.float64))
     score_E = entries.products(u_BD, rows_kD, codebook.budget)
-    theta_B = _root(score_E, entries, hot_score_B, theta_B, axis)
-    mine_B, local_B = layout.find(hot_B)
-    hot_T = torch.nonzero(mine_B)[:, 0]
-    token_E, row_E = torch.cat([token_E, hot_T]), torch.cat([row_E, local_B[hot_T]])
-    weight_E = torch.cat([score_E, 1.0 + hot_score_B[hot_T]]) - theta_B[token_E]
+    theta_B = _root(score_E, entries, nearest_score_B, theta_B, axis)
+    mine_B, local_B = layout.find(nearest_B)
+    nearest_T = torch.nonzero(mine_B)[:, 0]
+    token_E, row_E = torch.cat([token_E, nearest_T]), torch.cat([row_E, local_B[nearest_T]])
+    weight_E = torch.cat([score_E, 1.0 + nearest_score_B[nearest_T]]) - theta_B[token_E]
     some_E = weight_E > 0
     return Entries(token_E[some_E], row_E[some_E], weight_E[some_E])
 
 
-def _lower_bound(top_Bq: Tensor, hot_score_B: Tensor) -> Tensor:
+def _lower_bound(top_Bq: Tensor, nearest_score_B: Tensor) -> Tensor:
     """A theta that is not too large: (sum of s - 1) / size of any set of codes; here of the best ones found."""
     top_Bq = torch.sort(top_Bq, dim=1, descending=True).values
     size_q = torch.arange(1, top_Bq.shape[1] + 1, dtype=top_Bq.dtype, device=top_Bq.device)
     sums_Bq = torch.cumsum(top_Bq, 1)
-    with_hot_B = ((sums_Bq + hot_score_B[:, None]) / (size_q + 1)).amax(1)
-    return torch.stack([hot_score_B, with_hot_B, ((sums_Bq - 1.0) / size_q).amax(1)]).amax(0)
+    with_nearest_B = ((sums_Bq + nearest_score_B[:, None]) / (size_q + 1)).amax(1)
+    return torch.stack([nearest_score_B, with_nearest_B, ((sums_Bq - 1.0) / size_q).amax(1)]).amax(0)
 
 
-def _root(score_E: Tensor, entries: Entries, hot_score_B: Tensor, theta_B: Tensor, axis: Axis) -> Tensor:
+def _root(score_E: Tensor, entries: Entries, nearest_score_B: Tensor, theta_B: Tensor, axis: Axis) -> Tensor:
     """theta of sum_j (s_j - theta)_+ = 1 by Newton's method from below: it never passes the root, and is there as soon
-    as the support stays. The hot code, with s = 1 + hot_score, is not among the entries."""
+    as the support stays. The nearest code, with s = 1 + nearest_score, is not among the entries."""
     before_B = torch.full_like(theta_B, -1.0)
     for _ in range(ROUNDS):
         above_E = (score_E > theta_B[entries.token_E]).double()
         parts = [entries.per_token(part, len(theta_B)) for part in (score_E * above_E, above_E)]
         sum_B, count_B = ops.sum_over(torch.stack(parts), axis)
-        hot_B = 1.0 + hot_score_B > theta_B
-        count_B = count_B + hot_B
+        nearest_B = 1.0 + nearest_score_B > theta_B
+        count_B = count_B + nearest_B
         if bool((count_B == before_B).all()):
             break
-        # The one of the sum and that of the hot code cancel: scores are as small as 1 / K and would drown in them.
-        root_B = (sum_B + torch.where(hot_B, hot_score_B, -1.0)) / count_B.clamp_min(1.0)
+        # The one of the sum and that of the nearest code cancel: scores are as small as 1 / K and would drown in them.
+        root_B = (sum_B + torch.where(nearest_B, nearest_score_B, -1.0)) / count_B.clamp_min(1.0)
         theta_B, before_B = torch.maximum(theta_B, root_B), count_B
     return theta_B

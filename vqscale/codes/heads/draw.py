@@ -83,14 +83,14 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
     if rule.restricts(shard.layout.num_codes):
         for tokens in _chunks(len(x_BD), x_BD.element_size(), shard):
             l_tk = product(x_BD[tokens], shard.rows_kD.t(), "fp32", rule.scale)
-            kept = restrict.restrict(l_tk, rule.top_k, rule.top_p, shard.layout.num_codes, shard.axis)
-            restrict.apply_(l_tk, kept, shard.axis)
-            _race(l_tk, keys_B[tokens], 0, shard.layout.start, score_B[tokens], row_B[tokens])
+            kept = restrict.keep(l_tk, rule.top_k, rule.top_p, shard.layout.num_codes, shard.axis)
+            restrict.mask_(l_tk, kept, shard.axis)
+            _gumbel_max(l_tk, keys_B[tokens], 0, shard.layout.start, score_B[tokens], row_B[tokens])
     else:
         for tokens, rows in scan.blocks_of(x_BD, len(shard.rows_kD), shard.budget):
             l_br = product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
             first_id = shard.layout.start if rule.temperature else None
-            _race(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
+            _gumbel_max(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
     ids_B, top_B = merge_best(score_B, row_B, shard.layout, shard.axis)
     _check_scores(top_B)
     return ids_B
@@ -119,9 +119,11 @@ def _chunks(num_tokens: int, item_bytes: int, shard: Shard) -> Iterator[slice]:
         yield slice(token, min(token + step, num_tokens))
 
 
-def _race(l_br: Tensor, keys_b: Tensor, first_row: int, first_id: int | None, score_b: Tensor, row_b: Tensor) -> None:
-    """Raise the best perturbed logit so far and its row, in place; a later row must be strictly better. A logit that
-    is no number makes the best none.
+def _gumbel_max(
+    l_br: Tensor, keys_b: Tensor, first_row: int, first_id: int | None, score_b: Tensor, row_b: Tensor
+) -> None:
+    """Update the best perturbed logit so far and its row, in place; a later row must be strictly better. A logit that
+    is not a number makes the best none.
 
     `first_id` is the id of this rank's first row, from which the noise follows; None is no noise.
     """

@@ -174,7 +174,7 @@ class Head(Vocabulary):
         """
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing}, an argument of loss: use a share from 0 to 1")
-        plan = _Plan(self.layout, self.axis, label_smoothing, z_loss, ignore, self.products, self.outputs.budget)
+        plan = _LossTerms(self.layout, self.axis, label_smoothing, z_loss, ignore, self.products, self.outputs.budget)
         with clock.span("codes"), full_precision(h_ND):
             return Losses(*_Loss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan))
 
@@ -232,7 +232,7 @@ def _check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _LossTerms:
     layout: Rows
     axis: Axis
     smoothing: float
@@ -249,7 +249,7 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: _LossTerms) -> tuple[Tensor, ...]:
         axis, layout = plan.axis, plan.layout
         h_BD, targets_B = ops.gather(h_ND, axis), ops.gather(targets_N, axis)
         counts_B = targets_B != plan.ignore
@@ -257,7 +257,7 @@ class _Loss(torch.autograd.Function):
         _check_ids(torch.where(counts_B, targets_B, 0), 0, layout.num_codes, "targets", Axis(axis.name))
         at = passes.Targets(*layout.find(torch.where(counts_B, targets_B, -1)))
         x_BD = h_BD.to(rows_kD.dtype)
-        part = passes.gauge(x_BD, rows_kD, at, plan.products, plan.budget)
+        part = passes.logsumexp_forward(x_BD, rows_kD, at, plan.products, plan.budget)
         top_B = ops.max_over(part.top_B, axis)
         both_2B = torch.stack([part.sum_B * torch.exp(part.top_B - top_B), part.target_B])
         sum_B, target_B = ops.sum_over(both_2B, axis)
@@ -281,15 +281,15 @@ class _Loss(torch.autograd.Function):
         with clock.span("codes"), full_precision(grads[0]):
             h_BD, rows_kD, lse_B, counts_B, mine_B, local_B = ctx.saved_tensors
             plan = ctx.plan
-            up = passes.Upstream(
+            up = passes.LogitGradient(
                 g_B=ops.gather(grads[0], plan.axis) * counts_B,
                 lse_B=lse_B,
-                lift_B=1.0 + 2.0 * plan.z_loss * lse_B if plan.z_loss else None,
-                hit=1.0 - plan.smoothing,
-                floor=plan.smoothing / plan.layout.num_codes,
+                p_weight_B=1.0 + 2.0 * plan.z_loss * lse_B if plan.z_loss else None,
+                target_weight=1.0 - plan.smoothing,
+                uniform_weight=plan.smoothing / plan.layout.num_codes,
             )
             at = passes.Targets(mine_B, local_B)
             x_BD, wanted = h_BD.to(rows_kD.dtype), ctx.needs_input_grad[:2]
-            dx_BD, drows_kD = passes.ungauge(x_BD, rows_kD, at, up, wanted, plan.products, plan.budget)
+            dx_BD, drows_kD = passes.logsumexp_backward(x_BD, rows_kD, at, up, wanted, plan.products, plan.budget)
             dh_ND = None if dx_BD is None else ops.scatter_sum(dx_BD, plan.axis).to(h_BD.dtype)
             return dh_ND, drows_kD, None, None

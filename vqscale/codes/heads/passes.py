@@ -5,8 +5,8 @@ than exponentials. Between blocks stands the state of an online log-sum-exp. Not
 second but three numbers per token: logits are made again. Products of 2 B k D operations, with B tokens of the whole
 code group, k rows of this rank:
 
-    gauge      1   logits
-    ungauge    3   logits again, gradient of h, gradient of the rows
+    logsumexp_forward     1   logits
+    logsumexp_backward    3   logits again, gradient of h, gradient of the rows
 
 Gradients made in the first pass would save one of the four. They need the gradient of every token's loss before it
 arrives (so a mean over all tokens and nothing else), blocks that span all rows of a rank, and the ranks' sums for each
@@ -41,7 +41,7 @@ class Targets:
 
 
 @dataclass
-class Gauge:
+class LogSumExp:
     """What one rank knows of B tokens after the first pass: sum_j exp(l_j) = exp(top) * sum, and the target logits.
 
     In nats. Without rows the top is about LOWEST; a target logit is 0 where another rank owns it.
@@ -52,7 +52,7 @@ class Gauge:
     target_B: Tensor
 
 
-def gauge(x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, budget: int) -> Gauge:
+def logsumexp_forward(x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, budget: int) -> LogSumExp:
     """The log-sum-exp over this rank's rows and the logits of the targets that it owns."""
     num = len(x_BD)
     top_B, sum_B, target_B = x_BD.new_full((num,), scan.LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num)
@@ -65,27 +65,27 @@ def gauge(x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, b
         sum_B[tokens] *= torch.exp2(top_B[tokens] - top_b)
         sum_B[tokens] += exp2_(l_br.sub_(top_b[:, None])).sum(1)
         top_B[tokens] = top_b
-    return Gauge(top_B / BITS, sum_B, target_B / BITS)
+    return LogSumExp(top_B / BITS, sum_B, target_B / BITS)
 
 
 @dataclass
-class Upstream:
-    """What `ungauge` multiplies: dl_nj = g_n (lift_n p_nj - hit [j is n's target] - floor)."""
+class LogitGradient:
+    """The gradient of the logits, dl_nj = g_n (p_weight_n p_nj - target_weight [j is n's target] - uniform_weight)."""
 
     g_B: Tensor
     lse_B: Tensor
     """the log-sum-exp over all K rows, in nats"""
-    lift_B: Tensor | None
+    p_weight_B: Tensor | None
     """None is 1"""
-    hit: float
-    floor: float
+    target_weight: float
+    uniform_weight: float
 
 
-def ungauge(
+def logsumexp_backward(
     x_BD: Tensor,
     rows_kD: Tensor,
     targets: Targets,
-    up: Upstream,
+    up: LogitGradient,
     wanted: tuple[bool, bool],
     products: Products,
     budget: int,
@@ -102,12 +102,12 @@ def ungauge(
     for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
         l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS, buffer)
         u_br = exp2_(l_br.sub_(lse_B[tokens, None]))
-        if up.lift_B is not None:
-            u_br *= up.lift_B[tokens, None]
-        if up.floor:
-            u_br -= up.floor
+        if up.p_weight_B is not None:
+            u_br *= up.p_weight_B[tokens, None]
+        if up.uniform_weight:
+            u_br -= up.uniform_weight
         here_b, column_b = targets.columns(tokens, rows)
-        u_br.scatter_add_(1, column_b[:, None], (here_b.to(u_br.dtype) * -up.hit)[:, None])
+        u_br.scatter_add_(1, column_b[:, None], (here_b.to(u_br.dtype) * -up.target_weight)[:, None])
         u_br = operand(u_br, products, low)
         if dx_BD is not None:
             add_product(dx_BD[tokens], u_br, rows_kD[rows], products)

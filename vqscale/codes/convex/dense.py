@@ -1,4 +1,7 @@
-"""Convex combinations of codes written out on one process: tokens x codes, codes x codes, sorting, slow iterations."""
+"""What exact.py and relaxed.py compute, on one process: tokens x codes, codes x codes, sorting, slow iterations.
+
+The definition: the tests compare values and gradients with it. Not for training.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 
 def nearest(x: Tensor, rows: Tensor) -> Tensor:
-    """One-hot of the nearest code, the lowest id among equals; a constant."""
+    """One-onehot of the nearest code, the lowest id among equals; a constant."""
     ids = torch.cdist(x.detach(), rows.detach(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
     return torch.nn.functional.one_hot(ids, len(rows)).to(x.dtype)
 
@@ -27,19 +30,19 @@ def project(s: Tensor) -> Tensor:
 
 def relaxed(x: Tensor, rows: Tensor, lam: float) -> Tensor:
     """(C C^T + lam I) P = C Z + lam onehot, K x K, then the projection; differentiable."""
-    hot = nearest(x, rows)
+    onehot = nearest(x, rows)
     matrix = rows @ rows.t() + lam * torch.eye(len(rows), dtype=x.dtype)
-    return project(torch.linalg.solve(matrix, rows @ x.t() + lam * hot.t()).t())
+    return project(torch.linalg.solve(matrix, rows @ x.t() + lam * onehot.t()).t())
 
 
 def exact(x: Tensor, rows: Tensor, lam: float, steps: int = 20000) -> Tensor:
     """Projected accelerated gradient with restarts, until nothing moves."""
-    hot = nearest(x, rows)
+    onehot = nearest(x, rows)
     curvature = float(torch.linalg.matrix_norm(rows, 2)) ** 2 + lam
-    p = ahead = hot
+    p = ahead = onehot
     age = 1.0
     for _ in range(steps):
-        slope = (ahead @ rows - x) @ rows.t() + lam * (ahead - hot)
+        slope = (ahead @ rows - x) @ rows.t() + lam * (ahead - onehot)
         new = project(ahead - slope / curvature)
         if float(((ahead - new) * (new - p)).sum()) > 0:
             age = 1.0
@@ -54,14 +57,14 @@ def exact(x: Tensor, rows: Tensor, lam: float, steps: int = 20000) -> Tensor:
 def on_support(support: Tensor, x: Tensor, rows: Tensor, lam: float) -> Tensor:
     """P of known supports from the bordered K x K system of their KKT conditions; differentiable."""
     out = []
-    for inside, token, hot in zip(support, x, nearest(x, rows), strict=True):
+    for inside, token, onehot in zip(support, x, nearest(x, rows), strict=True):
         picked = rows[inside]
         size = len(picked)
         matrix = torch.ones(size + 1, size + 1, dtype=x.dtype)
         matrix[size, size] = 0
         system = matrix.clone()
         system[:size, :size] = picked @ picked.t() + lam * torch.eye(size, dtype=x.dtype)
-        right = torch.cat([picked @ token + lam * hot[inside], torch.ones(1, dtype=x.dtype)])
+        right = torch.cat([picked @ token + lam * onehot[inside], torch.ones(1, dtype=x.dtype)])
         p = torch.zeros(len(rows), dtype=x.dtype)
         out.append(p.masked_scatter(inside, torch.linalg.solve(system, right)[:size]))
     return torch.stack(out)
