@@ -189,6 +189,24 @@ def without_weights(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("program", ["sample", "sweep"])
+def test_help_and_refused_options_need_no_torch(tmp_path, program):
+    files = ["--reference", "r.npz", "--inception", "i.pth"] if program == "sweep" else []
+    words = [without_weights(tmp_path / "prior"), tmp_path, tmp_path / "out", "--temperature", -1, *files]
+    code = f"""
+import contextlib, sys
+from vqscale.programs.commands import {program}
+with contextlib.suppress(SystemExit):
+    {program}.main(["--help"])
+assert {program}.main({[str(word) for word in words]!r}) == 2
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "how ids are drawn (autoregressive)" in done.stdout
+    assert "temperature is -1.0: use 0" in done.stderr
+
+
 def test_options_of_a_sweep_are_checked_before_processes_meet_and_models_are_read(tmp_path):
     files = ("--reference", tmp_path / "r.npz", "--inception", tmp_path)
     words = ("--temperature", "1,-1", "--top-k", ",", "--schedule", "step", "--classes", ",", "--num-images", 3)

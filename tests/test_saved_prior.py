@@ -19,7 +19,7 @@ from test_sample_tools import QUICK, tool
 
 from vqscale import config as configuration
 from vqscale import priors
-from vqscale.disk import manifest
+from vqscale.disk import files, manifest
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS, Prior
 from vqscale.tokenizer.export import CARD, WEIGHTS, entries
@@ -137,7 +137,7 @@ def test_a_save_that_fails_in_the_middle_leaves_no_prior(prior, tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest, "seal", full)
+    monkeypatch.setattr(files, "write_json", full)
     with pytest.raises(RuntimeError, match=r"the prior was not written to .*No space left on device"):
         prior.save(tmp_path / "out")
     monkeypatch.undo()

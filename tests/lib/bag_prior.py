@@ -37,7 +37,7 @@ class BagSampleConfig(SampleConfig):
 class BagConfig(IdsConfig):
     """A bag of ids."""
 
-    model: ClassVar[str] = f"{__name__}:Bag"
+    module: ClassVar[str] = f"{__name__}:Bag"
     sampling: ClassVar[type[SampleConfig]] = BagSampleConfig
     name: Literal["bag"] = "bag"
     """which prior"""

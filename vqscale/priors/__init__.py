@@ -33,7 +33,7 @@ def build(config: Mapping[str, Any] | PriorConfig, mesh: Mesh | None = None, *, 
     from vqscale.seed import derive
 
     torch.manual_seed(derive(seed, "prior"))
-    prior: Prior = configuration.load_class(config.model)(config, mesh, seed=seed)
+    prior: Prior = configuration.load_class(config.module)(config, mesh, seed=seed)
     return prior
 
 

@@ -187,7 +187,7 @@ class IdsConfig:
 class AutoregressiveConfig(IdsConfig):
     """One id after the other, row by row, as LlamaGen and IBQ do."""
 
-    model: ClassVar[str] = "vqscale.priors.autoregressive:Autoregressive"
+    module: ClassVar[str] = "vqscale.priors.autoregressive:Autoregressive"
     sampling: ClassVar[type[SampleConfig]] = AutoregressiveSampleConfig
     name: Literal["autoregressive"] = "autoregressive"
     """which prior"""
