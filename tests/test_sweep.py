@@ -23,7 +23,7 @@ from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.config import AutoregressiveSampleConfig, SampleConfig
 from vqscale.programs import sweep
-from vqscale.programs.sample_request import SampleRequest
+from vqscale.programs.sample_request import SampleRequest, combinations
 from vqscale.run import folder as run_folder
 from vqscale.show.sweep_table import Table, nearest, score
 
@@ -55,7 +55,7 @@ def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, refere
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     mesh, rule = Mesh(world), Rule()
     judge = sweep.Judge(network or Small(), reference or references(folder))
-    every = sweep.requests(replace(BASE, **base), dials)
+    every = combinations(replace(BASE, **base), dials)
     tokenizer = small(mesh, tokenizer_seed)
     handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
     try:
@@ -251,18 +251,18 @@ def test_one_rank_of_two_is_asked_to_stop_while_it_measures(tmp_path, ranks):
 
 def test_requests_that_cannot_be_drawn_are_refused():
     with pytest.raises(ValueError, match=r"temperature is -1.0: use 0 .*; top_p is 0.0"):
-        sweep.requests(BASE, {"temperature": [-1.0, 1.0], "top_p": [0.0]})
-    assert len(sweep.requests(BASE, {"guidance": [1.0, 1.0, 2.0]})) == 2
+        combinations(BASE, {"temperature": [-1.0, 1.0], "top_p": [0.0]})
+    assert len(combinations(BASE, {"guidance": [1.0, 1.0, 2.0]})) == 2
 
 
 def test_every_setting_has_a_folder_of_its_own():
-    every = sweep.requests(BASE, {"top_k": [0, 5], "top_p": [1.0, 0.9], "schedule": ["constant", "linear"], **DIALS})
+    every = combinations(BASE, {"top_k": [0, 5], "top_p": [1.0, 0.9], "schedule": ["constant", "linear"], **DIALS})
     names = {sweep.name(one.how) for one in every}
     assert len(names) == 48
     assert "guidance1" in names
     assert "guidance1.5-schedule_linear-temperature0.9-top_k5-top_p0.9" in names
     near = [1.0, 1.0 + 1e-9]
-    assert len({sweep.name(one.how) for one in sweep.requests(BASE, {"guidance": near, "temperature": near})}) == 4
+    assert len({sweep.name(one.how) for one in combinations(BASE, {"guidance": near, "temperature": near})}) == 4
     assert sweep.name(SampleConfig()) == "usual"
 
 

@@ -5,10 +5,11 @@ Not here: whether it suits a prior and its tokenizer (sample.py), and how the id
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,19 @@ class SampleRequest:
     def labels(self, first: int, count: int) -> NDArray[np.int64]:
         """Classes of the images first, first + 1, ..."""
         return np.asarray(self.classes, dtype=np.int64)[np.arange(first, first + count) % len(self.classes)]
+
+
+def combinations(base: SampleRequest, values: Mapping[str, Sequence[Any]]) -> list[SampleRequest]:
+    """Every combination of the dials' values, the first dial varying fastest. ValueError for what cannot be drawn."""
+    dials = [dial for dial in reversed(base.how.dials()) if dial in values]
+    made = [
+        replace(base, how=replace(base.how, **dict(zip(dials, chosen, strict=True))))
+        for chosen in itertools.product(*(values[dial] for dial in dials))
+    ]
+    problems = dict.fromkeys(problem for one in made for problem in one.problems())
+    if problems:
+        raise ValueError("; ".join(problems))
+    return list(dict.fromkeys(made))
 
 
 def parse_classes(text: str) -> tuple[int, ...]:

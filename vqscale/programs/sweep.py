@@ -13,10 +13,9 @@ is measured (metrics/generation.py).
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,19 +51,6 @@ class Judge:
 
     def facts(self) -> dict[str, Any]:
         return {"inception": dict(self.network.facts), "reference": report.file(str(self.reference))}
-
-
-def requests(base: SampleRequest, values: Mapping[str, Sequence[Any]]) -> list[SampleRequest]:
-    """Every combination of the dials' values, the first dial varying fastest. ValueError for what cannot be drawn."""
-    dials = [dial for dial in reversed(base.how.dials()) if dial in values]
-    made = [
-        replace(base, how=replace(base.how, **dict(zip(dials, chosen, strict=True))))
-        for chosen in itertools.product(*(values[dial] for dial in dials))
-    ]
-    problems = dict.fromkeys(problem for one in made for problem in one.problems())
-    if problems:
-        raise ValueError("; ".join(problems))
-    return list(dict.fromkeys(made))
 
 
 def name(how: SampleConfig) -> str:

@@ -96,11 +96,11 @@ def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
 
 
 def _requests(args: argparse.Namespace, classes: tuple[int, ...]) -> list[SampleRequest]:
-    from vqscale.programs import sample_options, sweep
-    from vqscale.programs.sample_request import SampleRequest
+    from vqscale.programs import sample_options
+    from vqscale.programs.sample_request import SampleRequest, combinations
 
     usual, values = sample_options.dials(args)
-    return sweep.requests(SampleRequest(args.num_images, classes, usual, args.seed, args.batch, args.resize), values)
+    return combinations(SampleRequest(args.num_images, classes, usual, args.seed, args.batch, args.resize), values)
 
 
 def _parser() -> argparse.ArgumentParser:
