@@ -124,7 +124,7 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, tiny_shards):
         job = jobs.start(path)
         assert job.wait() == [1]
         assert "No space left on device" in job.output
-        assert "make room and start again, the checkpoints that are finished stand" in job.output
+        assert "a disk is full; make room, and the same command goes on from what is finished" in job.output
         assert "Traceback" not in job.output
 
 

@@ -181,7 +181,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(place, whole, tmp_path, r
     answers = ranks(2, start, argv, before)
     assert [status for status, _ in answers] == [75, 75]
     assert f"stopped by SIGTERM: 2 of 5 storage shards of {out} are finished; the same command goes on" in answers[0][1]
-    with pytest.raises(ValueError, match=r"2 of 5 storage shards are there, and no seal.*tools/encode\.py"):
+    with pytest.raises(ValueError, match=r"2 of 5 storage shards are there, and no seal.*vqscale encode"):
         Cache(out)
     (out / "STOP").touch()
     status, said = start(argv)
