@@ -98,17 +98,17 @@ def test_a_search_alone():
 
 def test_no_faiss_on_other_numbers(tool, capsys):
     codes = tool("codes")
-    setting = codes.choose(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "search"]))
+    setting = codes.choose(codes.arguments([*SMALL, "--dtype", "float64", "--work", "search"]))
     assert "faiss is left out: it searches in float32 on a CPU, not in float64 on cpu" in capsys.readouterr().err
     assert set(tool("measure").measure(setting)["search"]) == {"ours", "dense", "floor"}
     # nothing is said of a work that is not measured
-    codes.choose(codes.parser().parse_args([*SMALL, "--dtype", "float64", "--work", "step", "--max-dense-gib", "8"]))
+    codes.choose(codes.arguments([*SMALL, "--dtype", "float64", "--work", "step", "--max-dense-gib", "8"]))
     assert capsys.readouterr().err == ""
 
 
 def test_a_dense_form_over_the_limit_is_left_out(tool, capsys):
     codes, measure = tool("codes"), tool("measure")
-    setting = codes.choose(codes.parser().parse_args([*SMALL, "--max-dense-gib", "0.0002"]))
+    setting = codes.choose(codes.arguments([*SMALL, "--max-dense-gib", "0.0002"]))
     assert setting.dense == ("search",)
     assert "the dense step is left out: it needs about 0.8 MiB, more than the 0.0002 GiB" in capsys.readouterr().err
     costs = measure.measure(setting)

@@ -112,7 +112,7 @@ def test_what_is_lacking_is_said(place, tmp_path, capsys):
     assert main(place / "prior", place / "run", place / "samples", *words) == 2
     assert "prior is a run of task prior: give one of task tokenizer in its place" in capsys.readouterr().err
     assert main(place / "run", place / "prior", place / "run", *words) == 2
-    assert "run has no finished samples: make them with tools/sample.py" in capsys.readouterr().err
+    assert "run has no finished samples: make them with `vqscale sample`" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

@@ -1,4 +1,7 @@
-"""The README's commands work: each runs here, long ones made short by keys added to the very line that is printed."""
+"""Commands that READMEs show work: each of these runs here, made short by keys added to the very line that is printed.
+
+That every other one is taken by its program, too, is shown in test_commands.py.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,12 @@ import pytest
 import torch
 
 import vqscale
+from tests.lib import shown
 from vqscale import config as configuration
 from vqscale.tokenizer.config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
 
 SHORT_RUN = (
     "run.steps=4 run.eval_every=4 run.checkpoint_every=4 run.log_every=2 run.folder={tmp}/run data.batch=8 "
@@ -32,33 +30,23 @@ SHORT_RUN = (
     "data.train.index_dir={tmp}/index data.val.index_dir={tmp}/index tokenizer.quantizer.warmup_steps=2"
 )
 SHORT_PRIOR = "run.steps=4 run.eval_every=4 run.checkpoint_every=4 data.batch=8 prior.net.num_layers=1"
-# A command begins with the first of these that fits; what is added makes it short, "elsewhere" says who runs it.
+# A command begins with the first of these that fits; what is added makes it short.
 SHORTER = {
-    "bash tests/run.sh": "elsewhere: this is what runs the tests",
     "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR}",
     "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": "--dry-run",
     "torchrun --nproc_per_node=2 launch/train.py": SHORT_RUN,
     "torchrun --nproc_per_node=8 launch/train.py": "--dry-run",
     "python launch/train.py": "",
-    "python tools/make_shards.py --source /data/my_images": "--help",
     "python tools/study.py": "--dry-run",
     "python tools/bench codes": "--tokens 16 --codes 64 --dim 8 --repeats 1",
     "python tools/bench memory": "--tokens 16 --codes 64 --dim 8",
-    "python tools/page.py": "--help",
-    "python tools/bench head": "--help",
-    "python tools/bench data": "--help",
-    "python tools/plot.py": "--help",
-    "python tools/plan.py --check": "--help",
     "python tools/plan.py": "",
-    "python tools/bench kernels": "--help",
-    "python tools/import_checkpoint.py": "--help",
-    "python tools/evaluate.py": "--help",
-    "torchrun --nproc_per_node=8 tools/evaluate.py": "--help",
-    "torchrun --nproc_per_node=8 tools/encode.py": "--help",
-    "torchrun --nproc_per_node=2 tools/sample.py": "--help",
-    "python tools/sweep.py": "--help",
-    "tensorboard": "--help",
 }
+RUN = [line for line in shown.commands() if line.startswith(tuple(SHORTER)) and "--check" not in line]
+
+
+def test_every_short_form_is_of_a_command_that_is_shown():
+    assert [begin for begin in SHORTER if not any(line.startswith(begin) for line in RUN)] == []
 
 
 def _environment() -> dict[str, str]:
@@ -67,12 +55,9 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+@pytest.mark.parametrize("command", RUN, ids=lambda command: command[:60])
 def test_a_command_of_the_readme_works(command, tmp_path):
-    added = next((added for begin, added in SHORTER.items() if command.startswith(begin)), None)
-    assert added is not None, f"say in SHORTER how to make this command short: {command}"
-    if added.startswith("elsewhere"):
-        return
+    added = next(added for begin, added in SHORTER.items() if command.startswith(begin))
     words = shlex.split(command) + shlex.split(added.format(tmp=tmp_path))
     done = subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

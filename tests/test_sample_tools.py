@@ -103,7 +103,7 @@ def test_the_images_are_those_of_the_prior(place, drawn):
     facts = json.loads((drawn / "sample.json").read_text())
     assert facts["prior"]["fingerprint"] == prior.fingerprint
     assert facts["tokenizer"]["fingerprint"] == tokenizer.fingerprint == facts["prior"]["card"]["tokenizer"]
-    assert facts["command"].startswith("python tools/sample.py ")
+    assert facts["command"].startswith("vqscale sample ")
     assert facts["commit"]
 
 

@@ -88,7 +88,7 @@ def test_an_unfinished_cache_is_refused_with_the_command_that_finishes_it(tmp_pa
     caches.write(tmp_path / "cache", seal=False)
     with pytest.raises(ValueError, match=r"not finished: 7 of 8 storage shards.*: python tools/encode.py T OUT"):
         Stream(config(tmp_path / "cache"), 8)
-    with pytest.raises(ValueError, match=r"no token cache in .*: change the path, or make one with tools/encode.py"):
+    with pytest.raises(ValueError, match=r"no token cache in .*: change the path, or make one with vqscale encode"):
         Stream(config(tmp_path / "other"), 8)
 
 

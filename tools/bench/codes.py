@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ The arithmetic is float32 or float64 because the search, the softmax and the sta
 whatever the autocast is."""
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog="bench codes", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,8 +87,12 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
         )
 
 
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    return command.parse(_parser(), argv, problems)
+
+
 def main(argv: list[str]) -> int:
-    args = command.parse(parser(), argv, problems)
+    args = arguments(argv)
     setting = choose(args)
     report = run(setting) | command.origin("codes", argv, setting.device, setting.threads)
     report["config"] = {**asdict(setting), "max_dense_gib": args.max_dense_gib}

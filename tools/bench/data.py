@@ -33,7 +33,7 @@ the rounds; start is the time to the first batch of a new reader, index the time
 
 def main(argv: Sequence[str]) -> int:
     """Print a table, or with --json one object; 0, or 2 with the reason on stderr."""
-    args = _parser().parse_args(argv)
+    args = arguments(argv)
     import torch
 
     from vqscale.data.config import ImagesConfig
@@ -150,7 +150,7 @@ def _draw(place: Path, count: int) -> str:
     return f"{place}/{{0..3}}.tar"
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
     out = argparse.ArgumentParser(
         prog="bench data", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,4 +163,4 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--image-size", type=int, default=256, help="pixels of a side that come out (256)")
     out.add_argument("--resize", type=int, default=None, help="short side before the crop (image size)")
     out.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    return out
+    return out.parse_args(argv)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ With --processes M, tokens are per process. Ours shares the K rows; the others a
 all-reduce of K x D gradients is not run: its bytes are computed."""
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog="bench head", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,8 +60,12 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
         yield f"{args.drawn} tokens are drawn of {args.tokens}; it comes from --drawn: give at most --tokens"
 
 
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    return command.parse(_parser(), argv, problems)
+
+
 def main(argv: list[str]) -> int:
-    args = command.parse(parser(), argv, problems)
+    args = arguments(argv)
     settings, left_out = choose(args)
     for note in left_out:
         print(f"bench head: {note}", file=sys.stderr)

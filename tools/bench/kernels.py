@@ -30,13 +30,7 @@ class Case(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
-    parser.add_argument("--fp32", action="store_true", help="operands in float32; else bfloat16")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     print(f"{'kernel':28}{'case':28}{'registers':>10}{'stack B':>9}{'shared KiB':>12}{'wgmma':>7}")
     fits = True
     for case in cases(args.dim, args.fp32):
@@ -48,6 +42,16 @@ def main(argv: Sequence[str]) -> int:
         print(f"{name:28}{case.says:28}{registers:10}{stack:9}{shared / 1024:12.1f}{products:7}", flush=True)
     print("all fit" if fits else f"NOT all fit into {SHARED_MOST // 1024} KiB of shared memory")
     return 0 if fits else 1
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    out = argparse.ArgumentParser(
+        prog="bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
+    out.add_argument("--fp32", action="store_true", help="operands in float32; else bfloat16")
+    out.add_argument("--only", default="", help="kernels whose name contains this")
+    return out.parse_args(argv)
 
 
 def cases(dim: int, full: bool) -> Iterator[Case]:

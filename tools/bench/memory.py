@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ its inputs, for each K of --codes:
 --tokens are per process; ours splits the rows over --processes, dense holds all of them in each."""
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog="bench memory", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,8 +45,12 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
     return command.problems(args, "tokens", "codes", "dim")
 
 
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    return command.parse(_parser(), argv, problems)
+
+
 def main(argv: list[str]) -> int:
-    args = command.parse(parser(), argv, problems)
+    args = arguments(argv)
     found = [run(setting) for setting in choose(args)]
     report = {"memory": found} | command.origin("memory", argv, args.device, command.threads(args))
     report["config"] = {**vars(args), "threads": command.threads(args)}

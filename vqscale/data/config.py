@@ -140,7 +140,7 @@ def as_trained(
 
 @dataclass(frozen=True)
 class TokensConfig:
-    """A token cache: ids of images that tools/encode.py has encoded."""
+    """A token cache: ids of images that `vqscale encode` has encoded."""
 
     path: Free[str]
     "folder of the cache"
@@ -154,7 +154,7 @@ class TokensConfig:
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that cannot be read, as far as one can say without looking at the disk."""
         if not self.path:
-            yield "path", "path is empty, which names no cache: give the folder that tools/encode.py wrote"
+            yield "path", "path is empty, which names no cache: give the folder that `vqscale encode` wrote"
         if self.window_shards < 0:
             yield (
                 "window_shards",

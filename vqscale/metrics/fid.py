@@ -145,7 +145,7 @@ def read(path: Path | str, facts: Mapping[str, Any] | None = None, dims: Sequenc
     or of another number of features, is refused. ValueError for it and for what is no such file.
     """
     path = Path(path)
-    where = "give an npz with mu and sigma, as `tools/evaluate.py statistics` writes it, or a reference batch of ADM"
+    where = "give an npz with mu and sigma, as `vqscale evaluate statistics` writes it, or a reference batch of ADM"
     if not path.is_file():
         raise ValueError(f"the statistics {path} are no file: {where}")
     try:

@@ -2,7 +2,7 @@
 
 `Pass` keeps the sums of such a look, on any number of ranks, for the evaluations of a training (train/evaluate.py) and
 for `score`, the full one with networks as judges. Not here: generated images (metrics/generation.py), the report
-(show/report.py), and files of weights, which tools/evaluate.py opens.
+(show/report.py), and files of weights, which `vqscale evaluate` opens.
 """
 
 from __future__ import annotations

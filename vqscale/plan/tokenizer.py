@@ -120,7 +120,7 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
     if not isinstance(quantizer, VQConfig | EMAConfig | IBQConfig):
         raise ValueError(
             f"the cost model knows the quantizers {', '.join(KNOWN)}, and tokenizer.quantizer.name is "
-            f"{quantizer.name}: give one of these, or use launch/train.py --dry-run for what it costs on one grid"
+            f"{quantizer.name}: give one of these, or use `vqscale train --dry-run` for what it costs on one grid"
         )
     found = network(net, config.data.train.sides, quantizer.dim, config.loss)
     with torch.device("meta"):

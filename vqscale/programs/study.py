@@ -35,7 +35,7 @@ class ChoiceConfig:
     label: str
     """its name in tables and figures"""
     set: tuple[str, ...] = ()
-    """dotted.key=value, as on the command line of launch/train.py"""
+    """dotted.key=value, as on the command line of `vqscale train`"""
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ class Cache:
         if card is None:
             raise ValueError(
                 f"there is no token cache in {self.path} (no card.json): change the path, or make one with "
-                "tools/encode.py TOKENIZER FOLDER --shards PATTERN"
+                "vqscale encode TOKENIZER FOLDER --shards PATTERN"
             )
         self.card = card
-        command = card.command or "tools/encode.py"
+        command = card.command or "vqscale encode"
         seal = form.sealed(self.path)
         if seal is None:
             done = len(form.finished(self.path, card))
@@ -114,7 +114,7 @@ class Cache:
         if faults:
             raise ValueError(
                 f"the token cache in {self.path} does not fit:\n  " + "\n  ".join(faults) + "\ngive the cache of this "
-                "tokenizer, or make it with tools/encode.py"
+                "tokenizer, or make it with vqscale encode"
             )
 
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from vqscale.run.checkout import checkout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    root, name = checkout(), "vqscale_bench"
-    if root is not None:  # by a name that processes find which are started anew: they get this path
-        sys.path.insert(0, str(root / "tools"))
-        name = "bench"
-    status: int = import_module(f"{name}.__main__").main(sys.argv[1:] if argv is None else list(argv))
+    status: int = subcommand("__main__").main(sys.argv[1:] if argv is None else list(argv))
     return status
+
+
+def subcommand(name: str) -> Any:
+    """A module of the benchmark."""
+    root = checkout()
+    if root is None:
+        return import_module(f"vqscale_bench.{name}")
+    tools = str(root / "tools")  # on the path, which processes get that are started anew
+    if tools not in sys.path:
+        sys.path.insert(0, tools)
+    return import_module(f"bench.{name}")

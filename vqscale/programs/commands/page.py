@@ -84,7 +84,7 @@ def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
 
     facts = sample_folder.read(folder)
     if facts is None or facts.get("state") != "done":
-        raise ValueError(f"{folder} has no finished samples: make them with tools/sample.py, or start it again")
+        raise ValueError(f"{folder} has no finished samples: make them with `vqscale sample`, or start it again")
     classes = facts["settings"]["classes"][:MOST_CLASSES]
     with np.load(folder / sample_folder.FILE, allow_pickle=False) as file:
         labels = file["arr_1"].tolist()

@@ -1,7 +1,7 @@
 """Draw images from a trained prior: ids from the prior, pictures from the decoder of its tokenizer.
 
-    python tools/sample.py runs/quickstart-prior runs/quickstart samples/shapes --per-class 8 --guidance 2
-    torchrun --nproc_per_node=8 tools/sample.py PRIOR TOKENIZER OUT --num-images 50000
+    vqscale sample runs/quickstart-prior runs/quickstart samples/shapes --per-class 8 --guidance 2
+    torchrun --nproc_per_node=8 -m vqscale sample PRIOR TOKENIZER OUT --num-images 50000
 
 PRIOR and TOKENIZER are run folders (the newest whole checkpoint), checkpoints, or exported folders. Of PRIOR the
 averaged weights are taken where there are any, unless --weights says otherwise; of TOKENIZER those that made the ids
@@ -14,12 +14,14 @@ in OUT end it with status 75, and batches that are finished are kept.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vqscale.programs.commands import words
+from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
@@ -30,29 +32,31 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while drawing, 2 the user's input, 75 stopped on request."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(words)
-    from vqscale.run import processes
-
-    return processes.status_of(lambda: _sample(args, words))
+    given = sys.argv[1:] if argv is None else list(argv)
+    return processes.status_of(lambda: _sample(arguments(given), words.command("sample", given)))
 
 
-def _sample(args: argparse.Namespace, words: Sequence[str]) -> int:
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with the grid of processes; ValueError with all that can be seen to be wrong without a model."""
     from vqscale.programs import sample_request
-    from vqscale.run import processes
 
-    grid = sample_request.check_arguments(args, lambda classes: _problems(args, classes))
+    args = _parser().parse_args(given)
+    args.grid = sample_request.check_arguments(args, lambda classes: _problems(args, classes))
+    return args
+
+
+def _sample(args: argparse.Namespace, command: str) -> int:
     from vqscale.programs import sample
     from vqscale.run.folder import EXIT_STOPPED
 
-    with processes.joined(args.device, grid, args.timeout_s) as mesh:
-        asked, outcome = _draw(args, words, mesh)
+    with processes.joined(args.device, args.grid, args.timeout_s) as mesh:
+        asked, outcome = _draw(args, command, mesh)
     if mesh.world.rank == 0:
         print(sample.summary(outcome, args.out, asked, mesh.world.size), flush=True)
     return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 
-def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[SampleRequest, Outcome]:
+def _draw(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[SampleRequest, Outcome]:
     from vqscale.priors.base import Prior, SampleWarning
     from vqscale.programs import sample, sample_options
     from vqscale.tokenizer.matching import tokenizer_of
@@ -64,7 +68,6 @@ def _draw(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[S
     if mesh.world.rank == 0:
         for line in prior.remarks(request.how):
             print(f"warning: {line}", file=sys.stderr, flush=True)
-    command = shlex.join(["python", "tools/sample.py", *words])
     about = {"paths": {"prior": str(args.prior), "tokenizer": str(args.tokenizer)}, "command": command}
     return request, sample.sample(prior, tokenizer, args.out, mesh, request, about=about, overwrite=args.overwrite)
 
@@ -91,7 +94,7 @@ def _request(args: argparse.Namespace, classes: tuple[int, ...], how: SampleConf
 def _parser() -> argparse.ArgumentParser:
     from vqscale.programs import sample_options
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = words.parser(__doc__)
     add: Any = parser.add_argument
     add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
     add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")

@@ -1,10 +1,10 @@
 """Measure a prior under several sampling settings: FID, Inception score, sFID, precision and recall over its dials.
 
-    python tools/sweep.py PRIOR TOKENIZER OUT --guidance 1,1.5,2 --temperature 0.9,1.0 \\
+    vqscale sweep PRIOR TOKENIZER OUT --guidance 1,1.5,2 --temperature 0.9,1.0 \\
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
-Every combination of the lists draws --num-images images (tools/sample.py says how) and measures them (tools/evaluate.py
-samples says how); the dials are those of the prior in PRIOR. OUT gets sweep.json, sweep.csv and sweep.png, written
+Every combination of the lists draws --num-images images (`vqscale sample` says how), measured as `vqscale evaluate
+samples` says; the dials are those of the prior in PRIOR. OUT gets sweep.json, sweep.csv and sweep.png, written
 again after every setting; a setting that is measured is not measured again, so the same command goes on, on any number
 of processes; TERM, USR1, USR2 or a file STOP in OUT end it with status 75. The whole table is kept, with what other
 commands measured in OUT at other settings of the dials: the best of many, chosen on the very reference, is not a number
@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vqscale.programs.commands import words
+from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
@@ -29,28 +31,30 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed on the way, 2 the user's input, 75 stopped on request."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(words)
-    from vqscale.run import processes
-
-    return processes.status_of(lambda: _sweep(args, words))
+    given = sys.argv[1:] if argv is None else list(argv)
+    return processes.status_of(lambda: _sweep(arguments(given), words.command("sweep", given)))
 
 
-def _sweep(args: argparse.Namespace, words: Sequence[str]) -> int:
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with the grid of processes; ValueError with all that can be seen to be wrong without a model."""
     from vqscale.programs import sample_request
-    from vqscale.run import processes
+
+    args = _parser().parse_args(given)
+    args.grid = sample_request.check_arguments(args, lambda classes: _problems(args, classes))
+    return args
+
+
+def _sweep(args: argparse.Namespace, command: str) -> int:
     from vqscale.run.folder import EXIT_STOPPED
 
-    grid = sample_request.check_arguments(args, lambda classes: _problems(args, classes))
-
-    with processes.joined(args.device, grid, args.timeout_s) as mesh:
-        told, missing = _measure(args, words, mesh)
+    with processes.joined(args.device, args.grid, args.timeout_s) as mesh:
+        told, missing = _measure(args, command, mesh)
     if mesh.world.rank == 0:
         print(told, flush=True)
     return EXIT_STOPPED if missing else 0
 
 
-def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tuple[str, int]:
+def _measure(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[str, int]:
     """(what to say at the end, how many settings are missing)."""
     from vqscale.nets.inception import load
     from vqscale.priors.base import Prior, SampleWarning
@@ -65,8 +69,7 @@ def _measure(args: argparse.Namespace, words: Sequence[str], mesh: Mesh) -> tupl
         for line in dict.fromkeys(line for one in every for line in prior.remarks(one.how)):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     network = load(args.inception, args.inception_sha256).to(mesh.device)
-    judge = sweep.Judge(network, args.reference)
-    about = {"command": shlex.join(["python", "tools/sweep.py", *words])}
+    judge, about = sweep.Judge(network, args.reference), {"command": command}
     table, missing = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
     left = f"\nstopped after {len(every) - missing} of {len(every)} settings: the same command goes on"
     return f"{table.text()}\n{args.out}: sweep.json, sweep.csv, sweep.png{left * bool(missing)}", missing
@@ -86,7 +89,7 @@ def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
             "measures a part: give more images, or start fewer"
         )
     for option, path, what in (
-        ("reference", args.reference, "an npz of ADM, or of `tools/evaluate.py statistics`"),
+        ("reference", args.reference, "an npz of ADM, or of `vqscale evaluate statistics`"),
         ("inception", args.inception, "pt_inception-2015-12-05-6726825d.pth"),
     ):
         if not path.is_file():
@@ -106,7 +109,7 @@ def _requests(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Sample
 def _parser() -> argparse.ArgumentParser:
     from vqscale.programs import sample_options
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = words.parser(__doc__)
     add: Any = parser.add_argument
     add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
     add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")

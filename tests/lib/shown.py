@@ -1,0 +1,75 @@
+"""The commands that the Markdown files of this repository show, and which program each of them starts with what."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+from vqscale import config as configuration
+from vqscale.programs.commands import COMMANDS
+from vqscale.programs.study import StudyConfig
+from vqscale.train.config import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLD = re.compile(r"is `vqscale (\w+) \.\.\.`")
+FILES = {"launch/train.py": "train", "tools/bench": "bench"} | {
+    f"tools/{path.name}": TOLD.search(path.read_text())[1] for path in (ROOT / "tools").glob("*.py")
+}
+
+
+def commands(page: str = "*.md") -> list[str]:
+    """The lines of all blocks of bash, without what a comment says beside them."""
+    listed = subprocess.run(["git", "ls-files", page], cwd=ROOT, capture_output=True, text=True, check=True)
+    blocks = [
+        block
+        for name in listed.stdout.split()
+        for block in re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.S)
+        if not name.startswith("tests/")  # told to whoever makes the files again with an old commit
+    ]
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+
+
+def program(command: str) -> tuple[str, list[str]] | None:
+    """(program of vqscale, its words) of a command; None where it starts something else."""
+    first, *rest = shlex.split(command)
+    if first == "vqscale":
+        return rest[0], rest[1:]
+    if first == "torchrun":
+        while rest[0].startswith("-") and rest[0] != "-m":
+            del rest[0]
+        if rest[:2] == ["-m", "vqscale"]:
+            return rest[2], rest[3:]
+    if first in ("python", "torchrun") and rest[0] in FILES:
+        return FILES[rest[0]], rest[1:]
+    return None
+
+
+def check(name: str, words: list[str]) -> None:
+    """Read the words as the program does before it opens anything but configs; ValueError or SystemExit 2 where it
+    would refuse them."""
+    module = import_module(f"vqscale.programs.commands.{COMMANDS[name][0]}")
+    if name == "train":
+        _check_train(module, words)
+    elif name == "study":
+        given = [word for word in words if word not in ("--dry-run", "--prepare")]
+        configuration.load(StudyConfig, given[0], given[1:])
+    elif name == "plan":
+        args = module.arguments(words)
+        if not args.check:
+            module._run(args)
+    elif name == "bench":
+        module.subcommand(words[0]).arguments(words[1:])
+    else:
+        module.arguments(words)
+
+
+def _check_train(module, words: list[str]) -> None:
+    if "--help" in words:
+        assert module.main(words) == 0
+        return
+    path, changes, _, _ = module._arguments(words)
+    configuration.load(Run, path or "configs/quickstart/tokenizer.yaml", changes)
