@@ -164,17 +164,17 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again_by_itself(tmp_pat
 
 def _poison(first, last, on_rank, rank):
     """From step `first` to `last` an image of one rank has a pixel that is not a number."""
-    from vqscale.data.images import Stream
+    from vqscale.data.samples import SampleStream
 
-    original = Stream.batches
+    original = SampleStream.batches
 
     def batches(self, *consumed):
         for number, batch in enumerate(original(self, *consumed), 1):
             if consumed and rank == on_rank and first <= number <= last:
-                batch.images[0, 0, 0, 0] = math.nan
+                batch.samples[0, 0, 0, 0] = math.nan
             yield batch
 
-    Stream.batches = batches
+    SampleStream.batches = batches
 
 
 def _finite(run, step):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vqscale import config as configuration
-from vqscale.data.images import Stream
+from vqscale.data.samples import SampleStream
 from vqscale.metrics.reconstruction import Reconstruction
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.model import Tokenizer
@@ -134,7 +134,7 @@ def _psnr(run):
     """Of the tokenizer that is loaded from a run, over the held-out images."""
     config = configuration.load(Run, run / "run.yaml")
     tokenizer, scores = Tokenizer.load(run), Reconstruction(torch.device("cpu"))
-    for batch in Stream(config.data.val, 8, 0, 1, train=False).batches():
+    for batch in SampleStream(config.data.val, 8, 0, 1, train=False).batches():
         with torch.no_grad():
-            scores.add(batch.images, tokenizer(batch.images)[0], batch.valid)
+            scores.add(batch.samples, tokenizer(batch.samples)[0], batch.valid)
     return Reconstruction.from_sums(scores.sums())["psnr"]

@@ -23,7 +23,8 @@ FREE = {
     TokenizerRun: EVERY_RUN
     + """
     data.train.shards data.train.num_workers data.train.max_broken data.train.cache_dir data.train.cache_gb
-    data.train.index_dir data.val.shards data.val.image_size data.val.resize data.val.crop data.val.min_area
+    data.train.index_dir data.val.shards data.val.medium data.val.image_size data.val.resize data.val.crop
+    data.val.min_area
     data.val.flip data.val.interpolation data.val.window_shards data.val.num_workers data.val.max_broken
     data.val.cache_dir data.val.cache_gb data.val.index_dir data.val.make.num_images data.val.make.size
     data.val.make.first_index data.val.make.seed tokenizer.net.checkpointing tokenizer.quantizer.scan_mib

@@ -13,7 +13,7 @@ from shard_files import SIZE, colour, member_offset, patch, png, sample, write_s
 from test_data_order import facts, join, same, take
 
 from vqscale.data.config import ImagesConfig
-from vqscale.data.images import BrokenData, Stream
+from vqscale.data.samples import BrokenData, SampleStream
 
 BLOCK = 512
 
@@ -36,14 +36,14 @@ def config(shards: list[Path], **options: object) -> ImagesConfig:
 
 def keys_of(shards: list[Path]) -> list[int]:
     """The samples of an evaluation, checked to be what their keys say."""
-    found = facts(list(Stream(config(shards), batch=4, train=False).batches(0)))
+    found = facts(list(SampleStream(config(shards), batch=4, train=False).batches(0)))
     for key, label, pixel in found:
         assert (label, pixel) == (int(key) % 7, colour(int(key)))
     return [int(key) for key, _, _ in found]
 
 
 def damage(shards: list[Path]) -> list[str]:
-    stream = Stream(config(shards), batch=4, train=False)
+    stream = SampleStream(config(shards), batch=4, train=False)
     assert next(stream.batches(0)).broken[: len(stream.damage)] == stream.damage
     return stream.damage
 
@@ -151,12 +151,12 @@ def test_a_broken_sample_is_replaced_by_the_next_of_the_order(shards: list[Path]
 def test_evaluation_leaves_a_broken_sample_out(shards: list[Path], world: int) -> None:
     members = [m for n in range(10, 20) for m in (broken_members("cut image") if n == 13 else sample(n))]
     write_tar(shards[1], members)
-    streams = [Stream(config(shards), batch=8, rank=rank, world=world, train=False) for rank in range(world)]
+    streams = [SampleStream(config(shards), batch=8, rank=rank, world=world, train=False) for rank in range(world)]
     steps = [join(parts) for parts in zip(*(stream.batches(0) for stream in streams), strict=True)]
     assert [int(key) for key, _, _ in facts(steps)] == [n for n in range(30) if n != 13]
     assert steps[1].valid.tolist() == [True] * 5 + [False] + [True] * 2
     assert steps[1].keys[5] == "00013"
-    assert not steps[1].images[5].any()
+    assert not steps[1].samples[5].any()
     assert [len(step.broken) for step in steps] == [0, 1, 0, 0]
 
 
@@ -167,7 +167,7 @@ def test_a_chain_of_broken_samples_is_an_error_that_names_the_shard(shards: list
     others = set(multiprocessing.active_children())
     message = rf"4 samples in a row are broken.*{shards[1]} 0001\d.*max_broken = 3"
     for workers in (0, 1):
-        stream = Stream(config(only, window_shards=1, max_broken=3, num_workers=workers), batch=4)
+        stream = SampleStream(config(only, window_shards=1, max_broken=3, num_workers=workers), batch=4)
         with pytest.raises(BrokenData, match=message) as raised:
             list(islice(stream.batches(0), 9))
         assert raised.tb  # which holds the frames of the stream
@@ -177,7 +177,7 @@ def test_a_chain_of_broken_samples_is_an_error_that_names_the_shard(shards: list
 
 
 def test_a_shard_that_shrinks_under_the_run_is_broken_samples(shards: list[Path]) -> None:
-    stream = Stream(config(shards, max_broken=30), batch=8)
+    stream = SampleStream(config(shards, max_broken=30), batch=8)
     cut(shards[1], 5 * BLOCK)
     found = list(islice(stream.batches(0), 8))
     lost = {int(key) for batch in found for key in batch.keys} & set(range(10, 20))
@@ -186,7 +186,7 @@ def test_a_shard_that_shrinks_under_the_run_is_broken_samples(shards: list[Path]
 
 
 def test_a_shard_that_disappears_under_the_run_is_broken_samples(shards: list[Path]) -> None:
-    stream = Stream(config(shards, max_broken=30), batch=8)
+    stream = SampleStream(config(shards, max_broken=30), batch=8)
     shards[1].unlink()
     found = list(islice(stream.batches(0), 8))
     wanted = [stream.order[number][1] for number in range(64)]
@@ -198,11 +198,11 @@ def test_a_shard_that_disappears_under_the_run_is_broken_samples(shards: list[Pa
 
 def test_no_image_at_all_is_an_error(tmp_path: Path) -> None:
     texts = write_tar(tmp_path / "texts.tar", [(f"{n}.txt", b"a caption") for n in range(3)])
-    with pytest.raises(ValueError, match=r"no image in 1 shards.*3 samples.*jpg, jpeg, png, webp"):
-        Stream(config([texts]), batch=2)
+    with pytest.raises(ValueError, match=r"no images in 1 shards.*3 samples.*jpg, jpeg, png, webp"):
+        SampleStream(config([texts]), batch=2)
     empty = write_tar(tmp_path / "empty.tar", [])
-    with pytest.raises(ValueError, match=r"no image in 1 shards.*0 samples"):
-        Stream(config([empty]), batch=2)
+    with pytest.raises(ValueError, match=r"no images in 1 shards.*0 samples"):
+        SampleStream(config([empty]), batch=2)
 
 
 def test_labels_come_from_cls_class_txt_or_json(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_labels_come_from_cls_class_txt_or_json(tmp_path: Path) -> None:
     ]
     members = [m for n, (suffix, data, _) in enumerate(rows) for m in [(f"{n}.{suffix}", data), (f"{n}.PNG", png(n))]]
     path = write_tar(tmp_path / "labels.tar", members)
-    (batch,) = Stream(config([path]), batch=len(rows), train=False).batches(0)
+    (batch,) = SampleStream(config([path]), batch=len(rows), train=False).batches(0)
     assert batch.labels.tolist() == [label for _, _, label in rows]
     assert batch.labels.dtype == torch.int64
     assert batch.valid.all()
@@ -231,8 +231,8 @@ def test_a_copy_elsewhere_has_the_same_fingerprint_and_another_content_has_not(
     shards: list[Path], tmp_path: Path
 ) -> None:
     moved = [Path(shutil.copy(shard, tmp_path)) for shard in shards]
-    one = Stream(config(shards), batch=2).fingerprint
-    assert Stream(config(moved), batch=2).fingerprint == one
-    assert Stream(config(moved[:2]), batch=2).fingerprint != one
+    one = SampleStream(config(shards), batch=2).fingerprint
+    assert SampleStream(config(moved), batch=2).fingerprint == one
+    assert SampleStream(config(moved[:2]), batch=2).fingerprint != one
     write_tar(moved[0], [m for n in (*range(9), 99) for m in sample(n)])
-    assert Stream(config(moved), batch=2).fingerprint != one
+    assert SampleStream(config(moved), batch=2).fingerprint != one

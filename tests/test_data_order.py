@@ -18,8 +18,8 @@ from shard_files import SIZE, colour, read_slowly, write_shards, write_tar
 from torch.utils.data import Dataset
 
 from vqscale.data.config import ImagesConfig
-from vqscale.data.images import Batch, Stream
 from vqscale.data.order import Order, permutation
+from vqscale.data.samples import SampleBatch, SampleStream
 from vqscale.data.shards.workers import read, room
 
 COUNTS = [5, 9, 0, 7, 10]  # 31 samples, a prime
@@ -43,23 +43,23 @@ def with_workers(config: ImagesConfig, workers: int) -> ImagesConfig:
 
 def take(
     config: ImagesConfig, count: int, consumed: int = 0, world: int = 1, batch: int = 8, seed: int = 3
-) -> list[Batch]:
+) -> list[SampleBatch]:
     """The next `count` global batches: those of all ranks, joined."""
-    streams = [Stream(config, batch=batch, rank=rank, world=world, seed=seed) for rank in range(world)]
+    streams = [SampleStream(config, batch=batch, rank=rank, world=world, seed=seed) for rank in range(world)]
     steps = zip(*(islice(stream.batches(consumed), count) for stream in streams), strict=True)
     return [join(parts) for parts in steps]
 
 
-def join(parts: tuple[Batch, ...]) -> Batch:
-    tensors = ("images", "labels", "valid", "numbers")
+def join(parts: tuple[SampleBatch, ...]) -> SampleBatch:
+    tensors = ("samples", "labels", "valid", "numbers")
     lists = {name: [entry for part in parts for entry in getattr(part, name)] for name in ("keys", "broken")}
-    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}, **lists)
+    return SampleBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}, **lists)
 
 
-def same(one: list[Batch], other: list[Batch]) -> bool:
+def same(one: list[SampleBatch], other: list[SampleBatch]) -> bool:
     """Bit for bit, but for `broken`."""
     return len(one) == len(other) and all(
-        torch.equal(a.images, b.images)
+        torch.equal(a.samples, b.samples)
         and torch.equal(a.labels, b.labels)
         and torch.equal(a.valid, b.valid)
         and torch.equal(a.numbers, b.numbers)
@@ -68,11 +68,11 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
     )
 
 
-def facts(batches: list[Batch]) -> list[tuple[str, int, tuple[int, ...]]]:
+def facts(batches: list[SampleBatch]) -> list[tuple[str, int, tuple[int, ...]]]:
     """(key, label, colour) of every sample, to compare with read_slowly."""
     found = []
     for batch in batches:
-        pixels = ((batch.images[:, :, 0, 0] + 1) * 127.5).round().int().tolist()
+        pixels = ((batch.samples[:, :, 0, 0] + 1) * 127.5).round().int().tolist()
         for key, label, pixel, valid in zip(
             batch.keys, batch.labels.tolist(), pixels, batch.valid.tolist(), strict=True
         ):
@@ -142,8 +142,8 @@ def test_an_epoch_is_every_sample_with_its_key_label_and_pixels(config: ImagesCo
 
 def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_workers(config: ImagesConfig) -> None:
     alone = take(config, 9)
-    assert alone[0].images.shape == (8, 3, SIZE - 2, SIZE - 2)
-    assert alone[0].images.dtype == torch.float32
+    assert alone[0].samples.shape == (8, 3, SIZE - 2, SIZE - 2)
+    assert alone[0].samples.dtype == torch.float32
     assert same(take(config, 9, world=2), alone)
     assert same(take(config, 9, world=4), alone)
     assert same(take(with_workers(config, 2), 9, world=2), alone)
@@ -168,18 +168,18 @@ def test_augmentation_depends_on_epoch_and_sample_alone(tmp_path: Path) -> None:
     write_tar(tmp_path / "one.tar", [("a.png", file.getvalue())])
     config = ImagesConfig(str(tmp_path / "one.tar"), image_size=8, resize=16, num_workers=0)
     crops = take(config, 3, batch=8)
-    corners = {tuple(image[:, 0, 0].tolist()) for batch in crops for image in batch.images}
+    corners = {tuple(image[:, 0, 0].tolist()) for batch in crops for image in batch.samples}
     assert len(corners) > 15  # 24 epochs of one sample at 81 places
     assert same(take(config, 6, batch=4, consumed=0)[:1], take(config, 1, batch=4))
-    again = torch.cat([batch.images for batch in take(config, 6, batch=4)])
-    assert torch.equal(again, torch.cat([batch.images for batch in crops]))
+    again = torch.cat([batch.samples for batch in take(config, 6, batch=4)])
+    assert torch.equal(again, torch.cat([batch.samples for batch in crops]))
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 8), (2, 8), (4, 8), (3, 12), (1, 31), (2, 100)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_every_sample_once_in_order(config: ImagesConfig, world: int, batch: int, workers: int) -> None:
     config = with_workers(config, workers if world < 3 else 0)
-    streams = [Stream(config, batch=batch, rank=rank, world=world, train=False) for rank in range(world)]
+    streams = [SampleStream(config, batch=batch, rank=rank, world=world, train=False) for rank in range(world)]
     parts = [list(stream.batches(0)) for stream in streams]
     assert {len(part) for part in parts} == {-(-31 // batch)}  # the same number of steps on every rank
     assert {len(b.keys) for part in parts for b in part} == {batch // world}
@@ -188,20 +188,20 @@ def test_evaluation_sees_every_sample_once_in_order(config: ImagesConfig, world:
     assert facts(joined) == read_slowly(shards)
     last = joined[-1]
     assert torch.equal(last.numbers == -1, ~last.valid)
-    assert not last.images[~last.valid].any()
+    assert not last.samples[~last.valid].any()
     assert set(last.labels[~last.valid].tolist()) <= {-1}
 
 
 def test_a_stream_leaves_the_random_numbers_of_the_run_alone(config: ImagesConfig) -> None:
     before = torch.get_rng_state()
-    next(Stream(config, batch=8).batches(0))
-    next(Stream(with_workers(config, 1), batch=8).batches(0))
+    next(SampleStream(config, batch=8).batches(0))
+    next(SampleStream(with_workers(config, 1), batch=8).batches(0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_batch_that_does_not_divide_says_what_would(config: ImagesConfig) -> None:
-    with pytest.raises(ValueError, match=r"batch of 10 images does not divide by 4 processes.*8 or 12"):
-        Stream(config, batch=10, rank=0, world=4)
+    with pytest.raises(ValueError, match=r"batch of 10 samples does not divide by 4 processes.*8 or 12"):
+        SampleStream(config, batch=10, rank=0, world=4)
 
 
 class Rooms(Dataset[tuple[bool, torch.Tensor]]):
@@ -222,7 +222,7 @@ def test_what_a_worker_makes_is_shared_and_not_copied(count: int) -> None:
 
 def test_workers_outlive_the_signals_of_the_run_and_end_with_the_stream(config: ImagesConfig) -> None:
     others = set(multiprocessing.active_children())
-    batches = Stream(with_workers(config, 2), batch=8, seed=3).batches(0)
+    batches = SampleStream(with_workers(config, 2), batch=8, seed=3).batches(0)
     first = [next(batches), next(batches)]  # one of each worker: both have begun, and know what to do with signals
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
@@ -241,7 +241,7 @@ def test_workers_outlive_the_signals_of_the_run_and_end_with_the_stream(config: 
 
 def test_a_worker_that_is_killed_is_an_error_that_says_so(config: ImagesConfig) -> None:
     others = set(multiprocessing.active_children())
-    batches = Stream(with_workers(config, 1), batch=8).batches(0)
+    batches = SampleStream(with_workers(config, 1), batch=8).batches(0)
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - others
     os.kill(worker.pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from shard_files import SIZE, colour, member_offset, patch, png, sample, write_s
 from test_data_order import facts
 
 from vqscale.data.config import ImagesConfig
-from vqscale.data.images import Stream
+from vqscale.data.samples import SampleStream
 from vqscale.data.shards import cache as cache_module
 from vqscale.data.shards import index as index_module
 from vqscale.data.shards.cache import ShardCache
@@ -77,7 +77,7 @@ def test_names_that_stand_for_nothing_are_errors(
 def contents(path: Path) -> list[tuple[str, int, bytes]]:
     """(key, label, image bytes) of our walk."""
     with open(path, "rb") as file:
-        found = read_contents(file.fileno())
+        found = read_contents(file.fileno(), ImagesConfig.suffixes)
         assert found.damage == ()
         begins = [0, *found.key_ends[:-1].tolist()]
         keys = [found.key_bytes[a:b].tobytes().decode() for a, b in zip(begins, found.key_ends, strict=True)]
@@ -153,7 +153,7 @@ def test_a_size_in_a_pax_header_counts(tmp_path: Path) -> None:
 
 def test_a_member_that_comes_twice_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "d.tar", [("a.png", png(1)), ("a.PNG", png(2)), ("b.png", png(3))])
-    stream = Stream(config(str(path)), batch=2, train=False)
+    stream = SampleStream(config(str(path)), batch=2, train=False)
     assert stream.damage == [f"{path}: 'a.PNG' comes twice: the first is used"]
     assert [pixel for _, _, pixel in facts(list(stream.batches(0)))] == [colour(1), colour(3)]
 
@@ -166,9 +166,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     walked: list[str] = []
     original = index_module._read_part
 
-    def read_part(cache: ShardCache, shard: str) -> object:
+    def read_part(cache: ShardCache, shard: str, suffixes: tuple[str, ...]) -> object:
         walked.append(os.path.basename(shard))
-        return original(cache, shard)
+        return original(cache, shard, suffixes)
 
     monkeypatch.setattr(index_module, "_read_part", read_part)
     return walked
@@ -218,10 +218,10 @@ def test_an_interrupted_index_keeps_what_it_has(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(index_module, "_THREADS", 1)
     original = index_module._read_part
 
-    def read_part(cache: ShardCache, shard: str) -> object:
+    def read_part(cache: ShardCache, shard: str, suffixes: tuple[str, ...]) -> object:
         if shard.endswith("s-4.tar"):
             raise OSError("the disk went away")
-        return original(cache, shard)
+        return original(cache, shard, suffixes)
 
     monkeypatch.setattr(index_module, "_read_part", read_part)
     with pytest.raises(OSError, match="went away"):

@@ -17,7 +17,7 @@ from shard_files import SIZE, read_slowly, write_shards
 from test_data_order import facts, same, take
 
 from vqscale.data.config import ImagesConfig
-from vqscale.data.images import BrokenData, Stream
+from vqscale.data.samples import BrokenData, SampleStream
 from vqscale.data.shards import cache as cache_module
 from vqscale.data.shards.cache import ShardCache
 
@@ -68,7 +68,7 @@ def test_compressed_shards_are_unpacked(tmp_path: Path, prefix: str, suffix: str
     cut = Path(f"{paths[1]}.{suffix}")
     cut.write_bytes(cut.read_bytes()[: os.path.getsize(cut) // 2])
     if not prefix:  # a local one that changed is unpacked again, as far as it goes
-        stream = Stream(config(packed), batch=2, train=False)
+        stream = SampleStream(config(packed), batch=2, train=False)
         assert 5 <= stream.num_samples < 14
         assert len(stream.damage) == 1
 
@@ -77,11 +77,11 @@ def test_a_command_that_fails_is_tried_again_and_then_an_error(tmp_path: Path) -
     (path,) = write_shards(tmp_path, [4])
     tried = tmp_path / "tried"
     late = f"pipe:echo >> {tried}; test $(wc -l < {tried}) -ge 3 && cat {path}"
-    assert Stream(config(late), batch=2).num_samples == 4
+    assert SampleStream(config(late), batch=2).num_samples == 4
     assert tried.read_text().count("\n") == 3
     half = f"pipe:head -c 2000 {path}; exit 1"  # gives something, then fails: not a short shard, but no shard
     with pytest.raises(OSError, match=r"cannot fetch pipe:head.*attempt 3 of 3.*exit 1"):
-        Stream(config(half), batch=2)
+        SampleStream(config(half), batch=2)
     assert not list((tmp_path / "home" / "vqscale").glob("*.tmp"))
 
 
@@ -93,7 +93,7 @@ def test_a_source_that_dries_up_under_the_run_is_broken_samples(tmp_path: Path) 
         index_dir=str(tmp_path / "i"),
         max_broken=15,
     )
-    stream = Stream(piped, batch=4)
+    stream = SampleStream(piped, batch=4)
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "data/s-0.tar").unlink()
     found = list(islice(stream.batches(0), 6))
@@ -102,7 +102,7 @@ def test_a_source_that_dries_up_under_the_run_is_broken_samples(tmp_path: Path) 
     (tmp_path / "data/s-1.tar").unlink()
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(BrokenData, match=r"16 samples in a row.*pipe:cat"):
-        next(Stream(piped, batch=4).batches(0))
+        next(SampleStream(piped, batch=4).batches(0))
 
 
 def test_the_cache_stays_within_its_limit_and_keeps_what_is_used_last(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_run_through_a_small_cache_sees_every_sample(tmp_path: Path) -> None:
     kept = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
     assert kept <= 5 * size  # one may just have come
     with pytest.raises(ValueError, match=r"two windows of 3 streamed shards.*cache_gb.*lower window_shards"):
-        Stream(config(piped.shards, window_shards=3, cache_dir=piped.cache_dir, cache_gb=piped.cache_gb), batch=8)
+        SampleStream(config(piped.shards, window_shards=3, cache_dir=piped.cache_dir, cache_gb=piped.cache_gb), batch=8)
 
 
 def test_shards_of_the_next_window_are_fetched_ahead(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_shards_of_the_next_window_are_fetched_ahead(tmp_path: Path) -> None:
         cache_dir=str(tmp_path / "cache"),
         index_dir=str(tmp_path / "index"),
     )
-    stream = Stream(piped, batch=4)
+    stream = SampleStream(piped, batch=4)
     shutil.rmtree(tmp_path / "cache")
     batches = stream.batches(0)
     next(batches)

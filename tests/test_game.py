@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from vqscale import config as configuration
-from vqscale.data.images import Stream
+from vqscale.data.samples import SampleStream
 from vqscale.nets.lpips import load as load_lpips
 from vqscale.nets.patchgan import PatchGAN
 from vqscale.parallel.mesh import Mesh
@@ -75,14 +75,16 @@ def reference(config, accumulation=1):
     lpips = None if files is None else load_lpips(files.vgg, files.heads, vgg_sha256=None)
     adam = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.9), eps=1e-4)
     its_adam = torch.optim.Adam(judge.parameters(), lr=3e-3, betas=(0.5, 0.9), eps=1e-4)
-    stream = Stream(config.data.train, config.data.batch // accumulation, 0, 1, seed=derive(config.run.seed, "data"))
+    stream = SampleStream(
+        config.data.train, config.data.batch // accumulation, 0, 1, seed=derive(config.run.seed, "data")
+    )
     batches, m_real, m_fake = stream.batches(0), torch.zeros(()), torch.zeros(())
     for step in range(STEPS):
         adam.zero_grad()
         its_adam.zero_grad()
         answers = []
         for micro in range(accumulation):
-            images = next(batches).images
+            images = next(batches).samples
             recon, quantized = net(images)
             loss = (recon - images).square().mean() + (0.3 * lpips(images, recon).mean() if lpips else 0)
             if step >= 1:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from shard_files import png
 
-from vqscale.data import images
+from vqscale.data import samples
 from vqscale.data.config import ImagesConfig, ShapesConfig
 from vqscale.data.made import make
 from vqscale.data.made.shapes import CLASS_NAMES, draw
@@ -47,7 +47,7 @@ def times(folder: Path) -> dict[str, int]:
 
 def test_prepare_makes_the_drawn_shapes_and_then_nothing(tmp_path: Path) -> None:
     config = shapes(tmp_path / "d", first_index=100, seed=3)
-    images.prepare(config)
+    samples.prepare(config)
     found = [members(tmp_path / "d" / f"train-{n:02d}.tar") for n in range(3)]
     assert [len(shard) for shard in found] == [9, 9, 12]  # 3, 3 and 4 samples of three members
     together = {name: data for shard in found for name, data in shard.items()}
@@ -60,27 +60,27 @@ def test_prepare_makes_the_drawn_shapes_and_then_nothing(tmp_path: Path) -> None
     assert info["shard_lengths"] == [3, 3, 4]
     assert (tmp_path / "d" / "classes.txt").read_text().split() == list(CLASS_NAMES)
     before = times(tmp_path / "d")
-    images.prepare(config)
+    samples.prepare(config)
     assert times(tmp_path / "d") == before
-    (batch,) = images.Stream(config, batch=10, train=False).batches(0)
+    (batch,) = samples.SampleStream(config, batch=10, train=False).batches(0)
     assert batch.keys == [f"{index:08d}" for index in range(100, 110)]
     assert batch.broken == []
     again = tmp_path / "again"
-    images.prepare(shapes(again, first_index=100, seed=3))
+    samples.prepare(shapes(again, first_index=100, seed=3))
     for path in again.glob("*.tar"):  # the same bytes, whenever they are made
         assert path.read_bytes() == (tmp_path / "d" / path.name).read_bytes()
 
 
 def test_prepare_without_make_asks_for_the_shards(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 of 3 shards do not exist"):
-        images.prepare(ImagesConfig(f"{tmp_path}/train-{{00..02}}.tar"))
+        samples.prepare(ImagesConfig(f"{tmp_path}/train-{{00..02}}.tar"))
 
 
 def test_two_sets_live_in_one_folder(tmp_path: Path) -> None:
-    images.prepare(shapes(tmp_path))
+    samples.prepare(shapes(tmp_path))
     held_out = ImagesConfig(f"{tmp_path}/val-0.tar", image_size=16, make=ShapesConfig(4, 16, first_index=10))
-    images.prepare(held_out)
-    images.prepare(shapes(tmp_path))
+    samples.prepare(held_out)
+    samples.prepare(shapes(tmp_path))
     assert set(json.loads((tmp_path / "_info.json").read_text())["splits"]) == {"train", "val"}
     assert [name[:8] for name in members(tmp_path / "val-0.tar") if name.endswith("cls")] == [
         f"{n:08d}" for n in range(10, 14)
@@ -88,20 +88,20 @@ def test_two_sets_live_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_other_shapes_in_the_same_place_are_an_error_that_says_what_differs(tmp_path: Path) -> None:
-    images.prepare(shapes(tmp_path))
+    samples.prepare(shapes(tmp_path))
     with pytest.raises(ValueError, match=r"made with size = 16, but now asked for is size = 32: take another folder"):
-        images.prepare(shapes(tmp_path, size=32))
+        samples.prepare(shapes(tmp_path, size=32))
 
 
 def test_shards_of_somebody_else_are_used_but_not_completed(tmp_path: Path) -> None:
-    images.prepare(shapes(tmp_path))
+    samples.prepare(shapes(tmp_path))
     (tmp_path / "_info.json").unlink()
     before = times(tmp_path)
-    images.prepare(shapes(tmp_path, size=32))  # all are there: whatever they are, they are the user's
+    samples.prepare(shapes(tmp_path, size=32))  # all are there: whatever they are, they are the user's
     assert times(tmp_path) == before
     (tmp_path / "train-01.tar").unlink()
     with pytest.raises(ValueError, match=r"2 of the 3 train shards to be made are in .* already, and nothing says"):
-        images.prepare(shapes(tmp_path))
+        samples.prepare(shapes(tmp_path))
 
 
 def test_an_interrupted_making_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,18 +115,18 @@ def test_an_interrupted_making_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(make, "draw", stop)
     with pytest.raises(KeyboardInterrupt):
-        images.prepare(shapes(tmp_path))
+        samples.prepare(shapes(tmp_path))
     assert [path.name for path in tmp_path.glob("*.tar")] == ["train-00.tar"]
     assert not (tmp_path / "_info.json").exists()
     assert not list(tmp_path.glob(".*.tar.tmp"))
     (tmp_path / ".train-01.tar.tmp").write_bytes(b"half")  # as by a process that was killed
     before = times(tmp_path)
-    images.prepare(shapes(tmp_path))
+    samples.prepare(shapes(tmp_path))
     assert drawn[5:] == list(range(3, 10))  # what was finished is kept
     assert times(tmp_path)["train-00.tar"] == before["train-00.tar"]
     assert not list(tmp_path.glob(".*.tmp"))
     (tmp_path / "train-02.tar").unlink()  # a shard that is lost later is made again
-    images.prepare(shapes(tmp_path))
+    samples.prepare(shapes(tmp_path))
     assert drawn[12:] == [6, 7, 8, 9]
 
 
@@ -141,14 +141,14 @@ def test_an_interrupted_making_of_something_else_is_thrown_away(
     with monkeypatch.context() as patched:
         patched.setattr(make, "draw", stop)
         with pytest.raises(KeyboardInterrupt):
-            images.prepare(shapes(tmp_path))
-    images.prepare(shapes(tmp_path, size=32))
+            samples.prepare(shapes(tmp_path))
+    samples.prepare(shapes(tmp_path, size=32))
     assert Image.open(io.BytesIO(members(tmp_path / "train-00.tar")["00000000.png"])).size == (32, 32)
 
 
 def _prepare(folder: Path, begin: object) -> None:
     begin.wait()
-    images.prepare(shapes(folder, num_images=60))
+    samples.prepare(shapes(folder, num_images=60))
 
 
 def test_several_processes_may_prepare_at_once(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
         (tmp_path / f"in/{n}.png").write_bytes(png(n))
     assert main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
     config = ImagesConfig(f"{tmp_path}/out/train-0000.tar", image_size=8, num_workers=0)
-    (batch,) = images.Stream(config, batch=3, train=False).batches(0)
+    (batch,) = samples.SampleStream(config, batch=3, train=False).batches(0)
     assert batch.labels.tolist() == [-1, -1, -1]
     assert batch.valid.all()
 

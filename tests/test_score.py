@@ -21,8 +21,8 @@ from test_metrics import slow_psnr, slow_ssim
 
 from vqscale import config as configuration
 from vqscale.data.config import ImagesConfig
-from vqscale.data.images import Stream
 from vqscale.data.made import shapes
+from vqscale.data.samples import SampleStream
 from vqscale.metrics import fid
 from vqscale.metrics.held_out import Judges, score, statistics
 from vqscale.metrics.reconstruction import to_bytes
@@ -67,7 +67,7 @@ def _distance(images, recon):
 def _scored(data, codes, images, quantizer, batch):
     mesh = Mesh(data, codes)
     tokenizer = Tokenizer.from_config(config(quantizer), mesh, seed=2)
-    stream = Stream(images, batch, mesh.world.rank, mesh.world.size, train=False)
+    stream = SampleStream(images, batch, mesh.world.rank, mesh.world.size, train=False)
     found = score(tokenizer, stream, mesh, Judges(Small(published=True), _distance))
     of_originals, seen = statistics(stream, Small(), mesh)
     assert seen.images == found.numbers["images"]
@@ -80,8 +80,8 @@ def _scored(data, codes, images, quantizer, batch):
 def _slowly(images, name):
     """The numbers, image by image."""
     tokenizer = Tokenizer.from_config(config({"name": name}), seed=2).eval()
-    batches = list(Stream(images, 1, train=False).batches())
-    x = torch.cat([batch.images for batch in batches if batch.valid.all()])
+    batches = list(SampleStream(images, 1, train=False).batches())
+    x = torch.cat([batch.samples for batch in batches if batch.valid.all()])
     with torch.no_grad():
         pairs = [tokenizer(image[None]) for image in x]
     y, ids = torch.cat([recon for recon, _ in pairs]), torch.cat([quantized.ids.flatten() for _, quantized in pairs])
@@ -134,7 +134,7 @@ def test_two_processes_find_the_same(ranks, held_out, data, codes, batch):
 
 def test_statistics_take_the_place_of_the_originals(held_out):
     mesh, tokenizer = Mesh(), Tokenizer.from_config(config(IBQ), seed=2)
-    stream = Stream(held_out, 4, train=False)
+    stream = SampleStream(held_out, 4, train=False)
     alone = score(tokenizer, stream, mesh, Judges(Small(published=True)))
     judges = Judges(Small(published=True), reference=fid.Reference("a.npz", alone.statistics[0], None))
     again = score(tokenizer, stream, mesh, judges)
@@ -147,15 +147,15 @@ def test_statistics_take_the_place_of_the_originals(held_out):
 
 def _points(images, most, batch, data=1):
     mesh = Mesh(data)
-    stream = Stream(images, batch, mesh.world.rank, mesh.world.size, train=False)
+    stream = SampleStream(images, batch, mesh.world.rank, mesh.world.size, train=False)
     return statistics(stream, Small(), mesh, points=most)[0].points_ND
 
 
 @pytest.mark.dist
 def test_points_are_of_the_same_images_on_any_number_of_ranks(ranks, held_out):
     """Of 13 images one is broken; a rank has none of them in one of the cases."""
-    batches = list(Stream(held_out, 1, train=False).batches())
-    every = Small()(to_bytes(torch.cat([batch.images for batch in batches if batch.valid.all()])))[0].float()
+    batches = list(SampleStream(held_out, 1, train=False).batches())
+    every = Small()(to_bytes(torch.cat([batch.samples for batch in batches if batch.valid.all()])))[0].float()
     assert torch.equal(_points(held_out, 100, 4).sort(0).values, every.sort(0).values)
     some = _points(held_out, 5, 4)
     assert 4 <= len(some) <= 5
@@ -168,7 +168,7 @@ def test_points_are_of_the_same_images_on_any_number_of_ranks(ranks, held_out):
 
 def test_nothing_to_see_is_an_error(tmp_path):
     path = write_tar(tmp_path / "val.tar", [("0.png", b"no"), ("1.png", b"image")])
-    stream = Stream(ImagesConfig(str(path), SIDE, num_workers=0, index_dir=str(tmp_path)), 2, train=False)
+    stream = SampleStream(ImagesConfig(str(path), SIDE, num_workers=0, index_dir=str(tmp_path)), 2, train=False)
     with pytest.raises(ValueError, match=r"none of the 2 images of .*val.tar could be read \(.*are no image"):
         score(Tokenizer.from_config(config(IBQ)), stream, Mesh())
 
@@ -236,8 +236,8 @@ def test_a_tokenizer_from_the_command_line(held_out, trained, tmp_path, capsys):
 
 def test_statistics_judge_samples_as_their_images_do(held_out, tmp_path, capsys):
     made, images, few, samples = (tmp_path / name for name in ("made.npz", "images.npz", "few.npz", "samples.npz"))
-    batches = list(Stream(held_out, 1, train=False).batches())
-    seen = to_bytes(torch.cat([batch.images for batch in batches if batch.valid.all()])).permute(0, 2, 3, 1).numpy()
+    batches = list(SampleStream(held_out, 1, train=False).batches())
+    seen = to_bytes(torch.cat([batch.samples for batch in batches if batch.valid.all()])).permute(0, 2, 3, 1).numpy()
     np.savez(images, seen)
     noise = np.random.default_rng(1).integers(0, 256, (8, 2, 2, 3), dtype=np.uint8).repeat(SIDE // 2, 1)
     np.savez(samples, np.concatenate([*(seen[:1] ^ bits for bits in range(6)), noise.repeat(SIDE // 2, 2)]))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ABOUT = """\
 Images per second of two readers that take turns on the same shards:
 
-  ours         vqscale.data.images: an index of the shards, reads at an offset, an order that resumes at any sample
+  ours         vqscale.data.samples: an index of the shards, reads at an offset, an order that resumes at any sample
   webdataset   WebDataset(...).shuffle(1000), decoding by the same function, WebLoader with as many processes
 
 Without --shards, JPEG files of 400 x 300 are drawn into a temporary folder. The shards are read once before
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(config: ImagesConfig, batch: int, images: int, rounds: int) -> dict[str, Any]:
     """Both readers in turns, `images` each a round after their first batch."""
-    from vqscale.data.images import Stream
+    from vqscale.data.samples import SampleStream
     from vqscale.data.shards.index import build
 
     begin = time.perf_counter()
@@ -74,7 +74,7 @@ def measure(config: ImagesConfig, batch: int, images: int, rounds: int) -> dict[
         if Path(shard).exists():
             Path(shard).read_bytes()
     readers: dict[str, Callable[[], Iterable[Any]]] = {
-        "ours": lambda: Stream(config, batch=batch).batches(0),
+        "ours": lambda: SampleStream(config, batch=batch).batches(0),
         "webdataset": lambda: _plain(config, index.shards, batch),
     }
     rates: dict[str, list[float]] = {name: [] for name in readers}
@@ -114,10 +114,9 @@ def _plain(config: ImagesConfig, shards: list[str], batch: int) -> Iterator[Any]
     from webdataset import WebDataset, WebLoader
 
     from vqscale.data import pixels
-    from vqscale.data.shards.contents import IMAGE_KEYS
 
     def decode(sample: dict[str, Any]) -> tuple[Any, int]:
-        data = next(sample[key] for key in IMAGE_KEYS if key in sample)
+        data = next(sample[key] for key in config.suffixes if key in sample)
         seed = int.from_bytes(sample["__key__"].encode()[-6:], "big")
         return pixels.augment(pixels.decode(data), config, seed), int(sample.get("cls", b"-1"))
 

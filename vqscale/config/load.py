@@ -218,6 +218,8 @@ class _Builder:
             return self.mapping(classes[0], classes, node, key, inherited)
         name = node.value.get(tag) or inherited.get(tag)
         if name is None:
+            name = next((Node(at, "default") for at, cls in by_name.items() if getattr(cls, "without_name", 0)), None)
+        if name is None:
             names = " | ".join(inline(choice) for choice in by_name)
             text = f"this key is required, as it decides which others there are; choose {names}"
             return self.report(node.source, join(key, tag), text)

@@ -86,6 +86,9 @@ class OneOf:
         """The dataclass of this name."""
         return load_class(self._paths[name])
 
+    def __or__(self, other: Any) -> Any:
+        return Union[self, other]  # noqa: UP007  (an object is no type that | knows)
+
     def classes(self) -> Iterable[type]:
         return filter(self._fits, map(load_class, self._paths.values()))
 

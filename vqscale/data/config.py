@@ -1,5 +1,8 @@
-"""What a source of images, or of their ids, is asked for, without torch: the configs of data/images.py and
-data/tokens/stream.py, read before anything heavy is imported.
+"""What a source of samples, or of their ids, is asked for, without torch: the configs of data/samples.py and
+data/tokens/stream.py, and which media there are. Read before anything heavy is imported.
+
+A medium is what lies in the shards and how its bytes become samples (images: pixels.py). To add one: its settings, a
+ShardsConfig with a class that reads, and its line in MEDIA.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
 """
@@ -8,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vqscale.config import Free
+from vqscale.config import Free, OneOf
+
+# One line for each medium: its name in a config, and where its settings are.
+MEDIA = {"images": "vqscale.data.config:ImagesConfig"}
 
 Interpolation = Literal["bicubic", "bilinear", "sampled"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear", "sampled")
@@ -28,8 +34,18 @@ VIEWS: dict[Views, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class ShapesConfig:
+class DrawnConfig:
+    """Samples made by arithmetic, written to the shards that `shards` names when they do not exist."""
+
+    plan: ClassVar[str]
+    """what makes them, as `module:function`: of these settings a made.make.Plan"""
+
+
+@dataclass(frozen=True)
+class ShapesConfig(DrawnConfig):
     """Pictures made by arithmetic, written to the shards that `shards` names when they do not exist."""
+
+    plan: ClassVar[str] = "vqscale.data.made.make:shapes"
 
     num_images: int = 4096
     "pictures in all, spread evenly over the shards"
@@ -48,25 +64,20 @@ class ShapesConfig:
 
 
 @dataclass(frozen=True)
-class ImagesConfig:
-    """WebDataset tar shards of images, as they are: members `key.jpg` (jpeg, png, webp), and `key.cls` or `key.json`
-    for a label.
+class ShardsConfig:
+    """WebDataset tar shards of any medium, as they are: a member with a sample, and `key.cls` or `key.json` for its
+    label.
     """
+
+    module: ClassVar[str]
+    """what reads, as `module:Class`: see data/samples.py"""
+    suffixes: ClassVar[tuple[str, ...]]
+    """of the member that is read, the first of these that is there"""
+    kind: ClassVar[str]
+    """what the samples are called in messages"""
 
     shards: Free[str | tuple[str, ...]]
     "tar shards: paths or URLs with brace lists a-{0000..1023}.tar or *, joined by ::, pipe:COMMAND, or a list of these"
-    image_size: int = 256
-    "pixels of a side of the images that come out"
-    resize: int | None = None
-    "pixels that the short side is resized to before the crop; null = image_size"
-    crop: Literal["random", "center", "resized"] = "random"
-    "square that training takes; resized = random area and aspect, then resized; evaluation always takes center"
-    min_area: float = 0.25
-    "smallest share of the image's area that crop: resized takes"
-    flip: bool = False
-    "mirror half of the training images; false is the published augmentation"
-    interpolation: Interpolation = "bicubic"
-    "of the resize: a filter, with antialiasing; sampled = bilinear between the nearest pixels, without (OpenCV's)"
     window_shards: int = 32
     "shards whose samples are shuffled together: more mixes better, fewer reads closer together; 0 = all shards"
     num_workers: Free[int] = 2
@@ -79,18 +90,30 @@ class ImagesConfig:
     "most gigabytes of such shards to keep; the least recently used go first"
     index_dir: Free[str | None] = None
     "where the list of samples is kept (a shared disk saves every machine the reading); null = cache_dir"
-    make: ShapesConfig | None = None
-    "if the shards do not exist, make them with these drawn pictures"
 
     @property
-    def sides(self) -> tuple[int, int]:
-        """Pixels of each side of the images that come out."""
-        return self.image_size, self.image_size
+    def shape(self) -> tuple[int, ...]:
+        """(C, *sides) of the samples that come out, all alike."""
+        raise NotImplementedError
 
     @property
-    def short_side(self) -> int:
-        """Pixels of the short side before the crop."""
-        return self.image_size if self.resize is None else self.resize
+    def sides(self) -> tuple[int, ...]:
+        return self.shape[1:]
+
+    @property
+    def drawn(self) -> DrawnConfig | None:
+        """What to make the shards of if they do not exist."""
+        return None
+
+    @property
+    def views(self) -> Mapping[str, tuple[str, ...]]:
+        """The views of a sample that an encoding may write, by the name of their choice; the first is evaluation's."""
+        return {"center": ("center",)}
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What ids depend on beside the shards: part of the identity of a token cache (data/tokens/format.py)."""
+        raise NotImplementedError
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -104,9 +127,76 @@ class ImagesConfig:
                 "shards",
                 f"shards is {self.shards!r}, which names no shard: give a path such as data/train-{{000..127}}.tar",
             )
-        for key, least in (("image_size", 1), ("window_shards", 0), ("num_workers", 0), ("max_broken", 1)):
+        for key, least in (("window_shards", 0), ("num_workers", 0), ("max_broken", 1)):
             if getattr(self, key) < least:
                 yield key, f"{key} is {getattr(self, key)}, but must be at least {least}: raise {key}"
+        if not self.cache_gb > 0:
+            yield (
+                "cache_gb",
+                f"cache_gb is {self.cache_gb}, but a cache must hold at least the shards in use: raise cache_gb",
+            )
+
+
+if TYPE_CHECKING:
+    MediumConfig = ShardsConfig
+else:
+    MediumConfig = OneOf(MEDIA)
+
+
+@dataclass(frozen=True)
+class ImagesConfig(ShardsConfig):
+    """WebDataset tar shards of images, as they are: members `key.jpg` (jpeg, png, webp), and `key.cls` or `key.json`
+    for a label.
+    """
+
+    module: ClassVar[str] = "vqscale.data.pixels:Pictures"
+    suffixes: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
+    kind: ClassVar[str] = "images"
+    without_name: ClassVar[bool] = True  # configs without a medium are of images
+
+    medium: Literal["images"] = "images"
+    "what lies in the shards"
+    image_size: int = 256
+    "pixels of a side of the images that come out"
+    resize: int | None = None
+    "pixels that the short side is resized to before the crop; null = image_size"
+    crop: Literal["random", "center", "resized"] = "random"
+    "square that training takes; resized = random area and aspect, then resized; evaluation always takes center"
+    min_area: float = 0.25
+    "smallest share of the image's area that crop: resized takes"
+    flip: bool = False
+    "mirror half of the training images; false is the published augmentation"
+    interpolation: Interpolation = "bicubic"
+    "of the resize: a filter, with antialiasing; sampled = bilinear between the nearest pixels, without (OpenCV's)"
+    make: ShapesConfig | None = None
+    "if the shards do not exist, make them with these drawn pictures"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 3, self.image_size, self.image_size
+
+    @property
+    def drawn(self) -> ShapesConfig | None:
+        return self.make
+
+    @property
+    def views(self) -> Mapping[str, tuple[str, ...]]:
+        return {str(kind): views for kind, views in VIEWS.items()}
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return {"image_size": self.image_size, "short_side": self.short_side, "interpolation": self.interpolation}
+
+    @property
+    def short_side(self) -> int:
+        """Pixels of the short side before the crop."""
+        return self.image_size if self.resize is None else self.resize
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, message) of all that cannot be read, as far as one can say without looking at the disk."""
+        yield from super().problems()
+        if self.image_size < 1:
+            yield "image_size", f"image_size is {self.image_size}, but must be at least 1: raise image_size"
         if self.resize is not None and self.resize < self.image_size:
             yield (
                 "resize",
@@ -117,11 +207,6 @@ class ImagesConfig:
             yield (
                 "min_area",
                 f"min_area is {self.min_area}, but a share of an area is above 0 and at most 1: change min_area",
-            )
-        if not self.cache_gb > 0:
-            yield (
-                "cache_gb",
-                f"cache_gb is {self.cache_gb}, but a cache must hold at least the shards in use: raise cache_gb",
             )
 
 

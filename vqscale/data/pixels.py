@@ -1,5 +1,5 @@
-"""From the bytes of an image file to pixels: decoding to RGB whatever the file holds, and augmentation by an explicit
-seed.
+"""The medium images, from the bytes of a file to pixels: decoding to RGB whatever the file holds, and augmentation by
+an explicit seed.
 
 Pillow decides what a file is by its content, not by its name. Colour profiles are not applied, as in the published
 pipelines.
@@ -23,6 +23,24 @@ from vqscale.data.config import ImagesConfig, Interpolation, Views
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[float, float, float, float]
 Places = NDArray[np.intp]
+
+
+class Pictures:
+    """How files of images become samples; pure functions of bytes, config and seed (data/samples.py: Reads)."""
+
+    def __init__(self, config: ImagesConfig) -> None:
+        self.config = config
+
+    def sample(self, data: bytes, seed: int | None, out: Tensor) -> bool:
+        image = decode(data)
+        normalise(augment(image, self.config, seed), out)
+        return min(image.size) < self.config.short_side
+
+    def views(self, data: bytes, kind: Views, out: Tensor) -> bool:
+        image = decode(data)
+        for view, picture in zip(out, views(image, self.config, kind), strict=True):
+            normalise(picture, view)
+        return min(image.size) < self.config.short_side
 
 
 def decode(data: bytes) -> Image.Image:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vqscale.codes.usage import Hits
-from vqscale.data.images import Stream
 from vqscale.data.order import permutation
+from vqscale.data.samples import SampleStream
 from vqscale.metrics.fid import Moments, Reference, Statistics, frechet
 from vqscale.metrics.generation import Described, Network, named
 from vqscale.metrics.reconstruction import Reconstruction, to_bytes
@@ -159,7 +159,7 @@ class Scored:
 @torch.no_grad()
 def score(
     tokenizer: Tokenizer,
-    stream: Stream,
+    stream: SampleStream,
     mesh: Mesh,
     judges: Judges | None = None,
     advance: Callable[[int, float], None] | None = None,
@@ -205,7 +205,7 @@ def through(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def statistics(
-    stream: Stream,
+    stream: SampleStream,
     inception: Network,
     mesh: Mesh,
     advance: Callable[[int, float], None] | None = None,
@@ -234,7 +234,7 @@ class Seen:
 
 
 def walk(
-    stream: Stream,
+    stream: SampleStream,
     mesh: Mesh,
     look: Callable[[Tensor, Tensor, Tensor], None],
     advance: Callable[[int, float], None] | None = None,
@@ -245,7 +245,7 @@ def walk(
     """
     counts, told = torch.zeros(3, dtype=torch.float64), list[str]()
     for batch, waited in timed(stream.batches()):
-        look(*(tensor.to(mesh.device) for tensor in (batch.images, batch.valid, batch.numbers)))
+        look(*(tensor.to(mesh.device) for tensor in (batch.samples, batch.valid, batch.numbers)))
         counts += torch.tensor([int(batch.valid.sum()), len(batch.broken), batch.enlarged])
         told = (told + batch.broken)[:MOST_TOLD]
         if advance is not None:

@@ -118,7 +118,7 @@ def _finish(
 def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> Card:
     """The card of a new cache of these images; one black image is encoded to learn the grid."""
     config, index = source.config, source.index
-    black = torch.full((1, 3, config.image_size, config.image_size), -1.0, device=mesh.device)
+    black = torch.full((1, *config.shape), -1.0, device=mesh.device)
     shape, num_ids = tuple(tokenizer.encode(black).shape[1:]), int(tokenizer.quantizer.num_ids)
     return Card(
         tokenizer=tokenizer.fingerprint,
@@ -128,9 +128,7 @@ def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> C
         views=source.views,
         num_images=len(index),
         source=index.fingerprint(),
-        image_size=config.image_size,
-        short_side=config.short_side,
-        interpolation=config.interpolation,
+        **config.card,
         storage=options.storage or storage_for(len(index)),
         shards=config.patterns,
         tokenizer_path=options.tokenizer_path,
@@ -198,8 +196,8 @@ class _Work:
             batch, waited = next(batches)
             rows = step * self.size + batch.valid.nonzero().flatten().numpy()
             if len(rows) or self.mesh.codes.size > 1:
-                pictures = batch.images.flatten(0, 1).to(self.mesh.device, non_blocking=True)
-                found = self.tokenizer.encode(pictures).cpu().unflatten(0, batch.images.shape[:2])
+                pictures = batch.samples.flatten(0, 1).to(self.mesh.device, non_blocking=True)
+                found = self.tokenizer.encode(pictures).cpu().unflatten(0, batch.samples.shape[:2])
                 ids[rows] = found[batch.valid].numpy()
             broken += batch.broken
             done = self._agree(len(rows), len(batch.broken), batch.enlarged)

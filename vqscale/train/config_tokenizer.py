@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.config import Free
-from vqscale.data.config import ImagesConfig
+from vqscale.data.config import MediumConfig
 from vqscale.engine.config import EngineConfig, OptimConfig
-from vqscale.nets.config import grid
+from vqscale.nets.config import by, grid
 from vqscale.parallel.config import MeshConfig
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.train.config_losses import LossConfig
@@ -22,9 +22,9 @@ LEAST_PERCEPTUAL = 16  # pixels of a side, which LPIPS halves four times
 class DataConfig:
     """What is trained on and what is measured on."""
 
-    train: ImagesConfig
+    train: MediumConfig
     """training shards"""
-    val: Free[ImagesConfig | None] = None
+    val: Free[MediumConfig | None] = None
     """held-out shards; null measures nothing"""
     batch: int = 256
     """images per optimiser step, over all processes and micro-batches"""
@@ -32,11 +32,11 @@ class DataConfig:
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.batch < 1:
             yield "batch", f"batch is {self.batch}: use at least 1"
-        if self.val is not None and self.val.image_size != self.train.image_size:
+        if self.val is not None and (self.val.kind, self.val.shape) != (self.train.kind, self.train.shape):
             yield (
-                "val.image_size",
-                f"val.image_size {self.val.image_size} is not train.image_size {self.train.image_size}: "
-                "measure on images of the size that is trained on",
+                "val",
+                f"val has {self.val.kind} of {by(self.val.shape)} numbers and train has {self.train.kind} of "
+                f"{by(self.train.shape)}: measure on samples of the kind and size that are trained on",
             )
 
 

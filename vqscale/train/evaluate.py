@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from vqscale.data.images import Stream
+from vqscale.data.samples import SampleStream
 from vqscale.engine.engine import Engine
 from vqscale.metrics.held_out import Pass, first_images
 from vqscale.parallel.mesh import Mesh
@@ -19,7 +19,7 @@ from vqscale.tokenizer.model import Tokenizer
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, tokenizer: Tokenizer, stream: Stream, mesh: Mesh, *, most: int, board: Board, step: int
+    engine: Engine, tokenizer: Tokenizer, stream: SampleStream, mesh: Mesh, *, most: int, board: Board, step: int
 ) -> dict[str, float]:
     """Scores over the stream, the same on every rank: psnr, ssim, images, usage, perplexity, dead (Pass.numbers).
 
@@ -32,7 +32,7 @@ def evaluate(
     for number, batch in enumerate(stream.batches()):
         if most and number * stream.batch >= most:
             break
-        images = batch.images.to(mesh.device)
+        images = batch.samples.to(mesh.device)
         recon, quantized = engine(images)
         passed.add(images, recon.float(), quantized.ids, batch.valid.to(mesh.device))
         if number == 0:

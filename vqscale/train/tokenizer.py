@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vqscale.codes.rows import set_aside
-from vqscale.data.images import Stream
+from vqscale.data.samples import SampleStream
 from vqscale.engine.engine import Engine
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
@@ -43,12 +43,12 @@ def compile_nets(tokenizer: Tokenizer, backend: str = "inductor") -> None:
     tokenizer.decoder.compile(backend=backend)
 
 
-def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[Stream, Stream | None]:
+def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[SampleStream, SampleStream | None]:
     """(training images, held-out images or None): what is wrong with the shards is said before a model is built."""
     batch = config.data.batch // config.engine.accumulation
     place = (mesh.world.rank, mesh.world.size)
-    stream = Stream(config.data.train, batch, *place, seed=derive(config.run.seed, "data"))
-    return stream, None if config.data.val is None else Stream(config.data.val, batch, *place, train=False)
+    stream = SampleStream(config.data.train, batch, *place, seed=derive(config.run.seed, "data"))
+    return stream, None if config.data.val is None else SampleStream(config.data.val, batch, *place, train=False)
 
 
 def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
@@ -98,7 +98,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             batch, seconds = next(batches)
             waited, broken = waited + seconds, broken + len(batch.broken)
             recent.extend(batch.broken)
-            images = batch.images.to(mesh.device, non_blocking=True)
+            images = batch.samples.to(mesh.device, non_blocking=True)
             recon, quantized = engine(images)
             playing, its_values = game if game is not None and game.plays(step) else None, dict[str, Tensor]()
 

@@ -21,10 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from vqscale.data.config import ImagesConfig, ShapesConfig
+from vqscale.config import load_class
+from vqscale.data.config import ImagesConfig, MediumConfig, ShapesConfig
 from vqscale.data.made.shapes import CLASS_NAMES, draw
 from vqscale.data.order import permutation
-from vqscale.data.shards.contents import IMAGE_KEYS
 from vqscale.data.shards.patterns import expand, is_local
 from vqscale.disk import files
 from vqscale.disk.lock import hold
@@ -65,11 +65,13 @@ def folder(root: Path, seed: int = 0) -> Plan:
         raise ValueError(
             f"{root} is not a folder: --source takes `shapes`, or a folder of images, one folder for each class"
         )
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_KEYS and path.is_file())
+    found = sorted(
+        path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in ImagesConfig.suffixes and path.is_file()
+    )
     if not found:
         raise ValueError(
-            f"no image in {root}: files that end in {', '.join(IMAGE_KEYS)} are looked for, in all folders below; "
-            "give the folder that holds the class folders"
+            f"no image in {root}: files that end in {', '.join(ImagesConfig.suffixes)} are looked for, in all folders "
+            "below; give the folder that holds the class folders"
         )
     paths = [path.relative_to(root) for path in found]
     classes = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
@@ -128,9 +130,9 @@ def names(place: Path, name: str, num_samples: int, shard_size: int) -> list[Pat
     return [place / f"{name}-{number:0{digits}d}.tar" for number in range(count)]
 
 
-def make_missing(config: ImagesConfig) -> None:
-    """Make the shards that `config.make` describes where they are not there; nothing without `config.make`."""
-    if config.make is None:
+def make_missing(config: MediumConfig) -> None:
+    """Make the shards that `config.drawn` describes where they are not there; nothing without it."""
+    if config.drawn is None:
         return
     shards = expand(config.patterns, must_exist=False)
     places = {os.path.dirname(shard) for shard in shards}
@@ -139,7 +141,7 @@ def make_missing(config: ImagesConfig) -> None:
             f"`make` writes to one folder, but `shards` = {config.shards!r} names {len(shards)} shards in "
             f"{len(places)}: name local files of one folder, or take `make` out of the config"
         )
-    write(shapes(config.make), [Path(shard) for shard in shards], split_name(shards[0]))
+    write(load_class(config.drawn.plan)(config.drawn), [Path(shard) for shard in shards], split_name(shards[0]))
 
 
 def split_name(shard: str) -> str:

@@ -1,8 +1,8 @@
-"""The samples of one shard: its members grouped as the webdataset library groups them, where each image lies, its key
-and its label.
+"""The samples of one shard: its members grouped as the webdataset library groups them, where the member lies that
+is asked for (an image), its key and its label.
 
 A name splits at the first dot of its last part, consecutive members of one key are one sample, names like `__meta__`
-are skipped. A sample without an image stays in the list, so that it is met, reported and replaced like any other
+are skipped. A sample without such a member stays in the list, so that it is met, reported and replaced like any other
 broken one.
 """
 
@@ -20,7 +20,6 @@ from webdataset.tariterators import base_plus_ext
 
 from vqscale.data.shards.tar import Damage, Member, walk
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 LABEL_KEYS = ("cls", "class", "txt")
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's skip_meta
 _NO_MEMBER = (0, 0)
@@ -30,8 +29,8 @@ _NO_MEMBER = (0, 0)
 class Contents:
     """The n whole samples of one shard in file order, as arrays, and a line for each damage."""
 
-    offsets: NDArray[np.int64]  # (n,) first byte of the image in the shard
-    sizes: NDArray[np.uint32]  # (n,) bytes of the image; 0 = the sample has none
+    offsets: NDArray[np.int64]  # (n,) first byte of the member in the shard
+    sizes: NDArray[np.uint32]  # (n,) bytes of the member; 0 = the sample has none
     labels: NDArray[np.int32]  # (n,) -1 = unknown
     key_ends: NDArray[np.int64]  # (n,) where each key ends in key_bytes
     key_bytes: NDArray[np.uint8]
@@ -45,17 +44,18 @@ class _Sample:
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def read_contents(descriptor: int) -> Contents:
-    """Walk an open shard. Damage is reported, not raised; OSError if the file cannot be read."""
+def read_contents(descriptor: int, suffixes: tuple[str, ...]) -> Contents:
+    """Walk an open shard for members with these suffixes. Damage is reported, not raised; OSError if the file cannot be
+    read."""
     samples, damage, suspicion = _group(walk(descriptor))
     kept = _whole(samples)
     if suspicion and (not kept or kept[-1] is not samples[-1]):
         damage.append(suspicion)
-    images = [next((s.members[key] for key in IMAGE_KEYS if key in s.members), _NO_MEMBER) for s in kept]
+    found = [next((s.members[key] for key in suffixes if key in s.members), _NO_MEMBER) for s in kept]
     keys = [sample.key.encode("utf-8", "surrogateescape") for sample in kept]
     return Contents(
-        np.array([offset for offset, _ in images], dtype=np.int64),
-        np.array([size for _, size in images], dtype=np.uint32),
+        np.array([offset for offset, _ in found], dtype=np.int64),
+        np.array([size for _, size in found], dtype=np.uint32),
         np.array([_label(descriptor, sample.members) for sample in kept], dtype=np.int32),
         np.cumsum([len(key) for key in keys], dtype=np.int64),
         np.frombuffer(b"".join(keys), dtype=np.uint8),

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vqscale.data.config import ImagesConfig
+from vqscale.data.config import ImagesConfig, MediumConfig
 from vqscale.data.shards.cache import ShardCache, is_direct
-from vqscale.data.shards.contents import IMAGE_KEYS, Contents, read_contents
+from vqscale.data.shards.contents import Contents, read_contents
 from vqscale.data.shards.patterns import expand, is_local
 from vqscale.disk import files
 from vqscale.disk.lock import hold
@@ -74,19 +74,21 @@ class _Part:
     contents: Contents
 
 
-def cache_folder(config: ImagesConfig) -> Path:
+def cache_folder(config: MediumConfig) -> Path:
     """Where streamed shards are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(config.cache_dir or Path(home) / "vqscale").expanduser()
 
 
-def build(config: ImagesConfig) -> Index:
+def build(config: MediumConfig) -> Index:
     """The index of a config's shards: from its file where that is up to date, else by reading headers; one process of
     all works, the others wait for it. ValueError if there are no shards or no images; OSError if a shard cannot be
     fetched.
     """
     shards = expand(config.patterns)
-    name = hashlib.blake2b("\n".join(map(_address, shards)).encode(), digest_size=12).hexdigest()
+    # what an index of images was called before there were others
+    more = [] if config.suffixes == ImagesConfig.suffixes else [",".join(config.suffixes)]
+    name = hashlib.blake2b("\n".join([*map(_address, shards), *more]).encode(), digest_size=12).hexdigest()
     file = Path(config.index_dir or cache_folder(config)).expanduser() / f"index-{name}.npz"
     parts = _load(file, shards)
     if len(parts) < len(shards):
@@ -102,8 +104,8 @@ def build(config: ImagesConfig) -> Index:
     index = replace(index, samples=replace(index.samples, damage=damage))
     if not np.any(index.samples.sizes):
         raise ValueError(
-            f"no image in {len(shards)} shards from {shards[0]} on ({len(index)} samples, of which none has a member "
-            f"{', '.join(IMAGE_KEYS)}{'; ' + '; '.join(index.samples.damage[:3]) if index.samples.damage else ''}): "
+            f"no {config.kind} in {len(shards)} shards from {shards[0]} on ({len(index)} samples, of which none has a "
+            f"member {', '.join(config.suffixes)}{'; ' + '; '.join(damage[:3]) if damage else ''}): "
             "change `shards`, or make the shards again"
         )
     return index
@@ -129,7 +131,7 @@ def _stamp(shard: str) -> tuple[int, int] | None:
     return facts.st_size, facts.st_mtime_ns
 
 
-def _read_missing(config: ImagesConfig, shards: list[str], parts: dict[str, _Part], file: Path | None) -> None:
+def _read_missing(config: MediumConfig, shards: list[str], parts: dict[str, _Part], file: Path | None) -> None:
     """Complete `parts`, and save it now and then and at the end."""
     missing = [shard for shard in shards if shard not in parts]
     if not missing:
@@ -141,7 +143,7 @@ def _read_missing(config: ImagesConfig, shards: list[str], parts: dict[str, _Par
         ThreadPoolExecutor(_THREADS) as pool,
         tqdm(total=len(missing), desc="index", unit="shard", disable=None, leave=False) as bar,
     ):
-        jobs = {pool.submit(_read_part, cache, shard): shard for shard in missing}
+        jobs = {pool.submit(_read_part, cache, shard, config.suffixes): shard for shard in missing}
         try:
             for job in as_completed(jobs):
                 parts[jobs[job]] = job.result()
@@ -156,12 +158,12 @@ def _read_missing(config: ImagesConfig, shards: list[str], parts: dict[str, _Par
         _save(file, shards, parts)
 
 
-def _read_part(cache: ShardCache, shard: str) -> _Part:
+def _read_part(cache: ShardCache, shard: str, suffixes: tuple[str, ...]) -> _Part:
     stamp = _stamp(shard)
     descriptor = cache.open(shard)
     try:
         size, mtime_ns = stamp or (os.fstat(descriptor).st_size, 0)
-        return _Part(size, mtime_ns, is_direct(shard), read_contents(descriptor))
+        return _Part(size, mtime_ns, is_direct(shard), read_contents(descriptor, suffixes))
     finally:
         os.close(descriptor)
 

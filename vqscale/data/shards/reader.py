@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from vqscale.data.config import ImagesConfig
+from vqscale.data.config import MediumConfig
 from vqscale.data.shards.cache import ShardCache
 from vqscale.data.shards.index import Index, cache_folder
 
@@ -24,10 +24,10 @@ _REST_S = 60.0  # before a shard that could not be had is tried again
 
 
 class Reader:
-    """Reads the images of an index; shards that must be fetched are fetched a window ahead."""
+    """Reads the samples of an index; shards that must be fetched are fetched a window ahead."""
 
-    def __init__(self, config: ImagesConfig, index: Index) -> None:
-        self.index = index
+    def __init__(self, config: MediumConfig, index: Index) -> None:
+        self.kind, self.index = config.kind, index
         self.cache = ShardCache(cache_folder(config), int(config.cache_gb * 1e9))
         self.ends = np.cumsum(index.counts)
         self.fetched = {shard for shard, direct in enumerate(index.direct) if not direct}
@@ -37,10 +37,10 @@ class Reader:
         self._ahead: threading.Thread | None = None
 
     def read(self, sample: int) -> bytes:
-        """The image file of a sample. OSError or ValueError if it cannot be had."""
+        """The file of a sample, an image. OSError or ValueError if it cannot be had."""
         size, offset = int(self.index.samples.sizes[sample]), int(self.index.samples.offsets[sample])
         if size == 0:
-            raise ValueError("no image among its members")
+            raise ValueError(f"no {self.kind} among its members")
         data = os.pread(self._descriptor(self.shard(sample)), size, offset)
         if len(data) < size:
             raise OSError(f"the shard ends before byte {offset + size}")

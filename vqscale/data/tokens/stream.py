@@ -1,4 +1,4 @@
-"""Batches of ids from a token cache, with the order and the state of data/images.py: one number, the samples consumed.
+"""Batches of ids from a token cache, with the order and the state of data/samples.py: one number, the samples consumed.
 
 Training step s takes positions [s * B, (s + 1) * B) of the order, rank r its r-th part, so the global batch is the same
 on any number of ranks. Images without ids (broken when they were encoded) are left out of the order for good. A window

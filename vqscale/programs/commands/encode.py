@@ -37,13 +37,13 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 
 def _encode(args: argparse.Namespace, command: str) -> int:
     shards, grid = _images(args), processes.divide(args.codes)
-    from vqscale.data import images
+    from vqscale.data import samples
     from vqscale.data.views import Source
     from vqscale.programs import encode
     from vqscale.run.folder import EXIT_STOPPED
     from vqscale.tokenizer.model import Tokenizer
 
-    images.prepare(shards)
+    samples.prepare(shards)
     with processes.joined(args.device, grid, args.timeout_s) as mesh:
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
         size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)

@@ -26,7 +26,7 @@ from vqscale.programs.commands import evaluate_options, words
 from vqscale.run import processes
 
 if TYPE_CHECKING:
-    from vqscale.data.images import Stream
+    from vqscale.data.samples import SampleStream
     from vqscale.metrics.held_out import Judges
     from vqscale.nets.inception import Inception
     from vqscale.parallel.mesh import Mesh
@@ -60,7 +60,7 @@ def _joined(args: argparse.Namespace) -> AbstractContextManager[Mesh]:
 
 def _images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> ImagesConfig:
     """The shards as asked for, where nothing is asked for as in a tokenizer's card; without one they are looked for."""
-    from vqscale.data import images
+    from vqscale.data import samples
 
     known = as_trained(card or {}, args.image_size, None, args.interpolation)
     config = ImagesConfig(args.shards, num_workers=args.workers, **known)
@@ -68,7 +68,7 @@ def _images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> 
     if problems:
         raise ValueError("; ".join(problems))
     if card is None:
-        images.prepare(config)
+        samples.prepare(config)
     return config
 
 
@@ -110,7 +110,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
     _images(args)
     import torch
 
-    from vqscale.data.images import Stream
+    from vqscale.data.samples import SampleStream
     from vqscale.metrics import fid, held_out
     from vqscale.nets.inception import PREPROCESSING
     from vqscale.show import pictures, report
@@ -120,7 +120,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
         judges = _judges(args, mesh)
         tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
         config = _images(args, tokenizer.card)
-        stream = Stream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
+        stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
         progress = _progress(stream.num_samples, args, mesh)
         found = held_out.score(tokenizer, stream, mesh, judges, progress.advance)
@@ -159,14 +159,14 @@ def _tokenizer(args: argparse.Namespace) -> str:
 
 def _statistics(args: argparse.Namespace) -> str:
     config = _images(args)
-    from vqscale.data.images import Stream
+    from vqscale.data.samples import SampleStream
     from vqscale.metrics import fid, held_out
     from vqscale.nets.inception import PREPROCESSING
     from vqscale.show import report
 
     with _joined(args) as mesh:
         inception = _inception(args, mesh)
-        stream = Stream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
+        stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         progress = _progress(stream.num_samples, args, mesh)
         found, seen = held_out.statistics(stream, inception, mesh, progress.advance, points=args.images)
         progress.close()
@@ -252,7 +252,7 @@ def _prior(args: argparse.Namespace) -> str:
     return report.tell(result, args.out, f"Prior {args.path}", {})
 
 
-def _data(config: ImagesConfig, stream: Stream) -> dict[str, Any]:
+def _data(config: ImagesConfig, stream: SampleStream) -> dict[str, Any]:
     how = "without" if config.interpolation == "sampled" else "with"
     crop = f"short side to {config.short_side}, {config.interpolation} {how} antialiasing, centre crop"
     data = {"shards": list(config.patterns), "image_size": config.image_size}

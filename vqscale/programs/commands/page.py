@@ -109,14 +109,14 @@ def _real(source: Mapping[str, Any], classes: Sequence[int]) -> dict[int, list[P
     """Some real images of each of these classes, as a tokenizer sees them."""
     from vqscale import config as configuration
     from vqscale.data.config import ImagesConfig
-    from vqscale.data.images import Stream
+    from vqscale.data.samples import SampleStream
     from vqscale.metrics.reconstruction import to_bytes
 
     config = configuration.parse(ImagesConfig, {**source, "num_workers": 0, "make": None}, source="run.yaml: data")
     found: dict[int, list[Picture]] = {label: [] for label in classes}
-    stream = Stream(config, 32, train=False)
+    stream = SampleStream(config, 32, train=False)
     for batch in itertools.islice(stream.batches(0), MOST_READ // 32):
-        images = to_bytes(batch.images).permute(0, 2, 3, 1).numpy()
+        images = to_bytes(batch.samples).permute(0, 2, 3, 1).numpy()
         for image, label, valid in zip(images, batch.labels.tolist(), batch.valid.tolist(), strict=True):
             if valid and label in found and len(found[label]) < REAL:
                 found[label].append(image)

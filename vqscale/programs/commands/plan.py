@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale import config as configuration
+from vqscale.nets.config import by
 from vqscale.plan.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
 from vqscale.plan.machines import MACHINES, Machine
 from vqscale.plan.traffic import Work, grids, rows
@@ -106,8 +107,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         here = replace(work, images=images, tokens=images * network.tokens)
         steps[world] = [predict(here, grid, machine, axis, network) for grid in grids(world)]
     lines = [
-        f"{config.tokenizer.quantizer.name}, K {work.codes:,} x D {work.dim}, {config.data.train.image_size} px, "
-        f"{network.tokens} tokens per image, on {machine.name}; "
+        f"{config.tokenizer.quantizer.name}, K {work.codes:,} x D {work.dim}, samples of {by(config.data.train.sides)} "
+        f"with {network.tokens} tokens, on {machine.name}; "
         + (
             f"{args.global_batch} images in all"
             if args.global_batch

@@ -97,7 +97,7 @@ def _check_machine(config: Run) -> str:
 
 
 def _check_images(config: TokenizerRun) -> None:
-    from vqscale.data import images
+    from vqscale.data import samples
 
     if config.loss.perceptual is not None:
         from vqscale.nets import lpips
@@ -106,7 +106,7 @@ def _check_images(config: TokenizerRun) -> None:
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         if source is not None:
             try:
-                images.prepare(source)
+                samples.prepare(source)
             except (ValueError, OSError) as error:
                 kind = ValueError if isinstance(error, ValueError) else OSError
                 raise kind(f"{key}: {error}") from error

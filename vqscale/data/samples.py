@@ -1,4 +1,4 @@
-"""Batches of images from WebDataset shards, with one number as the state: the samples consumed.
+"""Batches of samples from WebDataset shards, with one number as the state: the samples consumed.
 
 Training step s takes positions [s * B, (s + 1) * B) of the order (data/order.py), rank r its r-th part, so the global
 batch is the same on any number of ranks and workers, and a run resumes at the exact next sample. A broken sample is
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqscale.data import pixels
-from vqscale.data.config import ImagesConfig
+from vqscale.config import load_class
+from vqscale.data.config import MediumConfig
 from vqscale.data.made.make import make_missing
 from vqscale.data.order import Order, Sequential
 from vqscale.data.shards.index import Index, build
@@ -28,7 +27,13 @@ from vqscale.errors import ExplainedError
 from vqscale.seed import derive
 
 
-def prepare(config: ImagesConfig) -> None:
+def medium(config: MediumConfig) -> Reads:
+    """What reads the samples of a config."""
+    reads: Reads = load_class(config.module)(config)
+    return reads
+
+
+def prepare(config: MediumConfig) -> None:
     """Before any process group exists: make drawn shards that are missing (config.make), and the index where it is not
     kept yet.
 
@@ -38,57 +43,68 @@ def prepare(config: ImagesConfig) -> None:
     build(config)
 
 
+class Reads(Protocol):
+    """What a medium's `module` names, made of its settings: bytes to samples, as pure functions of bytes, settings and
+    seed. They raise whatever they like on damaged data, before `out` is what it should be.
+    """
+
+    def __init__(self, config: Any) -> None: ...
+
+    def sample(self, data: bytes, seed: int | None, out: Tensor) -> bool:
+        """Put a sample into out (C, *sides), augmented by the seed, or not (None); whether it had to be enlarged."""
+
+    def views(self, data: bytes, kind: Any, out: Tensor) -> bool:
+        """Put the views that config.views has under `kind` into out (V, C, *sides); whether it had to be enlarged."""
+
+
 class BrokenData(ExplainedError):
     """More samples in a row are broken than `max_broken` allows."""
 
 
 @dataclass
-class Batch:
+class SampleBatch:
     """The b = global batch / world samples of one rank."""
 
-    images: Tensor  # (b, 3, H, W) float32 in [-1, 1]; zero where not valid
+    samples: Tensor  # (b, C, *sides) float32, images (b, 3, H, W) in [-1, 1]; zero where not valid
     labels: Tensor  # (b,) int64; -1 = unknown
     keys: list[str]
     valid: Tensor  # (b,) bool; false only in evaluation: past the last sample, or broken
     numbers: Tensor  # (b,) int64: sample numbers in the data set; -1 past the last
     broken: list[str]  # `shard key: reason` for each sample that was replaced (training) or left out (evaluation)
-    enlarged: int = 0  # images whose short side had fewer pixels than the resize asks for
+    enlarged: int = 0  # samples that were smaller than the config asks for: short sides of images
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> SampleBatch:
         """Called by the DataLoader where there is a GPU, so that copies to it can be asynchronous."""
-        tensors = {name: getattr(self, name).pin_memory() for name in ("images", "labels", "valid")}
+        tensors = {name: getattr(self, name).pin_memory() for name in ("samples", "labels", "valid")}
         return replace(self, **tensors)
 
 
-class _Samples(Dataset[Batch]):
+class _Samples(Dataset[SampleBatch]):
     """Numbers of the order to a batch; runs in the workers, and keeps nothing that a batch depends on."""
 
-    def __init__(self, config: ImagesConfig, index: Index, order: Order | Sequential, seed: int) -> None:
+    def __init__(self, config: MediumConfig, index: Index, order: Order | Sequential, seed: int) -> None:
         self.config, self.index, self.order, self.seed = config, index, order, seed
-        self.reader = Reader(config, index)
+        self.reader, self.medium = Reader(config, index), medium(config)
 
-    def __getitems__(self, numbers: list[int]) -> Batch:
-        count, size = len(numbers), self.config.image_size
-        images = room(count, 3, size, size)
+    def __getitems__(self, numbers: list[int]) -> SampleBatch:
+        count = len(numbers)
+        samples = room(count, *self.config.shape)
         labels, chosen = torch.full((count,), -1), torch.full((count,), -1)
         valid, keys, broken, enlarged = torch.zeros(count, dtype=torch.bool), [""] * count, list[str](), 0
         if self.reader.fetched and numbers[0] >= 0:
             self.reader.prepare(self.order.shards_of(numbers[0]), self.order.shards_of(numbers[0], ahead=1))
         for row, number in enumerate(numbers):
             if number >= 0:
-                sample, picture, small = self._take(number, broken)
+                sample, valid[row], small = self._take(number, broken, samples[row])
                 chosen[row], keys[row] = sample, self.index.key(sample)
                 labels[row] = int(self.index.samples.labels[sample])
-                if picture is not None:
-                    pixels.normalise(picture, images[row])
-                    valid[row] = True
-                    enlarged += small
-        images[~valid] = 0.0
-        return Batch(images, labels, keys, valid, chosen, broken, enlarged)
+                enlarged += small
+        samples[~valid] = 0.0
+        return SampleBatch(samples, labels, keys, valid, chosen, broken, enlarged)
 
-    def _take(self, number: int, broken: list[str]) -> tuple[int, NDArray[np.uint8] | None, bool]:
-        """(sample number, pixels, was it too small) of a position of the order, or of the next good one; in evaluation
-        the pixels are None if it is broken.
+    def _take(self, number: int, broken: list[str], out: Tensor) -> tuple[int, bool, bool]:
+        """(sample number, is it in `out`, was it too small) of a position of the order, or of the next good one; in
+        evaluation a broken one is not replaced.
         """
         epoch, wanted = self.order[number]
         train = isinstance(self.order, Order)
@@ -97,28 +113,26 @@ class _Samples(Dataset[Batch]):
         for further in range(self.config.max_broken + 1):
             _, sample = self.order[number + further]
             try:
-                image = pixels.decode(self.reader.read(sample))
-                small = min(image.size) < self.config.short_side
-                return sample, pixels.augment(image, self.config, seed), small
+                return sample, True, self.medium.sample(self.reader.read(sample), seed, out)
             except Exception as error:  # a decoder may raise anything on damaged data
                 reason = f"{self.reader.describe(sample)}: {type(error).__name__}: {error}"
             if further == 0:
                 broken.append(reason)
             if not train:
-                return wanted, None, False
+                return wanted, False, False
         raise BrokenData(
             f"{self.config.max_broken + 1} samples in a row are broken, the last is {reason}; "
             f"max_broken = {self.config.max_broken} allows no more: repair or leave out the shard, or raise max_broken"
         )
 
 
-class Stream:
+class SampleStream:
     """A rank's part of the batches of a data set. `rank` and `world` count all processes of the run; every rank has
     the same config and seed.
     """
 
     def __init__(
-        self, config: ImagesConfig, batch: int, rank: int = 0, world: int = 1, seed: int = 0, train: bool = True
+        self, config: MediumConfig, batch: int, rank: int = 0, world: int = 1, seed: int = 0, train: bool = True
     ) -> None:
         """`batch` is global: a rank takes batch / world. Reads the index, makes it where there is none; no
         communication.
@@ -126,7 +140,7 @@ class Stream:
         if batch < 1 or batch % world:
             near = f"{batch // world * world or world} or {(batch // world + 1) * world}"
             raise ValueError(
-                f"a global batch of {batch} images does not divide by {world} processes: "
+                f"a global batch of {batch} samples does not divide by {world} processes: "
                 f"change the batch, for example to {near}, or the number of processes"
             )
         self.config, self.batch, self.rank, self.world = config, batch, rank, world
@@ -150,7 +164,7 @@ class Stream:
                 f"{self.config.cache_gb:g}: lower window_shards, or raise cache_gb"
             )
 
-    def batches(self, consumed: int = 0) -> Iterator[Batch]:
+    def batches(self, consumed: int = 0) -> Iterator[SampleBatch]:
         """Training: endless, from sample number `consumed` of the run. Evaluation: from `consumed` to the last sample,
         each once, with as many batches on every rank; what lies past the last sample has valid = False.
         """
@@ -167,7 +181,7 @@ class Stream:
 class _Numbers:
     """The positions of this rank, a list for each step; -1 past the end of an evaluation."""
 
-    def __init__(self, stream: Stream, consumed: int) -> None:
+    def __init__(self, stream: SampleStream, consumed: int) -> None:
         self.stream, self.consumed = stream, consumed
 
     def __iter__(self) -> Iterator[list[int]]:
