@@ -11,6 +11,7 @@ from vqscale import priors
 from vqscale.codes.heads import HEADS, build
 from vqscale.codes.heads.base import Vocabulary
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
+from vqscale.codes.rows import set_aside
 from vqscale.config import describe, parse, to_dict
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -69,6 +70,17 @@ def test_its_losses_are_those_of_a_distribution_and_its_draws_follow_it():
     assert float((share_K - p_K).abs().max()) < 4 * (0.25 / 20000) ** 0.5
     assert head.embed(torch.tensor([[3, -1]])).shape == (1, 2, DIM)
     assert not head.embed(torch.tensor([-1])).any()
+
+
+def test_its_tables_are_set_aside_and_drawn_on_no_device():
+    with torch.device("meta"):
+        prior = pair()
+    tables = set_aside(prior)
+    digits = {"head.high": CODES_OF_ALL // 4, "head.low": 4}
+    assert {name: table.num_codes for name, table in tables.items()} == {
+        f"{head}.{part}": size for head, size in digits.items() for part in ("inputs", "outputs")
+    }
+    assert not any("head" in name for name, _ in prior.named_parameters())
 
 
 def test_a_prior_learns_with_it_draws_from_it_and_is_saved(tmp_path):
