@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -107,12 +108,12 @@ def _kept(codes):
     """Which ids remain, for logits with very many ties, some of them across ranks."""
     mesh, out = Mesh(1, codes), {}
     layout = Rows(50, mesh.codes.size, mesh.codes.rank)
-    for top_k, top_p in SETS:
-        for restrict.CANDIDATES in (1024, 0):
+    for (top_k, top_p), candidates in product(SETS, (1024, 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(restrict, "CANDIDATES", candidates)
             logits = integers(30, 50, seed=1, most=2)[:, layout.start : layout.stop].clone()
             restrict.mask_(logits, restrict.keep(logits, top_k, top_p, 50, mesh.codes), mesh.codes)
-            out[top_k, top_p, restrict.CANDIDATES] = logits
-    restrict.CANDIDATES = 1024
+            out[top_k, top_p, candidates] = logits
     return out
 
 

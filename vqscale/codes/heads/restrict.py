@@ -77,7 +77,7 @@ def _top_p(l_tk: Tensor, share: float, kept: Kept | None, axis: Axis) -> Kept:
 
 
 def mask_(l_tk: Tensor, kept: Kept, axis: Axis) -> None:
-    """Set the logits of all ids outside the kept set to LOWEST, in place; what is no number stays none. Collective."""
+    """Set the logits of all ids outside the kept set to LOWEST, in place; NaN stays NaN. Collective."""
     tie_tk = l_tk == kept.value_t[:, None]
     ties_t = tie_tk.sum(1)
     before_t = ops.gather(ties_t[None], axis)[: axis.rank].sum(0)
@@ -142,7 +142,7 @@ def _bin_of(l_tk: Tensor, weight_tk: Tensor | None, wanted_t: Tensor, axis: Axis
             some = slice(column, column + step)
             # Each operation keeps the order of numbers, so bins are intervals whatever the rounding.
             place_tc = (l_tk[:, some] - low_t[:, None]).clamp_(min=0).mul_(scale_t[:, None])
-            yield some, place_tc.to(torch.int64).clamp_(0, BINS - 1)  # below 0 is what is no number
+            yield some, place_tc.to(torch.int64).clamp_(0, BINS - 1)  # NaN is below 0
 
     def weights(some: slice) -> Tensor:
         part = torch.ones_like(l_tk[:, some]) if weight_tk is None else weight_tk[:, some]
