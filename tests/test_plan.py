@@ -1,15 +1,21 @@
-"""tools/plan.py: what it prints of a small run, what it refuses, that its check finds bytes and operations equal."""
+"""tools/plan.py: its numbers for a small run beside counts of another kind, what it refuses, and its check."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from vqscale import config as configuration
 from vqscale.programs.commands import plan as command
+from vqscale.tokenizer.model import Tokenizer
+from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [str(ROOT / "configs" / "quickstart" / "tokenizer.yaml"), "--gpus", "1,4", "--images", "8"]
@@ -35,6 +41,77 @@ def test_every_split_of_every_world_is_predicted(plan, capsys):
     assert {step["products"] for step in found["steps"]} == {alone["products"]}  # tokens per GPU stay
     assert alone["products"] == found["code_axis"]["products"] * 2 * 8 * 64 * 4096 * 16
     assert others[-1]["rows"] == 1024
+
+
+def test_what_it_says_of_a_run_is_what_the_run_has(plan, capsys):
+    found = _json(plan, capsys)
+    config = configuration.load(Run, SMALL[0])
+    tokenizer = Tokenizer.from_config(config.tokenizer)
+    dense = sum(part.numel() for name, part in tokenizer.named_parameters() if "codebook" not in name)
+    assert found["network"]["parameters"] == dense
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        places = tokenizer.quant_conv(tokenizer.encoder(torch.zeros(1, 3, 32, 32)))
+        tokenizer.decoder(tokenizer.post_quant_conv(places))
+    assert found["network"]["forward"] == flops.get_total_flops()
+    for step in found["steps"]:
+        world = step["data"] * step["codes"]
+        table = 4 * 4096 // step["codes"] * 16
+        assert (step["memory"]["rows"], step["memory"]["moments of rows"]) == (table, 2 * table)
+        moments = 2 * -(-dense // world)  # ZeRO 1 splits them
+        assert step["memory"]["replicated parameters, gradients, moments"] == 4 * (2 * dense + moments)
+        # rings: an all-reduce of `size` bytes sends twice all but one part of them; counts and means add little
+        ring = 2 * (step["data"] - 1) * table // step["data"]
+        assert ring <= step["sent"]["data"] <= 1.5 * ring
+        whole = 2 * (world - 1) * 4 * dense // world
+        assert whole <= step["sent"]["world"] <= 1.1 * whole
+
+
+KERNELS = ROOT / "vqscale" / "codes" / "gpu"
+
+
+def _products(*names):
+    """The products of these kernels per tile, counted in their text: of two branches, the one that has more."""
+
+    def count(node):
+        if isinstance(node, ast.If | ast.IfExp):
+            sides = [side if isinstance(side, list) else [side] for side in (node.body, node.orelse)]
+            return max(sum(map(count, side)) for side in sides)
+        own = isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot"
+        return own + sum(map(count, ast.iter_child_nodes(node)))
+
+    trees = [ast.parse((KERNELS / name).read_text()) for name in ("kernels.py", "kernels_backward.py")]
+    kernels = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return sum(count(kernels[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "kernels"),
+    [
+        ("ibq", ["mix_kernel", "token_gradient_kernel", "key_gradient_kernel"]),
+        ("ibq, entropy_weight: 0.1", ["mix_kernel", "token_gradient_kernel", "key_gradient_kernel",
+                                      "column_sums_kernel", "row_means_kernel"]),
+        ("vq", ["peaks_kernel"]),
+        ("ema", ["peaks_kernel"]),
+    ],
+)  # fmt: skip
+def test_on_a_gpu_the_code_axis_does_the_products_of_its_kernels(plan, capsys, quantizer, kernels):
+    settings = f"tokenizer.quantizer={{name: {quantizer}, num_codes: 4096, dim: 16}}"
+    found = _json(plan, capsys, settings, "engine.matmul=medium", "--gpu", "h100")
+    alone = found["steps"][0]
+    operations = _products(*kernels) * 2 * (8 * 64) * 4096 * 16
+    assert alone["products"] == operations
+    machine = found["machine"]
+    rate = machine["tflops"]["bf16"] * machine["kernels"] * 1e12
+    assert alone["seconds"]["code axis: products"] == pytest.approx(operations / rate)
+
+
+def test_without_kernels_the_blocks_are_priced(plan, capsys):
+    for words in (["engine.matmul=highest"], ["engine.matmul=medium", "--dim", "512"]):
+        found = _json(plan, capsys, *words)
+        assert found["code_axis"]["passes"] > 0
+        rate = found["machine"]["tflops"]["fp32" if "highest" in words[0] else "bf16"] * 1e12
+        step = found["steps"][0]
+        assert step["seconds"]["code axis: products"] == pytest.approx(step["products"] / rate)
 
 
 def test_a_fixed_batch_divides_the_work(plan, capsys):

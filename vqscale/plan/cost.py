@@ -85,7 +85,7 @@ class Step:
 def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: Network | None = None) -> Step:
     """One step on one rank of the grid: seconds by part, bytes of memory, bytes sent by axis.
 
-    `axis` is the walk over blocks (walk.code_axis).
+    `axis` is the walk over blocks (count.code_axis).
     """
     axis = on_machine(axis, work, machine)
     every = [*messages(work, grid), *revival(work, grid)]
@@ -98,7 +98,7 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
     counted = products(work, grid, axis)
     seconds = {
         "network": images * kernel_seconds(() if network is None else network.kernels, machine, work.precision),
-        "judges": images * kernel_seconds(() if network is None else network.judges, machine, work.precision),
+        "losses": images * kernel_seconds(() if network is None else network.loss_kernels, machine, work.precision),
         "code axis: products": counted / (codes_rate(work, machine) * 1e12),
         "code axis: elementwise": pairs * (4 * axis.passes / bandwidth + axis.exponentials / machine.exp_per_s),
         # norms, zeros, two gradients summed: about ten passes over the rows, twelve over the tokens of the group

@@ -75,7 +75,7 @@ class Network:
     parameters: int
     tokens: int
     """per image"""
-    judges: tuple[Kernel, ...] = ()
+    loss_kernels: tuple[Kernel, ...] = ()
     """of LPIPS and the discriminator"""
 
 
@@ -99,28 +99,29 @@ def network(config: NetConfig, sides: Sequence[int], dim: int, loss: LossConfig 
         tuple(walk.kernels),
         sum(p.numel() for part in parts[:4] for p in part.parameters()),
         math.prod(places),
-        () if loss is None else judges(loss, sides),
+        () if loss is None else loss_kernels(loss, sides),
     )
 
 
-def judges(loss: LossConfig, sides: Sequence[int]) -> tuple[Kernel, ...]:
-    """The kernels of LPIPS and the discriminator on one image: its own step on image and reconstruction, then both
-    judge the reconstruction, forward and back to it. An adaptive weight's extra gradients do not count."""
+def loss_kernels(loss: LossConfig, sides: Sequence[int]) -> tuple[Kernel, ...]:
+    """The kernels of LPIPS and the discriminator on one image: the discriminator's own step on image and
+    reconstruction, then both on the reconstruction, forward and back to it. An adaptive weight's extra gradients do not
+    count."""
     with torch.device("meta"):
         image, recon = torch.empty(1, 3, *sides), torch.empty(1, 3, *sides, requires_grad=True)
         lpips = None if loss.perceptual is None else LPIPS()
-        judge = None if loss.adversarial is None else discriminators.build(loss.adversarial.net)
+        discriminator = None if loss.adversarial is None else discriminators.build(loss.adversarial.net)
     with Walk() as walk:
         if lpips is not None:
             lpips(image, recon).sum().backward()
-        if judge is not None:
-            (_said(judge(image)) + _said(judge(recon.detach()))).backward()
-            judge.requires_grad_(False)
-            _said(judge(recon)).backward()
+        if discriminator is not None:
+            (_mean(discriminator(image)) + _mean(discriminator(recon.detach()))).backward()
+            discriminator.requires_grad_(False)
+            _mean(discriminator(recon)).backward()
     return tuple(walk.kernels)
 
 
-def _said(answers: list[Answer]) -> Tensor:
+def _mean(answers: list[Answer]) -> Tensor:
     return torch.stack([answer.values.mean() for answer in answers]).sum()
 
 

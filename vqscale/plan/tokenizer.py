@@ -21,7 +21,7 @@ from vqscale.config import to_dict
 from vqscale.nets.config import grid
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.plan.activations import activation_bytes
-from vqscale.plan.adversarial import judges
+from vqscale.plan.auxiliary import auxiliary
 from vqscale.plan.cost import split_bytes
 from vqscale.plan.count import CodeAxis, Network, code_axis, network
 from vqscale.plan.traffic import KNOWN, Grid, Work, messages, revival, sent
@@ -75,7 +75,7 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     step = work(config, images, tokens, dim, dense)
-    others = judges(config, images, world, dense, _learned(tables))
+    others = auxiliary(config, images, world, dense, _learned(tables))
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
@@ -128,7 +128,7 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
     kept = _activations(tokenizer, 1, config)
     tokens = images * found.tokens
     axis = code_axis(to_dict(quantizer))
-    others = judges(config, 1, 1, found.parameters, 0).memory
+    others = auxiliary(config, 1, 1, found.parameters, 0).memory
     graphs = sum(nbytes for name, nbytes in others.items() if name.startswith("activations"))
     step = replace(
         work(config, images, tokens, quantizer.dim, found.parameters),

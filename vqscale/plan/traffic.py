@@ -62,9 +62,9 @@ class Work:
     images: int = 0
     """per rank and micro-batch; 0 is a step without a network"""
     activations: int = 0
-    """bytes that autograd keeps for one image, of the network and of what judges it"""
+    """bytes that autograd keeps for one image, of the network, LPIPS and the discriminator"""
     beside: int = 0
-    """bytes of what judges, and of the average of the replicated weights"""
+    """bytes of LPIPS and the discriminator, and of the average of the replicated weights"""
     averaged: bool = False
     """there is an average of the weights, and so of the rows"""
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -169,7 +169,7 @@ def best(some: Iterable[Step]) -> Step:
 
 
 def _table(steps: dict[int, list[Step]], every: bool) -> list[str]:
-    head = ["GPUs", "data x codes", "GiB", "step ms", "network", "judges", "products", "elementw.", "rows", "optim."]
+    head = ["GPUs", "data x codes", "GiB", "step ms", "network", "losses", "products", "elementw.", "rows", "optim."]
     head += ["comm codes", "data", "world", "codes %", "MiB codes", "data", "world", "images/s"]
     table = [head]
     for world, some in steps.items():
@@ -179,7 +179,7 @@ def _table(steps: dict[int, list[Step]], every: bool) -> list[str]:
             sent = [f"{value / 2**20:.1f}" for value in step.sent.values()]
             held = f"{sum(step.memory.values()) / GIB:.1f}" + ("" if step.fits else " !")
             rate = world * step.images / step.total
-            parts = [ms["network"], ms["judges"], ms["products"], ms["elementwise"], ms["rows"], ms["optimiser"]]
+            parts = [ms["network"], ms["losses"], ms["products"], ms["elementwise"], ms["rows"], ms["optimiser"]]
             split = f"{step.grid.data} x {step.grid.codes}"
             share = f"{100 * step.code_axis / step.total:.1f}"
             table.append(

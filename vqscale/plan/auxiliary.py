@@ -1,8 +1,8 @@
-"""What judges and averages cost beside the tokenizer: LPIPS, a discriminator, the average of weights. Meta device.
+"""What training needs beside the tokenizer: LPIPS, a discriminator, the average of the weights. Meta device.
 
-The parts of plan.py for what a config may leave out. Memory is counted at the worst moment of each: the discriminator's
-own step keeps the graphs of its answers to images and to reconstructions, LPIPS keeps what the gradient to the
-reconstructions needs. The tokenizer's own graph waits for both.
+The part of plan/tokenizer.py for what a config may leave out. Memory is counted at the worst moment of each: the
+discriminator's own step keeps the graphs of its answers to images and to reconstructions, LPIPS keeps what the gradient
+to the reconstructions needs. The tokenizer's own graph waits for both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vqscale.train.config import TokenizerRun
 
 
 @dataclass
-class Judges:
+class Auxiliary:
     """Lines for the tables of a plan; empty for what the run does without."""
 
     parameters: dict[str, int] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class Judges:
     sent: dict[str, int] = field(default_factory=dict)
 
 
-def judges(config: TokenizerRun, images: int, world: int, dense: int, rows: int) -> Judges:
+def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: int) -> Auxiliary:
     """The costs for `images` per rank and micro-batch, of a tokenizer with `dense` parameters and `rows` numbers in the
     learned rows of a rank."""
-    found = Judges()
+    found = Auxiliary()
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     with torch.device("meta"):
         pixels = torch.empty(images, 3, *config.data.train.sides)

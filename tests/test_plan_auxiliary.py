@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from vqscale import config as configuration
+from vqscale.plan import costs_of
 from vqscale.plan.activations import activation_bytes
-from vqscale.plan.adversarial import judges
-from vqscale.plan.tokenizer import plan
+from vqscale.plan.auxiliary import auxiliary
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,40 +22,50 @@ PATCHGAN = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 1 + 2 *
 VGG, HEADS = 14_714_688, 64 + 128 + 256 + 512 + 512
 
 
-def test_published_judges():
+def test_the_published_losses():
     config = configuration.load(Run, PUBLISHED)
-    found = judges(config, 2, world=4, dense=1000, rows=30)
+    found = auxiliary(config, 2, world=4, dense=1000, rows=30)
     assert found.parameters == {"discriminator": PATCHGAN, "LPIPS (frozen)": VGG + HEADS}
     assert found.memory["discriminator"] == 4 * (2 * PATCHGAN + 2 * -(-PATCHGAN // 4))  # ZeRO 1 splits the moments
     assert found.memory["LPIPS"] == 4 * (VGG + HEADS)
     assert found.memory["average of the weights"] == 4 * 1030
     assert list(found.sent.values()) == [8 * PATCHGAN * 3 // 4]
     precise = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="fp32", zero_stage=3))
-    whole = judges(precise, 2, world=4, dense=1000, rows=30)
+    whole = auxiliary(precise, 2, world=4, dense=1000, rows=30)
     assert whole.memory["average of the weights"] == 4 * 280
     for name in found.memory:
         if name.startswith("activations"):
             assert whole.memory[name] == pytest.approx(2 * found.memory[name], abs=1)
-    more = judges(config, 4, world=4, dense=1000, rows=30)
+    more = auxiliary(config, 4, world=4, dense=1000, rows=30)
     assert sum(v for k, v in more.memory.items() if "activations" in k) > 1.9 * sum(
         v for k, v in found.memory.items() if "activations" in k
     )
 
 
-def test_a_run_without_judges_costs_nothing_more():
+def test_a_run_without_them_costs_nothing_more():
     config = configuration.load(Run, ROOT / "configs" / "quickstart" / "tokenizer.yaml")
-    found = judges(config, 2, world=4, dense=1000, rows=30)
+    found = auxiliary(config, 2, world=4, dense=1000, rows=30)
     assert not found.parameters
     assert not found.memory
     assert not found.sent
 
 
 def test_the_plan_shows_them():
-    text = plan(
-        configuration.load(Run, PUBLISHED, ["data.batch=8", "data.train.image_size=64", "data.val=null"]), 8
-    ).text()
-    for word in ("discriminator", "LPIPS (frozen)", "average of the weights", "activations of LPIPS, 1 images"):
-        assert word in text
+    small = ["data.batch=8", "data.train.image_size=64", "data.val=null", "mesh.codes=4"]
+    costs = costs_of(configuration.load(Run, PUBLISHED, small), 8)
+    head, *lines = costs.text().splitlines()
+    assert head.endswith("data 2 x codes 4 = 8 processes, 16 tokens per rank and micro-batch")
+    shown = [tuple(part.strip() for part in line.rpartition("  ")[::2]) for line in lines]
+    dense = sum(costs.parameters[name] for name in ("encoder", "quant_conv", "post_quant_conv", "decoder"))
+    for name, value in (
+        ("discriminator", f"{PATCHGAN:,}"),
+        ("LPIPS (frozen)", f"{VGG + HEADS:,}"),
+        ("discriminator", f"{4 * (2 * PATCHGAN + 2 * -(-PATCHGAN // 8)) / 2**20:.1f} MiB"),
+        ("LPIPS", f"{4 * (VGG + HEADS) / 2**20:.1f} MiB"),
+        ("average of the weights", f"{4 * (dense + 1024 // 4 * 256) / 2**20:.1f} MiB"),  # the rows of a rank
+        ("data axis and ZeRO: gradients of the discriminator", f"{2 * 4 * PATCHGAN * 7 / 8 / 2**20:.1f} MiB"),
+    ):
+        assert (name, value) in shown
 
 
 def test_activations_are_what_the_backward_pass_needs():
