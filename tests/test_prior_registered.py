@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import jobs
 import numpy as np
@@ -130,9 +131,9 @@ def test_a_page_says_how_its_samples_were_drawn():
 
 
 def test_the_page_speaks_of_a_prior_without_network_and_classes():
-    settings = {"name": "bag", "num_codes": 37, "grid": [2, 3], "num_classes": 0}
+    settings = SimpleNamespace(name="bag", num_codes=37, grid=(2, 3), num_classes=0)
     summary = {"steps": 8, "processes": 2, "loss": 3.5}
-    _, text = run_page.prior({"prior": settings, "data": {"batch": 8}}, summary, [])
+    _, text = run_page.prior(SimpleNamespace(prior=settings, data=SimpleNamespace(batch=8)), summary, [])
     assert "A model (<b>bag</b>) learns which of the 37 ids stand at the 2 x 3 places of a picture. Trained" in text
 
 

@@ -7,23 +7,32 @@ import io
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+import torch
 from PIL import Image
 
+from vqscale import config as configuration
 from vqscale.data.made import shapes
+from vqscale.plan.tokenizer import planned_mesh
 from vqscale.show import run_page
+from vqscale.tokenizer.model import Tokenizer
+from vqscale.train.config import Run
 
-TOOL = Path(__file__).parents[1] / "tools" / "page.py"
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "page.py"
+QUICKSTART = ROOT / "configs" / "quickstart"
+TOKENIZERS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "task: tokenizer" in path.read_text()]
 SIDE = 16
 
 
-def write_run(folder: Path, config: dict, summary: dict, rows: list[dict]) -> Path:
+def write_run(folder: Path, config: Run, summary: dict, rows: list[dict]) -> Path:
+    """The folder of a run as a training leaves it."""
     folder.mkdir(parents=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run.yaml").write_text(configuration.dump(config))
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -33,11 +42,10 @@ def write_run(folder: Path, config: dict, summary: dict, rows: list[dict]) -> Pa
 def place(tmp_path_factory, tiny_shards):
     """Folders of a tokenizer, a prior and samples of classes 3 and 1. Not to be changed."""
     folder = tmp_path_factory.mktemp("page")
-    source = {"shards": str(tiny_shards / "val.tar"), "image_size": SIDE, "num_workers": 0}
-    source["index_dir"] = str(tiny_shards / "index")
-    net = {"patch": 2, "multipliers": [1, 2]}
-    config = {"task": "tokenizer", "data": {"batch": 8, "train": source, "val": source}}
-    config["tokenizer"] = {"net": net, "quantizer": {"name": "ibq", "dim": 6}}
+    source = f"{{shards: {tiny_shards}/val.tar, image_size: {SIDE}, num_workers: 0, index_dir: {tiny_shards}/index}}"
+    sources = [f"data.train={source}", f"data.val={source}"]
+    tokenizer = ["tokenizer.net.patch=2", "tokenizer.net.multipliers=[1,2]", "tokenizer.quantizer.dim=6"]
+    config = configuration.load(Run, QUICKSTART / "tokenizer.yaml", [*sources, *tokenizer])
     rows = [{"step": s, "codes/usage": 0.1 * s, "codes/perplexity": 9.0 * s, "val/psnr": None} for s in range(1, 6)]
     rows.append({"step": 5, "val/psnr": 21.0, "val/usage": 0.4})
     summary = {"num_codes": 4096, "steps": 5, "processes": 2, "psnr": 21.5, "usage": 0.998}
@@ -46,11 +54,11 @@ def place(tmp_path_factory, tiny_shards):
     for step, value in ((1, 10), (5, 77)):
         picture = np.full((8, 8, 3), value, np.uint8)
         Image.fromarray(picture).save(run / "samples" / "reconstructions" / f"{step:010d}.png")
-    prior = {"name": "autoregressive", "num_codes": 4096, "num_classes": 10, "grid": [4, 4]}
-    prior["net"] = {"num_layers": 3, "width": 32}
+    net = ["prior.grid=[4,4]", "prior.net.num_layers=3", "prior.net.width=32", "prior.net.num_heads=2"]
+    config = configuration.load(Run, QUICKSTART / "prior.yaml", net)
     summary = {"steps": 9, "processes": 2, "loss": 6.25, "unigram": 8.125, "uniform": 8.318, "perplexity": 518.0}
     rows = [{"step": step, "loss": 8.0 / step} for step in range(1, 10)]
-    write_run(folder / "prior", {"task": "prior", "data": {"batch": 8}, "prior": prior}, summary, rows)
+    write_run(folder / "prior", config, summary, rows)
     settings = {"classes": [3, 1], "guidance": 2.5, "schedule": "constant", "temperature": 0.8, "top_k": 0}
     settings |= {"top_p": 1.0, "seed": 4, "num_images": 6}
     (folder / "samples").mkdir()
@@ -65,8 +73,8 @@ def main(*words: object) -> int:
     return status
 
 
-def page(place: Path, out: Path) -> str:
-    assert main(place / "run", place / "prior", place / "samples", "--out", out) == 0
+def page(run: Path, place: Path, out: Path) -> str:
+    assert main(run, place / "prior", place / "samples", "--out", out) == 0
     return out.read_text()
 
 
@@ -76,7 +84,7 @@ def pictures(text: str) -> list[np.ndarray]:
 
 
 def test_the_page_says_what_the_runs_have_written(place, tmp_path):
-    text = page(place, tmp_path / "new" / "page.html")
+    text = page(place / "run", place, tmp_path / "new" / "page.html")
     for said in ("16 x 16 pixels become 4 x 4 ids out of K = 4,096 codes", "<b>ibq</b>, 6 numbers each", "21.50"):
         assert said in text
     for said in ("99.8%", "3 blocks of width 32", "6.250", "8.125", "8.318", "guidance 2.5, temperature 0.8, seed 4"):
@@ -86,8 +94,25 @@ def test_the_page_says_what_the_runs_have_written(place, tmp_path):
     assert "vqscale train" in text.partition("To go on")[2]
 
 
+@pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
+def test_the_page_tells_of_every_tokenizer_that_is_shipped(place, path, tmp_path):
+    held_out = configuration.load(Run, place / "run" / "run.yaml").data.val
+    config = configuration.load(Run, path)
+    held_out = replace(held_out, image_size=config.data.train.image_size)
+    config = replace(config, data=replace(config.data, val=held_out))
+    summary = {"num_codes": 7, "steps": 1, "processes": 1}
+    write_run(tmp_path / "run", config, summary, [])
+    with torch.device("meta"):
+        tokenizer = Tokenizer.from_config(config.tokenizer, planned_mesh(1, 1), 0)
+        latents = tokenizer.encoder(torch.empty(1, 3, *config.data.train.sides))
+    (size, _), (h, w) = config.data.train.sides, latents.shape[2:]
+    text = page(tmp_path / "run", place, tmp_path / "page.html")
+    assert f"Pictures of {size} x {size} pixels become {h} x {w} ids out of K = 7 codes" in text
+    assert f"(quantizer <b>{config.tokenizer.quantizer.name}</b>" in text
+
+
 def test_everything_is_in_the_file(place, tmp_path):
-    text = page(place, tmp_path / "page.html")
+    text = page(place / "run", place, tmp_path / "page.html")
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     curves, recon, loss, *strips = pictures(text)
     assert curves.shape[1] > loss.shape[1]  # three panels and one
@@ -96,7 +121,7 @@ def test_everything_is_in_the_file(place, tmp_path):
 
 
 def test_samples_stand_beside_real_images_of_their_class(place, tmp_path):
-    strips = pictures(page(place, tmp_path / "page.html"))[3:]
+    strips = pictures(page(place / "run", place, tmp_path / "page.html"))[3:]
     for (drawn, real), numbers, label in zip((strips[:2], strips[2:]), ((0, 2, 4), (1, 3, 5)), (3, 1), strict=True):
         assert drawn.shape == (64, 3 * (64 + 3), 3)
         assert [int(drawn[0, 67 * at, 0]) for at in range(3)] == list(numbers)
@@ -125,4 +150,4 @@ def test_points_are_those_that_are_finite_numbers():
         {"step": 5, "a": 2},
     ]
     assert run_page.points(rows, "a") == [(1, 1.5), (5, 2.0)]
-    assert run_page.figure({"a": {"b": []}}, "nothing") == ""
+    assert run_page.chart({"a": {"b": []}}, "nothing") == ""

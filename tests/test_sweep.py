@@ -142,7 +142,7 @@ def guided(folder):
     table = json.loads((folder / "out" / "sweep.json").read_text())
     with (folder / "out" / "sweep.csv").open() as file:
         assert [float(line["guidance"]) for line in csv.DictReader(file)] == [row["guidance"] for row in table["rows"]]
-    assert (folder / "out" / "sweep.png").read_bytes() == Table(USUAL, table["rows"]).figure()
+    assert (folder / "out" / "sweep.png").read_bytes() == Table(USUAL, table["rows"]).chart()
     return [row["guidance"] for row in table["rows"]]
 
 

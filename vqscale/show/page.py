@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vqscale.show import canvas
+
 Line = Mapping[str, Any]
 
 
@@ -56,17 +58,12 @@ def series(lines: Sequence[Line], key: str, x: str, dials: Sequence[str]) -> dic
     return found
 
 
-def draw(figure: Figure, lines: Sequence[Line], key: str, dials: Sequence[str], path: Path) -> bool:
-    """Draw one number of all runs into a PNG; False, and no file, when no run has it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
-    from matplotlib.figure import Figure as Drawing
-
+def chart(figure: Figure, lines: Sequence[Line], key: str, dials: Sequence[str]) -> bytes | None:
+    """One number of all runs as a PNG; None when no run has it."""
     done = [line for line in lines if _number(line.get(key)) is not None]
     if not done:
-        return False
-    shape = Drawing(figsize=(6.4, 4), layout="constrained")
-    FigureCanvasAgg(shape)
-    axes = shape.subplots()
+        return None
+    drawn, (axes,) = canvas.figure(6.4, 4)
     x = numeric_dial(lines, dials)
     if x is not None:
         _curves(axes, series(done, key, x, dials), figure)
@@ -75,8 +72,7 @@ def draw(figure: Figure, lines: Sequence[Line], key: str, dials: Sequence[str], 
         _bars(axes, done, key, dials, figure)
     axes.set_title(figure.caption, fontsize=10)
     axes.grid(alpha=0.3)
-    shape.savefig(path, dpi=110)
-    return True
+    return canvas.png(drawn)
 
 
 def _curves(axes: Any, curves: Mapping[str, Mapping[float, Sequence[float]]], figure: Figure) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vqscale.disk import files
 from vqscale.metrics.reconstruction import to_bytes
+from vqscale.show import canvas
 
 Picture = npt.NDArray[np.uint8]
 
@@ -66,16 +67,11 @@ def usage(counts: npt.ArrayLike | Tensor, title: str = "", num_codes: int | None
     Both axes are logarithmic, so 2^18 codes fit. The curve ends at the last code in use; the corner says how many.
     Codes that were never chosen may be left out of the counts: then num_codes says how many there are with them.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
-    from matplotlib.figure import Figure
-
     values = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
     ordered = np.sort(values)[::-1]
     used, total = int((ordered > 0).sum()), num_codes or len(ordered)
     places = np.unique(np.geomspace(1, max(used, 1), _CURVE_POINTS).astype(np.int64))
-    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    drawn, (axes,) = canvas.figure(6, 4, dpi=100)
     if used:
         axes.loglog(places, ordered[places - 1], drawstyle="steps-post")
         if total == len(ordered):
@@ -83,8 +79,7 @@ def usage(counts: npt.ArrayLike | Tensor, title: str = "", num_codes: int | None
             axes.legend(loc="lower left")
     axes.set(xlim=(1, max(len(ordered), 2)), xlabel="codes, most used first", ylabel="times chosen", title=title)
     axes.text(0.98, 0.95, f"{used} of {total} codes used", transform=axes.transAxes, ha="right", va="top")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return canvas.pixels(drawn)
 
 
 def save(path: str | os.PathLike[str], picture: Picture | Tensor) -> Path:

@@ -1,7 +1,8 @@
 """The page that tells a run from images to samples: tokenizer, reconstructions, prior, samples beside real images.
 
-Everything is in the one file. Numbers come from what the runs have written (run.yaml, metrics.jsonl, summary.json), so
-nothing is measured here; what a run has not written is left out. Not here: pages of evaluations and studies.
+Everything is in the one file. Numbers come from what the runs have written (run.yaml, by its schema, metrics.jsonl,
+summary.json), so nothing is measured here; what a run has not written is left out. Not here: pages of evaluations and
+studies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from vqscale.disk import files
-from vqscale.show import page
+from vqscale.show import canvas, page
 from vqscale.show.pictures import Picture
 
 Part = tuple[str, str]  # heading and HTML
@@ -34,17 +35,16 @@ def write(path: Path, title: str, parts: Iterable[Part]) -> Path:
     return path
 
 
-def tokenizer(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows) -> Part:
-    """What the tokenizer is in words, what it reached, and how usage and PSNR went."""
-    net, quantizer = config["tokenizer"]["net"], config["tokenizer"]["quantizer"]
-    size = config["data"]["train"]["image_size"]
-    side = size // (net["patch"] * 2 ** (len(net["multipliers"]) - 1))
+def tokenizer(config: Any, grid: Sequence[int], summary: Mapping[str, Any], rows: Rows) -> Part:
+    """What the tokenizer is in words, what it reached, and how usage and PSNR went. The config is a TokenizerRun, and
+    the grid the places that its net makes of a picture."""
+    quantizer, dim = config.tokenizer.quantizer, getattr(config.tokenizer.quantizer, "dim", None)
     text = (
-        f"Pictures of {size} x {size} pixels become {side} x {side} ids out of K = {summary['num_codes']:,} codes "
-        f"(quantizer <b>{html.escape(str(quantizer['name']))}</b>"
-        + (f", {quantizer['dim']} numbers each" if quantizer.get("dim") else "")
-        + f"). Trained for {summary['steps']:,} steps of {config['data']['batch']} pictures on "
-        f"{summary['processes']} processes, over which the codes are split."
+        f"Pictures of {_by(config.data.train.sides)} pixels become {_by(grid)} ids out of K = "
+        f"{int(summary['num_codes']):,} codes (quantizer <b>{html.escape(quantizer.name)}</b>"
+        + (f", {dim} numbers each" if dim else "")
+        + f"). Trained for {int(summary['steps']):,} steps of {config.data.batch} pictures on "
+        f"{int(summary['processes'])} processes, over which the codes are split."
     )
     names = {
         "psnr": ("PSNR on held-out images, dB", "{:.2f}"),
@@ -58,23 +58,22 @@ def tokenizer(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows)
         "perplexity": {"training": points(rows, "codes/perplexity"), "held out": points(rows, "val/perplexity")},
         "PSNR, dB": {"held out": points(rows, "val/psnr")},
     }
-    return "The tokenizer", f"<p>{text}</p>{numbers(summary, names)}{figure(curves, 'over the steps of training')}"
+    return "The tokenizer", f"<p>{text}</p>{numbers(summary, names)}{chart(curves, 'over the steps of training')}"
 
 
 def reconstructions(picture: Path) -> Part:
     return "Reconstructions", page.picture(picture, "held-out originals, below each its reconstruction")
 
 
-def prior(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows) -> Part:
-    """What the prior is in words, and its loss beside what is reached by knowing less."""
-    settings, net = config["prior"], config["prior"].get("net", {})
-    h, w = settings["grid"]
-    model = f"A transformer of {net['num_layers']} blocks of width {net['width']}" if net else "A model"
-    given = f", given one of {settings['num_classes']} classes" if settings["num_classes"] else ""
+def prior(config: Any, summary: Mapping[str, Any], rows: Rows) -> Part:
+    """What the prior is in words, and its loss beside what is reached by knowing less. The config is a PriorRun."""
+    settings, net = config.prior, getattr(config.prior, "net", None)
+    model = f"A transformer of {net.num_layers} blocks of width {net.width}" if net else "A model"
+    given = f", given one of {settings.num_classes} classes" if settings.num_classes else ""
     text = (
-        f"{model} (<b>{html.escape(settings['name'])}</b>) learns which of the {settings['num_codes']:,} ids stand at "
-        f"the {h} x {w} places of a picture{given}. Trained for {summary['steps']:,} steps of "
-        f"{config['data']['batch']} pictures on {summary['processes']} processes."
+        f"{model} (<b>{html.escape(settings.name)}</b>) learns which of the {settings.num_codes:,} ids stand at "
+        f"the {_by(settings.grid)} places of a picture{given}. Trained for {int(summary['steps']):,} steps of "
+        f"{config.data.batch} pictures on {int(summary['processes'])} processes."
     )
     names = {
         "loss": ("loss on held-out ids, nats per id", "{:.3f}"),
@@ -89,7 +88,7 @@ def prior(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Rows) -> 
         if isinstance(summary.get(key), int | float)
     }
     lines = {"training": points(rows, "loss"), "held out": points(rows, "val/loss")}
-    drawn = figure({"loss, nats per id": lines}, "loss over the steps of training", levels)
+    drawn = chart({"loss, nats per id": lines}, "loss over the steps of training", levels)
     return "The prior", f"<p>{text}</p>{numbers(summary, names)}{drawn}"
 
 
@@ -116,6 +115,10 @@ def commands(lines: Sequence[str]) -> Part:
     return "To go on", f"<pre>{html.escape(os.linesep.join(lines))}</pre>"
 
 
+def _by(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
+
+
 def points(rows: Rows, key: str) -> list[tuple[int, float]]:
     """(step, value) of the rows that have a finite number under the key."""
     found = [(int(row["step"]), row[key]) for row in rows if isinstance(row.get(key), int | float)]
@@ -129,22 +132,18 @@ def numbers(summary: Mapping[str, Any], names: Mapping[str, tuple[str, str]]) ->
                       {"": "{}", "value": "{}"})  # fmt: skip
 
 
-def figure(
+def chart(
     panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
     caption: str,
     levels: Mapping[str, float] | None = None,
 ) -> str:
     """Curves over steps, a panel each, as an <img>; levels are lines across all. Nothing where there is no point."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
-    from matplotlib.figure import Figure
-
     shown = {title: {name: line for name, line in lines.items() if line} for title, lines in panels.items()}
     shown = {title: lines for title, lines in shown.items() if lines}
     if not shown:
         return ""
-    drawn = Figure(figsize=(max(6.0, 4.0 * len(shown)), 3.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(drawn)
-    for axes, (title, lines) in zip(drawn.subplots(1, len(shown), squeeze=False).flat, shown.items(), strict=True):
+    drawn, panes = canvas.figure(max(6.0, 4.0 * len(shown)), 3.2, panels=len(shown))
+    for axes, (title, lines) in zip(panes, shown.items(), strict=True):
         for name, line in lines.items():
             axes.plot(*zip(*line, strict=True), label=name, marker="o" if len(line) < 30 else "", markersize=3)
         for number, (name, value) in enumerate((levels or {}).items()):
@@ -152,9 +151,7 @@ def figure(
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    held = io.BytesIO()
-    drawn.savefig(held, format="png")
-    return _img(held.getvalue(), caption)
+    return _img(canvas.png(drawn), caption)
 
 
 def _strip(images: Sequence[Picture]) -> str:

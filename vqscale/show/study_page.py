@@ -128,8 +128,9 @@ def _figures(folder: Path, task: Task, lines: Sequence[Line], dials: Sequence[st
     folder.mkdir(exist_ok=True)
     drawn = []
     for key, figure in task.figures.items():
-        path = folder / f"{key}.png"
-        if page.draw(figure, lines, key, dials, path):
+        chart, path = page.chart(figure, lines, key, dials), folder / f"{key}.png"
+        if chart is not None:
+            files.write(path, chart)
             drawn.append(page.picture(path, figure.caption))
     return drawn
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from vqscale.disk import files
 from vqscale.metrics.generation import OTHER_NAMES
+from vqscale.show import canvas
 
 Row = Mapping[str, Any]
 SCORES = ("fid", "inception_score", "sfid", "precision", "recall")
@@ -39,7 +40,7 @@ class Table:
         table.writeheader()
         table.writerows(self.rows)
         files.write(folder / "sweep.csv", text.getvalue())
-        files.write(folder / "sweep.png", self.figure())
+        files.write(folder / "sweep.png", self.chart())
 
     def varied(self) -> list[str]:
         """The dials that have more than one value."""
@@ -59,14 +60,10 @@ class Table:
                 found.setdefault(name, []).append((float(row[x]), float(row[key])))
         return x, {name: sorted(points) for name, points in found.items()}
 
-    def figure(self) -> bytes:
+    def chart(self) -> bytes:
         """A PNG: distance to the reference and Inception score, a curve for each combination of the other dials."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazily: it costs half a second
-        from matplotlib.figure import Figure
-
-        drawn = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
-        FigureCanvasAgg(drawn)
-        for panel, name in zip(drawn.subplots(1, 2), PANELS, strict=True):
+        drawn, panels = canvas.figure(10, 3.6, dpi=120, panels=len(PANELS))
+        for panel, name in zip(panels, PANELS, strict=True):
             key = score(self.rows, name)
             x, lines = self.curves(key)
             for label, points in lines.items():
@@ -76,9 +73,7 @@ class Table:
             panel.grid(alpha=0.3)
             if any(lines):
                 panel.legend(fontsize=8)
-        held = io.BytesIO()
-        drawn.savefig(held, format="png")
-        return held.getvalue()
+        return canvas.png(drawn)
 
     def text(self) -> str:
         """The rows for a terminal: the dials that vary, and the scores."""

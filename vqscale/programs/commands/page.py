@@ -13,13 +13,16 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from vqscale import config as configuration
+from vqscale.data.config import ImagesConfig
+from vqscale.nets.config import grid
 from vqscale.programs.commands import words
 from vqscale.run import processes
+from vqscale.train.config import Run
 
 if TYPE_CHECKING:
     from vqscale.show.pictures import Picture
@@ -45,22 +48,22 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 def _page(args: argparse.Namespace) -> int:
     from vqscale.show import run_page
 
-    first, second = _run(args.tokenizer, "tokenizer"), _run(args.prior, "prior")
+    (config, summary, rows), second = _run(args.tokenizer, "tokenizer"), _run(args.prior, "prior")
     settings, drawn = _drawn(args.samples)
-    parts = [run_page.tokenizer(*first)]
+    parts = [run_page.tokenizer(config, grid(config.tokenizer.net, config.data.train.sides), summary, rows)]
     pictures = sorted((args.tokenizer / "samples" / "reconstructions").glob("*.png"))
     if pictures:
         parts.append(run_page.reconstructions(pictures[-1]))
     parts.append(run_page.prior(*second))
-    source = first[0]["data"].get("val") or first[0]["data"]["train"]
-    how = _how(second[0]["prior"]["name"], settings)
+    source = config.data.val or config.data.train
+    how = _how(second[0].prior.name, settings)
     parts.append(run_page.samples(drawn, _real(source, list(drawn)), _names(source), how))
     parts.append(run_page.commands(_commands(args)))
     print(run_page.write(args.out, "From images to samples", parts))
     return 0
 
 
-def _run(folder: Path, task: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+def _run(folder: Path, task: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
     """(config, summary, rows of metrics) of a finished run of this task."""
     lacks = [name for name in ("run.yaml", "summary.json", "metrics.jsonl") if not (folder / name).is_file()]
     if lacks:
@@ -68,9 +71,9 @@ def _run(folder: Path, task: str) -> tuple[dict[str, Any], dict[str, Any], list[
             f"{folder} has no {', '.join(lacks)}, which a finished run has: give the folder of one, or train it to its "
             "last step with `vqscale train`"
         )
-    config = yaml.safe_load((folder / "run.yaml").read_text())
-    if config.get("task") != task:
-        raise ValueError(f"{folder} is a run of task {config.get('task')}: give one of task {task} in its place")
+    config: Run = configuration.load(Run, folder / "run.yaml")
+    if config.task != task:
+        raise ValueError(f"{folder} is a run of task {config.task}: give one of task {task} in its place")
     *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
     return config, json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines]
 
@@ -105,14 +108,12 @@ def _how(prior: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**priors.sampling(prior).of(settings).unusual(), "seed": settings["seed"]}
 
 
-def _real(source: Mapping[str, Any], classes: Sequence[int]) -> dict[int, list[Picture]]:
+def _real(source: ImagesConfig, classes: Sequence[int]) -> dict[int, list[Picture]]:
     """Some real images of each of these classes, as a tokenizer sees them."""
-    from vqscale import config as configuration
-    from vqscale.data.config import ImagesConfig
     from vqscale.data.samples import SampleStream
     from vqscale.metrics.reconstruction import to_bytes
 
-    config = configuration.parse(ImagesConfig, {**source, "num_workers": 0, "make": None}, source="run.yaml: data")
+    config = replace(source, num_workers=0, make=None)
     found: dict[int, list[Picture]] = {label: [] for label in classes}
     stream = SampleStream(config, 32, train=False)
     for batch in itertools.islice(stream.batches(0), MOST_READ // 32):
@@ -125,10 +126,9 @@ def _real(source: Mapping[str, Any], classes: Sequence[int]) -> dict[int, list[P
     return found
 
 
-def _names(source: Mapping[str, Any]) -> dict[int, str]:
+def _names(source: ImagesConfig) -> dict[int, str]:
     """Names of classes, where the folder of the shards says them."""
-    shards = source["shards"] if isinstance(source["shards"], str) else source["shards"][0]
-    path = Path(shards).parent / "classes.txt"
+    path = Path(source.patterns[0]).parent / "classes.txt"
     return dict(enumerate(path.read_text().splitlines())) if path.is_file() else {}
 
 
