@@ -54,7 +54,7 @@ def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, refere
     torch.set_num_threads(1)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     mesh, rule = Mesh(world), Rule()
-    judge = sweep.Judge(network or Small(), reference or references(folder))
+    scoring = sweep.Scoring(network or Small(), reference or references(folder))
     every = combinations(replace(BASE, **base), dials)
     tokenizer = small(mesh, tokenizer_seed)
     handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
@@ -63,7 +63,7 @@ def swept(folder, dials=DIALS, before=None, tokenizer_seed=1, keep=False, refere
             if before is not None:
                 before(int(os.environ.get("RANK", "0")), changes)
             table, missing = sweep.sweep(
-                rule, tokenizer, judge, folder / "out", mesh, every, about={"command": "x"}, keep=keep
+                rule, tokenizer, scoring, folder / "out", mesh, every, about={"command": "x"}, keep=keep
             )
     finally:
         for name, handler in handlers.items():

@@ -43,7 +43,7 @@ RESULT = "result.json"
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scoring:
     """What images are measured by, and the file that they are compared with, which is read when there is need."""
 
     network: Network
@@ -67,7 +67,7 @@ def _word(dial: str, value: Any) -> str:
 def sweep(
     prior: Prior,
     tokenizer: Tokenizer,
-    judge: Judge,
+    scoring: Scoring,
     folder: Path,
     mesh: Mesh,
     every: Sequence[SampleRequest],
@@ -83,7 +83,7 @@ def sweep(
     made_from = {
         "prior": {"fingerprint": prior.fingerprint},
         "tokenizer": {"fingerprint": tokenizer.fingerprint},
-        "judge": processes.first(judge.facts, mesh),
+        "judge": processes.first(scoring.facts, mesh),
     }
     stop = StopRequest(folder, mesh)
     kind = type(every[0].how)
@@ -99,13 +99,13 @@ def sweep(
     table, missing = processes.first(tabled, mesh), [one for one in every if name(one.how) not in known]
     if missing:
         check(prior, tokenizer, missing[0])
-        reference = generation.read_reference(judge.reference, judge.network, mesh, batch=measure_batch)
+        reference = generation.read_reference(scoring.reference, scoring.network, mesh, batch=measure_batch)
     while missing and not loop.agree(mesh, stop.here(), 0)[0]:
         one, place = missing[0], folder / name(missing[0].how)
         sample(prior, tokenizer, place, mesh, one, stop=stop)
         if loop.agree(mesh, stop.here(), 0)[0]:
             break
-        seen = generation.describe(SampleFile(place / sample_folder.FILE), judge.network, mesh, batch=measure_batch)
+        seen = generation.describe(SampleFile(place / sample_folder.FILE), scoring.network, mesh, batch=measure_batch)
         processes.first(partial(_write, place, facts[place.name], one, seen, reference, keep), mesh)
         table, missing = processes.first(tabled, mesh), missing[1:]
     stop.clear()

@@ -69,8 +69,8 @@ def _measure(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[str, i
         for line in dict.fromkeys(line for one in every for line in prior.remarks(one.how)):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     network = load(args.inception, args.inception_sha256).to(mesh.device)
-    judge, about = sweep.Judge(network, args.reference), {"command": command}
-    table, missing = sweep.sweep(prior, tokenizer, judge, args.out, mesh, every, about=about, keep=args.keep)
+    scoring, about = sweep.Scoring(network, args.reference), {"command": command}
+    table, missing = sweep.sweep(prior, tokenizer, scoring, args.out, mesh, every, about=about, keep=args.keep)
     left = f"\nstopped after {len(every) - missing} of {len(every)} settings: the same command goes on"
     return f"{table.text()}\n{args.out}: sweep.json, sweep.csv, sweep.png{left * bool(missing)}", missing
 
