@@ -19,6 +19,7 @@ from jobs import ROOT, write_config, write_shards
 
 from vqscale import config as configuration
 from vqscale.config.schema import classes_of, fields_of
+from vqscale.disk import lock
 from vqscale.programs import launchers, study_runner
 from vqscale.programs import study as studies
 from vqscale.programs.commands import study as command
@@ -304,6 +305,15 @@ def test_another_launcher_is_a_class_and_a_line(prior, tmp_path, monkeypatch, ca
     assert {line["verdict"] for line in lines.values()} == {"0.5 nats below how often ids occur"}
     assert command.main([str(path), "--elsewhere"]) == 0
     assert "started 0" in capsys.readouterr().out
+
+
+def test_two_do_not_start_the_same_runs(base, tmp_path, capsys):
+    path = _write(base, dials=[K], folder=str(tmp_path / "study"))
+    with lock.hold(tmp_path / "study" / ".lock") as held:
+        assert held
+        assert command.main([str(path)]) == 2
+    assert "another process starts runs in" in capsys.readouterr().err
+    assert not [*(tmp_path / "study" / "logs").iterdir()]
 
 
 def test_a_run_that_is_not_done_says_how_far_it_is(base, tmp_path):

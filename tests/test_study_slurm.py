@@ -175,6 +175,11 @@ def test_a_controller_that_does_not_answer_is_no_empty_queue(cluster, study, cap
     assert "squeue" in said
     assert "Unable to contact slurm controller" in said
     assert len(cluster.asked("sbatch")) == 1
+    # a page is written all the same, of what the run folders tell
+    _finish("1-seed0")
+    assert command.main([study, "--report"]) == 0
+    assert "Unable to contact slurm controller" in capsys.readouterr().err
+    assert _statuses() == {"1-seed0": "done", "2-seed0": "waiting", "3-seed0": "waiting"}
 
 
 def test_without_squeue_the_run_folders_tell(cluster, study, monkeypatch):

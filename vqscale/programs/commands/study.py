@@ -24,6 +24,7 @@ from typing import Any
 
 from vqscale import config as configuration
 from vqscale.config.text import inline
+from vqscale.disk import lock
 from vqscale.programs import launchers
 from vqscale.programs import study as studies
 from vqscale.programs.commands import words
@@ -61,10 +62,21 @@ def _study(argv: list[str]) -> int:
     if launcher is None:
         return _print_table(study, trials, report(study, trials, launchers.states(study, trials), command))
     runner = Runner(study, trials, launcher, command)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, runner.stop)
-    _print_table(study, trials, runner.run())
+    with lock.hold(Path(study.folder) / ".lock", wait=False) as alone:
+        if not alone:
+            raise ValueError(
+                f"another process starts runs in {study.folder}: wait for it, or change the study's folder"
+            )
+        _listen(runner)
+        _print_table(study, trials, runner.run())
     return _end(runner, words.command("study", [*(word for word in argv if not word.startswith("-")), "--report"]))
+
+
+def _listen(runner: Runner) -> None:
+    """Signals stop the runner, but for those that this process was started to ignore, as nohup does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, runner.stop)
 
 
 def _arguments(argv: list[str]) -> tuple[str | None, Path, list[str]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
 
+from vqscale.errors import ExplainedError
 from vqscale.programs.launchers.base import Launcher, State
 from vqscale.programs.launchers.local import Local
 from vqscale.programs.launchers.slurm import Slurm
@@ -41,8 +43,11 @@ def _check_idle(name: str, study: StudyConfig, trials: Sequence[Trial]) -> None:
 
 
 def states(study: StudyConfig, trials: Sequence[Trial]) -> dict[str, State]:
-    """The state of every run that any launcher knows of."""
+    """The state of every run that any launcher knows of; one that cannot say it now is left out, with a note."""
     found: dict[str, State] = {}
     for launcher in LAUNCHERS.values():
-        found |= launcher(study, trials).poll()
+        try:
+            found |= launcher(study, trials).poll()
+        except ExplainedError as error:
+            print(f"note: {error}", file=sys.stderr)
     return found

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from vqscale.programs.launchers.base import Launcher, State, argument, last_words
 from vqscale.programs.study import StudyConfig, Trial
 from vqscale.run.checkout import checkout
+from vqscale.run.folder import EXIT_STOPPED
 
 
 class Local(Launcher):
@@ -26,8 +27,8 @@ class Local(Launcher):
     def check(self) -> None:
         if self.study.launcher_options:
             raise ValueError(
-                f"launcher_options are {', '.join(self.study.launcher_options)}, and launcher local takes none: remove "
-                "them, or use launcher: slurm (--slurm)"
+                f"launcher_options are {', '.join(self.study.launcher_options)}, and launcher local takes none: leave "
+                "them out (launcher_options=[]), or use launcher: slurm (--slurm)"
             )
 
     def start(self, trials: Sequence[Trial]) -> list[str]:
@@ -41,7 +42,8 @@ class Local(Launcher):
             if status is not None:
                 del self.running[name]
                 if status:
-                    self.ended[name] = State("stopped" if self.stopping else "failed", last_words(trial.log))
+                    asked = self.stopping or status == EXIT_STOPPED
+                    self.ended[name] = State("stopped" if asked else "failed", last_words(trial.log))
         self._fill()
         running = {name: State("running", f"process {process.pid}") for name, (_, process) in self.running.items()}
         return running | {trial.name: State("waiting", "for a place") for trial in self.waiting} | self.ended

@@ -11,6 +11,7 @@ with a copy of the folder, say), nothing is known of a run but what is in its fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,8 +31,7 @@ SCRIPT = Path("launch") / "slurm" / "array.sbatch"
 OURS = ("--array", "-a", "--output", "-o", "--parsable", "--wrap")
 QUEUE = ("squeue", "--array", "--noheader", "--format=%F_%K|%T")
 ACCOUNTS = ("sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State")
-# What they answer of a job that is forgotten, or where nothing is kept.
-FORGOTTEN = re.compile(r"invalid job id|accounting storage is disabled", re.IGNORECASE)
+FORGOTTEN = re.compile(r"invalid job id", re.IGNORECASE)  # squeue, of jobs that have ended some minutes ago
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,12 @@ class Slurm(Launcher):
     def poll(self) -> dict[str, State]:
         open_names = {trial.name for trial in self.trials if not trial.done}
         tasks = {name: task for name, task in self._tasks().items() if name in open_names}
-        queue = _ask(QUEUE, (task.job for task in tasks.values()))
+        queue, ended = _ask(QUEUE, (task.job for task in tasks.values())), dict[str, str]()
         if queue is None:
             return {}
-        ended = _ask(ACCOUNTS, (task.job for task in tasks.values() if task.name not in queue)) or {}
+        left = [task.job for task in tasks.values() if task.name not in queue]
+        with contextlib.suppress(ExplainedError):  # accounts say more of why a run ended, and are not needed to know it
+            ended = _ask(ACCOUNTS, left) or {}
         return {name: self._state(task, queue, ended) for name, task in tasks.items()}
 
     def stop(self) -> list[str]:
