@@ -25,19 +25,11 @@ stage() { printf '\n=== %s (%d:%02d since the start)\n' "$1" $((SECONDS / 60)) $
 start() { torchrun --standalone --nproc_per_node="$processes" "$@"; }
 
 stage "1 of 5: the tokenizer"
-start launch/train.py configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"}
-python tools/summary.py configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"}
-run=$(python tools/summary.py --folder configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"})
-
-# What a run was asked for, by its run.yaml: a key of it, nothing where the key is null.
-asked() { python - "$run/run.yaml" "$1" <<'PYTHON'
-import sys, yaml
-found = yaml.safe_load(open(sys.argv[1]))
-for key in sys.argv[2].split("."):
-    found = (found or {}).get(key)
-print("" if found is None else found)
-PYTHON
-}
+tokenizer=(configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"})
+asked() { python tools/summary.py --key "$1" "${tokenizer[@]}"; } # a key of its config; nothing where that is null
+start launch/train.py "${tokenizer[@]}"
+python tools/summary.py "${tokenizer[@]}"
+run=$(asked run.folder)
 
 encode() { # SPLIT [OPTION ...]
     local split=$1 index; shift
@@ -47,24 +39,15 @@ encode() { # SPLIT [OPTION ...]
 }
 stage "2 of 5: ids of the pictures"
 encode train --views flip
-held_out=null
+held_out=data.val=null
 if [ -n "$(asked data.val.shards)" ]; then
     encode val
-    held_out="{path: $run-cache/val}"
+    held_out=data.val.path=$run-cache/val
 fi
 
 stage "3 of 5: the prior"
-ids=$(python - "$run-cache/train/card.json" <<'PYTHON'
-import json, sys
-card = json.load(open(sys.argv[1]))
-print(f"prior.num_codes={card['num_codes']} prior.grid=[{card['grid'][0]},{card['grid'][1]}]")
-PYTHON
-)
-dim=$(asked tokenizer.quantizer.dim)
-# shellcheck disable=SC2086
 start launch/train.py configs/quickstart/prior.yaml run.folder="$run-prior" tokenizer="$run" \
-    data.train.path="$run-cache/train" data.val="$held_out" $ids ${dim:+prior.feature_dim="$dim"} \
-    ${second[@]+"${second[@]}"}
+    data.train.path="$run-cache/train" "$held_out" ${second[@]+"${second[@]}"}
 
 stage "4 of 5: new pictures of every class"
 start tools/sample.py "$run-prior" "$run" "$run-samples" --per-class 8 --guidance 3 --temperature 0.8 --batch 20 \

@@ -193,3 +193,13 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_key_of_a_config_is_told_as_on_a_command_line():
+    full = Run(steps=1, label="a #b", optim=Optim(lr=1e-5))
+    assert [config.text_of(full, key) for key in ("steps", "label", "tags", "optim.lr", "optim.warmup_steps")] == [
+        *("1", "a #b", "[a]", "1.0e-05", ""),
+    ]
+    assert config.text_of(full, "teacher.lr") == ""
+    with pytest.raises(ValueError, match=r"no key optim\.lt here; did you mean optim\.lr"):
+        config.text_of(full, "optim.lt")

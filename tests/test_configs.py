@@ -18,12 +18,16 @@ from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "study")
+# What a cache and a tokenizer say that are not here.
+KNOWN_ELSEWHERE = {
+    "configs/quickstart/prior.yaml": ("prior.num_codes=4096", "prior.grid=[8, 8]", "prior.feature_dim=16"),
+}
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_shipped_config_is_a_run(path, tmp_path):
-    config = configuration.load(Run, path)
+    config = configuration.load(Run, path, KNOWN_ELSEWHERE.get(path.relative_to(ROOT).as_posix(), ()))
     costs = (plan_prior if config.task == "prior" else plan)(config, config.mesh.codes or 2)
     assert sum(costs.parameters.values()) > 0
     copy = tmp_path / "run.yaml"

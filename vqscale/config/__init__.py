@@ -1,7 +1,7 @@
 """YAML to frozen dataclasses and back. No torch, nothing of vqscale."""
 
 from vqscale.config.help import describe
-from vqscale.config.load import ConfigError, differences, dump, load, parse, to_dict
+from vqscale.config.load import ConfigError, differences, dump, load, parse, text_of, to_dict
 from vqscale.config.marks import Free, FreeToChange
 from vqscale.config.schema import OneOf, free_keys, load_class
 
@@ -17,5 +17,6 @@ __all__ = [
     "load",
     "load_class",
     "parse",
+    "text_of",
     "to_dict",
 ]

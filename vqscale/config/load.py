@@ -85,6 +85,19 @@ def dump(config: Any, comments: bool = False) -> str:
     return "".join(f"{line}\n" for line in write(plain(config), dict(notes(config)) if comments else {}))
 
 
+def text_of(config: Any, key: str) -> str:
+    """What a config says of a dotted key, as it stands on a command line; "" for null, and below null. ValueError for
+    what is no key of it."""
+    known = list(dotted_keys(type(config)))
+    if key not in known:
+        near = _nearest(key, known)
+        raise ValueError(f"there is no key {key} here; " + (f"did you mean {near}?" if near else "see --help"))
+    found = plain(config)
+    for part in key.split("."):
+        found = (found or {}).get(part)
+    return found if isinstance(found, str) else "" if found is None else inline(found)
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
     """`optim.lr: 0.1 -> 0.2` for each dotted key whose value is not the same in two configs given as dicts; not for
     keys of `free`, and what is below them."""

@@ -45,7 +45,7 @@ def plan(config: PriorRun, world: int) -> Costs:
             f"transformer, classes ({engine})": split_bytes(dense, stage, world),
             "rows, their gradients and moments": sum(held),
             **({"average of the weights": average} if config.average.decay else {}),
-            f"activations of {images} images": _activations(config, images),
+            f"activations of {images} images": _activations(config, prior.grid, images),
             f"gathered tokens of {codes} processes": 3 * tokens * codes * width * FP32,
             "blocks of the scan": config.prior.head.scan_mib * MIB,
         },
@@ -57,12 +57,12 @@ def plan(config: PriorRun, world: int) -> Costs:
     )
 
 
-def _activations(config: PriorRun, images: int) -> int:
+def _activations(config: PriorRun, grid: tuple[int, ...], images: int) -> int:
     """Bytes that autograd keeps of the transformer for one micro-batch, counted on meta tensors."""
     net = config.prior.net
     with torch.device("meta"):
         transformer = Transformer(net)
-        turns = rotary(net, config.prior.grid)[:-1]
+        turns = rotary(net, grid)[:-1]
         adapt = transformer.adapt(torch.empty(images, net.width))
         kept = activation_bytes(transformer, torch.empty(images, len(turns), net.width), turns, adapt)
     return kept // 2 if config.engine.precision == "bf16" else kept

@@ -28,6 +28,9 @@ def build(config: Mapping[str, Any] | PriorConfig, mesh: Mesh | None = None, *, 
     if isinstance(config, Mapping):
         parsed: PriorConfig = configuration.parse(PriorConfig, config, source="prior")
         return build(parsed, mesh, seed=seed)
+    if nulls := config.nulls():
+        text = "null is as a token cache or a tokenizer says, and only `vqscale train` looks there: give a value"
+        raise configuration.ConfigError([f"prior: {key}: {text}" for key in nulls])
     import torch
 
     from vqscale.seed import derive

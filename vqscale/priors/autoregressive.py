@@ -32,7 +32,7 @@ class Autoregressive(Prior):
         """h_BTD, the vectors that predict each of the T ids from those before it and the prefix."""
         ids_BT = self.checked(ids_Bhw).flatten(1)
         x_BTD = torch.cat([prefix_BPD, self.head.embed(ids_BT[:, :-1])], 1)
-        turns = rotary(self.config.net, self.config.grid, x_BTD.device)[: x_BTD.shape[1]]
+        turns = rotary(self.config.net, self.grid, x_BTD.device)[: x_BTD.shape[1]]
         h_BTD = self.net(x_BTD, turns, self.net.adapt(prefix_BPD[:, 0]))
         return h_BTD[:, self.config.net.num_prefix - 1 :]
 
@@ -57,7 +57,7 @@ class Autoregressive(Prior):
                     guidance=scale,
                 )
             )
-        return torch.stack(drawn, 1).unflatten(1, tuple(self.config.grid))
+        return torch.stack(drawn, 1).unflatten(1, self.grid)
 
 
 class Incremental:
@@ -72,7 +72,7 @@ class Incremental:
         self._next_BTD = torch.cat(prefixes)
         self._adapt = prior.net.adapt(self._next_BTD[:, 0])
         net = prior.config.net
-        self._turns = rotary(net, prior.config.grid, self._next_BTD.device)
+        self._turns = rotary(net, prior.grid, self._next_BTD.device)
         length = net.num_prefix + prior.config.num_tokens - 1
         self._cache = KVCache(net, len(self._next_BTD), length, self._next_BTD) if cached else None
 

@@ -61,7 +61,7 @@ class Prior(nn.Module, ABC):
         self.card: dict[str, Any] = {}
         chosen = derive(seed, "ids")
         self.head = heads.build(
-            config.head, config.num_codes, net.width, self.mesh, seed=chosen, feature_dim=config.feature_dim
+            config.head, self.num_codes, net.width, self.mesh, seed=chosen, feature_dim=config.feature_dim
         )
         condition = conditions.build(config, net)
         self._condition_name = condition.saved_as
@@ -73,7 +73,14 @@ class Prior(nn.Module, ABC):
 
     @property
     def num_codes(self) -> int:
-        return int(self.config.num_codes)
+        assert self.config.num_codes is not None, "priors.build refuses null"
+        return self.config.num_codes
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Ids along each side."""
+        assert self.config.grid is not None, "priors.build refuses null"
+        return tuple(self.config.grid)
 
     @property
     def num_classes(self) -> int:
@@ -163,10 +170,10 @@ class Prior(nn.Module, ABC):
     def checked(self, ids_Bhw: Tensor) -> Tensor:
         """ids as they are; ValueError where they are not those of an image of the config's grid."""
         grid = tuple(ids_Bhw.shape[1:])
-        if grid != tuple(self.config.grid):
+        if grid != self.grid:
             raise ValueError(
                 f"ids have the shape {list(ids_Bhw.shape)}, images x grid, but this prior is one of "
-                f"{' x '.join(map(str, self.config.grid))} ids (grid, in its config): give ids of that grid, or "
+                f"{' x '.join(map(str, self.grid))} ids (grid, in its config): give ids of that grid, or "
                 "build a prior of another"
             )
         return ids_Bhw

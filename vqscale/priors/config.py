@@ -138,10 +138,11 @@ else:
 class IdsConfig:
     """What every prior over a grid of ids has."""
 
-    num_codes: int = 16384
-    """K, the number of codes of the tokenizer"""
-    grid: tuple[int, ...] = (16, 16)
-    """ids along each side: rows and columns of an image; one number for what has one side"""
+    num_codes: int | None = 16384
+    """K, the number of codes of the tokenizer; null: as the token cache says"""
+    grid: tuple[int, ...] | None = (16, 16)
+    """ids along each side: rows and columns of an image; one number for what has one side; null: as the token cache
+    says"""
     condition: ConditionConfig = field(default_factory=ClassesConfig)
     """what the ids of an image are given: the tokens before the first id are made of it"""
     num_classes: int = 1000
@@ -153,20 +154,27 @@ class IdsConfig:
     z_loss: float = 0.0
     """weight of the squared log-normaliser, in training only; keeps logits near zero"""
     feature_dim: int | None = None
-    """dimension of the tokenizer's codes; with head.embedding: codebook, and with no other"""
+    """dimension of the tokenizer's codes, with head.embedding: codebook alone; null: as the tokenizer says"""
     head: HeadConfig = field(default_factory=FlatConfig)
     """embedding of the ids and logits over all of them; split over mesh.codes"""
 
     @property
     def num_tokens(self) -> int:
         """Ids of an image."""
+        assert self.grid is not None, "grid is null: see nulls()"
         return math.prod(self.grid)
+
+    def nulls(self) -> list[str]:
+        """The keys that are still to be looked up in a token cache or a tokenizer (train/nulls.py)."""
+        known = ["num_codes", "grid", *(["feature_dim"] if self.head.wants_features else [])]
+        return [key for key in known if getattr(self, key) is None]
 
     def problems(self) -> Iterable[tuple[str, str]]:
         for key, least in (("num_codes", 1), ("num_classes", 0)):
-            if getattr(self, key) < least:
-                yield key, f"{key} is {getattr(self, key)}: use at least {least}"
-        if min(self.grid, default=0) < 1:
+            number = getattr(self, key)
+            if number is not None and number < least:
+                yield key, f"{key} is {number}: use at least {least}"
+        if self.grid is not None and min(self.grid, default=0) < 1:
             yield "grid", f"grid is {list(self.grid)}: give at least one side, and at least one id along each"
         if not 0 <= self.class_dropout < 1:
             yield "class_dropout", f"class_dropout is {self.class_dropout}: use a share from 0 to below 1"
@@ -174,12 +182,11 @@ class IdsConfig:
             yield "label_smoothing", f"label_smoothing is {self.label_smoothing}: use a share from 0 to below 1"
         if self.z_loss < 0:
             yield "z_loss", f"z_loss is {self.z_loss}, a weight: use 0 or more"
-        if (self.feature_dim is None) == self.head.wants_features:
-            takes = "takes" if self.head.wants_features else "takes no"
+        if self.feature_dim is not None and not self.head.wants_features:
             yield (
                 "feature_dim",
-                f"feature_dim is {self.feature_dim}, and this head {takes} vectors of the tokenizer's codes; give "
-                "their dimension with head.embedding: codebook, and null with the others",
+                f"feature_dim is {self.feature_dim}, and this head takes no vectors of the tokenizer's codes: use null, "
+                "or head.embedding: codebook",
             )
 
 
@@ -196,12 +203,12 @@ class AutoregressiveConfig(IdsConfig):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
-        pairs, sides = self.net.head_dim // 2, len(self.grid)
-        if sides and pairs % sides:
+        pairs, grid = self.net.head_dim // 2, list(self.grid or ())
+        if grid and pairs % len(grid):
             yield (
                 "net.num_heads",
                 f"a head of {self.net.head_dim} numbers (width / num_heads) has {pairs} pairs to turn, which do not "
-                f"divide by the {sides} sides of grid {list(self.grid)}: change net.width or net.num_heads",
+                f"divide by the {len(grid)} sides of grid {grid}: change net.width or net.num_heads",
             )
 
 

@@ -71,6 +71,21 @@ def find(
     return _together(lambda: _read(found, weights, task, schema), mesh)
 
 
+def config_of(path: str | Path, task: Kind = "tokenizer", schema: Any = TokenizerConfig) -> Any:
+    """The config of what lies at `path`, as `find` gives it, without a look at the weights."""
+    path = Path(path)
+    if (path / CARD).is_file():
+        return configuration.parse(schema, _card(path, task)["config"], source=f"{path / CARD}: config")
+    file = next(
+        (file for file in (path / "run.yaml", path.absolute().parent.parent / "run.yaml") if file.is_file()), None
+    )
+    if file is None:
+        raise ValueError(
+            f"{path} has neither {CARD} nor run.yaml: give the folder of a {task} that was trained or saved"
+        )
+    return configuration.parse(schema, _run_config(file, path, task)[task], source=f"{file}: {task}")
+
+
 def _read(found: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
     if (found / CARD).is_file():
         return _exported(found, task, schema)

@@ -1,8 +1,8 @@
 """Show what a finished run reached: a table, the pictures, and where everything is.
 
-    vqscale summary [--folder] [CONFIG] [dotted.key=value ...]      the run of this config, as for `vqscale train`
+    vqscale summary [--key KEY] [CONFIG] [dotted.key=value ...]     the run of this config, as for `vqscale train`
 
---folder prints the run folder and nothing else.
+--key prints what the config says of a key, run.folder for example, and nothing else; an empty line where it is null.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def _summary(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    path, changes = words.config_and_changes([word for word in argv if word != "--folder"])
+    key = ""
+    if "--key" in argv:
+        at = argv.index("--key")
+        key, argv = "".join(argv[at + 1 : at + 2]) or "nothing", [*argv[:at], *argv[at + 2 :]]
+    path, changes = words.config_and_changes(argv)
     config: Run = configuration.load(Run, path or checkout.config("quickstart/tokenizer.yaml"), changes)
-    print(config.run.folder if "--folder" in argv else show(Path(config.run.folder)))
+    print(configuration.text_of(config, key) if key else show(Path(config.run.folder)))
     return 0

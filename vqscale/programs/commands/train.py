@@ -43,11 +43,14 @@ def _start(argv: list[str]) -> int:
     config = configuration.load(Run, path or checkout.config("quickstart/tokenizer.yaml"), changes)
     world = planned or int(os.environ.get("WORLD_SIZE", "1"))
     config.check_world(world)
+    asked, config = config, _filled(config)
     if dry:
         if os.environ.get("RANK", "0") == "0":
             from vqscale.plan import costs_of
 
-            print(costs_of(config, world).text())
+            found = configuration.differences(configuration.to_dict(asked), configuration.to_dict(config))
+            looked_up = [f"as the cache and the tokenizer say: {line}" for line in found]
+            print("\n".join([costs_of(config, world).text(), *looked_up]))
         return 0
     folder.check(config)
     return _run(config, _check_machine(config))
@@ -76,6 +79,15 @@ def _arguments(argv: list[str]) -> tuple[Path | None, list[str], bool, int | Non
     if "--profile" in left:
         left[left.index("--profile")] = "run.profile_steps=3"
     return *words.config_and_changes(left), dry, planned
+
+
+def _filled(config: Run) -> Run:
+    """The config with what others know in the place of null: a prior's token cache and tokenizer."""
+    if config.task != "prior":
+        return config
+    from vqscale.train import nulls
+
+    return nulls.fill(config)
 
 
 def _check_machine(config: Run) -> str:
