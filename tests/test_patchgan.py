@@ -1,4 +1,4 @@
-"""PatchGAN: its published size and names, three norms, statistics over ranks; what it plays for."""
+"""PatchGAN: its published size and names, three norms, statistics over ranks; its losses."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ REAL = [Answer(torch.tensor([[2.0, -1.0], [0.5, 0.5]]).view(2, 1, 1, 2))]
 FAKE = [Answer(torch.tensor([[-3.0, 1.0], [0.0, 2.0]]).view(2, 1, 1, 2))]
 
 
-def test_losses_of_the_players_are_their_formulas():
+def test_adversarial_losses_are_their_formulas():
     def soft(*values):
         return sum(torch.log1p(torch.exp(torch.tensor(x))).item() for x in values) / len(values)
 
@@ -148,9 +148,9 @@ def test_lecam_and_the_adaptive_ratio():
     averages = torch.tensor([[0.6], [-0.2]])
     squares = [(2 + 0.2) ** 2, 0.0, 0.7**2, 0.7**2], [3.6**2, 0.0, 0.6**2, 0.0]
     assert losses.lecam(REAL, FAKE, averages).item() == pytest.approx(sum(map(sum, squares)) / 4)
-    main, play = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
-    assert losses.adaptive_ratio(main, play, 1e4).item() == pytest.approx(5 / 2.0001)
-    assert losses.adaptive_ratio(main, play, 2.0).item() == 2.0
+    main, other = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    assert losses.adaptive_ratio(main, other, 1e4).item() == pytest.approx(5 / 2.0001)
+    assert losses.adaptive_ratio(main, other, 2.0).item() == 2.0
     assert losses.adaptive_ratio(main, torch.zeros(2), 1e4).item() == 1e4
 
 

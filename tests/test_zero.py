@@ -131,7 +131,7 @@ class Judge(nn.Module):
         return self.last(torch.tanh(self.second(self.norm(self.first(z)))))
 
 
-def _two_players(kinds, adaptive):
+def _two_engines(kinds, adaptive):
     """Generator and discriminator as in VQGAN: each has an engine, the discriminator is frozen while it judges."""
     out = []
     for kind in kinds:
@@ -144,13 +144,15 @@ def _two_players(kinds, adaptive):
             z = engine(engines.batch(step, 0, mesh.world.rank)).z
             judge.module.requires_grad_(False)
             main = engines.loss(z, ops.gather(engine.rows["codes"], mesh.codes))
-            play = -judge(z).mean()
+            adversarial = -judge(z).mean()
             weight = 0.3
             if adaptive:
                 last = engine.module.last.weight
-                of_main, of_play = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (main, play))
-                weight = (of_main.norm() / (of_play.norm() + 1e-4)).clamp(0, 100).detach()
-            engine.backward(main + weight * play)
+                of_main, of_other = (
+                    torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (main, adversarial)
+                )
+                weight = (of_main.norm() / (of_other.norm() + 1e-4)).clamp(0, 100).detach()
+            engine.backward(main + weight * adversarial)
             norms.append(engine.step().grad_norm)
             judge.module.requires_grad_(True)
             real = torch.randn(6, engines.DIM, generator=torch.Generator().manual_seed(step + 50 * mesh.world.rank))
@@ -163,9 +165,9 @@ def _two_players(kinds, adaptive):
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_two_players_at_every_stage(ranks, adaptive):
+def test_two_engines_at_every_stage(ranks, adaptive):
     kinds = KINDS[:4] if adaptive else KINDS  # ZeRO-3 takes the last layer's weight away before its gradient is asked
-    for (norms, truth), *others in ranks(2, _two_players, kinds, adaptive, timeout_s=120):
+    for (norms, truth), *others in ranks(2, _two_engines, kinds, adaptive, timeout_s=120):
         assert len(truth) == 64
         for other_norms, state in others:
             assert other_norms == pytest.approx(norms, rel=1e-14)

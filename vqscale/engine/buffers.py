@@ -36,7 +36,7 @@ class Buffers:
         return torch.cat(parts) if parts else None
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def average(self) -> None:
         """Average the buffers over the world; what is not finite on some rank goes back to what it last was."""
         if self._kept is None:
             return

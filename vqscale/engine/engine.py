@@ -163,7 +163,7 @@ class Engine:
             self._rows_adam.step()
         for row in self.rows.values():
             row.grad = None
-        self._buffers.settle()
+        self._buffers.average()
         self._boundaries += 1
         self._count(finite, norm)
         return StepReport(True, finite, norm, lr)

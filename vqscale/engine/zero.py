@@ -147,6 +147,9 @@ class Zero:
                 gradient.zero_()
 
     def read(self) -> dict[str, Tensor]:
+        """See replicated.py. Above stage 0 it makes whole on every rank what ZeRO divided: 12 bytes a parameter on the
+        device, a clone of it and both moments, for as long as the caller keeps them, and as many bytes gathered.
+        """
         if self._stage == 0:
             return read_whole(self._module, self._parameters, self._adam)
         out = {}

@@ -1,8 +1,8 @@
-"""What judges reconstructions beside their distance: LPIPS, and a second player with an engine of its own.
+"""Losses of reconstructions that are networks: LPIPS, and a discriminator, which learns with an engine of its own.
 
 The order of a step is that of the published tokenizers: one forward pass of the tokenizer, then the discriminator steps
-on images and (detached) reconstructions, then the tokenizer is judged by what the discriminator has become, and steps.
-With accumulation the discriminator steps with the last micro-batch, whose reconstructions alone are judged by the new
+on images and (detached) reconstructions, then the tokenizer steps, with the adversarial loss of the discriminator as it
+now is. With accumulation the discriminator steps with the last micro-batch, whose reconstructions alone meet the new
 one. The blocks themselves are in tokenizer.py.
 
 The discriminator's weights are frozen but for its own block: a backward pass of the tokenizer that reached them would
@@ -45,7 +45,7 @@ class Perceptual:
 
 
 class Discriminator:
-    """The discriminator of a run: its engine, what it plays for, and LeCAM's averages. Making one is collective.
+    """The discriminator of a run: its engine, both adversarial losses, and LeCAM's averages. Making one is collective.
 
     In a checkpoint everything is under discriminator/: the engine's state, and lecam, the averages over all ranks of
     its answers to images, then of its answers to reconstructions.
@@ -64,17 +64,17 @@ class Discriminator:
         self._report: StepReport | None = None
         net.requires_grad_(False)
 
-    def plays(self, step: int) -> bool:
-        """Whether there is a game at this step, numbered from 1; the same on every rank."""
+    def trains(self, step: int) -> bool:
+        """Whether it learns, and the tokenizer from it, at this step, numbered from 1; the same on every rank."""
         return step > self.config.start_step
 
     def losses(self, real: list[Answer], fake: list[Answer]) -> dict[str, Tensor]:
         """What it minimises, by name, already weighted, from its answers to images and to reconstructions."""
-        game = self.config
-        its_part = losses.discriminator(real, fake, game.discriminator, game.discriminator_patch_mean)
-        found: dict[str, Tensor] = {game.discriminator: its_part}
-        if game.lecam_weight:
-            found["lecam"] = game.lecam_weight * losses.lecam(real, fake, self.averages_2A)
+        config = self.config
+        loss = losses.discriminator(real, fake, config.discriminator, config.discriminator_patch_mean)
+        found: dict[str, Tensor] = {config.discriminator: loss}
+        if config.lecam_weight:
+            found["lecam"] = config.lecam_weight * losses.lecam(real, fake, self.averages_2A)
         return found
 
     def step(self, real: list[Answer], fake: list[Answer]) -> StepReport:
@@ -94,7 +94,7 @@ class Discriminator:
         return report
 
     def numbers(self) -> dict[str, float]:
-        """Of its last step, for the log; the same on every rank. Nothing before the game has begun."""
+        """Of its last step, for the log; the same on every rank. Nothing before its first step."""
         if self._report is None:
             return {}
         return {"lr": self._report.lr, "grad_norm": self._report.grad_norm, "skipped": self.engine.skipped}
@@ -106,19 +106,19 @@ class Discriminator:
         yield
         self.engine.module.requires_grad_(False)
 
-    def judge(self, recon: Tensor, main: Tensor, last: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """(weight, the tokenizer's part): their product belongs in what the tokenizer minimises.
+    def generator_loss(self, recon: Tensor, main: Tensor, last: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """(weight, adversarial loss of the tokenizer): their product belongs in what the tokenizer minimises.
 
-        With adaptive the weight follows the ratio of the gradients of `main` and of the part at `last`, the weight of
+        With adaptive the weight follows the ratio of the gradients of `main` and of that loss at `last`, the weight of
         the decoder's last layer; gradients are averaged over the ranks first, so that all have one ratio.
         """
-        part = losses.generator(self.engine(recon), self.config.generator, self.config.generator_patch_mean)
+        loss = losses.generator(self.engine(recon), self.config.generator, self.config.generator_patch_mean)
         weight = torch.full((), self.config.weight, device=recon.device)
         if self.config.adaptive:
-            both = torch.stack([torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (main, part)])
+            both = torch.stack([torch.autograd.grad(each, last, retain_graph=True)[0] for each in (main, loss)])
             both = ops.sum_over(both.detach(), self._mesh.world) / self._mesh.world.size
             weight = weight * losses.adaptive_ratio(both[0], both[1], self.config.adaptive_limit)
-        return weight, part
+        return weight, loss
 
     def row_names(self) -> list[str]:
         return []

@@ -1,4 +1,4 @@
-"""What discriminator and tokenizer are trained for by their game, as functions with their formulas.
+"""What discriminator and tokenizer minimise beside each other, as functions with their formulas.
 
 They take answers (nets/discriminators.py) of this rank and talk to nobody: each is a mean over the parts of the
 discriminator of a mean over this rank's values, and the engine averages gradients over the ranks.
@@ -7,19 +7,18 @@ discriminator of a mean over this rank's values, and the engine averages gradien
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vqscale.nets.discriminators import Answer
-
-Player = Literal["hinge", "nonsaturating"]
-PatchMean = Literal["before", "after"]
+from vqscale.train.config_losses import AdversarialLoss, PatchMean
 
 
-def discriminator(real: Sequence[Answer], fake: Sequence[Answer], kind: Player, patch_mean: PatchMean) -> Tensor:
+def discriminator(
+    real: Sequence[Answer], fake: Sequence[Answer], kind: AdversarialLoss, patch_mean: PatchMean
+) -> Tensor:
     """What a discriminator minimises, from its answers D(x) to samples and D(y) to reconstructions.
 
     hinge            (mean relu(1 - D(x)) + mean relu(1 + D(y))) / 2
@@ -31,13 +30,13 @@ def discriminator(real: Sequence[Answer], fake: Sequence[Answer], kind: Player, 
     return _mean(_discriminator(x, y, kind) for x, y in pairs)
 
 
-def _discriminator(real: Tensor, fake: Tensor, kind: Player) -> Tensor:
+def _discriminator(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Tensor:
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def generator(fake: Sequence[Answer], kind: Player, patch_mean: PatchMean) -> Tensor:
+def generator(fake: Sequence[Answer], kind: AdversarialLoss, patch_mean: PatchMean) -> Tensor:
     """What a generator minimises, from the answers D(y) to what it made: hinge mean -D(y), nonsaturating mean
     softplus(-D(y)); patch_mean as for `discriminator`."""
     (answers,) = _patches((fake,), patch_mean)

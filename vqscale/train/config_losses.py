@@ -15,7 +15,7 @@ from vqscale.engine.config import OptimConfig
 from vqscale.nets.config_discriminators import DiscriminatorConfig, PatchGANConfig
 
 PatchMean = Literal["before", "after"]
-Player = Literal["hinge", "nonsaturating"]
+AdversarialLoss = Literal["hinge", "nonsaturating"]
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class PerceptualConfig:
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """A discriminator of patches and what it and the tokenizer play for. It steps first, then the tokenizer."""
+    """A discriminator of patches, its loss and the tokenizer's. It steps first, then the tokenizer."""
 
     net: DiscriminatorConfig = field(default_factory=PatchGANConfig)
     """the discriminator"""
-    generator: Player = "nonsaturating"
-    """the tokenizer's part: nonsaturating is softplus(-D(recon)), hinge is -D(recon)"""
-    discriminator: Player = "hinge"
-    """the discriminator's part: half of relu(1 - D(images)) + relu(1 + D(recon)), or of two softplus"""
+    generator: AdversarialLoss = "nonsaturating"
+    """the tokenizer's loss: nonsaturating is softplus(-D(recon)), hinge is -D(recon)"""
+    discriminator: AdversarialLoss = "hinge"
+    """the discriminator's loss: half of relu(1 - D(images)) + relu(1 + D(recon)), or of two softplus"""
     generator_patch_mean: PatchMean = "before"
-    """patches of an image are averaged before or after the non-linearity of the tokenizer's part"""
+    """patches of an image are averaged before or after the non-linearity of the tokenizer's loss"""
     discriminator_patch_mean: PatchMean = "after"
-    """patches of an image are averaged before or after the non-linearity of the discriminator's part"""
+    """patches of an image are averaged before or after the non-linearity of the discriminator's loss"""
     weight: float = 0.1
-    """weight of the tokenizer's part"""
+    """weight of the tokenizer's loss"""
     adaptive: bool = False
     """multiply weight by the ratio of gradient norms (reconstruction / adversarial) at the decoder's last layer"""
     adaptive_limit: float = 1e4
     """for adaptive: the largest ratio"""
     start_step: int = 0
-    """steps of the tokenizer alone before both parts begin"""
+    """steps of the tokenizer alone before both losses begin"""
     lecam_weight: float = 0.05
     """weight of LeCAM, which holds the discriminator's answers near their moving averages; 0 is off"""
     lecam_decay: float = 0.999
@@ -80,7 +80,7 @@ class AdversarialConfig:
     def problems(self) -> Iterable[tuple[str, str]]:
         for key in ("weight", "adaptive_limit"):
             if getattr(self, key) <= 0:
-                yield key, f"{key} is {getattr(self, key)}: use a positive number, or adversarial: null to play no game"
+                yield key, f"{key} is {getattr(self, key)}: use a positive number, or adversarial: null for none"
         for key in ("start_step", "lecam_weight"):
             if getattr(self, key) < 0:
                 yield key, f"{key} is {getattr(self, key)}: use 0 or more"

@@ -1,5 +1,7 @@
-"""What training loops share, as functions and small records: build, resume, agree, log, save. The loops themselves are
-in the files beside this one; each reads top to bottom, and what stands here has no opinion on the order.
+"""What training loops share, as functions and small records: resume, agree, log, save, close.
+
+The loops are tokenizer.py and prior.py, each to be read from top to bottom: when which of these is called is said
+there, and nothing here calls a loop back.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from vqscale.engine.engine import Engine
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Mesh
-from vqscale.run.folder import RunError, read_json
+from vqscale.run.folder import RunError, StopRequest, read_json
 from vqscale.run.profile import Trace
 from vqscale.seed import derive
 from vqscale.show.board import Board
@@ -205,12 +207,28 @@ def resume(
     return done, [*notes, f"going on after step {done.step} of {newest} on {mesh.world.size} processes"]
 
 
-def finished(place: Path, done: Done, steps: int, mesh: Mesh) -> dict[str, Any]:
-    """The summary of a run that has nothing left to do; empty if steps are left, or the summary of its last step is
-    missing (killed before it was written). What rank 0 finds is what all get; collective."""
+def finished(place: Path, done: Done, steps: int, mesh: Mesh, progress: Progress) -> dict[str, Any]:
+    """The summary of a run that has nothing left to do, and a line that says so; empty if steps are left, or the
+    summary of its last step is missing (killed before it was written). What rank 0 finds is what all get; collective.
+    """
     found = read_json(place / "summary.json") if mesh.world.rank == 0 else {}
     found = ops.gather_objects(found, mesh.world)[0]
-    return found if done.step >= steps and found.get("steps") == done.step else {}
+    if done.step < steps or found.get("steps") != done.step:
+        return {}
+    progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
+    return found
+
+
+def tell_scores(step: int, scores: Mapping[str, float], board: Board, progress: Progress) -> None:
+    """The held-out scores after a step, as curves and as a line."""
+    board.scalars(step, under("val", scores))
+    progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+
+
+def tell_stop(step: int, request: StopRequest, progress: Progress) -> None:
+    """Say why the run leaves after a step that it has saved; the next start is not stopped by the same request."""
+    progress.say(f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on")
+    request.clear()
 
 
 def close(batches: Generator[Any, None, None], trace: Trace, board: Board, progress: Progress, summary: T) -> T:

@@ -1,8 +1,8 @@
-"""Train a prior over the ids of a token cache: settle, build, resume, loop, close.
+"""Train a prior over the ids of a token cache: open, build, resume, loop, close.
 
-Every rank runs these lines with its own images; the order of a step is that of tokenizer.py, with one player. Numbers
-to compare a loss with, in nats per id: `uniform`, log K, is knowing nothing; `unigram` (unigram.py) is knowing how
-often each id occurs in training, and nothing of the images.
+Every rank runs these lines with its own images; the order of a step is that of tokenizer.py, without a discriminator.
+Numbers to compare a loss with, in nats per id: `uniform`, log K, is knowing nothing; `unigram` (unigram.py) is knowing
+how often each id occurs in training, and nothing of the images.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     run, place, batch_size = config.run, Path(config.run.folder), config.data.batch
     mine = batch_size // config.engine.accumulation // mesh.world.size
 
-    # settle
+    # open
     stream, held_out = open_streams(config, mesh.world.rank, mesh.world.size)
     request = folder.StopRequest(place, mesh)
 
@@ -138,9 +138,7 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     source = ("data.train.path", "cache")
     done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, [average], source)
     progress = Progress(run.steps, done.step, mesh.world.rank)
-    ended = loop.finished(place, done, run.steps, mesh)
-    if ended:
-        progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
+    if ended := loop.finished(place, done, run.steps, mesh, progress):
         return ended
     for each in filter(None, (stream, held_out)):
         notes += check_labels(each, config.prior)
@@ -192,15 +190,11 @@ def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         if held_out is not None and (last or step % run.eval_every == 0):
             with average.applied():
                 scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images, seen_k, run.seed)
-            board.scalars(step, loop.under("val", scores))
-            progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+            loop.tell_scores(step, scores, board, progress)
         if last or stop or step % run.checkpoint_every == 0:
             loop.save(place, done, engine, tables, mesh, run.keep, [average])
         if stop and not last:
-            progress.say(
-                f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on"
-            )
-            request.clear()
+            loop.tell_stop(step, request, progress)
             return loop.close(batches, trace, board, progress, None)
 
     # close

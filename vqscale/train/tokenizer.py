@@ -1,4 +1,4 @@
-"""Train a tokenizer: settle, build, resume, loop, close.
+"""Train a tokenizer: open, build, resume, loop, close.
 
 Every rank runs these lines with its own images. The board and the progress bar are silent on all ranks but one, so
 nothing here asks which rank it is.
@@ -55,7 +55,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
     run, place = config.run, Path(config.run.folder)
 
-    # settle
+    # open
     perceptual = None if config.loss.perceptual is None else Perceptual(config.loss.perceptual, mesh)
     stream, held_out = open_streams(config, mesh)
     request = folder.StopRequest(place, mesh)
@@ -70,15 +70,14 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     if run.compile:
         compile_nets(tokenizer)
     average = Average(engine, config.average)
-    game = None if config.loss.adversarial is None else Discriminator(config.loss.adversarial, config, mesh)
-    kept: list[loop.Kept] = [average] if game is None else [average, game]
+    adversarial = config.loss.adversarial
+    discriminator = None if adversarial is None else Discriminator(adversarial, config, mesh)
+    kept: list[loop.Kept] = [average] if discriminator is None else [average, discriminator]
 
     # resume: nothing is written before it is known that the run goes on
     done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, kept)
     progress = Progress(run.steps, done.step, mesh.world.rank)
-    ended = loop.finished(place, done, run.steps, mesh)
-    if ended:
-        progress.say(f"the run in {place} is done: {done.step} steps. Raise run.steps to go on, or change run.folder")
+    if ended := loop.finished(place, done, run.steps, mesh, progress):
         return ended
     for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
         progress.say(note)
@@ -100,15 +99,16 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             recent.extend(batch.broken)
             images = batch.samples.to(mesh.device, non_blocking=True)
             recon, quantized = engine(images)
-            playing, its_values = game if game is not None and game.plays(step) else None, dict[str, Tensor]()
+            active = discriminator if discriminator is not None and discriminator.trains(step) else None
+            its_values = dict[str, Tensor]()
 
             # the discriminator, which steps first
-            if playing:
-                with playing.learning():
-                    real, fake = playing.engine(images), playing.engine(recon.detach())
-                    its_parts = playing.losses(real, fake)
-                    playing.engine.backward(torch.stack([*its_parts.values()]).sum())
-                    playing.step(real, fake)
+            if active is not None:
+                with active.learning():
+                    real, fake = active.engine(images), active.engine(recon.detach())
+                    its_parts = active.losses(real, fake)
+                    active.engine.backward(torch.stack([*its_parts.values()]).sum())
+                    active.step(real, fake)
                 its_values = {**its_parts, "real": mean_values(real).mean(), "fake": mean_values(fake).mean()}
 
             # the tokenizer
@@ -119,8 +119,8 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
                 with engine.autocast():
                     parts["lpips"] = perceptual.distance(images, recon)
                 loss = loss + perceptual.weight * parts["lpips"]
-            if playing:
-                its_values["weight"], parts["adversarial"] = playing.judge(recon, loss, last_weight)
+            if active is not None:
+                its_values["weight"], parts["adversarial"] = active.generator_loss(recon, loss, last_weight)
                 loss = loss + its_values["weight"] * parts["adversarial"]
             loss = loss + config.loss.quantizer_weight * sum(quantized.losses.values())
             engine.backward(loss)
@@ -145,23 +145,19 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         if log:
             row = loop.mean_over_ranks(means, mesh)
             row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
-            if game is not None:
-                row |= loop.under("discriminator", game.numbers())
+            if discriminator is not None:
+                row |= loop.under("discriminator", discriminator.numbers())
             board.scalars(step, row | loop.under("time", progress.rates() | watch.logged()))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
         if held_out is not None and (last or step % run.eval_every == 0):
             most = 0 if last else run.eval_images
             with average.applied():
                 scores = evaluate(engine, tokenizer, held_out, mesh, most=most, board=board, step=step)
-            board.scalars(step, loop.under("val", scores))
-            progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+            loop.tell_scores(step, scores, board, progress)
         if last or stop or step % run.checkpoint_every == 0:
             loop.save(place, done, engine, tables, mesh, run.keep, kept)
         if stop and not last:
-            progress.say(
-                f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; run it again to go on"
-            )
-            request.clear()
+            loop.tell_stop(step, request, progress)
             return loop.close(batches, trace, board, progress, None)
 
     # close

@@ -1,4 +1,4 @@
-"""The adversarial game in whole runs: equal to plain torch at every stage, stopped and resumed.
+"""A discriminator in whole runs: equal to plain torch at every stage, stopped and resumed.
 
 All kinds of engines run one after the other in the same two processes, because a process takes seconds to start.
 """
@@ -24,7 +24,7 @@ from vqscale.train.config import Run
 from vqscale.train.tokenizer import train
 
 STEPS = 3
-GAME = (
+ADVERSARIAL = (
     "loss.adversarial.net={channels: 8, num_layers: 2, norm: group, num_groups: 4}",
     "loss.adversarial.weight=0.5",
     "loss.adversarial.lecam_decay=0.5",
@@ -67,10 +67,10 @@ def _soft(x):
 
 def reference(config, accumulation=1):
     """The same training by autograd and torch.optim.Adam on one process; the last tensors, named as saved."""
-    game = config.loss.adversarial
+    adversarial = config.loss.adversarial
     net = Tokenizer.from_config(config.tokenizer, Mesh(), config.run.seed)
     torch.manual_seed(derive(config.run.seed, "discriminator"))
-    judge = PatchGAN(game.net)
+    judge = PatchGAN(adversarial.net)
     files = config.loss.perceptual
     lpips = None if files is None else load_lpips(files.vgg, files.heads, vgg_sha256=None)
     adam = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.9), eps=1e-4)
@@ -104,7 +104,7 @@ def reference(config, accumulation=1):
                     )
                 part = _soft(-judge.main(recon).mean(dim=(1, 2, 3))).mean()
                 weight = 0.5
-                if game.adaptive:
+                if adversarial.adaptive:
                     last = net.decoder.conv_out.weight
                     one, other = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (loss, part))
                     weight = weight * (one / (other + 1e-4)).item()
@@ -138,8 +138,8 @@ def test_every_stage_equals_plain_torch(tmp_path, tiny_shards, perceptual, ranks
     paths = {}
     for kind, engine in KINDS.items():
         options = [f"engine.{key}={value}" for key, value in engine.items()]
-        paths[kind] = jobs.write_config(tmp_path / kind, tiny_shards, *PLAIN, *GAME, *options)
-    adaptive = [*PLAIN, *GAME, perceptual, "loss.adversarial.adaptive=true"]
+        paths[kind] = jobs.write_config(tmp_path / kind, tiny_shards, *PLAIN, *ADVERSARIAL, *options)
+    adaptive = [*PLAIN, *ADVERSARIAL, perceptual, "loss.adversarial.adaptive=true"]
     for kind in ("twin", "stage 2"):
         options = [f"engine.{key}={value}" for key, value in KINDS[kind].items()]
         paths[f"{kind}, adaptive"] = jobs.write_config(tmp_path / f"{kind} a", tiny_shards, *adaptive, *options)
@@ -159,13 +159,13 @@ def test_every_stage_equals_plain_torch(tmp_path, tiny_shards, perceptual, ranks
 
 
 def _check_rows(rows, saved):
-    before, *playing = rows
-    game = {
+    before, *after = rows
+    its_names = {
         f"discriminator/{name}" for name in ("hinge", "lecam", "real", "fake", "weight", "lr", "grad_norm", "skipped")
     }
-    assert not game & before.keys()
-    for row in playing:
-        assert game | {"loss/adversarial", "loss/lpips", "loss/l2", "loss/commitment"} <= row.keys()
+    assert not its_names & before.keys()
+    for row in after:
+        assert its_names | {"loss/adversarial", "loss/lpips", "loss/l2", "loss/commitment"} <= row.keys()
         assert row["discriminator/lr"] == 3e-3
         parts = row["loss/l2"] + 0.3 * row["loss/lpips"] + row["discriminator/weight"] * row["loss/adversarial"]
         others = row.keys() - {"loss/l2", "loss/lpips", "loss/adversarial"}
@@ -185,13 +185,13 @@ def _resumed(paths, steps):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_game_goes_on_where_it_was_at_any_stage(tmp_path, tiny_shards, ranks):
+def test_a_discriminator_goes_on_where_it_was_at_any_stage(tmp_path, tiny_shards, ranks):
     """Both engines, LeCAM and the average of weights; without clipping, norms (summed in parts) change no bit."""
     more = ["loss.adversarial.net.norm=batch", "average.decay=0.9", "run.checkpoint_every=2", "run.steps=4"]
     more += ["engine.clip_norm=0"]
-    paths = [jobs.write_config(tmp_path / str(i), tiny_shards, *PLAIN, *GAME, *more) for i in range(4)]
+    paths = [jobs.write_config(tmp_path / str(i), tiny_shards, *PLAIN, *ADVERSARIAL, *more) for i in range(4)]
     kinds = [("twin", "twin"), ("stage 2", "stage 2"), ("stage 3", "twin"), ("twin", "stage 3")]
-    whole = jobs.write_config(tmp_path / "whole", tiny_shards, *PLAIN, *GAME, *more)
+    whole = jobs.write_config(tmp_path / "whole", tiny_shards, *PLAIN, *ADVERSARIAL, *more)
     ranks(2, _train, [whole])
     ranks(2, _resumed, list(zip(paths, kinds, strict=True)), 4, timeout_s=120)
     jobs.same_bits(whole.parent / "run", paths[0].parent / "run", 4)
@@ -204,12 +204,12 @@ def test_a_game_goes_on_where_it_was_at_any_stage(tmp_path, tiny_shards, ranks):
     assert facts["discriminator"]["boundaries"] == 3  # of 4 steps: the first was the tokenizer's alone
 
 
-def test_a_game_that_cannot_be_played_is_refused(tmp_path, tiny_shards):
+def test_what_a_discriminator_cannot_learn_with_is_refused(tmp_path, tiny_shards):
     options = ["loss.adversarial.adaptive=true", "engine.name=deepspeed", "engine.zero_stage=3", "run.compile=true"]
     options += ["loss.adversarial.net.num_layers=3", "loss.adversarial.weight=0", "average.decay=1.0"]
     options += ["loss.perceptual={vgg: a, heads: b, vgg_sha256: xyz}"]
     with pytest.raises(configuration.ConfigError) as error:
-        configuration.load(Run, jobs.write_config(tmp_path, tiny_shards, *PLAIN, *GAME, *options))
+        configuration.load(Run, jobs.write_config(tmp_path, tiny_shards, *PLAIN, *ADVERSARIAL, *options))
     message = str(error.value)
     for part in (
         "adaptive asks for a gradient at the decoder's last layer, and engine.zero_stage 3 takes that layer apart",
