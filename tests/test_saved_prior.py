@@ -20,6 +20,7 @@ from test_sample_tools import QUICK, tool
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.disk import files, manifest
+from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS, Prior
 from vqscale.tokenizer.export import CARD, WEIGHTS, entries
@@ -38,7 +39,7 @@ def same(one: Prior, other: Prior) -> None:
     for name in left:
         assert torch.equal(left[name].tensor, right[name].tensor), name
     ids, labels = batch()
-    with torch.no_grad(), one.evaluating(), other.evaluating():
+    with torch.no_grad(), evaluating(one), evaluating(other):
         assert torch.equal(one(ids, labels).nats_B, other(ids, labels).nats_B)
     drawn = [prior.sample(labels, numbers_B=torch.arange(6), settings={"guidance": 2.0}) for prior in (one, other)]
     assert torch.equal(*drawn)

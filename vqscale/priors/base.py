@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from vqscale import config as configuration
 from vqscale.codes import heads, tally
 from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import conditions
 from vqscale.priors.config import GuidedSampleConfig, IdsConfig, PriorConfig, Ramp, SampleConfig
@@ -131,7 +131,7 @@ class Prior(nn.Module, ABC):
             )
         for line in self.remarks(chosen):
             warnings.warn(line, SampleWarning, stacklevel=3)
-        with self.evaluating():
+        with evaluating(self):
             return self.draw(condition, chosen, numbers_B, seed)
 
     def forward(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
@@ -235,16 +235,6 @@ class Prior(nn.Module, ABC):
             return []
         why = self.condition.against_guidance()
         return [f"guidance is {settings.guidance}, but {why}"] if why else []
-
-    @contextmanager
-    def evaluating(self) -> Iterator[Self]:
-        """Evaluation mode inside, and whatever it was before afterwards."""
-        training = self.training
-        self.eval()
-        try:
-            yield self
-        finally:
-            self.train(training)
 
 
 def guidance_scales(scale: float, schedule: Ramp, steps: int) -> list[float]:

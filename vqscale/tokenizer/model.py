@@ -7,8 +7,8 @@ others, but for the refusal of ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vqscale import nets, quantizers
 from vqscale.nets.config import NetConfig, grid
+from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
@@ -169,7 +170,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, samples: Tensor, context: Tensor | None = None) -> Tensor:
         """Samples -> int64 ids (B, *grid), or (B, *grid, num_ids): the search alone, in evaluation in any mode."""
-        with _evaluating(self):
+        with evaluating(self):
             x_ND = self.latents(samples, context)
             with _no_autocast(x_ND):
                 ids_N = self.quantizer.encode(x_ND)
@@ -182,7 +183,7 @@ class Tokenizer(nn.Module):
         ValueError for ids that are none of this tokenizer's, on all ranks of a split codebook if one has such.
         """
         self._check_ids(ids)
-        with _evaluating(self):
+        with evaluating(self):
             last = len(self.net.strides)
             with _no_autocast(ids):
                 z_ND = self.quantizer.decode(ids.flatten(0, last))
@@ -210,15 +211,3 @@ def _no_autocast(x: Tensor) -> AbstractContextManager:
     """Inside it autocast is off on the device of x; devices that know no autocast (meta) need nothing."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every part is in its own mode again, which need not be the same for all."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

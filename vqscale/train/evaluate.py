@@ -11,6 +11,7 @@ import torch
 from vqscale.data.samples import SampleStream
 from vqscale.engine.engine import Engine
 from vqscale.metrics.held_out import Pass, first_images
+from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import pictures
 from vqscale.show.board import Board
@@ -27,20 +28,17 @@ def evaluate(
     board.
     """
     passed = Pass(tokenizer.quantizer, mesh)
-    training = tokenizer.training
-    tokenizer.eval()
-    for number, batch in enumerate(stream.batches()):
-        if most and number * stream.batch >= most:
-            break
-        images = batch.samples.to(mesh.device)
-        recon, quantized = engine(images)
-        passed.add(images, recon.float(), quantized.ids, batch.valid.to(mesh.device))
-        if number == 0:
-            shown = first_images(images, recon.float(), mesh)
-            board.images(
-                step, "reconstructions", partial(pictures.grid, *shown, scale=pictures.scale(*images.shape[2:]))
-            )
-    tokenizer.train(training)
+    with evaluating(tokenizer):
+        for number, batch in enumerate(stream.batches()):
+            if most and number * stream.batch >= most:
+                break
+            images = batch.samples.to(mesh.device)
+            recon, quantized = engine(images)
+            passed.add(images, recon.float(), quantized.ids, batch.valid.to(mesh.device))
+            if number == 0:
+                shown = first_images(images, recon.float(), mesh)
+                scale = pictures.scale(*images.shape[2:])
+                board.images(step, "reconstructions", partial(pictures.grid, *shown, scale=scale))
     scores, per_code = passed.numbers(), passed.per_code()
     board.histogram(step, "val/hits_per_code", per_code)
     board.images(step, "usage", lambda: pictures.usage(per_code, f"step {step}", passed.num_codes))

@@ -22,6 +22,7 @@ from vqscale.codes.rows import Rows, set_aside
 from vqscale.data.tokens.stream import Stream
 from vqscale.engine.engine import Engine
 from vqscale.metrics import unigram
+from vqscale.nets.mode import evaluating
 from vqscale.nets.transformer import Block
 from vqscale.parallel import ops
 from vqscale.parallel.clock import timed
@@ -87,7 +88,7 @@ def evaluate(
     layout = Rows(prior.num_codes, mesh.codes.size, mesh.codes.rank)
     held_k = torch.zeros(layout.count, dtype=torch.int64, device=mesh.device)
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-    with prior.evaluating():
+    with evaluating(prior):
         for number, batch in enumerate(stream.batches()):
             if most and number * stream.batch >= most:
                 break
