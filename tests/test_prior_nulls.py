@@ -12,6 +12,7 @@ import saved_runs
 from prior_runs import CODES, GRID
 
 from vqscale import config as configuration
+from vqscale.plan import costs_of
 from vqscale.run import folder
 from vqscale.train import nulls
 from vqscale.train.config import PriorRun, Run
@@ -42,6 +43,7 @@ def test_null_is_what_the_cache_says(tmp_path, caches):
     given = asked(tmp_path, caches)
     assert nulls.fill(given) is given
     assert nulls.fill(asked(tmp_path, caches, *NULL)) == given
+    assert costs_of(asked(tmp_path, caches, *NULL), 1) == costs_of(given, 1)
     only = nulls.fill(asked(tmp_path, caches, "prior.num_codes=38", "prior.grid=null"))
     assert (only.prior.num_codes, only.prior.grid) == (38, GRID)  # what is given stays, and is refused by the cache
 
@@ -96,3 +98,16 @@ def test_a_dry_run_says_what_was_looked_up(tmp_path, caches, capsys):
     told = capsys.readouterr().out
     assert "as the cache and the tokenizer say: prior.num_codes: null -> 37\n" in told
     assert "as the cache and the tokenizer say: prior.grid: null -> [2, 3]\n" in told
+
+
+def test_a_script_asks_for_a_key_of_a_config(tmp_path, caches, capsys):
+    """launch/quickstart.sh does, and leaves out the options of what is null."""
+    path, summary = (
+        prior_runs.write_config(tmp_path, caches),
+        importlib.import_module("vqscale.programs.commands.summary"),
+    )
+    for key, said in (("run.folder", tmp_path / "run"), ("tokenizer", ""), ("prior.grid", "[2, 3]")):
+        assert summary.main(["--key", key, str(path)]) == 0
+        assert capsys.readouterr().out == f"{said}\n"
+    assert summary.main([str(path), "--key"]) == 2
+    assert "--key takes a key of the config" in capsys.readouterr().err

@@ -392,7 +392,7 @@ def test_settings_at_their_default_say_nothing_and_are_those_of_no_settings(name
         ({"class_dropout": 1.0}, "class_dropout is 1.0"),
         ({"head": {"embedding": "codebook"}}, "feature_dim: null is as .* a tokenizer says"),
         ({"num_codes": None, "grid": None}, r"2 problems:\n  prior: num_codes: null .*\n  prior: grid: null"),
-        ({"feature_dim": 8}, "feature_dim is 8, and this head takes no vectors of"),
+        ({"feature_dim": 8}, "feature_dim is 8, and this head takes no vectors of codes"),
         ({"num_code": 8}, "did you mean num_codes"),
         ({"name": "autoregresive"}, "did you mean autoregressive"),
     ],

@@ -13,8 +13,9 @@ def costs_of(config: Run, world: int) -> Costs:
     """What a run of any task costs on each of `world` processes."""
     if config.task == "prior":
         from vqscale.plan.prior import plan as plan_prior
+        from vqscale.train import nulls
 
-        return plan_prior(config, world)
+        return plan_prior(nulls.fill(config), world)
     from vqscale.plan.tokenizer import plan
 
     return plan(config, world)

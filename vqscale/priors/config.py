@@ -185,7 +185,7 @@ class IdsConfig:
         if self.feature_dim is not None and not self.head.wants_features:
             yield (
                 "feature_dim",
-                f"feature_dim is {self.feature_dim}, and this head takes no vectors of the tokenizer's codes: use null, "
+                f"feature_dim is {self.feature_dim}, and this head takes no vectors of codes: use null, "
                 "or head.embedding: codebook",
             )
 

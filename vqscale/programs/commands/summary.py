@@ -62,7 +62,9 @@ def _summary(argv: list[str]) -> int:
     key = ""
     if "--key" in argv:
         at = argv.index("--key")
-        key, argv = "".join(argv[at + 1 : at + 2]) or "nothing", [*argv[:at], *argv[at + 2 :]]
+        if at + 1 == len(argv):
+            raise ValueError("--key takes a key of the config and found none: use --key run.folder, say")
+        key, argv = argv[at + 1], [*argv[:at], *argv[at + 2 :]]
     path, changes = words.config_and_changes(argv)
     config: Run = configuration.load(Run, path or checkout.config("quickstart/tokenizer.yaml"), changes)
     print(configuration.text_of(config, key) if key else show(Path(config.run.folder)))
