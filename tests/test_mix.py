@@ -7,7 +7,9 @@ all losses is x.grad / world, and what an engine makes of the rows' gradients; t
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +215,14 @@ def test_x_is_what_a_finite_difference_says():
         return mixed.mean_ND, mixed.lse_N, mixed.entropy_N, mixed.columns_k
 
     assert torch.autograd.gradcheck(outputs, normal(5, 3, seed=2).requires_grad_(), rtol=1e-6)
+
+
+def test_every_invariant_of_the_derivation_names_a_test_that_exists():
+    tests = Path(__file__).parent
+    text = (tests.parent / "vqscale" / "codes" / "softmax" / "README.md").read_text()
+    there = {
+        name for path in tests.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 20
+    assert named <= there, sorted(named - there)

@@ -104,9 +104,7 @@ def test_an_entropy_temperature_is_served_by_pairs_where_they_are_few(entropy_te
 @pytest.mark.parametrize(
     ("temperatures", "passes"), [((0.3, 1.0), 1), ((1.0, 1.0), 1), ((1.0, 0.5), 2), ((1.0, 0.01), 1)]
 )
-def test_an_entropy_temperature_that_is_not_below_the_temperature_begins_no_list_that_it_would_throw_away(
-    temperatures, passes, monkeypatch
-):
+def test_an_entropy_temperature_that_is_not_below_the_temperature_begins_no_list(temperatures, passes, monkeypatch):
     made, whole = [], forward._pass
     monkeypatch.setattr(forward, "_pass", lambda *args, **more: made.append(1) or whole(*args, **more))
     _mixed(normal(16, 8, seed=1), normal(2000, 8, seed=2), *temperatures)
@@ -160,3 +158,28 @@ def test_a_token_that_is_not_a_number_is_reported_and_spoils_no_other():
         others = [0, 1, 2, 4]
         close(out.mean_ND[others].detach(), clean.mean_ND[others].detach(), 1e-5)
         assert torch.equal(out.ids_N[others], clean.ids_N[others])
+
+
+@pytest.mark.parametrize(("temperature", "entropy_temperature"), [(0.03, None), (1.0, 0.01)])
+def test_what_is_left_out_of_gradients_is_below_the_bound(temperature, entropy_temperature, monkeypatch):
+    """Four times 2^-24 of the largest term (softmax/README.md), in float64, where rounding is far below that."""
+    monkeypatch.setattr(pairs, "depth", lambda num_codes, dtype: 24.0 + math.log2(num_codes))
+    rows, x, weight = normal(4096, 16, seed=1), normal(32, 16, seed=2), normal(32, 16, seed=3)
+    codebook, leaves = put(Codebook(4096, 16), rows), [x.clone().requires_grad_(), rows.clone().requires_grad_()]
+    codebook.budget, ours_x = 1, x.clone().requires_grad_()
+
+    def loss(out):
+        return out.entropy_N.sum() if entropy_temperature else (out.mean_ND * weight).sum()
+
+    loss(codebook.mix(ours_x, temperature, entropy_temperature)).backward()
+    truth = dense.mix(*leaves, "dot", temperature, entropy_temperature or 1.0)
+    exact = torch.autograd.grad(loss(truth), leaves)
+    if entropy_temperature:
+        slope_N = truth.entropy_N.detach() + (24 + 12) * math.log(2)
+    else:
+        slope_N = (weight @ rows.t() - (weight * truth.mean_ND).sum(1, keepdim=True)).abs().amax(1).detach()
+    term_N = 4 * 2.0**-24 * slope_N / (entropy_temperature or temperature)
+    off_N = (ours_x.grad - exact[0]).norm(dim=1)
+    assert (off_N <= term_N * rows.norm(dim=1).max()).all()
+    assert ((codebook.rows.grad - exact[1]).norm(dim=1) <= (term_N * x.norm(dim=1)).sum()).all()
+    assert off_N.max() > 1e-12, "nothing was left out"

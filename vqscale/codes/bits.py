@@ -9,6 +9,8 @@ A token has a log-odds l_i for each bit, p_i = sigmoid(l_i), and the probability
 
 The 2^g means of a group are no tokens x 2^g either: with the group cut into halves a and b, mean = P_a^T P_b / N, a
 product of two matrices of tokens x 2^(g/2). The rows of that product are split over the code axis.
+
+Suffixes here: g bits of a group, n the 2^g values of them, r values of its high bits on this rank, l of its low bits.
 """
 
 from __future__ import annotations

@@ -29,6 +29,17 @@ The product rounds its result u to bfloat16 once more, by at most 2^-8 |u|. So t
 the bounds that matter close above zero: h is minus the score to beat, or, while there is none, more than any |U|. Then
 a row can reach the score to beat only if its u is positive, and positive bfloat16 numbers are ordered like their bits:
 `top_of_lines` is a maximum of int16, several times as fast on a CPU.
+
+What may be changed, and which cases of test_prefilter.py fail when it is left out (each was, once):
+
+    UP                   norms rounded to bfloat16            "all residuals aligned": a test of its own leaves it out
+    gamma                sums of float32 products             "far from the origin", rows that are there thousands of times
+    TINY                 squares that underflow               "tiny"
+    2^-7 in `least`      the rounding of u to bfloat16        nearly all
+    2^-12 + 8 gamma      h is rounded too, and u must be > 0  nearly all
+    slack_T              float64: base, h, exact scores       families of dimension 1
+    2^-22, 4 gamma |beta|, 2^-7 of beta's second part, |q - q'| in the norm of q', 1.25, ROOM: none of the families that
+    were found needs them; they are what the derivation asks for, and cost nothing
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 A softmax over K codes loses at most the share 2^-24 of its sum, the rounding of a float32, when every pair whose
 score is more than `depth` = 24 + log2 K bits below the token's highest is left out: each of them is below 2^-depth, and
-there are at most K. Where few pairs are left (a low temperature, or a codebook far from a token but for some codes),
-all that follows, the mean row, the entropies, the sums over columns and the backward pass, costs these pairs and not
-tokens x codes. Not here: which blocks are dense (forward.py). CPU only: the lengths of lists are read on the host.
+there are at most K. README.md says why that bounds the gradients too. Where few pairs are left (a low temperature, or
+a codebook far from a token but for some codes), all that follows, the mean row, the entropies, the sums over columns
+and the backward pass, costs these pairs and not tokens x codes. Not here: which blocks are dense (forward.py). CPU
+only: the lengths of lists are read on the host.
 """
 
 from __future__ import annotations
