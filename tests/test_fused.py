@@ -379,8 +379,8 @@ def test_on_the_device_the_kernels_are_chosen_and_need_little():
     assert products.wanted("cuda", x.dtype) == "fp32"
     assert backend.pick(x).mix is forward.mix
     assert backend.pick(x).best is backend.pick(x.bfloat16()).best is passes.best
-    torch.set_float32_matmul_precision("medium")
-    assert backend.pick(x, products.wanted("cuda", x.dtype)).mix is passes.mix
+    with products.precision("medium"):
+        assert backend.pick(x, products.wanted("cuda", x.dtype)).mix is passes.mix
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     mixed = passes.mix(x, Keys(rows), rows, _wanted(len(rows), 1.0, 0.01))

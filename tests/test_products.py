@@ -17,18 +17,10 @@ SIMILARITIES = ["dot", "euclid", "cosine"]
 MEAN, GRADIENT = 2.0**-8, 2.0**-6
 
 
-@pytest.fixture(autouse=True)
-def _precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def _mixed(precision, similarity, scale, data=1, codes=1):
     """(what a mixture says, what products in bfloat16 may move: mean rows, gradients of x and of the rows)."""
     mesh = Mesh(data, codes)
-    torch.set_float32_matmul_precision(precision)
-    with pytest.MonkeyPatch.context() as patch:
+    with products.precision(precision), pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "fast_on_cpu", lambda: True)
         codebook = put(Codebook(CODES, DIM, mesh=mesh, similarity=similarity), normal(CODES, DIM, seed=1).float())
         codebook.budget = 1  # many blocks
@@ -88,15 +80,32 @@ def test_on_any_grid(ranks, grid):
     assert _distance(engine_gradient([part[2] for part in results], grid[1]), rows_grad) < GRADIENT
 
 
-def test_they_are_taken_where_torch_is_set_to_it_and_the_machine_is_worth_it(monkeypatch):
+def test_they_are_taken_where_they_are_asked_for_and_the_machine_is_worth_it(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(products, "fast_on_cpu", lambda fast=fast: fast)
         for precision in ("highest", "high", "medium"):
-            torch.set_float32_matmul_precision(precision)
             medium = precision == "medium"
-            assert products.wanted("cpu", torch.float32) == ("bf16" if medium and fast else "fp32")
-            assert products.wanted("cuda", torch.float32) == ("bf16" if medium else "fp32")
-            assert products.wanted("cpu", torch.float64) == products.wanted("cuda", torch.float64) == "fp32"
+            with products.precision(precision):
+                assert torch.get_float32_matmul_precision() == precision
+                assert products.wanted("cpu", torch.float32) == ("bf16" if medium and fast else "fp32")
+                assert products.wanted("cuda", torch.float32) == ("bf16" if medium else "fp32")
+                assert products.wanted("cpu", torch.float64) == products.wanted("cuda", torch.float64) == "fp32"
+
+
+def test_what_others_set_in_the_process_does_not_reach_a_codebook_and_precision_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(products, "fast_on_cpu", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert products.wanted("cpu", torch.float32) == "fp32"
+        with pytest.raises(ZeroDivisionError), products.precision("high"):
+            1 / 0  # noqa: B018
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with products.precision("medium"), products.precision("highest"):
+        assert products.wanted("cuda", torch.float32) == "fp32"
+    assert products.wanted("cuda", torch.float32) == "fp32"
 
 
 def test_a_mixture_asks_for_them(monkeypatch):
@@ -105,6 +114,6 @@ def test_a_mixture_asks_for_them(monkeypatch):
     monkeypatch.setattr(forward, "_pass", lambda *args, **more: asked.append(args[3]) or whole(*args, **more))
     monkeypatch.setattr(products, "fast_on_cpu", lambda: True)
     for precision in ("highest", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        Codebook(40, 4).mix(torch.randn(3, 4))
+        with products.precision(precision):
+            Codebook(40, 4).mix(torch.randn(3, 4))
     assert [wanted.products for wanted in asked] == ["fp32", "bf16"]

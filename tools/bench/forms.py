@@ -119,12 +119,8 @@ def _medium(step: Form) -> Form:
     """The same step with engine.matmul: medium."""
 
     def low() -> tuple[Tensor, ...]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
-        try:
+        with products.precision("medium"):
             return step()
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     return low
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from vqscale.codes import products
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
 
@@ -40,7 +41,11 @@ def measure(setting: Setting) -> dict[str, dict[str, Cost]]:
     rounds, so that what else happens on the machine happens to all of them.
     """
     torch.set_num_threads(setting.threads)
-    torch.set_float32_matmul_precision("medium" if setting.products == "bf16" else "highest")
+    with products.precision("medium" if setting.products == "bf16" else "highest"):
+        return _measure(setting)
+
+
+def _measure(setting: Setting) -> dict[str, dict[str, Cost]]:
     mesh = Mesh(codes=setting.processes, device=setting.device)
     _load_code(setting, mesh)
     forms = build(setting, mesh)

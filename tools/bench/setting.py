@@ -26,7 +26,7 @@ class Setting:
     threads: int = 1
     scan_mib: int = 64
     spread: float = 1.0
-    products: str = "fp32"  # bf16: of ours, as torch.set_float32_matmul_precision("medium"), and of the floor
+    products: str = "fp32"  # bf16: of ours, as engine.matmul: medium, and of the floor
     dense: tuple[str, ...] = ("step", "search")
     works: tuple[str, ...] = ("step", "search")
 

@@ -1,13 +1,17 @@
 """How blocks of numbers are multiplied: in their own type, or rounded to bfloat16 with float32 sums between blocks.
 
-What torch is set to (torch.set_float32_matmul_precision, by engine.matmul) says which is wanted, the machine which is
-worth it. Logits are not multiplied here, but for a prior's head that asks for it: ids and softmaxes keep the precision
-of the rows.
+Which are wanted, a training says by `precision` (engine.matmul), and the machine which are worth it: outside of that
+context products are float32, whatever torch is set to. Logits are not multiplied here, but for a prior's head that asks
+for it: ids and softmaxes keep the precision of the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +22,27 @@ from vqscale.codes.scan import Buffer
 LOW = torch.bfloat16
 
 
+_asked: ContextVar[Products] = ContextVar("products", default="fp32")
+
+
+@contextmanager
+def precision(matmul: Literal["highest", "high", "medium"]) -> Iterator[None]:
+    """Inside, float32 numbers are multiplied as engine.matmul says: by mixtures, whose backward passes do as their
+    forward passes did, and by everything else, for which torch has a switch of the process. Both are put back.
+    """
+    switch, asked = torch.get_float32_matmul_precision(), _asked.set("bf16" if matmul == "medium" else "fp32")
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(switch)
+        _asked.reset(asked)
+
+
 @torch.compiler.assume_constant_result
 def wanted(device_type: str, dtype: torch.dtype) -> Products:
-    """bf16 where torch is set to multiply float32 numbers as bfloat16 and the device does so faster, else fp32."""
-    low = torch.get_float32_matmul_precision() == "medium" and dtype != torch.float64
+    """bf16 where it is asked for, the numbers are not float64 and the device multiplies it faster, else fp32."""
+    low = _asked.get() == "bf16" and dtype != torch.float64
     return "bf16" if low and (device_type == "cuda" or (device_type == "cpu" and fast_on_cpu())) else "fp32"
 
 

@@ -20,9 +20,9 @@ from vqscale.parallel.mesh import Axis, Mesh
 
 @dataclass
 class Statistics:
-    """Whether statistics for the eye are made: their passes over rows and all-reduces are for steps that log.
+    """Whether statistics for people are made: their passes over rows and all-reduces are for steps that log.
 
-    The same on all ranks, always. On unless a training loop switches it off; counting goes on either way.
+    The same on all ranks, always. On, but inside `silent`; counting goes on either way.
     """
 
     on: bool = True
@@ -33,7 +33,7 @@ statistics = Statistics()
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Without statistics inside."""
+    """Without statistics inside. Nothing that is computed for the model depends on it."""
     before, statistics.on = statistics.on, False
     try:
         yield

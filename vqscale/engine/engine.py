@@ -94,7 +94,6 @@ class Engine:
     ) -> None:
         self.module, self.rows, self.mesh = module, dict(rows), mesh
         self._config, self._optim, self._total_steps = config, optim, total_steps
-        torch.set_float32_matmul_precision(config.matmul)
         with torch.no_grad():
             for tensor in [*module.parameters(), *module.buffers()]:
                 tensor.copy_(ops.broadcast(tensor, mesh.world))

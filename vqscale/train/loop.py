@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -43,9 +44,12 @@ class Watch:
         self._logged: dict[str, float] = {}
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0
         self.shares: list[float] = []
+        self._quiet = ExitStack()
 
     def begin(self, log: bool) -> None:
-        clock.on = tally.statistics.on = log
+        clock.on = log
+        if not log:
+            self._quiet.enter_context(tally.silent())
         self._began = time.perf_counter()
 
     def end(self, waited: float) -> None:
@@ -55,7 +59,8 @@ class Watch:
             codes = clock.take().get("codes", 0.0)
             self._logged = {"step_s": seconds, "code_axis_share": codes / max(seconds - waited, 1e-9)}
             self.shares.append(self._logged["code_axis_share"])
-        clock.on, tally.statistics.on = False, True
+        clock.on = False
+        self._quiet.close()
 
     def logged(self) -> dict[str, float]:
         return self._logged

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vqscale import priors
-from vqscale.codes import noise, tally
+from vqscale.codes import noise, products, tally
 from vqscale.codes.rows import Rows, set_aside
 from vqscale.data.tokens.stream import Stream
 from vqscale.engine.engine import Engine
@@ -117,6 +117,11 @@ def perplexity(nats: float) -> float:
 
 def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
+    with products.precision(config.engine.matmul):
+        return _train(config, mesh)
+
+
+def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     run, place, batch_size = config.run, Path(config.run.folder), config.data.batch
     mine = batch_size // config.engine.accumulation // mesh.world.size
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqscale.codes import products
 from vqscale.codes.rows import set_aside
 from vqscale.data.samples import SampleStream
 from vqscale.engine.engine import Engine
@@ -53,6 +54,11 @@ def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[SampleStream, Sample
 
 def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
+    with products.precision(config.engine.matmul):
+        return _train(config, mesh)
+
+
+def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     run, place = config.run, Path(config.run.folder)
 
     # open

@@ -33,7 +33,7 @@ a row can reach the score to beat only if its u is positive, and positive bfloat
 What may be changed, and which cases of test_prefilter.py fail when it is left out (each was, once):
 
     UP                   norms rounded to bfloat16            "all residuals aligned": a test of its own leaves it out
-    gamma                sums of float32 products             "far from the origin", rows that are there thousands of times
+    gamma                sums of float32 products             "far from the origin", rows that are there many times
     TINY                 squares that underflow               "tiny"
     2^-7 in `least`      the rounding of u to bfloat16        nearly all
     2^-12 + 8 gamma      h is rounded too, and u must be > 0  nearly all
