@@ -59,7 +59,7 @@ def check_shape(report: dict, processes: int) -> None:
     assert report["step"]["floor"]["products"] == 6
     assert report["search"]["floor"]["products"] == 1
     assert {"cpu", "cores", "threads", "torch"} <= set(report["machine"])
-    assert report["command"].startswith("python tools/bench codes --tokens 64")
+    assert report["command"].startswith("vqscale bench codes --tokens 64")
     assert report["config"]["tokens"] == N
     assert report["config"]["processes"] == processes
 
@@ -221,7 +221,7 @@ def test_both_readers_of_images(workers):
     assert (report["samples"], report["shards"], report["workers"]) == (32, 4, int(workers))
     assert report["ratio"] == report["ours"]["images_per_s"] / report["webdataset"]["images_per_s"]
     assert all(len(report[reader]["rounds"]) == 2 for reader in ("ours", "webdataset"))
-    assert report["command"].startswith("python tools/bench data --num 32")
+    assert report["command"].startswith("vqscale bench data --num 32")
     assert {"cpu", "cores", "threads", "torch"} <= set(report["machine"])
 
 

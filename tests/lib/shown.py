@@ -55,8 +55,8 @@ def check(name: str, words: list[str]) -> None:
     if name == "train":
         _check_train(module, words)
     elif name == "study":
-        given = [word for word in words if word not in ("--dry-run", "--prepare")]
-        configuration.load(StudyConfig, given[0], given[1:])
+        _, path, changes = module._arguments(words)
+        configuration.load(StudyConfig, path, changes)
     elif name == "plan":
         args = module.arguments(words)
         if not args.check:

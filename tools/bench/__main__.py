@@ -21,10 +21,11 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in SUBCOMMANDS:
         known = ", ".join(SUBCOMMANDS)
-        print(f"bench: there is no subcommand {argv[0]!r}, the first argument: use {known}", file=sys.stderr)
+        print(f"error: there is no subcommand {argv[0]!r}, the first argument: use {known}", file=sys.stderr)
         return 2
-    status: int = import_module(f".{argv[0]}", __package__).main(argv[1:])
-    return status
+    from vqscale.run import processes  # here, because this file finds the checkout first
+
+    return processes.status_of(lambda: import_module(f".{argv[0]}", __package__).main(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from vqscale.programs.commands import words
+from vqscale.run.folder import commit
 
 if TYPE_CHECKING:
     from .measure import Cost
@@ -111,10 +113,8 @@ def joined(costs: Sequence[Cost]) -> dict[str, Any]:
 
 def origin(subcommand: str, argv: Sequence[str], device: str, threads: int) -> dict[str, Any]:
     """Where a report was made: {"machine", "commit", "command"}."""
-    from vqscale.run.folder import commit
-
-    words = shlex.join(["python", "tools/bench", subcommand, *argv])
-    return {"machine": machine(device, threads), "commit": commit(), "command": words}
+    asked = words.command("bench", [subcommand, *argv])
+    return {"machine": machine(device, threads), "commit": commit(), "command": asked}
 
 
 def place(report: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,22 +31,18 @@ the rounds; start is the time to the first batch of a new reader, index the time
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a table, or with --json one object; 0, or 2 with the reason on stderr."""
+    """Print a table, or with --json one object."""
     args = arguments(argv)
     import torch
 
     from vqscale.data.config import ImagesConfig
 
     with tempfile.TemporaryDirectory(prefix="vqscale-bench-") as scratch:
-        try:
-            shards = args.shards or _draw(Path(scratch), args.num)
-            config = ImagesConfig(
-                shards, args.image_size, resize=args.resize, num_workers=args.workers, index_dir=f"{scratch}/index"
-            )
-            found = measure(config, args.batch, args.images, args.rounds)
-        except (ValueError, OSError) as error:
-            print(f"bench data: {error}", file=sys.stderr)
-            return 2
+        shards = args.shards or _draw(Path(scratch), args.num)
+        config = ImagesConfig(
+            shards, args.image_size, resize=args.resize, num_workers=args.workers, index_dir=f"{scratch}/index"
+        )
+        found = measure(config, args.batch, args.images, args.rounds)
     found |= command.origin("data", argv, "cpu", torch.get_num_threads())
     if args.json:
         print(json.dumps(found))
