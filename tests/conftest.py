@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from vqscale.parallel.spawn import run
+from vqscale.run.folder import STOP_SIGNALS
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before anything imports triton, whatever the order of the files (interpreted.py)
@@ -20,8 +22,16 @@ if not torch.cuda.is_available():  # before anything imports triton, whatever th
 @pytest.fixture(autouse=True)
 def _clean():
     torch.manual_seed(0)
+    _hear_signals()
     yield
+    _hear_signals()
     assert not dist.is_initialized(), "a test left a process group behind"
+
+
+def _hear_signals():
+    """As in a process that has just begun, and as those that a test starts are to find them: see processes.joined."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -105,6 +105,25 @@ def test_renewed_rows_begin_again_and_no_decay_is_no_average():
         assert (rows[2] == 7).all()
 
 
+def _fail_with_averages(engine, average, error, weights):
+    with average.applied():
+        assert not all(torch.equal(x, weights[name]) for name, x in _shown(engine).items())
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_the_weights_are_their_own_again(error):
+    engine = engines.make(Mesh())
+    average = Average(engine, AverageConfig(0.8))
+    for step in range(2):
+        engines.take_step(engine, step)
+        average.update(step + 1)
+    before = _shown(engine)
+    with pytest.raises(error):
+        _fail_with_averages(engine, average, error, before)
+    assert all(torch.equal(x, before[name]) for name, x in _shown(engine).items())
+
+
 def test_a_run_evaluates_and_saves_its_average(tmp_path, tiny_shards):
     """Averages of a run are those of its checkpoints' weights, and its scores are those of the averages."""
     more = ["average.decay=0.5", "run.checkpoint_every=1", "run.steps=3", "run.eval_every=3"]

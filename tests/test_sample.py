@@ -65,15 +65,10 @@ def draw(folder: Path, codes: int = 1, before=None, **others):
     rank = int(os.environ.get("RANK", "0"))
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     mesh = Mesh(world // codes, codes)
-    handlers = {name: signal.getsignal(name) for name in run_folder.STOP_SIGNALS}
-    try:
-        with pytest.MonkeyPatch.context() as changes:
-            if before is not None:
-                before(rank, changes)
-            return sample(Rule(), small(mesh), folder, mesh, request(**others))
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+    with pytest.MonkeyPatch.context() as changes:
+        if before is not None:
+            before(rank, changes)
+        return sample(Rule(), small(mesh), folder, mesh, request(**others))
 
 
 def at(target: str, number: int, on_rank: int, action, rank: int, changes) -> None:

@@ -51,6 +51,8 @@ class Dense(Protocol):
 
     whole: bool
     """`gradients` gives all of them on every rank; else each rank has a part and the parts are disjoint"""
+    divided: bool
+    """what a rank holds of a parameter is a share of it, so that join and put are collective"""
 
     def forward(self, *args: Any) -> Any: ...
     def backward(self, loss: Tensor) -> None: ...

@@ -21,6 +21,7 @@ class Replicated:
     """One module's trainable parameters, averaged and stepped the plain way."""
 
     whole = True  # every rank holds all gradients, so one of them counts in the norm
+    divided = False
 
     def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
         self._module, self._mesh = module, mesh

@@ -92,6 +92,7 @@ class Zero:
     def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
         self._module, self._stage, self._world = module, config.zero_stage, mesh.world
         self.whole = config.zero_stage == 0
+        self.divided = config.zero_stage == 3 and mesh.world.size > 1
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError(

@@ -20,6 +20,7 @@ from vqscale.data.samples import SampleStream
 from vqscale.metrics.fid import Moments, Reference, Statistics, frechet
 from vqscale.metrics.generation import Described, Network, named
 from vqscale.metrics.reconstruction import Reconstruction, to_bytes
+from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
@@ -170,7 +171,6 @@ def score(
     can say the quantizer's z (exact_decode is false): then they go through the whole tokenizer. ValueError on all ranks
     where no image can be read.
     """
-    tokenizer.eval()
     judges = judges or Judges()
     passed, shown = Pass(tokenizer.quantizer, mesh, judges), list[Tensor]()
 
@@ -180,7 +180,8 @@ def score(
         if not shown:
             shown.extend(first_images(images, recon, mesh))
 
-    seen = walk(stream, mesh, look, advance)
+    with evaluating(tokenizer):
+        seen = walk(stream, mesh, look, advance)
     numbers = passed.numbers()
     statistics = {name: features.statistics() for name, features in passed.features.items()}
     if judges.inception is not None:

@@ -31,7 +31,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
 from vqscale.run import processes
-from vqscale.run.folder import RunError, StopRequest, commit
+from vqscale.run.folder import RunError, StopRequest, commit, own_signals
 from vqscale.show.progress import Progress
 
 
@@ -71,6 +71,7 @@ class Outcome:
     reason: str = ""  # of stopping
 
 
+@own_signals()
 def encode(tokenizer: Encodes, source: Source, folder: Path, mesh: Mesh, options: Options) -> Outcome:
     """Make or continue the cache in `folder` until it is sealed, or until somebody asks to stop. Collective.
 

@@ -28,7 +28,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.programs import sample_folder
 from vqscale.programs.sample_request import SampleRequest, parse_classes
 from vqscale.run import processes
-from vqscale.run.folder import StopRequest, commit, versions
+from vqscale.run.folder import StopRequest, commit, own_signals, versions
 from vqscale.show.progress import Progress
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def classes_of(prior: Prior, text: str | None) -> tuple[int, ...]:
     return tuple(range(prior.num_classes)) or (-1,) if text is None else parse_classes(text)
 
 
+@own_signals()
 def sample(
     prior: Prior,
     tokenizer: Tokenizer,

@@ -29,7 +29,7 @@ from vqscale.programs import sample_folder
 from vqscale.programs.sample import check, sample
 from vqscale.programs.sample_request import SampleRequest
 from vqscale.run import processes
-from vqscale.run.folder import StopRequest
+from vqscale.run.folder import StopRequest, own_signals
 from vqscale.show import report
 from vqscale.show.sweep_table import Row, Table, ordered
 from vqscale.train import loop
@@ -64,6 +64,7 @@ def _word(dial: str, value: Any) -> str:
     return f"{dial}{repr(value).removesuffix('.0')}" if isinstance(value, int | float) else f"{dial}_{value}"
 
 
+@own_signals()
 def sweep(
     prior: Prior,
     tokenizer: Tokenizer,

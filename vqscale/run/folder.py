@@ -16,7 +16,7 @@ import os
 import platform
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -145,10 +145,29 @@ def write_summary(folder: Path, summary: dict[str, Any], mesh: Mesh) -> None:
         files.write_json(folder / "summary.json", {**summary, "commit": commit()})
 
 
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """What listens to STOP_SIGNALS inside the block, a StopRequest say, hears nothing after it: the handlers of before
+    are back. Also a decorator of a function that makes one.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def ignore_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """Whether this process was asked to stop, by a signal or by a file STOP in the run folder.
 
-    A signal sets a flag and nothing else; the loop looks at a step boundary, where all ranks can agree.
+    A signal sets a flag and nothing else; the loop looks at a step boundary, where all ranks can agree. Whoever makes
+    one is inside of own_signals().
     """
 
     def __init__(self, folder: str | Path, mesh: Mesh) -> None:

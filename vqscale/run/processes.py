@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vqscale.errors import ExplainedError
+from vqscale.run.folder import ignore_stop_signals
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
@@ -68,6 +69,8 @@ def joined(
 ) -> Iterator[Mesh]:
     """The mesh of all processes, joined for what is done inside and parted at its end. Collective.
 
+    At its end signals to stop are ignored: the work is done or saved, and one that comes late changes no status.
+
     `agreed` are the errors that all ranks raise together, after which they part too. After any other they do not part:
     some may wait for this rank where they are, see `status_of`.
     """
@@ -77,8 +80,10 @@ def joined(
     try:
         yield Mesh(*grid, device=here, timeout_s=timeout_s)
     except agreed:
+        ignore_stop_signals()
         disconnect()
         raise
+    ignore_stop_signals()
     disconnect()
 
 

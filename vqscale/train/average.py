@@ -53,11 +53,19 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The engine's module and rows have the averages inside the block, and their own values again, to the bit,
-        after it. Not to be stepped inside. Collective; after an error inside nothing is put back: the run is over."""
+        after it. Not to be stepped inside. Collective.
+
+        After an error inside they are put back too, but for parameters that are divided over ranks (ZeRO stage 3):
+        that is collective, and the error may be of this rank alone.
+        """
         own = {name: x.clone() for name, x in self._engine.dense.parts().items()} if self.on else {}
         own_rows = {name: self._engine.rows[name].detach().clone() for name in self._rows}
         self._put(self._parts, self._rows)
-        yield
+        try:
+            yield
+        except BaseException:
+            self._put({} if self._engine.dense.divided else own, own_rows)
+            raise
         self._put(own, own_rows)
 
     @torch.no_grad()

@@ -115,6 +115,7 @@ def perplexity(nats: float) -> float:
     return math.exp(min(nats, LARGEST_EXPONENT))
 
 
+@folder.own_signals()
 def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
     with products.precision(config.engine.matmul):

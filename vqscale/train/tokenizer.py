@@ -52,6 +52,7 @@ def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[SampleStream, Sample
     return stream, None if config.data.val is None else SampleStream(config.data.val, batch, *place, train=False)
 
 
+@folder.own_signals()
 def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
     with products.precision(config.engine.matmul):
