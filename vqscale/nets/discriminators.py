@@ -7,7 +7,7 @@ for is in train/adversarial_losses.py. To add one: a file here, its settings and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,9 +18,9 @@ from vqscale.nets.config_discriminators import DiscriminatorConfig
 Gather = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one part of a discriminator says of a batch."""
+class Answer(NamedTuple):
+    """What one part of a discriminator says of a batch; a tuple, because DeepSpeed's stage 3 looks into no dataclass
+    for the tensors that a backward pass begins at."""
 
     values: Tensor  # (B, ...): numbers of its patches or pieces, high where it takes them for real
     features: tuple[Tensor, ...] = ()  # its maps on the way, for matching features; () where it shows none
