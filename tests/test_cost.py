@@ -92,7 +92,7 @@ def test_the_walk_finds_the_products_that_the_scan_names():
 
 def test_passes_are_counted_by_tensor_and_views_are_free():
     x, y = torch.randn(2, 6, 7), torch.randn(7)
-    with count.Walk() as counted:
+    with count.KernelCounter() as counted:
         x.transpose(1, 2).exp_()  # in and out
         (x[0] @ y[:, None]).relu()
         torch.addmm(x[0, :, :6], x[0], x[1].t())

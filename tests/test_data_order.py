@@ -120,9 +120,9 @@ def test_the_next_window_is_the_one_that_comes() -> None:
         assert order.shards_of(number, ahead=1) == later
 
 
-def test_random_access_to_the_order_equals_walking_it() -> None:
-    walked = Order(np.array(COUNTS), seed=5, window_shards=2)
-    line = [walked[number] for number in range(200)]
+def test_random_access_to_the_order_equals_going_through_it() -> None:
+    order = Order(np.array(COUNTS), seed=5, window_shards=2)
+    line = [order[number] for number in range(200)]
     jumping = Order(np.array(COUNTS), seed=5, window_shards=2)
     for number in permutation(200, 1):
         assert jumping[int(number)] == line[number]

@@ -75,7 +75,7 @@ def test_names_that_stand_for_nothing_are_errors(
 
 
 def contents(path: Path) -> list[tuple[str, int, bytes]]:
-    """(key, label, image bytes) of our walk."""
+    """(key, label, image bytes) of our reading."""
     with open(path, "rb") as file:
         found = read_contents(file.fileno(), ImagesConfig.suffixes)
         assert found.damage == ()
@@ -162,39 +162,39 @@ def test_a_member_that_comes_twice_is_reported(tmp_path: Path) -> None:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that are walked from now on."""
-    walked: list[str] = []
+    """The shards that are read from now on."""
+    read: list[str] = []
     original = index_module._read_part
 
     def read_part(cache: ShardCache, shard: str, suffixes: tuple[str, ...]) -> object:
-        walked.append(os.path.basename(shard))
+        read.append(os.path.basename(shard))
         return original(cache, shard, suffixes)
 
     monkeypatch.setattr(index_module, "_read_part", read_part)
-    return walked
+    return read
 
 
 def test_the_index_is_kept_and_only_changed_shards_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tmp_path, [4, 0, 5, 3])
-    walked = counted(monkeypatch)
+    read = counted(monkeypatch)
     made = config(f"{tmp_path}/s-{{0..3}}.tar", index_dir=str(tmp_path / "index"))
     first = build(made)
-    assert sorted(walked) == ["s-0.tar", "s-1.tar", "s-2.tar", "s-3.tar"]
+    assert sorted(read) == ["s-0.tar", "s-1.tar", "s-2.tar", "s-3.tar"]
     assert [first.key(n) for n in range(len(first))] == [f"{n:05d}" for n in range(12)]
     again = build(made)
-    assert len(walked) == 4
+    assert len(read) == 4
     assert again.fingerprint() == first.fingerprint()
     assert [again.key(n) for n in range(len(again))] == [f"{n:05d}" for n in range(12)]
     assert again.counts.tolist() == [4, 0, 5, 3]
     write_tar(tmp_path / "s-2.tar", [m for n in range(50, 57) for m in sample(n)])
     changed = build(made)
-    assert walked[4:] == ["s-2.tar"]
+    assert read[4:] == ["s-2.tar"]
     assert [changed.key(n) for n in range(4, 11)] == [f"{n:05d}" for n in range(50, 57)]
     assert [changed.key(n) for n in range(11, 14)] == ["00009", "00010", "00011"]
     build(config(f"{tmp_path}/s-{{0..2}}.tar", index_dir=str(tmp_path / "index")))  # another list is another index
-    assert len(walked) == 8
+    assert len(read) == 8
 
 
 @pytest.mark.parametrize("content", [b"", b"junk" * 100, None])
@@ -205,9 +205,9 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, content: bytes | None, mo
     (file,) = (tmp_path / "index").glob("*.npz")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    walked = counted(monkeypatch)
+    read = counted(monkeypatch)
     assert build(made).fingerprint() == first
-    assert len(walked) == 2
+    assert len(read) == 2
     assert file.read_bytes() == whole
 
 
@@ -227,10 +227,10 @@ def test_an_interrupted_index_keeps_what_it_has(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="went away"):
         build(made)
     monkeypatch.setattr(index_module, "_read_part", original)
-    walked = counted(monkeypatch)
+    read = counted(monkeypatch)
     assert len(build(made)) == 12
-    assert "s-0.tar" not in walked
-    assert "s-4.tar" in walked
+    assert "s-0.tar" not in read
+    assert "s-4.tar" in read
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from vqscale.data import pixels
 from vqscale.data.config import VIEWS, ImagesConfig, TokensConfig
 from vqscale.data.made import shapes
 from vqscale.data.tokens import format as form
-from vqscale.data.tokens.stream import Cache, Stream
+from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.parallel.spawn import RankError
 from vqscale.run import folder as run_folder
 from vqscale.tokenizer.config import TokenizerConfig
@@ -154,10 +154,10 @@ def test_what_is_encoded_are_the_ids_of_the_views(place, whole):
 
 
 def test_the_stream_of_what_was_encoded(place, whole):
-    stream = Stream(TokensConfig(str(whole), window_shards=2), 37)
+    stream = TokenStream(TokensConfig(str(whole), window_shards=2), 37)
     batch = next(iter(stream.batches()))
     assert sorted(batch.numbers.tolist()) == list(range(NUM))
-    assert stream.fingerprint == Stream(TokensConfig(str(whole)), 8, 1, 2).fingerprint
+    assert stream.fingerprint == TokenStream(TokensConfig(str(whole)), 8, 1, 2).fingerprint
     assert stream.tokenizer_fingerprint == Tokenizer.load(place / "tokenizer").fingerprint
     ids = zarr.open_group(str(whole), mode="r")["ids"][:]
     assert np.array_equal(ids[batch.numbers, batch.views], batch.ids.numpy())
@@ -255,7 +255,7 @@ def test_broken_images_are_left_out_and_listed(place, tmp_path):
     cache = Cache(tmp_path / "cache")
     assert [(number, key) for number, key, _ in cache.card.broken] == [(4, "004"), (21, "021")]
     assert np.all(cache.ids[[4, 21]] == -1)
-    stream = Stream(TokensConfig(str(tmp_path / "cache")), 35)
+    stream = TokenStream(TokensConfig(str(tmp_path / "cache")), 35)
     assert sorted(next(iter(stream.batches())).numbers.tolist()) == [n for n in range(NUM) if n not in (4, 21)]
 
 

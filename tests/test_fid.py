@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from judges import slow_frechet
+from slow_metrics import slow_frechet
 
 from vqscale.metrics import fid
 from vqscale.metrics.fid import Moments, Statistics, frechet

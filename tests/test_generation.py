@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from judges import Small, slow_frechet, slow_precision, slow_score
+from slow_metrics import Small, slow_frechet, slow_precision, slow_score
 
 from vqscale.metrics.generation import InceptionScore, compare, describe, precision_recall, read_reference
 from vqscale.metrics.sample_file import SampleFile

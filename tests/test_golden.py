@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import vqscale
 from vqscale.data.config import TokensConfig
-from vqscale.data.tokens.stream import Cache, Stream
+from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.priors import Prior
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -129,7 +129,9 @@ def test_a_cache_is_read_in_its_order(golden, name):
     assert [cache.key(number) for number in range(cache.card.num_images)] == wanted["keys"]
     assert cache.labels.tolist() == wanted["labels"]
     assert [ids.flatten().tolist() for ids in cache.ids[0]] == wanted["first_ids"]
-    for batch, told in zip(Stream(TokensConfig(str(path)), 4, seed=11).batches(), wanted.get(ORDER, ()), strict=False):
+    for batch, told in zip(
+        TokenStream(TokensConfig(str(path)), 4, seed=11).batches(), wanted.get(ORDER, ()), strict=False
+    ):
         assert {"numbers": batch.numbers.tolist(), "views": batch.views.tolist()} == told
 
 

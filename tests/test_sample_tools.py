@@ -22,8 +22,8 @@ import test_sample
 import torch
 import yaml
 from jobs import hear
-from judges import Small
 from saved_runs import IBQ, small
+from slow_metrics import Small
 from test_sample import at
 
 from vqscale.metrics.reconstruction import to_bytes

@@ -11,9 +11,9 @@ import numpy as np
 import prior_runs
 import pytest
 import torch
-from judges import Small
 from safetensors.torch import load_file
 from saved_runs import IBQ, small, write_run
+from slow_metrics import Small
 from test_priors import CODES, batch, config_of, lively
 from test_sample_tools import QUICK, tool
 

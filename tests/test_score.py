@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judges import Small, slow_frechet
 from PIL import Image
 from shard_files import png, write_tar
+from slow_metrics import Small, slow_frechet
 from test_metrics import slow_psnr, slow_ssim
 
 from vqscale import config as configuration
@@ -24,7 +24,7 @@ from vqscale.data.config import ImagesConfig
 from vqscale.data.made import shapes
 from vqscale.data.samples import SampleStream
 from vqscale.metrics import fid
-from vqscale.metrics.held_out import Judges, score, statistics
+from vqscale.metrics.held_out import Measures, score, statistics
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.config import TokenizerConfig
@@ -68,7 +68,7 @@ def _scored(data, codes, images, quantizer, batch):
     mesh = Mesh(data, codes)
     tokenizer = Tokenizer.from_config(config(quantizer), mesh, seed=2)
     stream = SampleStream(images, batch, mesh.world.rank, mesh.world.size, train=False)
-    found = score(tokenizer, stream, mesh, Judges(Small(published=True), _distance))
+    found = score(tokenizer, stream, mesh, Measures(Small(published=True), _distance))
     of_originals, seen = statistics(stream, Small(), mesh)
     assert seen.images == found.numbers["images"]
     torch.testing.assert_close(of_originals.pool.sigma_DD, found.statistics[0].sigma_DD)
@@ -135,13 +135,13 @@ def test_two_processes_find_the_same(ranks, held_out, data, codes, batch):
 def test_statistics_take_the_place_of_the_originals(held_out):
     mesh, tokenizer = Mesh(), Tokenizer.from_config(config(IBQ), seed=2)
     stream = SampleStream(held_out, 4, train=False)
-    alone = score(tokenizer, stream, mesh, Judges(Small(published=True)))
-    judges = Judges(Small(published=True), reference=fid.Reference("a.npz", alone.statistics[0], None))
-    again = score(tokenizer, stream, mesh, judges)
+    alone = score(tokenizer, stream, mesh, Measures(Small(published=True)))
+    measures = Measures(Small(published=True), reference=fid.Reference("a.npz", alone.statistics[0], None))
+    again = score(tokenizer, stream, mesh, measures)
     assert again.statistics is None
     assert again.numbers == pytest.approx(alone.numbers, rel=1e-12)
     moved = fid.Statistics(alone.statistics[0].mu_D + 1, alone.statistics[0].sigma_DD)
-    far = score(tokenizer, stream, mesh, Judges(Small(published=True), reference=fid.Reference("a.npz", moved, None)))
+    far = score(tokenizer, stream, mesh, Measures(Small(published=True), reference=fid.Reference("a.npz", moved, None)))
     assert far.numbers["rfid"] > again.numbers["rfid"] + 1
 
 

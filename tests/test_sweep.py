@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from jobs import contents, hear
-from judges import Small
 from saved_runs import small
+from slow_metrics import Small
 from test_sample import MAKE, Rule, at
 
 from vqscale.metrics import generation

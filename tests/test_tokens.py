@@ -17,7 +17,7 @@ from vqscale import config as configuration
 from vqscale.data.config import TokensConfig
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens import write as writing
-from vqscale.data.tokens.stream import Cache, Stream, TokenBatch
+from vqscale.data.tokens.stream import Cache, TokenBatch, TokenStream
 
 NUM, BROKEN = 31, (0, 5, 6, 30)  # a prime number of images; one storage shard begins, one ends with a broken one
 GOOD = [number for number in range(NUM) if number not in BROKEN]
@@ -37,7 +37,7 @@ def config(folder, **others) -> TokensConfig:
 
 def take(settings: TokensConfig, count: int, consumed: int = 0, world: int = 1, batch: int = 8) -> list[TokenBatch]:
     """The next `count` global batches of training: those of all ranks, joined."""
-    streams = [Stream(settings, batch, rank, world, seed=3) for rank in range(world)]
+    streams = [TokenStream(settings, batch, rank, world, seed=3) for rank in range(world)]
     steps = zip(*(islice(stream.batches(consumed), count) for stream in streams), strict=True)
     return [join(parts) for parts in steps]
 
@@ -68,7 +68,7 @@ def right(batch: TokenBatch, card) -> bool:
 
 
 def test_every_image_once_an_epoch_with_its_ids_and_labels(folder):
-    stream = Stream(config(folder), 9, seed=3)
+    stream = TokenStream(config(folder), 9, seed=3)
     assert (stream.num_samples, stream.num_codes, stream.grid) == (27, 1 << 18, caches.GRID)
     orders = []
     for _ in range(2):
@@ -80,7 +80,7 @@ def test_every_image_once_an_epoch_with_its_ids_and_labels(folder):
         orders.append([epoch.numbers.tolist() for epoch in epochs])
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in orders[0]}) == 5
-    other = Stream(config(folder), 9, seed=4)
+    other = TokenStream(config(folder), 9, seed=4)
     assert next(iter(other.batches())).numbers.tolist() != orders[0][0][:9]
 
 
@@ -113,7 +113,7 @@ def test_consumed_may_be_any_number(folder):
 
 
 def test_views_are_drawn_evenly_and_first_is_the_centre(folder):
-    epochs = join(islice(Stream(config(folder), 27, seed=1).batches(), 30))
+    epochs = join(islice(TokenStream(config(folder), 27, seed=1).batches(), 30))
     counts = Counter(epochs.views.tolist())
     assert set(counts) == {0, 1, 2}
     expected = 27 * 30 / 3
@@ -129,14 +129,14 @@ def test_views_are_drawn_evenly_and_first_is_the_centre(folder):
 def test_views_follow_from_the_seed(folder):
     drawn = []
     for seed in (1, 2, 1):
-        epoch = next(iter(Stream(config(folder), 27, seed=seed).batches()))
+        epoch = next(iter(TokenStream(config(folder), 27, seed=seed).batches()))
         drawn.append(dict(zip(epoch.numbers.tolist(), epoch.views.tolist(), strict=True)))
     assert drawn[0] == drawn[2] != drawn[1]
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 5), (1, 27), (2, 8), (4, 32), (4, 4)])
 def test_evaluation_takes_each_image_once_in_order(folder, world, batch):
-    streams = [Stream(config(folder), batch, rank, world, train=False) for rank in range(world)]
+    streams = [TokenStream(config(folder), batch, rank, world, train=False) for rank in range(world)]
     for consumed in (0, batch, 27):
         steps = list(zip(*(stream.batches(consumed) for stream in streams), strict=True))  # as many on every rank
         assert len(steps) == -(-(27 - min(consumed, 27)) // batch)
@@ -157,7 +157,7 @@ def _only(values, valid):
 
 def test_several_ids_at_a_position_and_very_many_codes(tmp_path):
     card = caches.write(tmp_path, 9, num_ids=2, num_codes=1 << 40)
-    batch = next(iter(Stream(config(tmp_path), 4).batches()))
+    batch = next(iter(TokenStream(config(tmp_path), 4).batches()))
     assert batch.ids.shape == (4, *caches.GRID, 2)
     assert batch.ids.dtype == torch.int64
     assert int(batch.ids.min()) > 1 << 39
@@ -191,7 +191,7 @@ def test_bitshuffle_makes_int32_as_small_as_packed_bits(tmp_path):
 
 def test_a_batch_must_divide_by_the_ranks(folder):
     with pytest.raises(ValueError, match=r"batch of 9 images does not divide by 2 processes: .* 8 or 10"):
-        Stream(config(folder), 9, 0, 2)
+        TokenStream(config(folder), 9, 0, 2)
 
 
 def test_bad_configs_are_refused():
@@ -207,7 +207,7 @@ def test_a_flipped_bit_is_an_error_and_never_a_wrong_id(tmp_path):
     content[20] ^= 4
     path.write_bytes(bytes(content))
     with pytest.raises(RuntimeError, match=r"ids/c\.2\.0\.0\.0 was damaged after the cache was sealed"):
-        list(Stream(config(tmp_path), 8, train=False).batches())
+        list(TokenStream(config(tmp_path), 8, train=False).batches())
 
 
 def test_ids_that_are_no_codes_are_found_when_written_sealed_and_read(tmp_path):
@@ -227,7 +227,7 @@ def test_ids_that_are_no_codes_are_found_when_written_sealed_and_read(tmp_path):
         wide.write(shard, ids)
     assert writing.verify(tmp_path, card, wide.entries, [2, 4]) == []
     writing.seal(tmp_path, wide.card, wide.entries, [])
-    changed = Stream(config(tmp_path), 8, train=False)
+    changed = TokenStream(config(tmp_path), 8, train=False)
     changed.card = card
     with pytest.raises(RuntimeError, match=r"c\.3\.0\.0\.0 was damaged .*262144, where 0 to 262143 are codes"):
         list(changed.batches())

@@ -11,7 +11,7 @@ import token_caches as caches
 from vqscale.data.config import TokensConfig
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens import write as writing
-from vqscale.data.tokens.stream import Cache, Stream
+from vqscale.data.tokens.stream import Cache, TokenStream
 
 NUM = 8
 # Other values: of what a writer that continues a cache must agree in, and of what may differ.
@@ -87,9 +87,9 @@ def test_the_fingerprint_names_what_order_and_ids_follow_from(tmp_path):
 def test_an_unfinished_cache_is_refused_with_the_command_that_finishes_it(tmp_path):
     caches.write(tmp_path / "cache", seal=False)
     with pytest.raises(ValueError, match=r"not finished: 7 of 8 storage shards.*: python tools/encode.py T OUT"):
-        Stream(config(tmp_path / "cache"), 8)
+        TokenStream(config(tmp_path / "cache"), 8)
     with pytest.raises(ValueError, match=r"no token cache in .*: change the path, or make one with vqscale encode"):
-        Stream(config(tmp_path / "other"), 8)
+        TokenStream(config(tmp_path / "other"), 8)
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path):
@@ -105,8 +105,8 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
     ):
         assert words in str(refusal.value)
     with pytest.raises(ValueError, match="fingerprint abc123"):
-        Stream(config(tmp_path, tokenizer="ab0"), 8)
-    Stream(config(tmp_path, tokenizer="abc"), 8).cache.expect("abc123", 1 << 18, caches.GRID, 1)
+        TokenStream(config(tmp_path, tokenizer="ab0"), 8)
+    TokenStream(config(tmp_path, tokenizer="abc"), 8).cache.expect("abc123", 1 << 18, caches.GRID, 1)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_files_that_were_changed_are_found_at_opening(tmp_path, name, change, me
 def test_a_cache_without_one_image_with_ids_is_refused(tmp_path, train):
     caches.write(tmp_path, NUM, broken=range(NUM))
     with pytest.raises(ValueError, match=r"has no image with ids: encode other images"):
-        Stream(config(tmp_path), 8, train=train)
+        TokenStream(config(tmp_path), 8, train=train)
 
 
 @pytest.mark.parametrize(("num_codes", "dtype"), [(1 << 31, np.int32), ((1 << 31) + 1, np.int64)])

@@ -19,7 +19,7 @@ from prior_runs import CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER
 from vqscale import config as configuration
 from vqscale.codes import noise, tally
 from vqscale.data.config import TokensConfig
-from vqscale.data.tokens.stream import Cache, Stream
+from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.metrics import unigram
 from vqscale.nets.config import ConvConfig
 from vqscale.parallel.mesh import Mesh
@@ -95,7 +95,7 @@ def loaded(path, weights, codes):
 
 def test_a_trained_prior_is_loaded(alone, caches, ranks):
     prior, summary = Prior.load(alone), json.loads((alone / "summary.json").read_text())
-    stream = Stream(TokensConfig(str(caches / "val")), NUM_VAL, train=False)
+    stream = TokenStream(TokensConfig(str(caches / "val")), NUM_VAL, train=False)
     [batch] = stream.batches()
     with torch.no_grad():
         mean = prior(batch.ids, batch.labels).loss.item()
@@ -256,7 +256,7 @@ def test_labels_that_are_not_known_are_spoken_of(tmp_path):
 
 def test_frequencies_are_of_a_bounded_number_of_shards(caches, monkeypatch):
     monkeypatch.setattr(unigram, "COUNTED_SHARDS", 4)
-    stream = Stream(TokensConfig(str(caches / "train"), views="first"), 8)
+    stream = TokenStream(TokensConfig(str(caches / "train"), views="first"), 8)
     assert (stream.card.num_shards, stream.card.storage) == (6, 4)
     chosen = torch.from_numpy(Cache(caches / "train").ids[:, 0]).view(6, -1)[[0, 1, 3, 4]]
     assert torch.equal(unigram.count(stream, Mesh()), torch.bincount(chosen.flatten(), minlength=CODES))

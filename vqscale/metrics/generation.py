@@ -28,7 +28,7 @@ NEIGHBOURS = 3
 BLOCK = 2048
 
 
-class Network(Protocol):
+class FeatureNetwork(Protocol):
     """uint8 images (N, 3, H, W) -> pooled features (N, D), spatial features (N, E), logits (N, C).
 
     facts: sha256 of the weights, and whether they are the `published` ones. dims: (D, E, C).
@@ -144,7 +144,7 @@ class Described:
 @torch.no_grad()
 def describe(
     images: SampleFile,
-    network: Network,
+    network: FeatureNetwork,
     mesh: Mesh,
     *,
     batch: int = 64,
@@ -187,7 +187,7 @@ def _whole(part_ND: Tensor, images: SampleFile, mesh: Mesh) -> Tensor:
 
 def read_reference(
     path: Path | str,
-    network: Network,
+    network: FeatureNetwork,
     mesh: Mesh,
     *,
     batch: int = 64,

@@ -1,7 +1,7 @@
 """One look at held-out images by a trained tokenizer: how near its reconstructions are, and which codes it used.
 
 `Pass` keeps the sums of such a look, on any number of ranks, for the evaluations of a training (train/evaluate.py) and
-for `score`, the full one with networks as judges. Not here: generated images (metrics/generation.py), the report
+for `score`, the full one with the networks that measure. Not here: generated images (metrics/generation.py), the report
 (show/report.py), and files of weights, which `vqscale evaluate` opens.
 """
 
@@ -18,7 +18,7 @@ from vqscale.codes.usage import Hits
 from vqscale.data.order import permutation
 from vqscale.data.samples import SampleStream
 from vqscale.metrics.fid import Moments, Reference, Statistics, frechet
-from vqscale.metrics.generation import Described, Network, named
+from vqscale.metrics.generation import Described, FeatureNetwork, named
 from vqscale.metrics.reconstruction import Reconstruction, to_bytes
 from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
@@ -35,14 +35,15 @@ Set = Literal["originals", "reconstructions"]
 
 
 @dataclass(frozen=True)
-class Judges:
+class Measures:
     """Networks with weights, on the mesh's device. None: what it measures is left out.
 
-    inception: see metrics.generation.Network. lpips(images, recon), both (B, 3, H, W) in [-1, 1] -> (B,); its number is
-    called `lpips_name`. reference: statistics that reconstructions are compared with, instead of their originals'.
+    inception: see metrics.generation.FeatureNetwork. lpips(images, recon), both (B, 3, H, W) in [-1, 1] -> (B,); its
+    number is called `lpips_name`. reference: statistics that reconstructions are compared with, instead of their
+    originals'.
     """
 
-    inception: Network | None = None
+    inception: FeatureNetwork | None = None
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None
     lpips_name: str = "lpips"
     reference: Reference | None = None
@@ -51,10 +52,10 @@ class Judges:
         assert self.reference is None or self.reference.pool is not None, "a reference for reconstructions states mu"
 
 
-class Features:
+class FeatureMoments:
     """Moments of the pooled and spatial features of one set of images of all ranks."""
 
-    def __init__(self, inception: Network, mesh: Mesh) -> None:
+    def __init__(self, inception: FeatureNetwork, mesh: Mesh) -> None:
         self.inception, self.mesh = inception, mesh
         self._pool, self._spatial = (Moments(dim, mesh.device) for dim in inception.dims[:2])
 
@@ -99,16 +100,16 @@ class Points:
 class Pass:
     """Sums over the held-out images of all ranks. Collective: every rank adds as many batches, of one shape."""
 
-    def __init__(self, quantizer: Quantizer, mesh: Mesh, judges: Judges | None = None) -> None:
-        self.mesh, self.judges = mesh, judges or Judges()
+    def __init__(self, quantizer: Quantizer, mesh: Mesh, measures: Measures | None = None) -> None:
+        self.mesh, self.measures = mesh, measures or Measures()
         self.columns = [Hits(quantizer.num_codes, mesh) for _ in range(quantizer.num_ids)]
         self.sums = Reconstruction(mesh.device)
         self._lpips = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        inception = self.judges.inception
+        inception = self.measures.inception
         sets: tuple[Set, ...] = (
-            ("originals", "reconstructions") if self.judges.reference is None else ("reconstructions",)
+            ("originals", "reconstructions") if self.measures.reference is None else ("reconstructions",)
         )
-        self.features = {} if inception is None else {name: Features(inception, mesh) for name in sets}
+        self.features = {} if inception is None else {name: FeatureMoments(inception, mesh) for name in sets}
 
     @property
     def num_codes(self) -> int:
@@ -122,20 +123,20 @@ class Pass:
             hits.add(torch.where(valid[:, None], per_image[:, :, column], -1).flatten())  # padding counts for no code
         images, recon = images[valid], recon[valid].clamp(-1, 1)
         self.sums.add(images, recon)
-        if self.judges.lpips is not None and len(images):
-            self._lpips += self.judges.lpips(images, recon).double().sum()
+        if self.measures.lpips is not None and len(images):
+            self._lpips += self.measures.lpips(images, recon).double().sum()
         for name, features in self.features.items():
             features.add(images if name == "originals" else recon)
 
     def numbers(self) -> dict[str, float]:
-        """psnr, ssim, images, usage, perplexity, dead, and what the judges say; the same on every rank. Collective.
+        """psnr, ssim, images, usage, perplexity, dead, and what the measures say; the same on every rank. Collective.
 
         usage is the share of codes that any of these images uses; with several ids per token, usage, perplexity and
         dead are means over their columns.
         """
         scores = Reconstruction.from_sums(ops.sum_over(self.sums.sums(), self.mesh.world))
-        if self.judges.lpips is not None:
-            scores[self.judges.lpips_name] = float(ops.sum_over(self._lpips, self.mesh.world)) / scores["images"]
+        if self.measures.lpips is not None:
+            scores[self.measures.lpips_name] = float(ops.sum_over(self._lpips, self.mesh.world)) / scores["images"]
         used = [hits.usage() for hits in self.columns]
         return scores | {name: sum(float(column[name]) for column in used) / len(used) for name in used[0]}
 
@@ -162,7 +163,7 @@ def score(
     tokenizer: Tokenizer,
     stream: SampleStream,
     mesh: Mesh,
-    judges: Judges | None = None,
+    measures: Measures | None = None,
     advance: Callable[[int, float], None] | None = None,
 ) -> Scored:
     """Look at every image of an evaluation stream once. Collective; the same answer on any number of ranks.
@@ -171,8 +172,8 @@ def score(
     can say the quantizer's z (exact_decode is false): then they go through the whole tokenizer. ValueError on all ranks
     where no image can be read.
     """
-    judges = judges or Judges()
-    passed, shown = Pass(tokenizer.quantizer, mesh, judges), list[Tensor]()
+    measures = measures or Measures()
+    passed, shown = Pass(tokenizer.quantizer, mesh, measures), list[Tensor]()
 
     def look(images: Tensor, valid: Tensor, numbers: Tensor) -> None:
         recon, ids = through(tokenizer, images)
@@ -181,14 +182,14 @@ def score(
             shown.extend(first_images(images, recon, mesh))
 
     with evaluating(tokenizer):
-        seen = walk(stream, mesh, look, advance)
+        seen = look_over(stream, mesh, look, advance)
     numbers = passed.numbers()
     statistics = {name: features.statistics() for name, features in passed.features.items()}
-    if judges.inception is not None:
-        against = judges.reference.pool if judges.reference else statistics["originals"][0]
-        assert against is not None, "Judges takes no reference without statistics"
+    if measures.inception is not None:
+        against = measures.reference.pool if measures.reference else statistics["originals"][0]
+        assert against is not None, "Measures takes no reference without statistics"
         distance = frechet(statistics["reconstructions"][0], against)
-        numbers = named({"rfid": distance}, judges.inception.facts) | numbers
+        numbers = named({"rfid": distance}, measures.inception.facts) | numbers
     numbers |= {"broken": seen.broken, "enlarged": seen.enlarged}
     return Scored(
         numbers, passed.per_code(), passed.num_codes, shown[0], shown[1], statistics.get("originals"), seen.told
@@ -207,26 +208,26 @@ def through(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def statistics(
     stream: SampleStream,
-    inception: Network,
+    inception: FeatureNetwork,
     mesh: Mesh,
     advance: Callable[[int, float], None] | None = None,
     *,
     points: int = 0,
 ) -> tuple[Described, Seen]:
     """Statistics of every image of an evaluation stream, and points of so many of them, on every rank. Collective."""
-    features, chosen = Features(inception, mesh), Points(stream.num_samples, points, inception.dims[0], mesh)
+    features, chosen = FeatureMoments(inception, mesh), Points(stream.num_samples, points, inception.dims[0], mesh)
 
     def look(images: Tensor, valid: Tensor, numbers: Tensor) -> None:
         chosen.add(features.add(images[valid]), numbers[valid])
 
-    seen = walk(stream, mesh, look, advance)
+    seen = look_over(stream, mesh, look, advance)
     pool, spatial = features.statistics()
     return Described(pool, spatial, chosen.all() if points else None, None, inception.facts), seen
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a walk over a stream met, on all ranks together."""
+    """What was met on the way through a stream, on all ranks together."""
 
     images: int
     broken: int  # images that could not be read, and are in no number
@@ -234,7 +235,7 @@ class Seen:
     told: list[str]  # a few of the broken
 
 
-def walk(
+def look_over(
     stream: SampleStream,
     mesh: Mesh,
     look: Callable[[Tensor, Tensor, Tensor], None],

@@ -1,6 +1,6 @@
 """Images in an npz as ADM's evaluator takes them: one array arr_0, uint8, N x H x W x 3, read a batch at a time.
 
-50,000 images of 256 x 256 are 10 GB, which no rank holds: each walks through its own part of the file.
+50,000 images of 256 x 256 are 10 GB, which no rank holds: each reads its own part of the file.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqscale.codes import tally
 from vqscale.codes.rows import Rows
-from vqscale.data.tokens.stream import Stream
+from vqscale.data.tokens.stream import TokenStream
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
@@ -21,7 +21,7 @@ from vqscale.parallel.mesh import Mesh
 COUNTED_SHARDS = 64
 
 
-def count(stream: Stream, mesh: Mesh) -> Tensor:
+def count(stream: TokenStream, mesh: Mesh) -> Tensor:
     """How often each code of this rank's rows occurs in the training cache, in all views that are trained on: counts_k.
 
     Each rank reads its share of the storage shards. Collective.

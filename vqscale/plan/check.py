@@ -27,7 +27,7 @@ from vqscale.codes import scan, tally
 from vqscale.parallel import ops, spawn
 from vqscale.parallel.mesh import Axis, Mesh, world_size
 from vqscale.plan import cost, traffic
-from vqscale.plan.count import Walk, code_axis
+from vqscale.plan.count import KernelCounter, code_axis
 from vqscale.plan.machines import Kind, Machine, Wire
 from vqscale.plan.traffic import Grid, Work
 from vqscale.seed import derive
@@ -72,7 +72,7 @@ def measure(tokens: int, codes: int, dim: int, rounds: int) -> Measured:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     clock: list[float] = []
     with tally.silent():
-        with ops.count_bytes() as sent, Walk() as walk:
+        with ops.count_bytes() as sent, KernelCounter() as counter:
             runs["step"]()
         for run in runs.values():
             run()
@@ -83,7 +83,7 @@ def measure(tokens: int, codes: int, dim: int, rounds: int) -> Measured:
                 run()
                 seconds[name].append(time.process_time() - start)
             clock.append(time.perf_counter() - began)  # the step is the last
-    return Measured(seconds, clock, work, sent.get("codes", 0), walk.operations)
+    return Measured(seconds, clock, work, sent.get("codes", 0), counter.operations)
 
 
 Runs = dict[str, Callable[[], object]]

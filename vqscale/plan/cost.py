@@ -85,7 +85,7 @@ class Step:
 def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: Network | None = None) -> Step:
     """One step on one rank of the grid: seconds by part, bytes of memory, bytes sent by axis.
 
-    `axis` is the walk over blocks (count.code_axis).
+    `axis` is the passes over blocks (count.code_axis).
     """
     axis = on_machine(axis, work, machine)
     every = [*messages(work, grid), *revival(work, grid)]
@@ -132,7 +132,7 @@ def codes_rate(work: Work, machine: Machine) -> float:
 
 
 def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:
-    """What is done per token and code there: `axis`, the walk over blocks, or what codes/gpu/passes.py says of itself.
+    """What is done per token and code there: `axis`, passes over blocks, or what codes/gpu/passes.py says of itself.
 
     Tiles never leave the chip; the backward pass makes logits and values twice, for x and for the keys. Of the
     entropy's five exponentials per pair, those are left out whose tile holds no probability that counts.

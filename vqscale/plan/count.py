@@ -1,6 +1,6 @@
 """What code does, counted and not timed: operations and bytes of every kernel of a forward and backward pass.
 
-Two walks on the meta device. `network`: encoder and decoder on one image, the exact operations of products and
+Two counts on the meta device. `network`: encoder and decoder on one image, the exact operations of products and
 convolutions and the bytes that all kernels read and write. `code_axis`: one block of a quantizer, in units of tokens x
 codes, so that the cost model (cost.py) follows the code and cannot be older than it. Nothing here is a time.
 """
@@ -40,7 +40,7 @@ class Kernel:
 NOTHING = ("_unsafe_view", "empty", "empty_like", "new_empty", "new_empty_strided")
 
 
-class Walk(TorchDispatchMode):
+class KernelCounter(TorchDispatchMode):
     """Records the kernels that run inside the block, those of backward passes included. Views cost nothing."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Network:
 
 
 def network(config: NetConfig, sides: Sequence[int], dim: int, loss: LossConfig | None = None) -> Network:
-    """Walk the network of a tokenizer with latents of `dim` on one image of these sides, on the meta device.
+    """Count the network of a tokenizer with latents of `dim` on one image of these sides, on the meta device.
 
     The convolutions around the quantizer count; with `loss`, so do LPIPS and the discriminator, apart.
     """
@@ -89,14 +89,14 @@ def network(config: NetConfig, sides: Sequence[int], dim: int, loss: LossConfig 
         parts = nets.build(config, dim)
         images = torch.empty(1, config.in_channels, *sides)
         latents = torch.empty(1, dim, *places, requires_grad=True)
-    with Walk() as walk:
+    with KernelCounter() as counter:
         first, second = parts.quant_conv(parts.encoder(images)), parts.decoder(parts.post_quant_conv(latents))
-        forward = walk.operations
+        forward = counter.operations
         torch.autograd.backward([first, second], [torch.empty_like(first), torch.empty_like(second)])
     return Network(
         forward,
-        walk.operations - forward,
-        tuple(walk.kernels),
+        counter.operations - forward,
+        tuple(counter.kernels),
         sum(p.numel() for part in parts[:4] for p in part.parameters()),
         math.prod(places),
         () if loss is None else loss_kernels(loss, sides),
@@ -111,14 +111,14 @@ def loss_kernels(loss: LossConfig, sides: Sequence[int]) -> tuple[Kernel, ...]:
         image, recon = torch.empty(1, 3, *sides), torch.empty(1, 3, *sides, requires_grad=True)
         lpips = None if loss.perceptual is None else LPIPS()
         discriminator = None if loss.adversarial is None else discriminators.build(loss.adversarial.net)
-    with Walk() as walk:
+    with KernelCounter() as counter:
         if lpips is not None:
             lpips(image, recon).sum().backward()
         if discriminator is not None:
             (_mean(discriminator(image)) + _mean(discriminator(recon.detach()))).backward()
             discriminator.requires_grad_(False)
             _mean(discriminator(recon)).backward()
-    return tuple(walk.kernels)
+    return tuple(counter.kernels)
 
 
 def _mean(answers: list[Answer]) -> Tensor:
@@ -152,15 +152,15 @@ def code_axis(settings: Mapping[str, Any]) -> CodeAxis:
         x_ND = torch.empty(_TOKENS, _DIM, requires_grad=True)
     quantizer.train()
     quantizer.begin()
-    with tally.silent(), Walk() as walk:
+    with tally.silent(), KernelCounter() as counter:
         out = quantizer(x_ND)
         losses = torch.stack(list(out.losses.values())).sum()
         torch.autograd.backward([out.z, losses], [torch.ones_like(out.z), None])
     pairs, product = _TOKENS * _CODES, 2 * _TOKENS * _CODES * _DIM
     return CodeAxis(
-        round(walk.operations / product),
-        sum(_passes(kernel, 4 * pairs) for kernel in walk.kernels if not kernel.operations),
-        sum(kernel.name in EXPONENTIALS and 4 * pairs in kernel.sizes for kernel in walk.kernels),
+        round(counter.operations / product),
+        sum(_passes(kernel, 4 * pairs) for kernel in counter.kernels if not kernel.operations),
+        sum(kernel.name in EXPONENTIALS and 4 * pairs in kernel.sizes for kernel in counter.kernels),
     )
 
 

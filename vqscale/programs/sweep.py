@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from vqscale.disk import files
 from vqscale.metrics import generation
-from vqscale.metrics.generation import Described, Network
+from vqscale.metrics.generation import Described, FeatureNetwork
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs import sample_folder
@@ -46,7 +46,7 @@ RESULT = "result.json"
 class Scoring:
     """What images are measured by, and the file that they are compared with, which is read when there is need."""
 
-    network: Network
+    network: FeatureNetwork
     reference: Path
 
     def facts(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.disk import files
-from vqscale.metrics.generation import Network
+from vqscale.metrics.generation import FeatureNetwork
 from vqscale.show import page, pictures
 
 FEW = 10_000
@@ -54,7 +54,7 @@ def tell(result: Mapping[str, Any], folder: str | None, title: str, shown: Mappi
     return "\n".join(told)
 
 
-def judged_by(network: Network | None, preprocessing: str) -> dict[str, Any]:
+def about_inception(network: FeatureNetwork | None, preprocessing: str) -> dict[str, Any]:
     """Which Inception, for the protocol; nothing without one."""
     if network is None:
         return {}
@@ -68,7 +68,7 @@ def file(path: str) -> dict[str, str]:
         return {"file": path, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-def notes(numbers: Mapping[str, float], network: Network | None, broken: Sequence[str] = ()) -> list[str]:
+def notes(numbers: Mapping[str, float], network: FeatureNetwork | None, broken: Sequence[str] = ()) -> list[str]:
     """What a reader must know before comparing the numbers with others'. broken: why some could not be read."""
     found, images = [], int(numbers["images"])
     if numbers.get("broken"):

@@ -1,6 +1,6 @@
 """A trained module as a folder that stands for itself, model.safetensors and card.json, and as a fingerprint.
 
-Both walk over the same tensors in the same order: every parameter, by name, the K rows of a table whole and in global
+Both go over the same tensors in the same order: every parameter, by name, the K rows of a table whole and in global
 order. Rows are streamed in blocks from whichever rank owns them, so no rank holds those of all. Buffers are the state
 of a training (windows of usage, moving counts) and not part of what is saved. Reading is in saved.py.
 

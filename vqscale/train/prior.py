@@ -19,7 +19,7 @@ from torch import Tensor
 from vqscale import priors
 from vqscale.codes import noise, products, tally
 from vqscale.codes.rows import Rows, set_aside
-from vqscale.data.tokens.stream import Stream
+from vqscale.data.tokens.stream import TokenStream
 from vqscale.engine.engine import Engine
 from vqscale.metrics import unigram
 from vqscale.nets.mode import evaluating
@@ -42,11 +42,11 @@ from vqscale.train.config_prior import PriorRun
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
 
 
-def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[Stream, Stream | None]:
+def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[TokenStream, TokenStream | None]:
     """(training ids, held-out ids or None). ValueError where a cache cannot be read or is not what the prior is for."""
     batch = config.data.batch // config.engine.accumulation
-    stream = Stream(config.data.train, batch, rank, world, seed=derive(config.run.seed, "data"))
-    held_out = None if config.data.val is None else Stream(config.data.val, batch, rank, world, train=False)
+    stream = TokenStream(config.data.train, batch, rank, world, seed=derive(config.run.seed, "data"))
+    held_out = None if config.data.val is None else TokenStream(config.data.val, batch, rank, world, train=False)
     for each in (stream, held_out):
         if each is None:
             continue
@@ -56,7 +56,7 @@ def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[Strea
     return stream, held_out
 
 
-def check_labels(stream: Stream, config: PriorConfig) -> list[str]:
+def check_labels(stream: TokenStream, config: PriorConfig) -> list[str]:
     """What there is to say of a cache's labels, given to this prior. ValueError where they do not go together."""
     return config.condition.check_labels(stream.cache.labels, stream.config.path, config.num_classes)
 
@@ -70,7 +70,7 @@ def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
 def evaluate(
     model: Callable[..., Modelled],
     prior: Prior,
-    stream: Stream,
+    stream: TokenStream,
     mesh: Mesh,
     most: int,
     seen_k: Tensor | None,
@@ -217,7 +217,7 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     return loop.close(batches, trace, board, progress, summary)
 
 
-def whose(stream: Stream) -> dict[str, Any]:
+def whose(stream: TokenStream) -> dict[str, Any]:
     """Which cache a prior was trained on, and the tokenizer of its ids, by fingerprint."""
     card = stream.card
     return {"tokenizer": card.tokenizer, "tokenizer_path": card.tokenizer_path} | {

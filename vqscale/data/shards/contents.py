@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
-from vqscale.data.shards.tar import Damage, Member, walk
+from vqscale.data.shards.tar import Damage, Member, members
 
 LABEL_KEYS = ("cls", "class", "txt")
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's skip_meta
@@ -47,7 +47,7 @@ class _Sample:
 def read_contents(descriptor: int, suffixes: tuple[str, ...]) -> Contents:
     """Walk an open shard for members with these suffixes. Damage is reported, not raised; OSError if the file cannot be
     read."""
-    samples, damage, suspicion = _group(walk(descriptor))
+    samples, damage, suspicion = _group(members(descriptor))
     kept = _whole(samples)
     if suspicion and (not kept or kept[-1] is not samples[-1]):
         damage.append(suspicion)
@@ -63,14 +63,14 @@ def read_contents(descriptor: int, suffixes: tuple[str, ...]) -> Contents:
     )
 
 
-def _group(members: Iterable[Member | Damage]) -> tuple[list[_Sample], list[str], str]:
+def _group(found: Iterable[Member | Damage]) -> tuple[list[_Sample], list[str], str]:
     """(samples, certain damage, damage that counts only if the last sample is not whole)."""
     samples: list[_Sample] = []
     damage: list[str] = []
     suspicion = ""
     current: _Sample | None = None
     lost = False
-    for member in members:
+    for member in found:
         if isinstance(member, Damage):
             if member.certain:
                 damage.append(member.what)

@@ -1,5 +1,5 @@
-"""The list of all samples of a data set: where each image lies, its key and its label. Made once by a walk over the
-headers of the shards, kept in a folder, and made again for the shards whose size or time changed.
+"""The list of all samples of a data set: where each image lies, its key and its label. Made once from the headers
+of the shards, kept in a folder, and made again for the shards whose size or time changed.
 
 It reads no image, and does not know the order of training.
 """
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = 2  # of the file; another one is made again
 _SAVE_EVERY_S = 60.0
-_THREADS = 8  # a header walk waits for the disk more than it computes
+_THREADS = 8  # reading headers waits for the disk more than it computes
 _ARRAYS = ("offsets", "sizes", "labels", "key_ends", "key_bytes")
 
 

@@ -1,7 +1,7 @@
 """The members of a tar file by its headers alone, with every place where something is lost.
 
-The headers are walked by hand because tarfile takes four times as long for the same answer and stops at the first
-damage; this walk goes on at the next intact header. Contents have no checksum in a tar: flipped bytes inside a file
+The headers are read by hand because tarfile takes four times as long for the same answer and stops at the first
+damage; this reading goes on at the next intact header. Contents have no checksum in a tar: flipped bytes inside a file
 show only when it is decoded.
 """
 
@@ -29,13 +29,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Damage:
-    """A place where the walk lost track, in words; certain is False where all may be there (no mark at the end)."""
+    """A place where the reading lost track, in words; certain is False where all may be there (no mark at the end)."""
 
     what: str
     certain: bool = True
 
 
-def walk(descriptor: int) -> Iterator[Member | Damage]:
+def members(descriptor: int) -> Iterator[Member | Damage]:
     """Regular members in file order, and a Damage between two of them, or at the end, wherever something is lost."""
     size = os.fstat(descriptor).st_size
     if size == 0:

@@ -1,4 +1,4 @@
-"""Batches made ahead by worker processes of a rank: how they begin, end, and are mourned.
+"""Batches made ahead by worker processes of a rank: how they begin and end, and what is said of one that dies.
 
 What a batch is made of is the caller's: a data set that turns a list of numbers into a batch, and the lists.
 """

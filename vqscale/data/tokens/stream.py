@@ -118,7 +118,7 @@ class Cache:
             )
 
 
-class Stream:
+class TokenStream:
     """A rank's part of the batches of a cache. `rank` and `world` count all processes of the run; every rank has the
     same config and seed.
     """

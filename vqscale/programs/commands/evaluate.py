@@ -27,7 +27,7 @@ from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.data.samples import SampleStream
-    from vqscale.metrics.held_out import Judges
+    from vqscale.metrics.held_out import Measures
     from vqscale.nets.inception import Inception
     from vqscale.parallel.mesh import Mesh
     from vqscale.show.progress import Progress
@@ -84,9 +84,9 @@ def _progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
     return Progress(-(-images // (args.batch * mesh.world.size)), rank=mesh.world.rank, stream=sys.stderr)
 
 
-def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
+def _measures(args: argparse.Namespace, mesh: Mesh) -> Measures:
     from vqscale.metrics import fid
-    from vqscale.metrics.held_out import Judges
+    from vqscale.metrics.held_out import Measures
     from vqscale.nets import lpips
 
     inception = reference = distance = None
@@ -103,7 +103,7 @@ def _judges(args: argparse.Namespace, mesh: Mesh) -> Judges:
         expected = None if args.vgg_sha256 == "any" else args.vgg_sha256
         distance = lpips.load(args.vgg, args.heads, vgg_sha256=expected).to(mesh.device)
     published = args.vgg_sha256.startswith("397923af")
-    return Judges(inception, distance, "lpips" if published else "distance_other_vgg", reference)
+    return Measures(inception, distance, "lpips" if published else "distance_other_vgg", reference)
 
 
 def _tokenizer(args: argparse.Namespace) -> str:
@@ -117,13 +117,13 @@ def _tokenizer(args: argparse.Namespace) -> str:
     from vqscale.tokenizer.model import Tokenizer
 
     with _joined(args) as mesh:
-        judges = _judges(args, mesh)
+        measures = _measures(args, mesh)
         tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
         config = _images(args, tokenizer.card)
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
         progress = _progress(stream.num_samples, args, mesh)
-        found = held_out.score(tokenizer, stream, mesh, judges, progress.advance)
+        found = held_out.score(tokenizer, stream, mesh, measures, progress.advance)
         progress.close()
         fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
@@ -138,16 +138,16 @@ def _tokenizer(args: argparse.Namespace) -> str:
         "lpips": {"values": "clamped, not rounded", "vgg": report.file(args.vgg), "heads": report.file(args.heads)}
         if args.vgg
         else None,
-        **report.judged_by(judges.inception, PREPROCESSING),
+        **report.about_inception(measures.inception, PREPROCESSING),
         "reference": report.file(args.reference) if args.reference else "the originals",
     }
     result = _result(found.numbers, mesh, protocol, tokenizer=of, data=_data(config, stream))
-    result["notes"] = report.notes(found.numbers, judges.inception, found.broken)
+    result["notes"] = report.notes(found.numbers, measures.inception, found.broken)
     if found.statistics is not None and args.save_stats:
         fid.save(
             args.save_stats,
             *found.statistics,
-            {**report.judged_by(judges.inception, PREPROCESSING)["inception"], **result["data"]},
+            {**report.about_inception(measures.inception, PREPROCESSING)["inception"], **result["data"]},
         )
     size = pictures.scale(config.image_size, config.image_size)
     shown = {
@@ -176,7 +176,7 @@ def _statistics(args: argparse.Namespace) -> str:
     numbers = {"images": seen.images, "broken": seen.broken, "enlarged": seen.enlarged, "points": points}
     facts = {
         **inception.facts,
-        **_result(numbers, mesh, report.judged_by(inception, PREPROCESSING), data=_data(config, stream)),
+        **_result(numbers, mesh, report.about_inception(inception, PREPROCESSING), data=_data(config, stream)),
     }
     fid.save(args.out, found.pool, found.spatial, facts, found.points_ND)
     return f"{args.out}: statistics of {seen.images} images, features of {points}" + "".join(
@@ -202,7 +202,7 @@ def _samples(args: argparse.Namespace) -> str:
     numbers = {**generation.compare(samples, reference), "images": len(images)}
     protocol = {
         "definitions": "guided-diffusion's evaluator; Inception score of parts of 5000; distances in float64",
-        **report.judged_by(inception, PREPROCESSING),
+        **report.about_inception(inception, PREPROCESSING),
         "reference": report.file(args.reference),
         "reference images": 0 if reference.points_ND is None else len(reference.points_ND),
     }
@@ -214,19 +214,19 @@ def _samples(args: argparse.Namespace) -> str:
 
 
 def _prior(args: argparse.Namespace) -> str:
-    from vqscale.data.tokens.stream import Stream
+    from vqscale.data.tokens.stream import TokenStream
     from vqscale.metrics import unigram
     from vqscale.priors.base import Prior
     from vqscale.show import report
     from vqscale.train import prior
 
-    Stream(TokensConfig(args.cache), args.batch, train=False)  # refused before processes meet
+    TokenStream(TokensConfig(args.cache), args.batch, train=False)  # refused before processes meet
     with _joined(args) as mesh:
         model, notes = Prior.load(args.path, mesh=mesh, weights=args.weights), list[str]()
 
-        def stream(path: str, train: bool) -> Stream:
+        def stream(path: str, train: bool) -> TokenStream:
             world = mesh.world
-            found = Stream(TokensConfig(path), args.batch * world.size, world.rank, world.size, train=train)
+            found = TokenStream(TokensConfig(path), args.batch * world.size, world.rank, world.size, train=train)
             found.cache.expect(model.card.get("tokenizer"), model.num_codes, model.config.grid, 1)
             notes.extend(prior.check_labels(found, model.config))
             return found
