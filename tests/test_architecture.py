@@ -21,7 +21,7 @@ SOURCES = PACKAGE + [path for room in ("launch", "tools") for path in sorted((RO
 # What each room may import of the package, beside itself. A room that is not here is one that nobody has decided on.
 GROUND = {"config", "errors", "seed"}
 BESIDE = GROUND | {"parallel"}
-MODELS = BESIDE | {"disk", "codes", "quantizers", "nets", "tokenizer", "priors"}
+MODELS = BESIDE | {"disk", "codes", "quantizers", "nets", "signals", "tokenizer", "priors"}
 MAY_IMPORT = {
     "config": GROUND,
     "errors": GROUND,
@@ -30,13 +30,14 @@ MAY_IMPORT = {
     "disk": BESIDE,
     "engine": BESIDE | {"disk"},
     "codes": BESIDE,
+    "data": BESIDE | {"disk"},
     "quantizers": BESIDE | {"codes"},
     "nets": GROUND,
-    "tokenizer": BESIDE | {"disk", "codes", "quantizers", "nets"},
-    "priors": BESIDE | {"disk", "codes", "quantizers", "nets", "tokenizer"},
-    "data": BESIDE | {"disk"},
-    "metrics": MODELS | {"data"},
+    "metrics": BESIDE | {"disk", "codes", "data"},
     "show": GROUND | {"disk", "metrics"},
+    "signals": BESIDE | {"nets", "data", "metrics", "show"},
+    "tokenizer": BESIDE | {"disk", "codes", "quantizers", "nets", "signals"},
+    "priors": BESIDE | {"disk", "codes", "quantizers", "nets", "signals", "tokenizer"},
     "run": BESIDE | {"disk"},
     "train": MODELS | {"engine", "data", "metrics", "show", "run"},
     "plan": MODELS | {"train"},

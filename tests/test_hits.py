@@ -192,7 +192,7 @@ def _batches(mesh, seeds):
     for seed in seeds:
         images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         valid = torch.tensor([True, True, True, seed != seeds[-1]])
-        yield SimpleNamespace(images=mine(images, mesh), valid=mine(valid, mesh))
+        yield SimpleNamespace(samples=mine(images, mesh), valid=mine(valid, mesh))
 
 
 def _evaluated(data, codes, config):
@@ -207,7 +207,7 @@ def _evaluated(data, codes, config):
         images=lambda step, name, draw: shown.update({name: draw()}),
     )
     scores = evaluate(tokenizer, tokenizer, stream, mesh, most=0, board=board, step=7)
-    ids = [tokenizer.encode(batch.images)[batch.valid].flatten() for batch in _batches(mesh, [1, 2, 3])]
+    ids = [tokenizer.encode(batch.samples)[batch.valid].flatten() for batch in _batches(mesh, [1, 2, 3])]
     return scores, shown["hits"], torch.cat(ids), shown["usage"].shape
 
 

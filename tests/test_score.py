@@ -24,11 +24,12 @@ from vqscale.data.config import ImagesConfig
 from vqscale.data.made import shapes
 from vqscale.data.samples import SampleStream
 from vqscale.metrics import fid
-from vqscale.metrics.held_out import Measures, score, statistics
+from vqscale.metrics.features import Measures
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
+from vqscale.train.held_out import score, statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, COUNT, CODES = 16, 11, 37
@@ -71,7 +72,7 @@ def _scored(data, codes, images, quantizer, batch):
     found = score(tokenizer, stream, mesh, Measures(Small(published=True), _distance))
     of_originals, seen = statistics(stream, Small(), mesh)
     assert seen.images == found.numbers["images"]
-    torch.testing.assert_close(of_originals.pool.sigma_DD, found.statistics[0].sigma_DD)
+    torch.testing.assert_close(of_originals.pool.sigma_DD, found.statistics["originals"][0].sigma_DD)
     assert of_originals.points_ND is None
     return found
 
@@ -129,18 +130,18 @@ def test_two_processes_find_the_same(ranks, held_out, data, codes, batch):
         assert torch.equal(found.per_code, alone.per_code)
         assert found.broken == alone.broken
         torch.testing.assert_close(found.originals[:4], alone.originals, rtol=0, atol=0)
-        torch.testing.assert_close(found.reconstructions[:4], alone.reconstructions, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.predicted[:4], alone.predicted, rtol=0, atol=1e-5)
 
 
 def test_statistics_take_the_place_of_the_originals(held_out):
     mesh, tokenizer = Mesh(), Tokenizer.from_config(config(IBQ), seed=2)
     stream = SampleStream(held_out, 4, train=False)
     alone = score(tokenizer, stream, mesh, Measures(Small(published=True)))
-    measures = Measures(Small(published=True), reference=fid.Reference("a.npz", alone.statistics[0], None))
+    measures = Measures(Small(published=True), reference=fid.Reference("a.npz", alone.statistics["originals"][0], None))
     again = score(tokenizer, stream, mesh, measures)
-    assert again.statistics is None
+    assert "originals" not in again.statistics
     assert again.numbers == pytest.approx(alone.numbers, rel=1e-12)
-    moved = fid.Statistics(alone.statistics[0].mu_D + 1, alone.statistics[0].sigma_DD)
+    moved = fid.Statistics(alone.statistics["originals"][0].mu_D + 1, alone.statistics["originals"][0].sigma_DD)
     far = score(tokenizer, stream, mesh, Measures(Small(published=True), reference=fid.Reference("a.npz", moved, None)))
     assert far.numbers["rfid"] > again.numbers["rfid"] + 1
 

@@ -12,9 +12,9 @@ from vqscale import quantizers
 from vqscale.nets.config import ConvConfig
 from vqscale.quantizers.base import Quantized, Quantizer
 from vqscale.quantizers.config.tables import IBQConfig
+from vqscale.signals import images as losses
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import losses
 
 NET = ConvConfig(
     channels=8, multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,), z_channels=6, num_groups=4, dropout=0.3

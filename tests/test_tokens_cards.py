@@ -26,6 +26,7 @@ IDENTITY = {
     "image_size": 16,
     "short_side": 9,
     "interpolation": "bilinear",
+    "reading": (("length", 9),),
 }
 FREE = {
     "storage": 64,
@@ -77,6 +78,7 @@ def test_the_fingerprint_names_what_order_and_ids_follow_from(tmp_path):
         {"image_size": 16},
         {"short_side": 9},
         {"interpolation": "bilinear"},
+        {"reading": (("length", 9),)},
         {"storage": 8},
         {"broken": ()},
         {"broken": (5,)},

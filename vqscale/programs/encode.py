@@ -33,6 +33,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.run import processes
 from vqscale.run.folder import RunError, StopRequest, commit, own_signals
 from vqscale.show.progress import Progress
+from vqscale.signals import Signal
 
 
 class Encodes(Protocol):
@@ -43,7 +44,10 @@ class Encodes(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode(self, images: Tensor) -> Tensor: ...
+    @property
+    def signal(self) -> Signal: ...
+
+    def encode(self, samples: Tensor, context: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,10 @@ def _finish(
 
 
 def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> Card:
-    """The card of a new cache of these images; one black image is encoded to learn the grid."""
+    """The card of a new cache of these images; one blank sample is encoded to learn the grid."""
     config, index = source.config, source.index
-    black = torch.full((1, *config.shape), -1.0, device=mesh.device)
-    shape, num_ids = tuple(tokenizer.encode(black).shape[1:]), int(tokenizer.quantizer.num_ids)
+    blank = torch.full((1, *config.shape), -1.0, device=mesh.device)
+    shape, num_ids = tuple(tokenizer.encode(*tokenizer.signal.enter(blank)).shape[1:]), int(tokenizer.quantizer.num_ids)
     return Card(
         tokenizer=tokenizer.fingerprint,
         num_codes=int(tokenizer.quantizer.num_codes),
@@ -152,6 +156,7 @@ class _Work:
     """The encoding of storage shards; `images`, `broken` and `enlarged` count those of all ranks."""
 
     def __init__(self, tokenizer: Encodes, card: Card, mesh: Mesh, options: Options, stop: StopRequest) -> None:
+        self.signal = tokenizer.signal
         self.tokenizer, self.card, self.mesh, self.options, self.stop = tokenizer, card, mesh, options, stop
         self.size = min(card.storage, max(1, options.batch // len(card.views)))  # images of a step
         self.steps = -(-card.storage // self.size)  # of a storage shard, also of a last short one
@@ -198,7 +203,7 @@ class _Work:
             rows = step * self.size + batch.valid.nonzero().flatten().numpy()
             if len(rows) or self.mesh.codes.size > 1:
                 pictures = batch.samples.flatten(0, 1).to(self.mesh.device, non_blocking=True)
-                found = self.tokenizer.encode(pictures).cpu().unflatten(0, batch.samples.shape[:2])
+                found = self.tokenizer.encode(*self.signal.enter(pictures)).cpu().unflatten(0, batch.samples.shape[:2])
                 ids[rows] = found[batch.valid].numpy()
             broken += batch.broken
             done = self._agree(len(rows), len(batch.broken), batch.enlarged)

@@ -11,12 +11,15 @@ from typing import Literal
 from vqscale.nets.config import ConvConfig, NetConfig
 from vqscale.quantizers.config import QuantizerConfig
 from vqscale.quantizers.config.tables import IBQConfig
+from vqscale.signals.config import ImagesSignal, SignalConfig
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Encoder, quantizer, decoder. The defaults are the recipe that keeps codes in use; see the README."""
 
+    signal: SignalConfig = field(default_factory=ImagesSignal)
+    """what is tokenized"""
     net: NetConfig = field(default_factory=ConvConfig)
     """encoder and decoder"""
     quantizer: QuantizerConfig = field(default_factory=lambda: IBQConfig(similarity="euclid", temperature=0.3))

@@ -1,6 +1,6 @@
 """Tokenizer: encoder, quantizer and decoder as one module; images to ids and back.
 
-The order of tokens is defined here, and where float32 begins and ends. Not here: losses on images (vqscale.losses), the
+The order of tokens is defined here, and where float32 begins and ends. Not here: losses and metrics (the signal's), the
 search among codes (the quantizer's), and ranks: every rank passes its own images, and only the quantizer talks to the
 others, but for the refusal of ids.
 """
@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale import nets, quantizers
+from vqscale import nets, quantizers, signals
 from vqscale.nets.config import NetConfig, grid
 from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
+from vqscale.signals.config import ImagesSignal
 from vqscale.tokenizer import export, saved
 from vqscale.tokenizer.config import TokenizerConfig
 
 if TYPE_CHECKING:
     from vqscale.quantizers.base import Quantized, Quantizer
+    from vqscale.signals import Signal
 
 LatentNorm = Literal["none", "rms", "layer"]
 
@@ -114,6 +116,11 @@ class Tokenizer(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
         return next(self.decoder.parameters()).dtype
+
+    @property
+    def signal(self) -> Signal:
+        """What is tokenized: images, where the tokenizer was put together by hand."""
+        return signals.build(self.config.signal if self.config else ImagesSignal())
 
     @property
     def last_weight(self) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Losses of reconstructions that are networks: LPIPS, and a discriminator, which learns with an engine of its own.
+"""The loss of reconstructions that is a network with an engine of its own: a discriminator.
 
 The order of a step is that of the published tokenizers: one forward pass of the tokenizer, then the discriminator steps
 on images and (detached) reconstructions, then the tokenizer steps, with the adversarial loss of the discriminator as it
@@ -22,26 +22,12 @@ from torch import Tensor, nn
 from vqscale.engine.engine import Engine, StepReport
 from vqscale.nets import discriminators
 from vqscale.nets.discriminators import Answer
-from vqscale.nets.lpips import load as load_lpips
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.train import adversarial_losses as losses
 from vqscale.train.config import TokenizerRun
-from vqscale.train.config_losses import AdversarialConfig, PerceptualConfig
-
-
-class Perceptual:
-    """LPIPS and its weight; frozen, the same on every rank. ValueError where its files are not what they should be."""
-
-    def __init__(self, config: PerceptualConfig, mesh: Mesh) -> None:
-        self.weight = config.weight
-        lpips = load_lpips(config.vgg, config.heads, vgg_sha256=config.vgg_sha256, heads_sha256=config.heads_sha256)
-        self._lpips = lpips.to(mesh.device)
-
-    def distance(self, images: Tensor, recon: Tensor) -> Tensor:
-        """The mean over this rank's images, not weighted."""
-        return self._lpips(images, recon).mean()
+from vqscale.train.config_losses import AdversarialConfig
 
 
 class Discriminator:

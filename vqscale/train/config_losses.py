@@ -1,7 +1,8 @@
 """What a tokenizer is trained for, as frozen dataclasses that mirror the YAML. No torch here.
 
-The formulas are in train/losses.py and train/adversarial_losses.py, the networks in vqscale/nets, the order of the two
-steps in train/adversarial.py. The defaults of the adversarial loss are those of the published IBQ and SimVQ tokenizers.
+Distances are in vqscale/signals, formulas of the game in train/adversarial_losses.py, the networks in vqscale/nets, the
+order of the two steps in train/adversarial.py. The defaults of the adversarial loss are those of the published IBQ and
+SimVQ tokenizers.
 """
 
 from __future__ import annotations
@@ -10,42 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqscale.config import Free
 from vqscale.engine.config import OptimConfig
 from vqscale.nets.config_discriminators import DiscriminatorConfig, PatchGANConfig
+from vqscale.signals.config import DistanceConfig
 
 PatchMean = Literal["before", "after"]
 AdversarialLoss = Literal["hinge", "nonsaturating"]
-
-
-@dataclass(frozen=True)
-class PerceptualConfig:
-    """LPIPS with VGG16, of files that you fetch: nothing is downloaded at run time."""
-
-    vgg: Free[str]
-    """path of torchvision's ImageNet VGG16, vgg16-397923af.pth"""
-    heads: Free[str]
-    """path of the linear heads of LPIPS 0.1 for VGG, vgg.pth"""
-    vgg_sha256: str | None = "397923af"
-    """first digits of the sha256 that the file vgg must have; null checks nothing"""
-    heads_sha256: str | None = None
-    """first digits of the sha256 that the file heads must have; null checks nothing"""
-    weight: float = 1.0
-    """weight of the mean LPIPS distance of images and reconstructions"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        if self.weight <= 0:
-            yield (
-                "weight",
-                f"weight is {self.weight}: use a positive number, or perceptual: null to train without LPIPS",
-            )
-        for key in ("vgg_sha256", "heads_sha256"):
-            digits = getattr(self, key)
-            if digits is not None and (not digits or set(digits.lower()) - set("0123456789abcdef")):
-                yield (
-                    key,
-                    f"{key} is {digits!r}, no digits of a sha256: use hexadecimal digits, or null to check nothing",
-                )
 
 
 @dataclass(frozen=True)
@@ -89,26 +60,15 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(DistanceConfig):
     """What the tokenizer is trained for; the quantizer adds its own losses."""
 
-    reconstruction: Literal["l1", "l2"] = "l2"
-    """distance of images"""
-    reconstruction_weight: float = 1.0
-    """its weight"""
     quantizer_weight: float = 0.01
     """weight of the sum of the quantizer's losses; at 1 their pull on the latents outweighs l2, and codes die"""
-    perceptual: PerceptualConfig | None = None
-    """LPIPS; null trains without it"""
     adversarial: AdversarialConfig | None = None
     """a discriminator; null trains without one"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
         if self.quantizer_weight < 0:
             yield "quantizer_weight", f"quantizer_weight is {self.quantizer_weight}: use 0 or more"
-        if self.reconstruction_weight <= 0:
-            yield (
-                "reconstruction_weight",
-                f"reconstruction_weight is {self.reconstruction_weight}, and nothing else trains the decoder: "
-                "use a positive number",
-            )

@@ -15,8 +15,6 @@ from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.train.config_losses import LossConfig
 from vqscale.train.config_run import AverageConfig, RunConfig, check_batch, check_compile
 
-LEAST_PERCEPTUAL = 16  # pixels of a side, which LPIPS halves four times
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -68,17 +66,12 @@ class TokenizerRun:
             grid(self.tokenizer.net, self.data.train.sides)
         except ValueError as error:
             yield "data.train.image_size", str(error)
+        yield from self.tokenizer.signal.misfits(self.data.train, self.loss)
         yield from self._loss_problems(min(self.data.train.sides))
         yield from check_compile(self.run, self.engine)
 
     def _loss_problems(self, size: int) -> Iterable[tuple[str, str]]:
         adversarial = self.loss.adversarial
-        if self.loss.perceptual is not None and size < LEAST_PERCEPTUAL:
-            yield (
-                "loss.perceptual",
-                f"LPIPS halves the side of an image four times, and data.train.image_size is {size}: use images of "
-                f"at least {LEAST_PERCEPTUAL} pixels, or loss.perceptual: null",
-            )
         if adversarial is None:
             return
         if size < adversarial.net.least_side:

@@ -1,5 +1,6 @@
-"""What a tokenizer in training does to held-out images: PSNR, SSIM, usage, perplexity, pictures. Collective, each image
-once. The full look at a trained one, with FID and LPIPS, is metrics/held_out.py.
+"""What a tokenizer in training does to held-out samples: the metrics of its signal (PSNR and SSIM of images), usage,
+perplexity, pictures. Collective, each sample once. The full look at a trained one, with FID and LPIPS of images, is
+held_out.py.
 """
 
 from __future__ import annotations
@@ -10,35 +11,35 @@ import torch
 
 from vqscale.data.samples import SampleStream
 from vqscale.engine.engine import Engine
-from vqscale.metrics.held_out import Pass, first_images
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import pictures
 from vqscale.show.board import Board
 from vqscale.tokenizer.model import Tokenizer
+from vqscale.train.held_out import Pass, first_ones
 
 
 @torch.no_grad()
 def evaluate(
     engine: Engine, tokenizer: Tokenizer, stream: SampleStream, mesh: Mesh, *, most: int, board: Board, step: int
 ) -> dict[str, float]:
-    """Scores over the stream, the same on every rank: psnr, ssim, images, usage, perplexity, dead (Pass.numbers).
+    """Scores over the stream, the same on every rank: the signal's, usage, perplexity, dead (Pass.numbers).
 
-    `most` images at most are looked at, 0 is all. Originals above reconstructions and the histogram of hits go to the
+    `most` samples at most are looked at, 0 is all. Originals above reconstructions and the histogram of hits go to the
     board.
     """
-    passed = Pass(tokenizer.quantizer, mesh)
+    signal = tokenizer.signal
+    passed = Pass(signal, tokenizer.quantizer, mesh)
     with evaluating(tokenizer):
         for number, batch in enumerate(stream.batches()):
             if most and number * stream.batch >= most:
                 break
-            images = batch.samples.to(mesh.device)
-            recon, quantized = engine(images)
-            passed.add(images, recon.float(), quantized.ids, batch.valid.to(mesh.device))
+            samples = batch.samples.to(mesh.device)
+            output, quantized = engine(*signal.enter(samples))
+            predicted = signal.predict(output)
+            passed.add(samples, predicted, quantized.ids, batch.valid.to(mesh.device))
             if number == 0:
-                shown = first_images(images, recon.float(), mesh)
-                scale = pictures.scale(*images.shape[2:])
-                board.images(step, "reconstructions", partial(pictures.grid, *shown, scale=scale))
+                board.images(step, "reconstructions", partial(signal.picture, *first_ones(samples, predicted, mesh)))
     scores, per_code = passed.numbers(), passed.per_code()
     board.histogram(step, "val/hits_per_code", per_code)
     board.images(step, "usage", lambda: pictures.usage(per_code, f"step {step}", passed.num_codes))

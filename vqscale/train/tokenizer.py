@@ -1,7 +1,7 @@
 """Train a tokenizer: open, build, resume, loop, close.
 
-Every rank runs these lines with its own images. The board and the progress bar are silent on all ranks but one, so
-nothing here asks which rank it is.
+Every rank runs these lines with its own samples: what they are, and what is asked of their reconstructions, the signal
+says. The board and the progress bar are silent on all ranks but one, so nothing here asks which rank it is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqscale import signals
 from vqscale.codes import products
 from vqscale.codes.rows import set_aside
 from vqscale.data.samples import SampleStream
@@ -26,8 +27,8 @@ from vqscale.seed import derive
 from vqscale.show.board import Board
 from vqscale.show.progress import Progress
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import loop, losses
-from vqscale.train.adversarial import Discriminator, Perceptual
+from vqscale.train import loop
+from vqscale.train.adversarial import Discriminator
 from vqscale.train.adversarial_losses import mean_values
 from vqscale.train.average import Average
 from vqscale.train.config import TokenizerRun
@@ -63,7 +64,8 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     run, place = config.run, Path(config.run.folder)
 
     # open
-    perceptual = None if config.loss.perceptual is None else Perceptual(config.loss.perceptual, mesh)
+    signal = signals.build(config.tokenizer.signal)
+    distances = signal.distances(config.loss, mesh)
     stream, held_out = open_streams(config, mesh)
     request = folder.StopRequest(place, mesh)
 
@@ -104,28 +106,25 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             batch, seconds = next(batches)
             waited, broken = waited + seconds, broken + len(batch.broken)
             recent.extend(batch.broken)
-            images = batch.samples.to(mesh.device, non_blocking=True)
-            recon, quantized = engine(images)
+            samples = batch.samples.to(mesh.device, non_blocking=True)
+            original, *context = signal.enter(samples)
+            recon, quantized = engine(original, *context)
             active = discriminator if discriminator is not None and discriminator.trains(step) else None
             its_values = dict[str, Tensor]()
 
             # the discriminator, which steps first
             if active is not None:
                 with active.learning():
-                    real, fake = active.engine(images), active.engine(recon.detach())
+                    real, fake = active.engine(original), active.engine(recon.detach())
                     its_parts = active.losses(real, fake)
                     active.engine.backward(torch.stack([*its_parts.values()]).sum())
                     active.step(real, fake)
                 its_values = {**its_parts, "real": mean_values(real).mean(), "fake": mean_values(fake).mean()}
 
             # the tokenizer
-            distance = losses.reconstruction(images, recon, config.loss.reconstruction)
-            parts: dict[str, Tensor] = {config.loss.reconstruction: distance}
-            loss = config.loss.reconstruction_weight * distance
-            if perceptual:
-                with engine.autocast():
-                    parts["lpips"] = perceptual.distance(images, recon)
-                loss = loss + perceptual.weight * parts["lpips"]
+            found = distances(recon, samples, engine.autocast)
+            parts = {name: distance.value for name, distance in found.items()}
+            loss = torch.stack([distance.weight * distance.value for distance in found.values()]).sum()
             if active is not None:
                 its_values["weight"], parts["adversarial"] = active.generator_loss(recon, loss, last_weight)
                 loss = loss + its_values["weight"] * parts["adversarial"]

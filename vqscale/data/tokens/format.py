@@ -35,8 +35,8 @@ _CHUNK = 256  # images
 
 @dataclass(frozen=True)
 class Card:
-    """Whose ids a cache holds. The fields up to `interpolation` are its identity: a writer that continues it must agree
-    in all of them.
+    """Whose ids a cache holds. The fields up to `reading`, without storage, are its identity: a writer that continues
+    it must agree in all of them.
     """
 
     tokenizer: str  # fingerprint
@@ -46,10 +46,11 @@ class Card:
     views: tuple[str, ...]
     num_images: int
     source: str  # fingerprint of the images
-    image_size: int
-    short_side: int
-    interpolation: str
     storage: int  # images of a storage shard
+    image_size: int = 0  # how images were read; the others say it in `reading`
+    short_side: int = 0
+    interpolation: str = ""
+    reading: tuple[tuple[str, Any], ...] = ()  # settings of another medium that ids depend on
     shards: tuple[str, ...] = ()
     tokenizer_path: str = ""
     command: str = ""  # what continues an unfinished cache
@@ -80,8 +81,8 @@ class Card:
         names = [field.name for field in fields(Card)]
         return [
             f"{name}: {getattr(self, name)} there, {getattr(other, name)} now"
-            for name in names[: names.index("interpolation") + 1]
-            if getattr(self, name) != getattr(other, name)
+            for name in names[: names.index("reading") + 1]
+            if name != "storage" and getattr(self, name) != getattr(other, name)
         ]
 
 
@@ -93,7 +94,8 @@ def storage_for(num_images: int) -> int:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    files.write_json(folder / "card.json", {"format": FORMAT, "version": VERSION, **asdict(card)})
+    known = {name: value for name, value in asdict(card).items() if name != "reading" or value}
+    files.write_json(folder / "card.json", {"format": FORMAT, "version": VERSION, **known})
 
 
 def read_card(folder: Path) -> Card | None:

@@ -85,7 +85,8 @@ class Cache:
         card = self.card
         left_out = [number for number, _, _ in card.broken]
         parts = (card.tokenizer, card.source, card.views, card.grid, card.image_size, card.short_side, card.storage)
-        return hashlib.blake2b(repr((*parts, card.interpolation, left_out)).encode(), digest_size=16).hexdigest()
+        more = (card.reading,) if card.reading else ()
+        return hashlib.blake2b(repr((*parts, card.interpolation, left_out, *more)).encode(), digest_size=16).hexdigest()
 
     def expect(
         self,

@@ -27,7 +27,7 @@ from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.data.samples import SampleStream
-    from vqscale.metrics.held_out import Measures
+    from vqscale.metrics.features import Measures
     from vqscale.nets.inception import Inception
     from vqscale.parallel.mesh import Mesh
     from vqscale.show.progress import Progress
@@ -86,7 +86,7 @@ def _progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
 
 def _measures(args: argparse.Namespace, mesh: Mesh) -> Measures:
     from vqscale.metrics import fid
-    from vqscale.metrics.held_out import Measures
+    from vqscale.metrics.features import Measures
     from vqscale.nets import lpips
 
     inception = reference = distance = None
@@ -111,10 +111,11 @@ def _tokenizer(args: argparse.Namespace) -> str:
     import torch
 
     from vqscale.data.samples import SampleStream
-    from vqscale.metrics import fid, held_out
+    from vqscale.metrics import fid
     from vqscale.nets.inception import PREPROCESSING
     from vqscale.show import pictures, report
     from vqscale.tokenizer.model import Tokenizer
+    from vqscale.train import held_out
 
     with _joined(args) as mesh:
         measures = _measures(args, mesh)
@@ -143,15 +144,16 @@ def _tokenizer(args: argparse.Namespace) -> str:
     }
     result = _result(found.numbers, mesh, protocol, tokenizer=of, data=_data(config, stream))
     result["notes"] = report.notes(found.numbers, measures.inception, found.broken)
-    if found.statistics is not None and args.save_stats:
+    statistics = found.statistics.get("originals")
+    if statistics is not None and args.save_stats:
         fid.save(
             args.save_stats,
-            *found.statistics,
+            statistics[0],
+            statistics[1],
             {**report.about_inception(measures.inception, PREPROCESSING)["inception"], **result["data"]},
         )
-    size = pictures.scale(config.image_size, config.image_size)
     shown = {
-        "reconstructions below their originals": pictures.grid(found.originals, found.reconstructions, scale=size),
+        "reconstructions below their originals": tokenizer.signal.picture(found.originals, found.predicted),
         "usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes),
     }
     return report.tell(result, args.out, f"Tokenizer {args.path}", shown)
@@ -160,9 +162,10 @@ def _tokenizer(args: argparse.Namespace) -> str:
 def _statistics(args: argparse.Namespace) -> str:
     config = _images(args)
     from vqscale.data.samples import SampleStream
-    from vqscale.metrics import fid, held_out
+    from vqscale.metrics import fid
     from vqscale.nets.inception import PREPROCESSING
     from vqscale.show import report
+    from vqscale.train import held_out
 
     with _joined(args) as mesh:
         inception = _inception(args, mesh)
