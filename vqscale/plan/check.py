@@ -228,7 +228,7 @@ def compare(processes: int, sizes: Iterable[tuple[int, int, int]]) -> list[dict[
 
 
 def check(sizes: Sequence[tuple[int, int, int]], processes: Iterable[int], as_json: bool = False) -> int:
-    """Print the table; 1 where bytes or operations differ from what was counted, else 0. Times are for the eye."""
+    """Print the table; 1 where bytes or operations differ from what was counted, else 0. Times decide nothing."""
     table = [row for num in processes for row in compare(num, sizes)]
     print(json.dumps(table, indent=1) if as_json else text(table))
     exact = all(r["bytes_predicted"] == r["bytes_counted"] for r in table)

@@ -36,7 +36,7 @@ class Modelled:
 
     loss: Tensor  # to be minimised: a mean over this rank's tokens
     nats_B: Tensor  # of each image, the mean nats of a token; no gradient. In evaluation mode the loss is their mean
-    # The rest is for the eye, and there while tally.statistics are on.
+    # The rest is shown and trains nothing; it is there while tally.statistics are on.
     right_B: Tensor | None = None  # of each image, the share of ids that were the most probable; in evaluation mode
     parts: dict[str, Tensor] = field(default_factory=dict)  # of the loss, by name; cross_entropy of the ids is one
     stats: dict[str, Tensor] = field(default_factory=dict)

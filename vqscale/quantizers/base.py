@@ -20,7 +20,7 @@ Renewed = tuple[nn.Parameter, Tensor]
 
 @dataclass
 class Quantized:
-    """The answer for N tokens: `losses` are weighted, training adds their sum; `stats` are for the eye.
+    """The answer for N tokens: `losses` are weighted, training adds their sum; `stats` are shown, and train nothing.
 
     Losses are means over the tokens of this rank, or the same number on all ranks; stats likewise, those that cost
     something only while `tally.statistics` is on.

@@ -70,7 +70,7 @@ class Board:
     def images(
         self, step: int, name: str, picture: pictures.Picture | Tensor | Callable[[], pictures.Picture | Tensor]
     ) -> None:
-        """Show and save a uint8 picture of height x width x 3, as vqscale.metrics.pictures makes them.
+        """Show and save a uint8 picture of height x width x 3, as show.pictures makes them.
 
         A function that draws one is called on rank 0 only; it may not communicate.
         """

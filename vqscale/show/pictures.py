@@ -1,6 +1,6 @@
 """Pictures of a run as uint8 arrays of height x width x 3: reconstructions under their originals, usage of codes.
 
-They are made from what the caller has gathered and know neither ranks nor TensorBoard: metrics.board shows them.
+They are made from what the caller has gathered and know neither ranks nor TensorBoard: show.board shows them.
 """
 
 from __future__ import annotations
