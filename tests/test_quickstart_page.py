@@ -54,7 +54,13 @@ def place(tmp_path_factory, tiny_shards):
     for step, value in ((1, 10), (5, 77)):
         picture = np.full((8, 8, 3), value, np.uint8)
         Image.fromarray(picture).save(run / "samples" / "reconstructions" / f"{step:010d}.png")
-    net = ["prior.grid=[4,4]", "prior.net.num_layers=3", "prior.net.width=32", "prior.net.num_heads=2"]
+    net = [
+        "prior.num_codes=4096",
+        "prior.grid=[4,4]",
+        "prior.net.num_layers=3",
+        "prior.net.width=32",
+        "prior.net.num_heads=2",
+    ]
     config = configuration.load(Run, QUICKSTART / "prior.yaml", net)
     summary = {"steps": 9, "processes": 2, "loss": 6.25, "unigram": 8.125, "uniform": 8.318, "perplexity": 518.0}
     rows = [{"step": step, "loss": 8.0 / step} for step in range(1, 10)]
