@@ -2,10 +2,11 @@
 
 from vqscale.config.help import describe
 from vqscale.config.load import ConfigError, differences, dump, load, parse, text_of, to_dict
-from vqscale.config.marks import Free, FreeToChange
+from vqscale.config.marks import Before, Free, FreeToChange
 from vqscale.config.schema import OneOf, free_keys, load_class
 
 __all__ = [
+    "Before",
     "ConfigError",
     "Free",
     "FreeToChange",

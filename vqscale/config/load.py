@@ -49,30 +49,31 @@ class ConfigError(ValueError):
 
 
 @overload
-def load(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T: ...
+def load(schema: type[T], path: str | Path, overrides: Iterable[str] = (), *, written: bool = ...) -> T: ...
 @overload
-def load(schema: object, path: str | Path, overrides: Iterable[str] = ()) -> Any: ...
-def load(schema: Any, path: str | Path, overrides: Iterable[str] = ()) -> Any:
-    """The config in a YAML file; overrides `dotted.key=value`, the value in YAML, are put in before all is checked."""
+def load(schema: object, path: str | Path, overrides: Iterable[str] = (), *, written: bool = ...) -> Any: ...
+def load(schema: Any, path: str | Path, overrides: Iterable[str] = (), *, written: bool = False) -> Any:
+    """The config in a YAML file; overrides `dotted.key=value`, the value in YAML, are put in before all is checked.
+    `written` as for `parse`."""
     problems: list[str] = []
     root = read(_text(Path(path)), str(path), problems)
     if root is None or not isinstance(root.value, dict):
         keys = ", ".join(dict.fromkeys(key for cls in classes_of(schema) for key in fields_of(cls)))
         found = "the file is empty" if root is None else f"found {words(root.value)}"
-        raise ConfigError(
-            problems or [f"{path}: a config is a mapping of keys to values, {found}; its keys are {keys}"]
-        )
+        said = f"{path}: a config is a mapping of keys to values, {found}; its keys are {keys}"
+        raise ConfigError(problems or [said])
     _override(root, overrides, schema, problems)
-    return _build(schema, root, problems)
+    return _build(schema, root, problems, written)
 
 
 @overload
-def parse(schema: type[T], data: Mapping[str, Any], source: str = ...) -> T: ...
+def parse(schema: type[T], data: Mapping[str, Any], source: str = ..., *, written: bool = ...) -> T: ...
 @overload
-def parse(schema: object, data: Mapping[str, Any], source: str = ...) -> Any: ...
-def parse(schema: Any, data: Mapping[str, Any], source: str = "the given mapping") -> Any:
-    """The config in plain data, in which config dataclasses may stand as values; errors name `source` as its place."""
-    return _build(schema, nodes_of(plain(data), source), [])
+def parse(schema: object, data: Mapping[str, Any], source: str = ..., *, written: bool = ...) -> Any: ...
+def parse(schema: Any, data: Mapping[str, Any], source: str = "the given mapping", *, written: bool = False) -> Any:
+    """The config in plain data, in which config dataclasses may stand as values; errors name `source` as its place.
+    `written`: they are older than some keys, perhaps; one that is missing is what it was before (marks.Before)."""
+    return _build(schema, nodes_of(plain(data), source), [], written)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -137,8 +138,8 @@ def _override(root: Node, overrides: Iterable[str], schema: Any, problems: list[
             root.put(key.strip().split("."), new or Node(None, COMMAND_LINE))
 
 
-def _build(schema: Any, root: Node, problems: list[str]) -> Any:
-    config = _Builder(schema, problems).value(schema, root, "", None)
+def _build(schema: Any, root: Node, problems: list[str], written: bool = False) -> Any:
+    config = _Builder(schema, problems, written).value(schema, root, "", None)
     if problems:
         raise ConfigError(problems)
     return config
@@ -149,9 +150,8 @@ class _Builder:
     built and checked. `key` is the dotted name of a node, `default` the node of what stands there if nothing is given.
     """
 
-    def __init__(self, schema: Any, problems: list[str]) -> None:
-        self.schema = schema
-        self.problems = problems
+    def __init__(self, schema: Any, problems: list[str], written: bool = False) -> None:
+        self.schema, self.problems, self.written = schema, problems, written
 
     def report(self, source: str, key: str, text: str) -> Any:
         self.problems.append(": ".join(filter(None, [source, key, text])))
@@ -170,7 +170,7 @@ class _Builder:
         if isinstance(node.value, list) and len(lists) == 1:
             return self.single(lists[0], node, key)
         for choice in others:
-            if (built := _Builder(self.schema, []).single(choice, node, key)) is not _FAILED:
+            if (built := _Builder(self.schema, [], self.written).single(choice, node, key)) is not _FAILED:
                 return built
         text = f"expected {type_name(kind)}, found {words(node.value)}; write one of these"
         return self.report(node.source, key, text)
@@ -250,7 +250,8 @@ class _Builder:
                 self.unknown(name, cls, classes, node, key)
         values = {}
         for name, field in fields_of(cls).items():
-            own = None if field.default is MISSING else nodes_of(plain(field.default), "default")
+            usual = field.before if self.written else field.default
+            own = None if usual is MISSING else nodes_of(plain(usual), "default")
             default = inherited.get(name, own)
             given = node.value.get(name, default)
             if given is None:

@@ -3,6 +3,7 @@
     folder: Free[str]                                     may have another value when a run goes on
     val: Free[ImagesConfig | None] = None                 and so may all that is below it
     engine: Annotated[EngineConfig, FreeToChange("accumulation",)]    of what is below, this key too, in this schema
+    fit: Annotated[str, Before("none")] = "whiten"        what files without the key mean, which are older than it
 
 Free is what changes where a run computes, how fast, or how often it speaks, and never what it computes. `free_keys` of
 schema.py collects them.
@@ -10,7 +11,7 @@ schema.py collects them.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,3 +24,11 @@ class FreeToChange:
 
 
 Free = Annotated[T, FreeToChange()]
+
+
+class Before:
+    """What the key was before it was a key, or before its default changed: what older files of ours mean that lack it,
+    and what a fingerprint leaves out, so that neither changes what was made before."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value

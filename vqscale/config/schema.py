@@ -18,7 +18,7 @@ from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vqscale.config.marks import FreeToChange
+from vqscale.config.marks import Before, FreeToChange
 from vqscale.config.text import inline
 
 
@@ -26,11 +26,13 @@ from vqscale.config.text import inline
 class Field:
     """One key of a dataclass: its type with all names resolved, and its default (MISSING: the key must be given).
 
-    `free` are the keys that may change on resume, relative to this one: "" is the key itself.
+    `free` are the keys that may change on resume, relative to this one: "" is the key itself. `before` is the default
+    that files have which are older than it: the default, unless a mark says another.
     """
 
     kind: Any
     default: Any
+    before: Any
     free: tuple[str, ...] = ()
 
 
@@ -47,8 +49,20 @@ def fields_of(cls: type) -> dict[str, Field]:
         if field.init:
             marks = getattr(marked[field.name], "__metadata__", ())
             free = [key for mark in marks if isinstance(mark, FreeToChange) for key in mark.keys]
-            found[field.name] = Field(kinds[field.name], default, tuple(free))
+            earlier = [mark.value for mark in marks if isinstance(mark, Before)]
+            before = earlier[0] if earlier else as_before(default)
+            found[field.name] = Field(kinds[field.name], default, before, tuple(free))
     return found
+
+
+def as_before(value: Any) -> Any:
+    """A default as it was: every marked key of its dataclasses at what it was before."""
+    if not is_config(value):
+        return value
+    fields = fields_of(value.__class__).items()
+    changed = {key: field.before for key, field in fields if field.before != field.default}
+    kept = {key: as_before(getattr(value, key)) for key, _ in fields if key not in changed}
+    return dataclasses.replace(value, **kept, **changed)
 
 
 def _is_name(kind: Any) -> bool:
