@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 import vqscale
+from vqscale import config as configuration
 from vqscale.data.config import TokensConfig
 from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.priors import Prior
+from vqscale.train.config import Run
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -57,13 +59,18 @@ def assert_near(row, wanted, rel):
         assert row[key] == pytest.approx(x, rel=loose * rel, abs=1e-6), f"step {row['step']} {key}"
 
 
+def as_meant(config, out, overrides):
+    """A config, whose defaults are those that it had when it was written, as a file that says everything."""
+    out.write_text(configuration.dump(configuration.load(Run, config, overrides, written=True)))
+    return out
+
+
 def same_losses(golden, kind, name, steps=10):
     config, overrides, wanted = RUNS[kind, name]
     place = golden / "check" / f"{name}, {steps} steps"
     place.mkdir(parents=True)
-    shutil.copy(jobs.ROOT / config, place / "asked.yaml")
     argv = [*overrides, f"run.folder={place / 'run'}", f"run.steps={steps}"]
-    job = jobs.start(place / "asked.yaml", *argv, before=partial(enter, golden))
+    job = jobs.start(as_meant(jobs.ROOT / config, place / "asked.yaml", argv), before=partial(enter, golden))
     assert job.wait(300) == [0], job.output
     rows = [row for row in jobs.rows(place / "run") if "loss" in row]
     assert [row["step"] for row in rows] == wanted["step"][:steps]
@@ -153,7 +160,8 @@ def test_a_run_that_was_stopped_goes_on_to_its_end(tmp_path, which, engine):
     task, _, world = which.partition(" on ")
     runs = Path(shutil.copytree(GOLDEN / "runs", tmp_path / "runs"))
     options = [f"run.folder={task}-stopped", f"engine.name={engine}", f"mesh.codes={world}"]
-    job = jobs.start(runs / f"{task}.yaml", *options, world=int(world), before=partial(enter, runs))
+    asked = as_meant(runs / f"{task}.yaml", runs / "asked.yaml", options)
+    job = jobs.start(asked, world=int(world), before=partial(enter, runs))
     assert job.wait(120) == [0] * int(world), job.output
     assert "going on after step 4" in job.output
     rows = jobs.rows(runs / f"{task}-stopped")[-len(EXPECTED["resumed"][which]) :]

@@ -152,7 +152,7 @@ def test_what_is_set_aside_is_a_window_and_nothing_learned(config, tables):
     found = set_aside(quantizer)
     assert list(found) == tables
     assert not any(list(table.parameters()) for table in found.values())
-    assert quantizer.state_dict() == {}
+    assert all(name.startswith("whitening.") for name in quantizer.state_dict())
     with torch.device("meta"):
         planned = quantizers.build(config, Mesh(device="meta"))
     assert all(buffer.is_meta for buffer in planned.buffers())

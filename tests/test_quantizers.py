@@ -182,7 +182,7 @@ def test_a_driven_training_is_the_same_on_every_grid(ranks, grid, case):
                 assert sorted(torch.cat([result[step][3][which][1] for result in group]).tolist()) == sorted(
                     ids.tolist()
                 )
-        if step == 2:
+        if step == 2 and not case.startswith("simvq"):  # whose rows are whitened: test_fit.py
             tokens = normal(TOKENS, DIM, seed=12)
             assert all((tokens == row).all(1).any() for row in rows)
 

@@ -147,7 +147,9 @@ def test_revival_renews_exactly_the_dead(ranks, grid, most):
 
 def test_a_renewed_row_that_is_hit_stays():
     codebook = put(Codebook(K, DIM), normal(K, DIM, seed=1).float())
-    config = UpkeepConfig(init="normal", window_decay=0.5, revive_every=1, revive_after=3, revive_most=2)
+    config = UpkeepConfig(
+        init="normal", window_decay=0.5, revive_every=1, revive_after=3, revive_most=2, revive_from="tokens"
+    )
     upkeep = Upkeep(codebook, config, Mesh(), seed=5)
     upkeep.begin()
     ids, kept = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), None
@@ -163,12 +165,12 @@ def test_a_renewed_row_that_is_hit_stays():
     assert torch.equal(codebook.rows, kept)
 
 
-def test_without_settings_a_quarter_of_the_tokens_revives_what_was_unused_for_two_windows():
+def test_a_quarter_of_the_tokens_revives_what_was_unused_while_it_should_have_had_ten_hits():
     codebook = put(Codebook(60, DIM), normal(60, DIM, seed=1).float())
-    upkeep = Upkeep(codebook, UpkeepConfig(init="normal", revive_every=1), Mesh(), seed=5)
+    upkeep = Upkeep(codebook, UpkeepConfig(init="normal", revive_patience=10.0), Mesh(), seed=5)
     upkeep.begin()
     for step in range(100):
-        # 8 tokens: the window is 5 x 60 / 8 = 37.5 steps long, and nobody is dead before 75 steps
+        # 8 tokens of 60 codes: 7.5 steps a hit, and nobody is dead before 75 steps
         upkeep.observe(_batch(step), torch.arange(8) + 8 * (step % 5))
         changed = upkeep.update()
         assert len(changed) == (2 if 74 <= step < 84 else 0)

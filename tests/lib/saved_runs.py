@@ -63,6 +63,7 @@ def write_run(folder: Path, tokenizer: Tokenizer, mesh=None, steps=(7,), average
     replicated |= {f"exp_avg/{name}": p * 0 for name, p in dense.items()}
     replicated["exp_avg_sq/decoder.conv_out.weight"] = torch.ones(moments)
     replicated["discriminator/parameter/main.0.weight"] = torch.ones(3)
+    replicated |= {f"buffer/{name}": x for name, x in tokenizer.state_dict().items() if name not in dense}
     replicated["buffer/quantizer.upkeep.steps"] = torch.ones(())
     rows = {f"parameter/{name}": x for name, x in learned.items()} | others
     rows |= {f"exp_avg/{name}": x * 0 for name, x in learned.items()}

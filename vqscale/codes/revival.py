@@ -4,16 +4,19 @@ None of it happens by itself: a training loop calls `begin` once and `update` af
 that nobody drives keeps the rows that it was built with.
 
 All choices are functions of (seed, step) and of the global batch in its global order, so every rank and every number of
-processes makes the same ones. What is sent is bounded by the candidates (P x D), not by K.
+processes makes the same ones. What is sent is bounded by the candidates (P x D), not by K, and where no code is dead it
+is one number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from vqscale.codes import tally
-from vqscale.codes.codebook import Codebook
+from vqscale.codes import noise, tally
+from vqscale.codes.codebook import Codebook, look_up
 from vqscale.codes.config import UpkeepConfig
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -29,6 +32,28 @@ def choose(x_ND: Tensor, num: int, mesh: Mesh, seed: int) -> Tensor:
     local_P = chosen_P - len(x_ND) * mesh.world.rank
     mine_P = (local_P >= 0) & (local_P < len(x_ND))
     return ops.sum_over(x_ND[torch.where(mine_P, local_P, 0)] * mine_P[:, None], mesh.world)
+
+
+@torch.no_grad()
+def choose_by_use(x_ND: Tensor, use_N: Tensor, num: int, mesh: Mesh, seed: int) -> Tensor:
+    """`num` tokens of the global batch, drawn without replacement in proportion to use_N: P x D, the same on every
+    rank, in the order of the draw.
+
+    The largest of log(use) + Gumbel noise, which is a function of (seed, place in the global batch). Every rank sends
+    as many numbers, and then what is left is as in `choose`.
+    """
+    count, world = len(x_ND), mesh.world
+    assert num <= count * world.size, f"{num} candidates asked of {count * world.size} tokens"
+    places_N = torch.arange(count, device=x_ND.device) + count * world.rank
+    score_N = (
+        use_N.double().clamp_min(1e-30).log() + noise.gumbel(noise.keys(seed, places_N), 0, 1, torch.float64)[:, 0]
+    )
+    mine = score_N.topk(min(num, count))
+    score_P, places_P = ops.gather(mine.values, world), ops.gather(places_N[mine.indices], world)
+    chosen_P = places_P[score_P.topk(num).indices]
+    local_P = chosen_P - count * world.rank
+    mine_P = (local_P >= 0) & (local_P < count)
+    return ops.sum_over(x_ND[torch.where(mine_P, local_P, 0)] * mine_P[:, None], world)
 
 
 @torch.no_grad()
@@ -59,7 +84,7 @@ class Upkeep(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.driven = False
         self._counts_k: Tensor | None = None
-        self._latest_ND: Tensor | None = None
+        self._latest: tuple[Tensor, Tensor] | None = None
 
     def begin(self) -> None:
         """From here on a training loop calls `update`; with init: data the warm-up begins."""
@@ -69,6 +94,14 @@ class Upkeep(nn.Module):
     def warming(self) -> bool:
         """True while tokens pass unquantized because the rows have not been drawn from data yet."""
         return self.driven and self.config.init == "data" and int(self.steps) < self.config.warmup_steps
+
+    @property
+    def landing(self) -> float:
+        """How much of its code a token is given: 0 when the warm-up ends, 1 after landing_steps more."""
+        if not self.driven or not self.config.landing_steps:
+            return 1.0
+        first = self.config.warmup_steps if self.config.init == "data" else 0
+        return min(1.0, (int(self.steps) - first + 1) / (self.config.landing_steps + 1))
 
     @torch.no_grad()
     def observe(self, x_ND: Tensor, ids_N: Tensor) -> Tensor | None:
@@ -80,22 +113,24 @@ class Upkeep(nn.Module):
             return None
         counts_k = tally.counts(ids_N, self.window.layout, self.mesh)
         self._counts_k = counts_k if self._counts_k is None else self._counts_k + counts_k
-        self._latest_ND = x_ND.detach()
+        self._latest = (x_ND.detach(), ids_N)
         self._tokens += len(x_ND) * self.mesh.world.size
         return counts_k
 
     @torch.no_grad()
-    def update(self, stepped: bool = True) -> Tensor:
+    def update(self, stepped: bool = True, back: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """After an optimiser step: count it, then draw first values or revive. Returns the local rows that changed.
 
-        A step that was skipped leaves no trace.
+        `back` makes rows of the tokens with which codes are revived, where a code is not its row. A step that was
+        skipped leaves no trace.
         """
         codebook, config = self._codebook[0], self.config
         changed = torch.zeros(0, dtype=torch.int64, device=codebook.rows.device)
-        counts_k, x_ND, tokens = self._counts_k, self._latest_ND, self._tokens
-        self._counts_k, self._latest_ND, self._tokens = None, None, 0
-        if counts_k is None or x_ND is None or not stepped:
+        counts_k, latest, tokens = self._counts_k, self._latest, self._tokens
+        self._counts_k, self._latest, self._tokens = None, None, 0
+        if counts_k is None or latest is None or not stepped:
             return changed
+        x_ND, ids_N = latest
         if not self.warming:
             self.window.add(counts_k, tokens)
         step, candidates = int(self.steps), len(x_ND) * self.mesh.world.size
@@ -105,7 +140,7 @@ class Upkeep(nn.Module):
             changed = self._fill(x_ND, left, min(candidates, codebook.num_codes))
         elif config.revive_every and step % config.revive_every == 0:
             most = max(1, candidates // 4) if config.revive_most is None else config.revive_most
-            changed = self._revive(x_ND, step, min(candidates, codebook.num_codes, most), tokens)
+            changed = self._revive(x_ND, ids_N, step, min(candidates, codebook.num_codes, most), tokens, back)
         return changed
 
     def _fill(self, x_ND: Tensor, left: int, num: int) -> Tensor:
@@ -118,13 +153,39 @@ class Upkeep(nn.Module):
         values = choose(x_ND, len(ids), self.mesh, derive(self.seed, "fill", left))
         return codebook.replace(ids, values)
 
-    def _revive(self, x_ND: Tensor, step: int, num: int, tokens: int) -> Tensor:
+    def _revive(
+        self,
+        x_ND: Tensor,
+        ids_N: Tensor,
+        step: int,
+        num: int,
+        tokens: int,
+        back: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         """Give dead codes, of which a step's `tokens` make too little use, the values of tokens of this batch."""
-        codebook, window, config = self._codebook[0], self.window, self.config
-        patience = 2 * window.steps if config.revive_after is None else config.revive_after
-        dead_k = (window.age_k >= patience) & (window.rate() < config.revive_below * tokens / codebook.num_codes)
+        codebook, window = self._codebook[0], self.window
+        dead_k = self._dead(tokens)
+        num = min(num, int(ops.sum_over(dead_k.sum(), codebook.axis)))
+        if not num:
+            return torch.zeros(0, dtype=torch.int64, device=dead_k.device)
         first = derive(self.seed, "turn", step) % codebook.num_codes
         ids = dead_ids(dead_k, num, first, codebook)
-        changed = codebook.replace(ids, choose(x_ND, num, self.mesh, derive(self.seed, "revive", step)))
+        values = self._candidates(x_ND, ids_N, num, derive(self.seed, "revive", step))
+        changed = codebook.replace(ids, values if back is None else back(values))
         window.restart(changed)
         return changed
+
+    def _dead(self, tokens: int) -> Tensor:
+        """Which rows of this rank had their time, and have less than a share of their fair share of hits."""
+        window, config = self.window, self.config
+        patience = config.revive_patience / window.FAIR_HITS * window.steps
+        patience = patience if config.revive_after is None else config.revive_after
+        rare_k = window.rate() < config.revive_below * tokens / self._codebook[0].num_codes
+        return (window.age_k >= patience) & rare_k
+
+    def _candidates(self, x_ND: Tensor, ids_N: Tensor, num: int, seed: int) -> Tensor:
+        if self.config.revive_from == "tokens":
+            return choose(x_ND, num, self.mesh, seed)
+        counts_k1, codebook = self.window.counts_k[:, None], self._codebook[0]
+        use_N = look_up(counts_k1, ids_N, codebook.layout, codebook.axis)[:, 0]
+        return choose_by_use(x_ND, use_N, num, self.mesh, seed)

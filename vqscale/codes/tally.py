@@ -6,6 +6,7 @@ count is over all tokens of all ranks, and lies where the row lies. Nothing here
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def usage(counts_k: Tensor, axis: Axis, num_codes: int, least: float = 0.0) -> d
     total, used, clogc = ops.sum_over(torch.stack([c_k.sum(), some, torch.xlogy(c_k, c_k).sum()]), axis)
     entropy = torch.where(total > 0, total.clamp_min(1e-300).log() - clogc / total.clamp_min(1e-300), 0.0)
     return {"usage": used / num_codes, "perplexity": entropy.exp(), "dead": num_codes - used}
+
+
+def ceiling(num_tokens: int, num_codes: int) -> float:
+    """The usage that so many tokens reach on average if every code is as likely: 1 - exp(-T / K). Usage is told beside
+    it, because 1000 tokens cannot use 4096 codes."""
+    return -math.expm1(-num_tokens / num_codes)
 
 
 def entropy_of_mean(columns_k: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:

@@ -27,7 +27,8 @@ parameters, W = R M ranks (data R x codes M). A gather or a scatter sends its pa
             sums of tokens for averages          all-reduce            4 k D            ema
     world   gradients of the network             by engine and stage   4 P              once a step
             norm, buffers, agreement             all-reduce            8, 8, 8          once a step
-    every revive_every steps, Q = min(candidates, K): gather 8 Q on the codes axis, all-reduce 4 Q D on the world
+    every revive_every steps how many codes are dead: all-reduce 8 on the codes axis; if any, Q = min(candidates, dead):
+    gather 8 Q and 8 N, scatter 4 N on the codes axis; gather 8 min(Q, N) twice, all-reduce 4 Q D on the world
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Work:
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
     scan_mib: int = 64
-    revive_every: int = 10
+    revive_every: int = 1
     revive_most: int | None = None
     images: int = 0
     """per rank and micro-batch; 0 is a step without a network"""
@@ -190,16 +191,23 @@ def _world(work: Work, grid: Grid) -> Iterator[Message]:
         yield Message(what, "world", "all_reduce", 8)
 
 
-def revival(work: Work, grid: Grid) -> list[Message]:
-    """The collectives of a step that revives dead codes, beside those of every step."""
+def revival(work: Work, grid: Grid, dead: int = 0) -> list[Message]:
+    """The collectives of reviving so many dead codes, beside those of every step; with the usual none, one number."""
     if not work.revive_every:
         return []
-    num = candidates(work, grid)
-    both = [
-        Message("dead ids", "codes", "gather", 8 * num, 1 / work.revive_every),
-        Message("tokens for dead codes", "world", "all_reduce", 4 * num * work.dim, 1 / work.revive_every),
-    ]
-    return [message for message in both if grid.size(message.axis) > 1]
+    share, num = 1 / work.revive_every, min(candidates(work, grid), dead)
+    parts = [Message("number of dead codes", "codes", "all_reduce", 8, share)]
+    if num:
+        local = min(num, work.tokens)
+        parts += [
+            Message("dead ids", "codes", "gather", 8 * num, share),
+            Message("ids of tokens", "codes", "gather", 8 * work.tokens, share),
+            Message("use of their codes", "codes", "scatter", 4 * work.tokens, share),
+            Message("chances of tokens", "world", "gather", 8 * local, share),
+            Message("their places", "world", "gather", 8 * local, share),
+            Message("tokens for dead codes", "world", "all_reduce", 4 * num * work.dim, share),
+        ]
+    return [message for message in parts if grid.size(message.axis) > 1]
 
 
 def candidates(work: Work, grid: Grid) -> int:

@@ -85,6 +85,10 @@ class TableQuantizer(Quantizer):
         """Tokens pass as they are: a training that waits for rows from data."""
         return self.training and self.upkeep.warming
 
+    def landed(self, x_ND: Tensor, z_ND: Tensor) -> Tensor:
+        """What the decoder is given in training: z, or in a landing something between x and z."""
+        return land(x_ND, z_ND, self.upkeep.landing) if self.training else z_ND
+
     def watch(self, x_ND: Tensor, ids_N: Tensor) -> dict[str, Tensor]:
         """Count in training; the statistics that every quantizer has, but for saturation."""
         if self.training:
@@ -103,6 +107,10 @@ class TableQuantizer(Quantizer):
 
     def update(self, stepped: bool = True) -> list[Renewed]:
         return [(self.codebook.rows, self.upkeep.update(stepped))]
+
+
+def land(x_ND: Tensor, z_ND: Tensor, share: float) -> Tensor:
+    return z_ND if share >= 1.0 else x_ND + share * (z_ND - x_ND)
 
 
 def full(x_ND: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """BSQ: binary spherical quantization (Zhao et al. 2024). LFQ on the unit sphere; K = 2^D.
 
-u = x / |x|, u_q = sign(u) / sqrt(D), 0 counting as -1; z = sg(u_q) + u - sg(u). Ids as in LFQ. Losses:
+u = x / |x|, u_q = sign(u) / sqrt(D), 0 counting as -1; z = sg(u_q) + u - sg(u). Ids as in LFQ. With fit: whiten x is
+first whitened (whitening.py). Losses:
 
     commitment_weight |u - u_q|^2 = 2 - 2 |u|_1 / sqrt(D), mean over tokens, below 2
     the entropy loss of binary.py (the released code multiplies it by T)
@@ -13,27 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.codes import bits
-from vqscale.codes.usage import Usage
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import binary
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full
+from vqscale.quantizers.base import Quantized, full
 from vqscale.quantizers.config.implicit import BSQConfig
 from vqscale.quantizers.gradients import straight_through
+from vqscale.quantizers.implicit import ImplicitQuantizer
 
 
-class BSQ(Quantizer):
+class BSQ(ImplicitQuantizer):
     def __init__(self, config: BSQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
-        super().__init__()
-        self.mesh = mesh or Mesh()
-        self.config, self.dim, self.num_codes = config, config.bits(), 2 ** config.bits()
+        super().__init__(config, config.bits(), 2 ** config.bits(), mesh)
+        self.config = config
         self.scale = self.dim**-0.5
-        self.usage = Usage(self.num_codes, self.mesh, config.window_decay)
         self.unit: Tensor  # in the type that codes have
         self.register_buffer("unit", torch.ones((), device=self.mesh.device), persistent=False)
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
-        u_ND = F.normalize(x_ND, dim=1, eps=1e-6)
+        u_ND = F.normalize(self.framed(x_ND), dim=1, eps=1e-6)
         bits_ND = u_ND > 0
         ids_N, c_ND = bits.to_ids(bits_ND), binary.codes(bits_ND, self.scale, self.unit)
         slope = 4 * self.scale / self.config.entropy_temperature
@@ -46,15 +45,8 @@ class BSQ(Quantizer):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Tensor:
-        return bits.to_ids(F.normalize(full(x_ND), dim=1, eps=1e-6) > 0)
+        return bits.to_ids(F.normalize(self.framed(full(x_ND)), dim=1, eps=1e-6) > 0)
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
         return binary.codes(bits.to_bits(ids_N, self.dim), self.scale, self.unit)
-
-    def begin(self) -> None:
-        self.usage.begin()
-
-    def update(self, stepped: bool = True) -> list[Renewed]:
-        self.usage.update(stepped)
-        return []

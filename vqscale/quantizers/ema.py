@@ -52,7 +52,8 @@ class EMA(TableQuantizer):
             self._count(x_ND.detach(), ids_N, seen_k)
         c_ND = self.codebook.lookup(ids_N)
         losses = {"commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND)}
-        return Quantized(ESTIMATORS[self.config.gradient](x_ND, c_ND), ids_N, losses, stats)
+        z_ND = self.landed(x_ND, ESTIMATORS[self.config.gradient](x_ND, c_ND))
+        return Quantized(z_ND, ids_N, losses, stats)
 
     def _count(self, x_ND: Tensor, ids_N: Tensor, seen_k: Tensor | None) -> None:
         """Add these tokens to the counts and sums since the last step; `seen_k` are their counts, if known."""

@@ -6,29 +6,32 @@
 `symmetric` (arXiv 2411.19842) has r = (L - 1) / 2 and k = floor(r tanh x + r + 1/2), so that even L has both ends.
 Backward the rounding is the identity. Ids are mixed radix with the first channel least significant, in int64. There is
 nothing to learn, no loss and no table: codes are computed from ids. Do not quantize codes again: that changes them.
+
+With fit: whiten a training sees x whitened, times s_L - the scale at which the digits of a Gaussian have the largest
+entropy - and less the shift of even L, so that latents fill the levels evenly (whitening.py).
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqscale.codes.usage import Usage
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full
+from vqscale.quantizers.base import Quantized, full
 from vqscale.quantizers.config.implicit import FSQConfig
 from vqscale.quantizers.gradients import straight_through
+from vqscale.quantizers.implicit import ImplicitQuantizer
 
 
-class FSQ(Quantizer):
+class FSQ(ImplicitQuantizer):
     def __init__(self, config: FSQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
-        super().__init__()
-        mesh, levels = mesh or Mesh(), config.channels()
-        self.config, self.dim, self.num_codes = config, len(levels), math.prod(levels)
-        self.usage = Usage(self.num_codes, mesh, config.window_decay)
+        levels = config.channels()
+        super().__init__(config, len(levels), math.prod(levels), mesh)
+        self.config, mesh = config, self.mesh
         self.levels_D: Tensor
         self.basis_D: Tensor
         self.unit: Tensor  # in the type that codes have
@@ -37,16 +40,31 @@ class FSQ(Quantizer):
         self.register_buffer("basis_D", torch.tensor(basis, device=mesh.device), persistent=False)
         self.register_buffer("unit", torch.ones((), device=mesh.device), persistent=False)
         self.code_norm = mean_norm(levels, config.symmetric)
+        self._spread = [evenest_scale(number, config) for number in levels] if self.whitening is not None else []
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
-        y_ND, digits_ND = self._round(x_ND)
+        y_ND, digits_ND = self._round(self._placed(x_ND))
         ids_N = (digits_ND * self.basis_D).sum(1)
         stats = self.usage.observe(ids_N)
         stats["code_norm"] = x_ND.new_full((), self.code_norm)
         stats["latent_norm"] = x_ND.detach().norm(dim=1).mean()
         stats["saturation"] = x_ND.new_ones(())
         return Quantized(straight_through(y_ND, self._codes(digits_ND)), ids_N, {}, stats)
+
+    def _placed(self, x_ND: Tensor) -> Tensor:
+        """Where x fills the levels of every channel evenly: whitened, scaled, and centred among them."""
+        if self.whitening is None or not self.whitening.acts:
+            return x_ND
+        y_ND = self.whitening(x_ND) * x_ND.new_tensor(self._spread)
+        return y_ND if self.config.symmetric else y_ND - self._shift(self.levels_D.to(x_ND.dtype))[0]
+
+    def _shift(self, levels_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(shift, half, offset) of every channel, see the top."""
+        half_D = (levels_D - 1) * (1 - self.config.eps) / 2
+        offset_D = torch.where(levels_D % 2 == 0, 0.5, 0.0).to(levels_D.dtype)
+        shift = torch.atanh if self.config.shift == "atanh" else torch.tan
+        return shift(offset_D / half_D), half_D, offset_D
 
     def _radius(self, levels_D: Tensor) -> Tensor:
         return (levels_D - 1) / 2 if self.config.symmetric else torch.floor(levels_D / 2)
@@ -59,10 +77,8 @@ class FSQ(Quantizer):
             f_ND = radius_D * torch.tanh(x_ND)
             digits_ND = torch.floor(f_ND + radius_D + 0.5)
         else:
-            half_D = (levels_D - 1) * (1 - self.config.eps) / 2
-            offset_D = torch.where(self.levels_D % 2 == 0, 0.5, 0.0).to(x_ND.dtype)
-            shift = torch.atanh if self.config.shift == "atanh" else torch.tan
-            f_ND = half_D * torch.tanh(x_ND + shift(offset_D / half_D)) - offset_D
+            shift_D, half_D, offset_D = self._shift(levels_D)
+            f_ND = half_D * torch.tanh(x_ND + shift_D) - offset_D
             digits_ND = torch.round(f_ND) + radius_D
         digits_ND = digits_ND.nan_to_num(0.0).to(torch.int64)
         return f_ND / radius_D, torch.minimum(digits_ND, self.levels_D - 1).clamp_min(0)
@@ -74,18 +90,31 @@ class FSQ(Quantizer):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Tensor:
-        return (self._round(full(x_ND))[1] * self.basis_D).sum(1)
+        return (self._round(self._placed(full(x_ND)))[1] * self.basis_D).sum(1)
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
         return self._codes(ids_N[:, None] // self.basis_D % self.levels_D)
 
-    def begin(self) -> None:
-        self.usage.begin()
 
-    def update(self, stepped: bool = True) -> list[Renewed]:
-        self.usage.update(stepped)
-        return []
+def evenest_scale(levels: int, config: FSQConfig) -> float:
+    """s_L: the standard deviation of a Gaussian, centred among the levels, whose digits have the largest entropy."""
+    half = (levels - 1) / 2 if config.symmetric else (levels - 1) * (1 - config.eps) / 2
+    inner = [place - (levels - 2) / 2 for place in range(levels - 1)]  # boundaries between digits, about the middle
+    edges = [math.atanh(edge / half) for edge in inner]
+
+    def entropy(scale: float) -> float:
+        below = [0.0, *(0.5 * (1 + math.erf(edge / (scale * math.sqrt(2)))) for edge in edges), 1.0]
+        shares = [high - low for low, high in pairwise(below)]
+        return -sum(share * math.log(share) for share in shares if share > 0)
+
+    if levels == 2:
+        return 1.0  # one boundary, in the middle: every scale is as good
+    low, high = 0.2, 5.0
+    for _ in range(80):  # ternary search: the entropy has one maximum
+        third = (high - low) / 3
+        low, high = (low + third, high) if entropy(low + third) < entropy(high - third) else (low, high - third)
+    return (low + high) / 2
 
 
 def mean_norm(levels: tuple[int, ...], symmetric: bool) -> float:

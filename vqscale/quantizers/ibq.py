@@ -44,7 +44,7 @@ class IBQ(TableQuantizer):
             spread = entropy_of_mean(mixture.columns_k, len(x_ND), self.mesh)
             losses["entropy"] = self.config.entropy_weight * (mixture.entropy_N.mean() - spread)
             stats["entropy_token"], stats["entropy_mean"] = mixture.entropy_N.detach().mean(), spread.detach()
-        return Quantized(z_ND, ids_N, losses, stats)
+        return Quantized(self.landed(x_ND, z_ND), ids_N, losses, stats)
 
     def _entropy_temperature(self) -> float | None:
         return self.config.entropy_temperature if self.config.entropy_weight else None

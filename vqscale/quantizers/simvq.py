@@ -2,10 +2,20 @@
 
     k = nearest row of E,   z = E[k],   losses  weight (|sg(x) - z|^2 + commitment_weight |x - sg(z)|^2)
 
-The basis is N(0, 1/d), drawn from the seed in blocks of rows: it is never gathered and never learned. E is never made:
-|x - W c - b|^2 = |x - b|^2 - 2 (W^T (x - b)) . c + c^T (W^T W) c, so tokens are projected once and searched among the
-frozen rows with a bias per row. The rows of the chosen codes come back to the ranks whose tokens chose them, and W acts
-there: its gradient is a data-parallel one like that of any other layer.
+E is never made: |x - W c - b|^2 = |x - b|^2 - 2 (W^T (x - b)) . c + c^T (W^T W) c, so tokens are projected once and
+searched among the frozen rows with a bias per row. The rows of the chosen codes come back to the ranks whose tokens
+chose them, and W acts there: its gradient is a data-parallel one like that of any other layer.
+
+init: normal is the published start: a basis N(0, 1/d) and the first values of a linear layer, whose codes lie in a ball
+of norm 1 far inside the latents. With init: data (the default of a training, see `begin`) the basis is drawn from
+latents after a warm-up, and whitened with the mean m and the covariance S of the drawn rows; the way back is the start
+of the map, so the first codes are those very latents:
+
+    c = S^(-1/2) (x - m),   W = S^(1/2),   b = m
+
+What is learned is W as before, by the same steps: the frame S^(1/2) - W'_0 and m - b'_0 lies in buffers beside the
+parameters (W'_0, b'_0: their first values), so that no engine has to set them. A dead row is revived where the map
+takes it to a token x: c = W^(-1) (x - b).
 """
 
 from __future__ import annotations
@@ -16,13 +26,13 @@ from torch import Tensor, nn
 
 from vqscale.codes import scan
 from vqscale.codes.codebook import Codebook
-from vqscale.codes.config import UpkeepConfig
 from vqscale.codes.merge import full_precision
 from vqscale.codes.revival import Upkeep
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
 from vqscale.quantizers.config.tables import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
+from vqscale.quantizers.moments import moments, roots
 from vqscale.seed import derive
 
 
@@ -44,16 +54,23 @@ class SimVQ(Quantizer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "map"))
             self.map = nn.Linear(config.dim, config.dim, bias=config.bias).to(mesh.device)
-        watch = UpkeepConfig(init="normal", revive_every=0, window_decay=config.window_decay)
-        self.upkeep = Upkeep(self.codebook, watch, mesh, seed)
+        self.frame = Frame(self.map) if config.init == "data" else None
+        self.upkeep = Upkeep(self.codebook, config, mesh, seed)
+        self._seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
+        weight_DD, bias_D = self._affine()
+        if self.training:
+            self._seen = (weight_DD.detach().clone(), bias_D.detach().clone())
         ids_N, norm_k = self._search(x_ND)
+        passing = self.training and self.upkeep.warming
         if self.training:
             self.upkeep.observe(x_ND, ids_N)
         stats = table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training, norm_k)
         stats["saturation"] = x_ND.new_ones(())
+        if passing:
+            return Quantized(x_ND, ids_N, {}, stats)
         z_ND = self._map(self.codebook.lookup(ids_N))
         weight = self.config.quantizer_weight
         losses = {
@@ -62,21 +79,30 @@ class SimVQ(Quantizer):
         }
         return Quantized(ESTIMATORS[self.config.gradient](x_ND, z_ND), ids_N, losses, stats)
 
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """(W, b) as they act."""
+        weight_DD = self.map.weight
+        bias_D = weight_DD.new_zeros(self.dim) if self.map.bias is None else self.map.bias
+        return (weight_DD, bias_D) if self.frame is None else self.frame.around(weight_DD, bias_D)
+
     def _map(self, c_ND: Tensor) -> Tensor:
         with full_precision(c_ND):
-            z_ND: Tensor = self.map(c_ND)
-            return z_ND
+            if self.frame is None:
+                z_ND: Tensor = self.map(c_ND)
+                return z_ND
+            return F.linear(c_ND, *self._affine())
 
     @torch.no_grad()
     def _search(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(ids_N, norm of each code of this rank): the nearest of the mapped rows."""
-        weight, rows = self.map.weight, self.codebook.rows
+        rows = self.codebook.rows
         with full_precision(x_ND):
-            shift = 0 if self.map.bias is None else self.map.bias
+            weight, bias = self._affine()
+            shift = 0 if self.frame is None and self.map.bias is None else bias
             square_k = scan.quadratic(rows, weight.t() @ weight, self.codebook.budget)
             ids_N, _ = self.codebook.nearest((x_ND - shift) @ weight, scan.Keys(rows, -0.5 * square_k))
-            if self.map.bias is not None:  # |W c + b|^2
-                square_k = square_k + 2 * rows @ (weight.t() @ self.map.bias) + self.map.bias.square().sum()
+            if torch.is_tensor(shift):  # |W c + b|^2
+                square_k = square_k + 2 * rows @ (weight.t() @ bias) + bias.square().sum()
         return ids_N, square_k.clamp_min(0).sqrt()
 
     def encode(self, x_ND: Tensor) -> Tensor:
@@ -90,5 +116,46 @@ class SimVQ(Quantizer):
         self.upkeep.begin()
 
     def update(self, stepped: bool = True) -> list[Renewed]:
-        self.upkeep.update(stepped)
+        warming = self.upkeep.warming
+        self.upkeep.update(stepped, self._back)
+        if warming and not self.upkeep.warming:
+            self.fit()
         return []
+
+    def _back(self, x_PD: Tensor) -> Tensor:
+        """Basis rows that the map of the last forward pass takes to x."""
+        assert self._seen is not None, "codes are revived after a forward pass"
+        weight_DD, bias_D = (part.double() for part in self._seen)
+        c_PD = torch.linalg.solve_ex(weight_DD, (x_PD.double() - bias_D).t()).result.t()
+        return torch.where(c_PD.isfinite().all(1, keepdim=True), c_PD, x_PD.double())  # a map that loses dimensions
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """The rows, which are latents now, become a whitened basis, and the frame the way back. Collective."""
+        assert self.frame is not None, "only init: data fits"
+        assert self._seen is not None, "a fit follows a forward pass"
+        rows_kD = self.codebook.rows
+        mean_D, covariance_DD = moments(rows_kD, self.codebook.axis)
+        if self.map.bias is None:  # there is no place for a mean: it counts as spread
+            covariance_DD, mean_D = covariance_DD + torch.outer(mean_D, mean_D), torch.zeros_like(mean_D)
+        out_DD, in_DD = roots(covariance_DD)
+        rows_kD.copy_((rows_kD.double() - mean_D) @ in_DD)
+        weight_DD, bias_D = self._seen
+        self.frame.root_DD.add_(out_DD - weight_DD)
+        self.frame.mean_D.add_(mean_D - bias_D)
+
+
+class Frame(nn.Module):
+    """What stands beside the learned map, so that the map began at S^(1/2) and m; zeros before the fit."""
+
+    saved_buffers = ("root_DD", "mean_D")  # part of what the tokenizer computes
+
+    def __init__(self, map: nn.Linear) -> None:
+        super().__init__()
+        self.root_DD: Tensor
+        self.mean_D: Tensor
+        self.register_buffer("root_DD", torch.zeros_like(map.weight))
+        self.register_buffer("mean_D", map.weight.new_zeros(len(map.weight)))
+
+    def around(self, weight_DD: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
+        return self.root_DD + weight_DD, self.mean_D + bias_D

@@ -33,4 +33,5 @@ class VQ(TableQuantizer):
             "codebook": self.config.codebook_weight * F.mse_loss(c_ND, x_ND.detach()),
             "commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND.detach()),
         }
-        return Quantized(ESTIMATORS[self.config.gradient](x_ND, c_ND), ids_N, losses, stats)
+        z_ND = self.landed(x_ND, ESTIMATORS[self.config.gradient](x_ND, c_ND))
+        return Quantized(z_ND, ids_N, losses, stats)

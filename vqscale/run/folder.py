@@ -62,8 +62,8 @@ def check(config: Any) -> None:
             "if you are sure that this is the same run"
         ) from None
     with contextlib.suppress(configuration.ConfigError):
-        # A key that came into being after the run began had its default.
-        before = configuration.to_dict(configuration.parse(type(config), before))
+        # A key that came into being after the run began had its default, or what stood for it (config.Before).
+        before = configuration.to_dict(configuration.parse(type(config), before, written=True))
     free = list(configuration.free_keys(type(config)))
     lines = configuration.differences(before, configuration.to_dict(config), free)
     if lines:

@@ -2,7 +2,8 @@
 
 Both go over the same tensors in the same order: every parameter, by name, the K rows of a table whole and in global
 order. Rows are streamed in blocks from whichever rank owns them, so no rank holds those of all. Buffers are the state
-of a training (windows of usage, moving counts) and not part of what is saved. Reading is in saved.py.
+of a training (windows of usage, moving counts) and not part of what is saved, unless a module names them in
+`saved_buffers`: what it computes depends on them, as a whitening on its running moments. Reading is in saved.py.
 
 card.json      format, version, fingerprint, config, size and sha256 of the weights, and what is known about them:
                origin (run, step, averages or parameters), commit, metrics; of a tokenizer the image_size, of a prior
@@ -44,7 +45,7 @@ UNNAMED = ("flat",)  # was the only head when its settings had no name
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter: the same on every rank, or (with a table) this rank's rows of it."""
+    """A parameter or a buffer that is saved: the same on every rank, or (with a table) this rank's rows of it."""
 
     tensor: Tensor
     table: Codebook | None = None
@@ -80,7 +81,14 @@ def entries(module: nn.Module) -> dict[str, Entry]:
             assert isinstance(table, Codebook), f"{name} has parameters and no axis to send them on"
             found[f"{name}.{key}"] = Entry(rows, table)
     rest = {name: Entry(p) for name, p in module.named_parameters() if name not in found}
-    return dict(sorted((found | rest).items()))
+    kept = {name: Entry(buffer) for name, buffer in _saved_buffers(module)}
+    return dict(sorted((found | rest | kept).items()))
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for name in getattr(part, "saved_buffers", ()):
+            yield f"{prefix}.{name}" if prefix else name, part.get_buffer(name)
 
 
 def fingerprint(module: nn.Module, config: Any) -> str:
@@ -212,11 +220,12 @@ def _announce(digest: Any, name: str, entry: Entry) -> None:
 
 
 def _identity(value: Any) -> Any:
-    """A config without what has its default: a key that is added later does not change the fingerprint of what is."""
+    """A config without what has its default, or had it before (config.Before): what is added or changed later does not
+    change the fingerprint of what is."""
     if is_config(value):
         keys = fields_of(value.__class__)
         chosen = {key: getattr(value, key) for key in keys if key not in NOT_IDENTITY}
-        told = {key for key, x in chosen.items() if x != keys[key].default or (key == "name" and x not in UNNAMED)}
+        told = {key for key, x in chosen.items() if x != keys[key].before or (key == "name" and x not in UNNAMED)}
         return {key: _identity(x) for key, x in chosen.items() if key in told}
     return [_identity(item) for item in value] if isinstance(value, tuple) else value
 

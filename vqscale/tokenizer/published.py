@@ -51,7 +51,8 @@ def convert(state: State, family: str, weights: Literal["average", "raw"] = "ave
     raw = {name: x for name, x in state.items() if not name.startswith((AVERAGE, *IGNORED))}
     averages = {name: x for name, x in state.items() if name.startswith(AVERAGE) and name not in NO_AVERAGES}
     _check_begin(raw, what)
-    tokenizer = Tokenizer.from_config(configuration.parse(TokenizerConfig, kind.config(raw), source=what))
+    config = configuration.parse(TokenizerConfig, kind.config(raw), source=what, written=True)  # forms as published
+    tokenizer = Tokenizer.from_config(config)
     mine = entries(tokenizer)
     theirs = {_published(name, kind.rename): name for name in mine}
     given = {name: tuple(x.shape) for name, x in raw.items()}

@@ -167,7 +167,7 @@ def _check_weights(folder: Path, card: Mapping[str, Any], task: Kind) -> None:
 
 def _exported(folder: Path, task: Kind, schema: Any) -> Saved:
     card = _card(folder, task)
-    config = configuration.parse(schema, card["config"], source=f"{folder / CARD}: config")
+    config = configuration.parse(schema, card["config"], source=f"{folder / CARD}: config", written=True)
 
     def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
         try:
@@ -189,8 +189,8 @@ def _trained(folder: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
     """A checkpoint: its run.yaml is two folders up."""
     run = folder.absolute().parent.parent
     asked = _run_config(run / "run.yaml", folder, task)
-    config = configuration.parse(schema, asked[task], source=f"{run / 'run.yaml'}: {task}")
-    order = ("average/", "parameter/", "") if weights == "average" else ("parameter/", "")
+    config = configuration.parse(schema, asked[task], source=f"{run / 'run.yaml'}: {task}", written=True)
+    order = ("average/", "parameter/", "buffer/", "") if weights == "average" else ("parameter/", "buffer/", "")
 
     def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
         layout = manifest.read(folder)["rows"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from vqscale.config import Before
 from vqscale.quantizers.config import QuantizerSettings
 
 MOST_BITS = 62  # ids and their arithmetic are int64
@@ -32,8 +33,17 @@ class ImplicitConfig(QuantizerSettings):
     window_decay: float | None = None
     """decay per step of the window in which usage is counted; null: a code used at its fair share has 5 hits in it;
     beyond 2^22 codes there is no window, every batch is counted for itself"""
+    fit: Annotated[Literal["whiten", "none"], Before("none")] = "whiten"
+    """whiten: latents have mean 0 and covariance 1 over all ranks in every training step, so that codes that stand
+    still are where latents are; none is the published form"""
+    whiten_decay: float = 0.95
+    """decay per step of the running mean and covariance, which evaluation whitens by"""
+    whiten_gradient: bool = True
+    """gradients pass through mean and covariance of a step, which holds the scale of latents"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
+        if not 0 <= self.whiten_decay < 1:
+            yield "whiten_decay", f"whiten_decay is {self.whiten_decay}: use a number from 0 to below 1"
         if self.window_decay is not None and not 0 <= self.window_decay < 1:
             yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
 

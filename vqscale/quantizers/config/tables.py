@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from vqscale.codes.config import SimilarityName, TableConfig
-from vqscale.config import Free
+from vqscale.codes.config import Init, SimilarityName, TableConfig
+from vqscale.config import Before
 from vqscale.quantizers.config import QuantizerSettings
 
 Estimator = Literal["straight_through", "rotation"]
@@ -82,16 +82,17 @@ class IBQConfig(TableConfig, QuantizerSettings):
 
 
 @dataclass(frozen=True)
-class SimVQConfig(QuantizerSettings):
-    """A frozen normal basis under a learned linear map."""
+class SimVQConfig(TableConfig, QuantizerSettings):
+    """A frozen basis under a learned linear map. init: normal with revive_every: 0 is the published form."""
 
     module: ClassVar[str] = "vqscale.quantizers.simvq:SimVQ"
     name: Literal["simvq"] = "simvq"
     """nearest code of a frozen basis under one learned linear map"""
-    num_codes: int = 4096
-    """K, the number of codes"""
-    dim: int = 16
-    """D, the dimension of a code"""
+    init: Annotated[Init, Before("normal")] = "data"
+    """first basis: data: encoder outputs after warmup_steps, whitened, with the map as the way back; normal: as
+    published, N(0, 1/dim)"""
+    revive_every: Annotated[int, Before(0)] = 1
+    """every so many steps, dead codes are set to where the map meets tokens of the current batch; 0 never"""
     bias: bool = True
     """the map has a bias, as in the official code"""
     gradient: Estimator = "straight_through"
@@ -100,17 +101,15 @@ class SimVQConfig(QuantizerSettings):
     """weight of |x - sg(z)|^2 beside |sg(x) - z|^2"""
     quantizer_weight: float = 1.0
     """weight of both together: 1 for images, 1000 for audio in the paper"""
-    window_decay: float | None = None
-    """decay per step of the exponential window of counts; null: a code used at its fair share has 5 hits in it"""
-    scan_mib: Free[int] = 64
-    """memory of the blocks in which tokens meet rows, MiB per process"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        for key in ("num_codes", "dim", "scan_mib"):
-            if getattr(self, key) < 1:
-                yield key, f"{key} is {getattr(self, key)}: use at least 1"
-        if self.window_decay is not None and not 0 <= self.window_decay < 1:
-            yield "window_decay", f"window_decay is {self.window_decay}: use a number from 0 to below 1"
+        yield from super().problems()
+        if self.init == "uniform" or self.init_scale != 1.0:
+            yield (
+                "init",
+                f"init {self.init} of scale {self.init_scale} is no start of a basis, which is N(0, 1/dim) or latents: "
+                "use init: data or normal, and leave init_scale out",
+            )
 
 
 @dataclass(frozen=True)

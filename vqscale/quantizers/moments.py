@@ -1,0 +1,79 @@
+"""Mean and covariance of the latents of all ranks, and roots of a covariance: where `fit` learns where latents are.
+
+Sums are float64 and travel once: D^2 + D + 1 numbers, whatever the tokens are. Gradients pass through `moments` and
+`inverse_root`, so that latents feel that they move the frame in which they are seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Axis
+
+RIDGE = 1e-4  # of the mean variance, added to every variance
+TINY = 1e-24  # below this a variance is rounding: constant latents stay where they are
+
+
+def moments(x_ND: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """(mean_D, covariance_DD), float64, of the tokens of all ranks of the axis, the same on each.
+
+    One all-reduce forward, one backward. The covariance is divided by the number of tokens.
+    """
+    x_ND = x_ND.double()
+    dim = x_ND.shape[1]
+    sums = torch.cat([x_ND.new_full((1,), len(x_ND)), x_ND.sum(0), (x_ND.t() @ x_ND).flatten()])
+    sums = ops.sum_over(sums, axis)
+    mean_D = sums[1 : dim + 1] / sums[0]
+    return mean_D, sums[dim + 1 :].view(dim, dim) / sums[0] - torch.outer(mean_D, mean_D)
+
+
+def with_ridge(covariance_DD: Tensor) -> Tensor:
+    """The covariance with RIDGE times the mean variance more on its diagonal: as good as full rank."""
+    dim = len(covariance_DD)
+    return covariance_DD + (RIDGE / dim * covariance_DD.trace() + TINY) * torch.eye(dim).to(covariance_DD)
+
+
+def inverse_root(covariance_DD: Tensor) -> Tensor:
+    """C^(-1/2), symmetric, of a covariance of full rank; the frame that it whitens to is the nearest to the channels.
+
+    Its gradient is that of the whole matrix, without the differences of eigenvalues that a gradient of eigenvectors
+    divides by: with r the roots of the eigenvalues, dC = U (F o U^T sym(g) U) U^T, F_ij = -1 / (r_i r_j (r_i + r_j)).
+    """
+    root_DD: Tensor = _InverseRoot.apply(covariance_DD)
+    return root_DD
+
+
+class _InverseRoot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, covariance_DD: Tensor) -> Tensor:
+        root_D, vectors_DD = _decomposed(covariance_DD, TINY)
+        ctx.save_for_backward(root_D, vectors_DD)
+        return (vectors_DD / root_D) @ vectors_DD.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        root_D, vectors_DD = ctx.saved_tensors
+        inner_DD = vectors_DD.t() @ (0.5 * (grads[0] + grads[0].t())) @ vectors_DD
+        inner_DD = inner_DD / (-torch.outer(root_D, root_D) * (root_D[:, None] + root_D))
+        return vectors_DD @ inner_DD @ vectors_DD.t()
+
+
+def roots(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """(C^(1/2), C^(-1/2)), variances below RIDGE of the largest raised to that. No gradient."""
+    with torch.no_grad():
+        root_D, vectors_DD = _decomposed(covariance_DD, RIDGE)
+        return (vectors_DD * root_D) @ vectors_DD.t(), (vectors_DD / root_D) @ vectors_DD.t()
+
+
+def _decomposed(covariance_DD: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """(roots of the eigenvalues, at least `least` of the largest; eigenvectors). Not a number in, not a number out."""
+    whole = covariance_DD.isfinite().all()
+    values_D, vectors_DD = torch.linalg.eigh(
+        torch.where(whole, covariance_DD, torch.eye(len(covariance_DD)).to(covariance_DD))
+    )
+    least_D = (least * values_D[-1]).clamp_min(TINY)
+    return torch.where(whole, torch.maximum(values_D, least_D).sqrt(), torch.nan), vectors_DD
