@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def _slowly(images, name):
         "lpips": np.mean([_distance(a[None], b[None].clamp(-1, 1)).item() for a, b in both]),
         "usage": float((shares > 0).double().mean()),
         "dead": float((shares == 0).sum()),
+        "ceiling": 1 - math.exp(-(COUNT + 1) * (SIDE // 4) ** 2 / CODES),
         "perplexity": float(torch.special.entr(shares).sum().exp()),
         "broken": 1,
         "enlarged": 1,

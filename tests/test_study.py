@@ -332,7 +332,7 @@ def test_a_collapse_is_told_with_what_was_measured():
     used = {"usage": 0.9, "perplexity": 90.0, "num_codes": 128, "codes/saturation": 1.0}
     assert verdict(used) == "in use"
     dead = used | {"usage": 0.02, "perplexity": 2.0, "codes/latent_norm": 0.125}
-    assert verdict(dead) == "collapsed: usage 2%, perplexity 2 of 128; saturation 1, latent_norm 0.125"
+    assert verdict(dead) == "collapsed: usage 2% of at most 100%, perplexity 2 of 128; saturation 1, latent_norm 0.125"
     assert verdict({}) == ""
 
 

@@ -20,7 +20,14 @@ from vqscale.metrics.generation import FeatureNetwork
 from vqscale.show import page, pictures
 
 FEW = 10_000
-FORMS = {"usage": "{:.2%}", "images": "{:,.0f}", "broken": "{:.0f}", "enlarged": "{:.0f}", "dead": "{:,.0f}"}
+FORMS = {
+    "usage": "{:.2%}",
+    "ceiling": "{:.2%}",
+    "images": "{:,.0f}",
+    "broken": "{:.0f}",
+    "enlarged": "{:.0f}",
+    "dead": "{:,.0f}",
+}
 
 
 def write(folder: Path | str, title: str, result: Mapping[str, Any], shown: Mapping[str, pictures.Picture]) -> Path:

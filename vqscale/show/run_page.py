@@ -50,6 +50,7 @@ def tokenizer(config: Any, grid: Sequence[int], summary: Mapping[str, Any], rows
         "psnr": ("PSNR on held-out images, dB", "{:.2f}"),
         "ssim": ("SSIM", "{:.3f}"),
         "usage": ("usage: share of the codes that held-out images use", "{:.1%}"),
+        "ceiling": ("the most that so many tokens could use", "{:.1%}"),
         "perplexity": ("perplexity of their use", "{:,.0f}"),
         "images_per_s": ("images/s in training", "{:.1f}"),
     }

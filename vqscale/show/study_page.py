@@ -16,7 +16,7 @@ from vqscale.disk import files
 from vqscale.show import page
 from vqscale.show.page import Figure, Line
 
-COLLAPSED_USAGE, COLLAPSED_PERPLEXITY = 0.5, 0.1
+COLLAPSED_USAGE, COLLAPSED_PERPLEXITY = 0.5, 0.1  # of the ceilings of usage, and of perplexity
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ def _of_codes(line: Line) -> str:
     usage, perplexity, codes = line.get("usage"), line.get("perplexity"), line.get("num_codes")
     if usage is None or perplexity is None or not codes:
         return ""
-    if usage >= COLLAPSED_USAGE and perplexity >= COLLAPSED_PERPLEXITY * codes:
-        return "in use"
+    ceiling = line.get("ceiling") or 1.0
+    if usage >= COLLAPSED_USAGE * ceiling and perplexity >= COLLAPSED_PERPLEXITY * ceiling * codes:
+        return f"in use, {usage / ceiling:.1%} of the ceiling" if ceiling < 0.98 else "in use"
     reasons = ("codes/saturation", "codes/code_norm", "codes/latent_norm")
     measured = [f"{key.rpartition('/')[2]} {line[key]:.3g}" for key in reasons if line.get(key) is not None]
-    return f"collapsed: usage {usage:.0%}, perplexity {perplexity:.0f} of {codes}; {', '.join(measured)}"
+    used = f"usage {usage:.0%} of at most {ceiling:.0%}, perplexity {perplexity:.0f} of {codes}"
+    return f"collapsed: {used}; {', '.join(measured)}"
 
 
 def _of_ids(line: Line) -> str:
@@ -61,8 +63,8 @@ def _of_ids(line: Line) -> str:
 TASKS = {
     "tokenizer": Task(
         columns={
-            "num_codes": "{:,.0f}", "usage": "{:.1%}", "perplexity": "{:,.0f}", "psnr": "{:.2f}", "ssim": "{:.3f}",
-            "loss": "{:.4f}", "images_per_s": "{:.0f}", "code_axis_share": "{:.0%}",
+            "num_codes": "{:,.0f}", "usage": "{:.1%}", "ceiling": "{:.1%}", "perplexity": "{:,.0f}", "psnr": "{:.2f}",
+            "ssim": "{:.3f}", "loss": "{:.4f}", "images_per_s": "{:.0f}", "code_axis_share": "{:.0%}",
         },
         figures={
             "usage": Figure("usage: share of codes that held-out images use"),

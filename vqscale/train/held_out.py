@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqscale.codes import tally
 from vqscale.codes.usage import Hits
 from vqscale.data.samples import SampleStream
 from vqscale.metrics.features import FeatureMoments, Points
@@ -37,6 +38,7 @@ class Pass:
     def __init__(self, signal: Signal, quantizer: Quantizer, mesh: Mesh, measures: Any = None) -> None:
         self.columns = [Hits(quantizer.num_codes, mesh) for _ in range(quantizer.num_ids)]
         self.sums = signal.sums(mesh, measures)
+        self.mesh, self._tokens = mesh, torch.zeros((), dtype=torch.int64, device=mesh.device)
 
     @property
     def num_codes(self) -> int:
@@ -47,18 +49,21 @@ class Pass:
         """Count samples (B, C, *sides), what was predicted of them, and the ids of their tokens; what is not valid is
         padding."""
         per_sample = ids.reshape(len(samples), -1, len(self.columns))
+        self._tokens += valid.sum() * per_sample.shape[1]
         for column, hits in enumerate(self.columns):
             hits.add(torch.where(valid[:, None], per_sample[:, :, column], -1).flatten())  # padding counts for no code
         self.sums.add(samples[valid], predicted[valid])
 
     def numbers(self) -> dict[str, float]:
-        """The signal's metrics, usage, perplexity, dead; the same on every rank. Collective.
+        """The signal's metrics, usage, ceiling, perplexity, dead; the same on every rank. Collective.
 
-        usage is the share of codes that any of these samples uses; with several ids per token, usage, perplexity and
-        dead are means over their columns.
+        usage is the share of codes that any of these samples uses, ceiling what it would be if as many tokens fell on
+        all codes alike; with several ids per token, usage, perplexity and dead are means over their columns.
         """
         used = [hits.usage() for hits in self.columns]
         means = {name: sum(float(column[name]) for column in used) / len(used) for name in used[0]}
+        tokens = int(ops.sum_over(self._tokens, self.mesh.world))
+        means["ceiling"] = tally.ceiling(tokens, self.columns[0].num_codes)
         return self.sums.numbers() | means
 
     def per_code(self) -> Tensor:

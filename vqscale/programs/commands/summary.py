@@ -20,6 +20,7 @@ ROWS = (
     ("psnr", "PSNR on held-out images, dB", "{:.2f}"),
     ("ssim", "SSIM", "{:.3f}"),
     ("usage", "usage: codes that held-out images use", "{:.1%}"),
+    ("ceiling", "the most that so many tokens could use", "{:.1%}"),
     ("perplexity", "perplexity of their use", "{:,.0f}"),
     ("num_codes", "codes", "{:,}"),
     ("images_per_s", "images/s in training", "{:.1f}"),
