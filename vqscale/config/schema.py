@@ -89,8 +89,9 @@ def doc_lines(cls: type) -> dict[str, str]:
 class OneOf:
     """A union of dataclasses that stays open: those that a dictionary names, `module:Class` each, looked up on use.
 
-    A new line of the dictionary makes a new member; with `fits`, if that says so. Keys of a config have such a union as
-    their type.
+    A member may say `without_name = True`: it is meant where a config gives no name, as those from before there were
+    others. A new line of the dictionary makes a new member; with `fits`, if that says so. Keys of a config have such a
+    union as their type.
     """
 
     def __init__(self, paths: Mapping[str, str], fits: Callable[[Any], bool] = bool) -> None:
