@@ -11,11 +11,10 @@ from torch import nn
 from vqscale import priors
 from vqscale.data.config import ImagesConfig
 from vqscale.data.samples import SampleStream
-from vqscale.metrics import held_out
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.show.board import Board
-from vqscale.train import evaluate
+from vqscale.train import evaluate, held_out
 
 
 def _mixed(module):
