@@ -265,6 +265,24 @@ def test_without_a_fit_simvq_is_as_published():
     assert torch.equal(quantizer.codebook.rows, rows)
 
 
+TABLES = [{"name": name} for name in ("vq", "ema", "ibq", "simvq")] + [{"name": "scq", "solver": "relaxed"}]
+
+
+@pytest.mark.parametrize("config", TABLES, ids=lambda c: c["name"])
+def test_a_landing_goes_from_the_latents_to_the_codes_by_equal_steps(config):
+    """Steps 0 and 1 pass; then a = 1/4, 2/4, 3/4 of the way, and the code itself from there on; never in evaluation."""
+    config = {**config, "num_codes": 13, "dim": 3, "warmup_steps": 2, "revive_every": 0}
+    for step, share in enumerate([0.0, 0.0, 0.25, 0.5, 0.75, 1.0]):
+        quantizer, direct = (_driven({**config, "landing_steps": steps}) for steps in (3, 0))
+        for before in range(step):
+            for each in (quantizer, direct):
+                each(_latents(3, before, 16))
+                each.update()
+        x = _latents(3, step, 16)
+        torch.testing.assert_close(quantizer(x).z, x + share * (direct(x).z - x))
+        assert torch.equal(quantizer.eval()(x).z, direct.eval()(x).z)
+
+
 # Revival.
 
 

@@ -110,6 +110,7 @@ class TableQuantizer(Quantizer):
 
 
 def land(x_ND: Tensor, z_ND: Tensor, share: float) -> Tensor:
+    """x + share (z - x), and z itself where all is shared: a soft end of a warm-up without quantization."""
     return z_ND if share >= 1.0 else x_ND + share * (z_ND - x_ND)
 
 

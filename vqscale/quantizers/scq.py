@@ -55,7 +55,7 @@ class SCQ(TableQuantizer):
         if self.passing:
             return Quantized(x_ND, shape.ids_N, {}, stats)
         losses = {"quantization": self.config.quantization_weight * F.mse_loss(z_ND, x_ND)}
-        return Quantized(z_ND, shape.ids_N, losses, stats)
+        return Quantized(self.landed(x_ND, z_ND), shape.ids_N, losses, stats)
 
     def _combine(self, x_ND: Tensor) -> tuple[Tensor, Shape, Tensor | None]:
         residual_N = None

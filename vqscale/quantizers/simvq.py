@@ -29,7 +29,7 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.merge import full_precision
 from vqscale.codes.revival import Upkeep
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, table_stats
+from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, land, table_stats
 from vqscale.quantizers.config.tables import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 from vqscale.quantizers.moments import moments, roots
@@ -77,7 +77,8 @@ class SimVQ(Quantizer):
             "codebook": weight * F.mse_loss(z_ND, x_ND.detach()),
             "commitment": weight * self.config.commitment_weight * F.mse_loss(x_ND, z_ND.detach()),
         }
-        return Quantized(ESTIMATORS[self.config.gradient](x_ND, z_ND), ids_N, losses, stats)
+        z_ND = ESTIMATORS[self.config.gradient](x_ND, z_ND)
+        return Quantized(land(x_ND, z_ND, self.upkeep.landing) if self.training else z_ND, ids_N, losses, stats)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         """(W, b) as they act."""
@@ -150,12 +151,12 @@ class Frame(nn.Module):
 
     saved_buffers = ("root_DD", "mean_D")  # part of what the tokenizer computes
 
-    def __init__(self, map: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.root_DD: Tensor
         self.mean_D: Tensor
-        self.register_buffer("root_DD", torch.zeros_like(map.weight))
-        self.register_buffer("mean_D", map.weight.new_zeros(len(map.weight)))
+        self.register_buffer("root_DD", torch.zeros_like(layer.weight))
+        self.register_buffer("mean_D", layer.weight.new_zeros(len(layer.weight)))
 
     def around(self, weight_DD: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
         return self.root_DD + weight_DD, self.mean_D + bias_D
