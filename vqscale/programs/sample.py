@@ -8,8 +8,10 @@ codes that are split over them are asked together, and agree after each on wheth
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +27,15 @@ from vqscale.disk.lock import hold
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
+from vqscale.priors.base import Prior, SampleWarning
 from vqscale.programs import sample_folder
 from vqscale.programs.sample_request import SampleRequest, parse_classes
 from vqscale.run import processes
 from vqscale.run.folder import StopRequest, commit, own_signals, versions
 from vqscale.show.progress import Progress
+from vqscale.tokenizer.matching import tokenizer_of
 
 if TYPE_CHECKING:
-    from vqscale.priors.base import Prior
     from vqscale.tokenizer.model import Tokenizer
 
 
@@ -73,6 +76,21 @@ def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
         faults.append(f"class {', '.join(map(str, wrong[:5]))} is none of the prior's ({there}): change --classes")
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def models(args: Any, mesh: Mesh) -> tuple[Prior, Tokenizer]:
+    """The prior that a command names, and the tokenizer whose ids it models. Collective. What there is to remark on
+    settings is for the command to say, once."""
+    warnings.simplefilter("ignore", SampleWarning)
+    prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
+    return prior, tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
+
+
+def remark(lines: Iterable[str], mesh: Mesh) -> None:
+    """Rank 0 says each warning once."""
+    if mesh.world.rank == 0:
+        for line in dict.fromkeys(lines):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def classes_of(prior: Prior, text: str | None) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,17 +56,11 @@ def _sample(args: argparse.Namespace, command: str) -> int:
 
 
 def _draw(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[SampleRequest, Outcome]:
-    from vqscale.priors.base import Prior, SampleWarning
     from vqscale.programs import sample, sample_options
-    from vqscale.tokenizer.matching import tokenizer_of
 
-    warnings.simplefilter("ignore", SampleWarning)  # said below, once
-    prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
-    tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
+    prior, tokenizer = sample.models(args, mesh)
     request = _request(args, sample.classes_of(prior, args.classes), sample_options.sample_config(args))
-    if mesh.world.rank == 0:
-        for line in prior.remarks(request.how):
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+    sample.remark(prior.remarks(request.how), mesh)
     about = {"paths": {"prior": str(args.prior), "tokenizer": str(args.tokenizer)}, "command": command}
     return request, sample.sample(prior, tokenizer, args.out, mesh, request, about=about, overwrite=args.overwrite)
 

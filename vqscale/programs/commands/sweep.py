@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,17 +56,11 @@ def _sweep(args: argparse.Namespace, command: str) -> int:
 def _measure(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[str, int]:
     """(what to say at the end, how many settings are missing)."""
     from vqscale.nets.inception import load
-    from vqscale.priors.base import Prior, SampleWarning
     from vqscale.programs import sample, sweep
-    from vqscale.tokenizer.matching import tokenizer_of
 
-    warnings.simplefilter("ignore", SampleWarning)  # said below, once
-    prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
-    tokenizer = tokenizer_of(args.tokenizer, prior.card.get("tokenizer"), mesh)
+    prior, tokenizer = sample.models(args, mesh)
     every = _requests(args, sample.classes_of(prior, args.classes))
-    if mesh.world.rank == 0:
-        for line in dict.fromkeys(line for one in every for line in prior.remarks(one.how)):
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+    sample.remark((line for one in every for line in prior.remarks(one.how)), mesh)
     network = load(args.inception, args.inception_sha256).to(mesh.device)
     scoring, about = sweep.Scoring(network, args.reference), {"command": command}
     table, missing = sweep.sweep(prior, tokenizer, scoring, args.out, mesh, every, about=about, keep=args.keep)
