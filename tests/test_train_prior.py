@@ -187,7 +187,7 @@ def test_accumulation_may_change_on_the_way(tmp_path, caches, alone):
 def test_a_tokenizer_keeps_its_accumulation(tmp_path):
     path = jobs.write_config(tmp_path, tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.yaml").write_text(path.read_text())
+    (tmp_path / "run" / "run.yaml").write_text(configuration.dump(configuration.load(Run, path)))
     folder.check(configuration.load(Run, path, ["mesh.codes=1"]))
     with pytest.raises(ValueError, match=r"engine\.accumulation: 1 -> 2"):
         folder.check(configuration.load(Run, path, ["engine.accumulation=2"]))
