@@ -29,9 +29,7 @@ def choose(x_ND: Tensor, num: int, mesh: Mesh, seed: int) -> Tensor:
     total = len(x_ND) * mesh.world.size
     assert num <= total, f"{num} candidates asked of {total} tokens"
     chosen_P = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:num].to(x_ND.device)
-    local_P = chosen_P - len(x_ND) * mesh.world.rank
-    mine_P = (local_P >= 0) & (local_P < len(x_ND))
-    return ops.sum_over(x_ND[torch.where(mine_P, local_P, 0)] * mine_P[:, None], mesh.world)
+    return _tokens_at(chosen_P, x_ND, mesh)
 
 
 @torch.no_grad()
@@ -50,10 +48,14 @@ def choose_by_use(x_ND: Tensor, use_N: Tensor, num: int, mesh: Mesh, seed: int) 
     )
     mine = score_N.topk(min(num, count))
     score_P, places_P = ops.gather(mine.values, world), ops.gather(places_N[mine.indices], world)
-    chosen_P = places_P[score_P.topk(num).indices]
-    local_P = chosen_P - count * world.rank
-    mine_P = (local_P >= 0) & (local_P < count)
-    return ops.sum_over(x_ND[torch.where(mine_P, local_P, 0)] * mine_P[:, None], world)
+    return _tokens_at(places_P[score_P.topk(num).indices], x_ND, mesh)
+
+
+def _tokens_at(places_P: Tensor, x_ND: Tensor, mesh: Mesh) -> Tensor:
+    """The tokens at these places of the global batch, P x D, on every rank: each from the rank that has it."""
+    local_P = places_P - len(x_ND) * mesh.world.rank
+    mine_P = (local_P >= 0) & (local_P < len(x_ND))
+    return ops.sum_over(x_ND[torch.where(mine_P, local_P, 0)] * mine_P[:, None], mesh.world)
 
 
 @torch.no_grad()
