@@ -13,8 +13,9 @@ from vqscale.data.config import ImagesConfig
 from vqscale.data.samples import SampleStream
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
+from vqscale.programs import score
 from vqscale.show.board import Board
-from vqscale.train import evaluate, held_out
+from vqscale.train import evaluate
 
 
 def _mixed(module):
@@ -46,7 +47,7 @@ def stream(tiny_shards):
 LOOKS = {
     "encode": lambda tokenizer, stream, folder: tokenizer.encode(images(side=SIDE)),
     "decode": lambda tokenizer, stream, folder: tokenizer.decode(torch.zeros(1, 2, 2, dtype=torch.int64)),
-    "score": lambda tokenizer, stream, folder: held_out.score(tokenizer, stream, Mesh()),
+    "score": lambda tokenizer, stream, folder: score.score(tokenizer, stream, Mesh()),
     "evaluate": lambda tokenizer, stream, folder: evaluate.evaluate(
         tokenizer, tokenizer, stream, Mesh(), most=0, board=Board(folder, rank=1), step=1
     ),

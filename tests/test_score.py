@@ -28,9 +28,9 @@ from vqscale.metrics import fid
 from vqscale.metrics.features import Measures
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel.mesh import Mesh
+from vqscale.programs.score import score, statistics
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train.held_out import score, statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, COUNT, CODES = 16, 11, 37

@@ -28,11 +28,11 @@ from vqscale.nets.discriminators import Answer
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs import encode
+from vqscale.programs.score import score
 from vqscale.signals import Distance, Signal, Sums
 from vqscale.signals.config import SIGNALS, SignalSettings
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
-from vqscale.train.held_out import score
 from vqscale.train.tokenizer import train
 
 LENGTH, HOP = 16, 4

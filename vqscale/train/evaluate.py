@@ -1,6 +1,6 @@
 """What a tokenizer in training does to held-out samples: the metrics of its signal (PSNR and SSIM of images), usage,
 perplexity, pictures. Collective, each sample once. The full look at a trained one, with FID and LPIPS of images, is
-held_out.py.
+programs/score.py.
 """
 
 from __future__ import annotations

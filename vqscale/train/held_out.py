@@ -1,15 +1,11 @@
-"""One look at held-out samples by a trained tokenizer: how near its predictions are, and which codes it used.
+"""One look at held-out samples by a tokenizer: how near its predictions are, and which codes it used.
 
-`Pass` keeps the sums of such a look, on any number of ranks, for the evaluations of a training (train/evaluate.py) and
-for `score`, the full one with the networks that measure. What is measured of a sample its signal says. Not here:
-generated images (metrics/generation.py), the report (show/report.py), and files of weights, which `vqscale evaluate`
-opens.
+`Pass` keeps the sums of such a look, on any number of ranks, for the evaluations of a training (evaluate.py) and for
+the full one of a trained tokenizer (programs/score.py). What is measured of a sample its signal says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +13,12 @@ from torch import Tensor
 
 from vqscale.codes import tally
 from vqscale.codes.usage import Hits
-from vqscale.data.samples import SampleStream
-from vqscale.metrics.features import FeatureMoments, Points
-from vqscale.metrics.generation import Described, FeatureNetwork
-from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
-from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantizer
 from vqscale.signals import Signal
-from vqscale.tokenizer.model import Tokenizer
 
 PICTURES = 16
-MOST_TOLD = 5
 
 
 class Pass:
@@ -69,116 +58,6 @@ class Pass:
     def per_code(self) -> Tensor:
         """How often each code was taken, column after column (Hits.per_code); on every rank. Collective."""
         return torch.cat([hits.per_code() for hits in self.columns])
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What `score` found, the same on every rank."""
-
-    numbers: dict[str, float]
-    per_code: Tensor
-    num_codes: int
-    originals: Tensor  # the first samples of the stream, on the CPU
-    predicted: Tensor  # and what was made of them
-    statistics: Mapping[str, Any]  # what else the sums of the signal know (Sums.statistics)
-    broken: list[str]  # a few of what could not be read
-
-
-@torch.no_grad()
-def score(
-    tokenizer: Tokenizer,
-    stream: SampleStream,
-    mesh: Mesh,
-    measures: Any = None,
-    advance: Callable[[int, float], None] | None = None,
-) -> Scored:
-    """Look at every sample of an evaluation stream once. Collective; the same answer on any number of ranks.
-
-    Samples go to ids and back through `encode` and `decode`, so that what is measured is what ids carry, unless no id
-    can say the quantizer's z (exact_decode is false): then they go through the whole tokenizer. `measures` as in
-    Signal.sums. ValueError on all ranks where no sample can be read.
-    """
-    signal, shown = tokenizer.signal, list[Tensor]()
-    passed = Pass(signal, tokenizer.quantizer, mesh, measures)
-
-    def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
-        output, ids = through(tokenizer, signal.enter(samples))
-        predicted = signal.predict(output)
-        passed.add(samples, predicted, ids, valid)
-        if not shown:
-            shown.extend(first_ones(samples, predicted, mesh))
-
-    with evaluating(tokenizer):
-        seen = look_over(stream, mesh, look, advance)
-    numbers = passed.numbers() | {"broken": seen.broken, "enlarged": seen.enlarged}
-    return Scored(numbers, passed.per_code(), passed.num_codes, shown[0], shown[1], passed.sums.statistics, seen.told)
-
-
-def through(tokenizer: Tokenizer, entered: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(output of the decoder, ids) of what enters, by way of the ids where they say all."""
-    if tokenizer.quantizer.exact_decode:
-        ids = tokenizer.encode(*entered)
-        return tokenizer.decode(ids, *entered[1:]), ids
-    output, quantized = tokenizer(*entered)
-    return output, quantized.ids
-
-
-@torch.no_grad()
-def statistics(
-    stream: SampleStream,
-    inception: FeatureNetwork,
-    mesh: Mesh,
-    advance: Callable[[int, float], None] | None = None,
-    *,
-    points: int = 0,
-) -> tuple[Described, Seen]:
-    """Statistics of every image of an evaluation stream, and points of so many of them, on every rank. Collective."""
-    features, chosen = FeatureMoments(inception, mesh), Points(stream.num_samples, points, inception.dims[0], mesh)
-
-    def look(images: Tensor, valid: Tensor, numbers: Tensor) -> None:
-        chosen.add(features.add(images[valid]), numbers[valid])
-
-    seen = look_over(stream, mesh, look, advance)
-    pool, spatial = features.statistics()
-    return Described(pool, spatial, chosen.all() if points else None, None, inception.facts), seen
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was met on the way through a stream, on all ranks together."""
-
-    images: int
-    broken: int  # images that could not be read, and are in no number
-    enlarged: int  # images whose short side had fewer pixels than the resize asks for
-    told: list[str]  # a few of the broken
-
-
-def look_over(
-    stream: SampleStream,
-    mesh: Mesh,
-    look: Callable[[Tensor, Tensor, Tensor], None],
-    advance: Callable[[int, float], None] | None = None,
-) -> Seen:
-    """look(samples, valid, numbers) on every batch of an evaluation stream, on the mesh's device. Collective.
-
-    ValueError on all ranks when not one sample could be read.
-    """
-    counts, told = torch.zeros(3, dtype=torch.float64), list[str]()
-    for batch, waited in timed(stream.batches()):
-        look(*(tensor.to(mesh.device) for tensor in (batch.samples, batch.valid, batch.numbers)))
-        counts += torch.tensor([int(batch.valid.sum()), len(batch.broken), batch.enlarged])
-        told = (told + batch.broken)[:MOST_TOLD]
-        if advance is not None:
-            advance(stream.batch, waited)
-    images, broken, enlarged = (int(x) for x in ops.sum_over(counts.to(mesh.device), mesh.world).tolist())
-    told = [line for lines in ops.gather_objects(told, mesh.world) for line in lines][:MOST_TOLD]
-    if not images:
-        raise ValueError(
-            f"none of the {stream.num_samples} {stream.config.kind} of {', '.join(stream.config.patterns)} could be "
-            f"read ({'; '.join(told) or 'there are none'}): give shards with {stream.config.kind} "
-            f"({', '.join(stream.config.suffixes)})"
-        )
-    return Seen(images, broken, enlarged, told)
 
 
 def first_ones(samples: Tensor, predicted: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:

@@ -113,9 +113,9 @@ def _tokenizer(args: argparse.Namespace) -> str:
     from vqscale.data.samples import SampleStream
     from vqscale.metrics import fid
     from vqscale.nets.inception import PREPROCESSING
+    from vqscale.programs import score
     from vqscale.show import pictures, report
     from vqscale.tokenizer.model import Tokenizer
-    from vqscale.train import held_out
 
     with _joined(args) as mesh:
         measures = _measures(args, mesh)
@@ -124,7 +124,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
         progress = _progress(stream.num_samples, args, mesh)
-        found = held_out.score(tokenizer, stream, mesh, measures, progress.advance)
+        found = score.score(tokenizer, stream, mesh, measures, progress.advance)
         progress.close()
         fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
@@ -165,14 +165,14 @@ def _statistics(args: argparse.Namespace) -> str:
     from vqscale.data.samples import SampleStream
     from vqscale.metrics import fid
     from vqscale.nets.inception import PREPROCESSING
+    from vqscale.programs import score
     from vqscale.show import report
-    from vqscale.train import held_out
 
     with _joined(args) as mesh:
         inception = _inception(args, mesh)
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         progress = _progress(stream.num_samples, args, mesh)
-        found, seen = held_out.statistics(stream, inception, mesh, progress.advance, points=args.images)
+        found, seen = score.statistics(stream, inception, mesh, progress.advance, points=args.images)
         progress.close()
     if mesh.world.rank:
         return ""
