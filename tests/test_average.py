@@ -9,12 +9,12 @@ import torch
 
 from vqscale import config as configuration
 from vqscale.data.samples import SampleStream
+from vqscale.engine.average import Average
+from vqscale.engine.config import AverageConfig
 from vqscale.metrics.reconstruction import Reconstruction
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train.average import Average
 from vqscale.train.config import Run
-from vqscale.train.config_run import AverageConfig
 from vqscale.train.tokenizer import train
 
 KINDS = [{"name": "torch"}, {"name": "deepspeed", "stage": 2}, {"name": "deepspeed", "stage": 3}]

@@ -1,1 +1,1 @@
-"""From gradients to a step: engines and their optimisers. The only room that imports deepspeed."""
+"""From gradients to a step: engines, optimisers, the average of the weights. The only room that imports deepspeed."""

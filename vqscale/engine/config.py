@@ -1,6 +1,6 @@
 """What a user can choose about precision, the engine and its optimiser. Imports no torch.
 
-How the choices act: engine.py (both engines), schedule.py (the learning rate).
+How the choices act: engine.py (both engines), schedule.py (the learning rate), average.py.
 """
 
 from __future__ import annotations
@@ -126,3 +126,17 @@ def check_engine(config: EngineConfig, device: str) -> None:
             raise ValueError(
                 "run.device cuda needs a GPU that torch can use, and it finds none here: use run.device=cpu or auto"
             )
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """A moving average of the weights, which is evaluated, saved beside them and loaded in their place."""
+
+    decay: float = 0.0
+    """decay per step, 0.999 for published tokenizers; 0 keeps no average"""
+    warmup: bool = False
+    """use (1 + step) / (10 + step) while it is less than decay; the published tokenizers do not"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if not 0 <= self.decay < 1:
+            yield "decay", f"a decay lies in [0, 1), but decay is {self.decay}: use 0.999, say, or 0 for no average"

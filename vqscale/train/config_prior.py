@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 from vqscale.config import Free, FreeToChange
 from vqscale.data.config import TokensConfig
-from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig
 from vqscale.parallel.config import MeshConfig
 from vqscale.priors.config import AutoregressiveConfig, PriorConfig
-from vqscale.train.config_run import AverageConfig, RunConfig, check_batch, check_compile
+from vqscale.train.config_run import RunConfig, check_batch, check_compile
 
 
 @dataclass(frozen=True)

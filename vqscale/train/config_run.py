@@ -50,20 +50,6 @@ class RunConfig:
             yield "profile_steps", f"profile_steps is {self.profile_steps}: use 0 (no trace) or more"
 
 
-@dataclass(frozen=True)
-class AverageConfig:
-    """A moving average of the weights, which is evaluated, saved beside them and loaded in their place."""
-
-    decay: float = 0.0
-    """decay per step, 0.999 for published tokenizers; 0 keeps no average"""
-    warmup: bool = False
-    """use (1 + step) / (10 + step) while it is less than decay; the published tokenizers do not"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        if not 0 <= self.decay < 1:
-            yield "decay", f"a decay lies in [0, 1), but decay is {self.decay}: use 0.999, say, or 0 for no average"
-
-
 def check_batch(batch: int, accumulation: int, world: int) -> None:
     """ValueError when a global batch cannot be cut into the micro-batches of all processes."""
     parts = world * accumulation

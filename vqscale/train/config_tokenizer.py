@@ -8,12 +8,12 @@ from typing import Literal
 
 from vqscale.config import Free
 from vqscale.data.config import MediumConfig
-from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig
 from vqscale.nets.config import by, grid
 from vqscale.parallel.config import MeshConfig
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.train.config_losses import LossConfig
-from vqscale.train.config_run import AverageConfig, RunConfig, check_batch, check_compile
+from vqscale.train.config_run import RunConfig, check_batch, check_compile
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vqscale import priors
 from vqscale.codes import noise, products, tally
 from vqscale.codes.rows import Rows, set_aside
 from vqscale.data.tokens.stream import TokenStream
+from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine
 from vqscale.metrics import unigram
 from vqscale.nets.mode import evaluating
@@ -36,7 +37,6 @@ from vqscale.show.board import Board
 from vqscale.show.progress import Progress
 from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import loop
-from vqscale.train.average import Average
 from vqscale.train.config_prior import PriorRun
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number

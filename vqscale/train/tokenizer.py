@@ -18,6 +18,7 @@ from vqscale import signals
 from vqscale.codes import products
 from vqscale.codes.rows import set_aside
 from vqscale.data.samples import SampleStream
+from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
@@ -30,7 +31,6 @@ from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import loop
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.adversarial_losses import mean_values
-from vqscale.train.average import Average
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
 

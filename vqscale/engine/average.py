@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqscale.engine.config import AverageConfig
 from vqscale.engine.engine import Engine
-from vqscale.train.config_run import AverageConfig
 
 
 class Average:
