@@ -97,12 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--interpolation", choices=INTERPOLATIONS, help="of the resize (default: as trained, or bicubic)")
     add("--weights", choices=["average", "parameters"], default="average", help="of a run (default: average)")
     add("--batch", type=words.count, default=64, help="pictures (images x views) of a step and process (default: 64)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
     add("--codes", type=words.count, default=1, help="processes that a codebook is split over (default: 1)")
     add("--workers", type=int, default=2, help="reading processes per process (default: 2)")
     add("--max-broken", type=int, default=100, help="broken images after which it ends with an error (default: 100)")
     add("--storage", type=words.count, default=0, help="images of a storage shard, the unit that is lost by a kill")
-    add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
     add("--index-dir", help="where the list of samples is kept, as data.train.index_dir")
     add("--cache-dir", help="where streamed shards are kept, as data.train.cache_dir")
+    words.add_processes(parser)
     return parser

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqscale.programs.commands import words
+from vqscale.programs.commands import drawing, words
 from vqscale.run import processes
 
 if TYPE_CHECKING:
@@ -35,12 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with the grid of processes; ValueError with all that can be seen to be wrong without a model."""
-    from vqscale.programs import sample_request
-
-    args = _parser().parse_args(given)
-    args.grid = sample_request.check_arguments(args, lambda classes: _problems(args, classes))
-    return args
+    """As drawing.arguments."""
+    return drawing.arguments(_parser(), given, _problems)
 
 
 def _sweep(args: argparse.Namespace, command: str) -> int:
@@ -100,25 +96,11 @@ def _requests(args: argparse.Namespace, classes: tuple[int, ...]) -> list[Sample
 
 
 def _parser() -> argparse.ArgumentParser:
-    from vqscale.programs import sample_options
-
-    parser = words.parser(__doc__)
+    parser = drawing.parser(__doc__, "folder of the table: new, or begun by the same command", lists=True)
     add: Any = parser.add_argument
-    add("prior", type=Path, metavar="PRIOR", help="run folder, checkpoint or exported folder of a prior")
-    add("tokenizer", type=Path, metavar="TOKENIZER", help="the tokenizer whose ids the prior was trained on")
-    add("out", type=Path, metavar="OUT", help="folder of the table: new, or begun by the same command")
     add("--reference", required=True, type=Path, help="npz with mu, sigma, mu_s, sigma_s, arr_0, or some of them")
     add("--inception", required=True, type=Path, help="weights of FID's Inception, a path")
     add("--inception-sha256", default="6726825d", help='how its sha256 begins; "any" takes every file')
     add("--num-images", type=int, default=50_000, help="images of every setting (default: 50000, as is published)")
-    add("--classes", help="numbers and ranges such as 0,5,10-19, which take turns (default: all)")
-    add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
-    add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
-    add("--resize", type=int, help="pixels of the shorter side, bicubic as LlamaGen resizes (default: as decoded)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU per process if there are")
-    add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
-    add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
     add("--keep", action="store_true", help="keep samples.npz of every setting")
-    add("--timeout-s", type=float, default=600.0, help="seconds that processes wait for each other (default: 600)")
-    sample_options.add(parser, lists=True)
     return parser

@@ -32,6 +32,13 @@ def config_and_changes(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), changes
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """--device and --timeout-s of the programs whose processes meet."""
+    devices, wait = ["auto", "cpu", "cuda"], "seconds that processes wait for each other (default: 600)"
+    parser.add_argument("--device", choices=devices, default="auto", help="auto takes a GPU per process if there are")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help=wait)
+
+
 def count(text: str) -> int:
     """A number of things, as the type of an option."""
     value = int(text)
