@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 
 from vqscale.codes import noise
-from vqscale.codes.heads.base import Losses, Vocabulary
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary
 from vqscale.codes.heads.config import HeadSettings
 from vqscale.codes.heads.flat import Head
 from vqscale.seed import derive
@@ -60,9 +60,15 @@ class Pair(Vocabulary):
     @torch.no_grad()
     def sample(self, h_ND, keys_N, *, temperature=1.0, top_k=0, top_p=1.0, unguided_ND=None, guidance=1.0):
         rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return self.sample_scored(h_ND, keys_N, unguided_ND=unguided_ND, guidance=guidance, **rule).ids_N
+
+    @torch.no_grad()
+    def sample_scored(self, h_ND, keys_N, *, temperature=1.0, top_k=0, top_p=1.0, unguided_ND=None, guidance=1.0):
+        rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         rule |= {"unguided_ND": unguided_ND, "guidance": guidance}
-        high_N = self.high.sample(h_ND, noise.keys(0, keys_N), **rule)
-        return high_N * self.lows + self.low.sample(h_ND, noise.keys(1, keys_N), **rule)
+        high_N, log_high_N = self.high.sample_scored(h_ND, noise.keys(0, keys_N), **rule)
+        low_N, log_low_N = self.low.sample_scored(h_ND, noise.keys(1, keys_N), **rule)
+        return Scored(high_N * self.lows + low_N, log_high_N + log_low_N)
 
 
 def register():

@@ -28,6 +28,13 @@ class Losses(NamedTuple):
     square_N: Tensor  # of the log-normaliser, which z_loss weighs
 
 
+class Scored(NamedTuple):
+    """What was drawn for each token, and how likely it was."""
+
+    ids_N: Tensor
+    log_p_N: Tensor
+
+
 class Vocabulary(nn.Module, ABC):
     """Embedding, loss and drawing over `num_codes` ids for a trunk of width `dim`."""
 
@@ -86,4 +93,21 @@ class Vocabulary(nn.Module, ABC):
         keys_N (noise.keys) decide the random numbers: the same key and h give the same ids on any number of ranks and
         in any batch, but where two candidates are within rounding. Guidance s, a number or one per position, leads away
         from what h would be without condition, `unguided_ND`: logits u + s (c - u).
+        """
+
+    @abstractmethod
+    def sample_scored(
+        self,
+        h_ND: Tensor,
+        keys_N: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        unguided_ND: Tensor | None = None,
+        guidance: float | Tensor = 1.0,
+    ) -> Scored:
+        """The ids that `sample` draws with these arguments, and log_p_N (one number per position, several ids of it
+        together), their log-probability in nats over all K codes: guided and at this temperature (at temperature 0 as
+        at 1), before top-k and top-p leave any code out.
         """

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from vqscale.codes.heads import restrict
 from vqscale.codes.merge import merge_best
 from vqscale.codes.products import product
 from vqscale.codes.rows import Rows
+from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
 COLDEST = 1e-20
@@ -68,9 +70,18 @@ class Shard:
     budget: int
 
 
+class Drawn(NamedTuple):
+    """One id for each of B tokens and the logarithm of its probability; zeros where nobody asked for that."""
+
+    ids_B: Tensor
+    log_p_B: Tensor
+
+
 @torch.no_grad()
-def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
-    """One id for each of the B tokens of the code group, the same on every rank. Collective.
+def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule, scored: bool = False) -> Drawn:
+    """One id for each of the B tokens of the code group, the same on every rank; `scored` with log p. Collective.
+
+    log p is over all codes, at the rule's temperature (0 counts as 1), whatever top-k and top-p leave out.
 
     Without top-k and top-p the logits are made in blocks and forgotten. With them, the logits of some tokens at a time
     stay until their set is known: tokens x k numbers and as much again, within the budget (or one token's).
@@ -80,20 +91,55 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule) -> Tensor:
     """
     score_B = x_BD.new_full((len(x_BD),), scan.LOWEST)
     row_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
+    sums = Normaliser(x_BD) if scored else None
     if rule.restricts(shard.layout.num_codes):
         for tokens in _chunks(len(x_BD), x_BD.element_size(), shard):
             l_tk = product(x_BD[tokens], shard.rows_kD.t(), "fp32", rule.scale)
+            if sums is not None:
+                sums.add(tokens, l_tk)
             kept = restrict.keep(l_tk, rule.top_k, rule.top_p, shard.layout.num_codes, shard.axis)
             restrict.mask_(l_tk, kept, shard.axis)
             _gumbel_max(l_tk, keys_B[tokens], 0, shard.layout.start, score_B[tokens], row_B[tokens])
     else:
         for tokens, rows in scan.blocks_of(x_BD, len(shard.rows_kD), shard.budget):
             l_br = product(x_BD[tokens], shard.rows_kD[rows].t(), "fp32", rule.scale)
+            if sums is not None:
+                sums.add(tokens, l_br)
             first_id = shard.layout.start if rule.temperature else None
             _gumbel_max(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
     ids_B, top_B = merge_best(score_B, row_B, shard.layout, shard.axis)
     _check_scores(top_B)
-    return ids_B
+    if sums is None:
+        return Drawn(ids_B, torch.zeros_like(score_B))
+    log_p_B = logits_of(ids_B, x_BD, shard, rule.scale) - sums.merged(shard.axis)
+    return Drawn(ids_B, log_p_B.clamp_(max=0.0))  # the two are rounded differently
+
+
+class Normaliser:
+    """The log-sum-exp of B tokens over the rows of this rank, block by block."""
+
+    def __init__(self, x_BD: Tensor) -> None:
+        self._top_B, self._sum_B = x_BD.new_full((len(x_BD),), scan.LOWEST), x_BD.new_zeros(len(x_BD))
+
+    def add(self, tokens: slice, l_br: Tensor) -> None:
+        """Take the logits of a block of rows in; they are left as they are."""
+        if not l_br.shape[1]:
+            return
+        top_b = torch.maximum(self._top_B[tokens], l_br.amax(1))
+        self._sum_B[tokens] *= torch.exp(self._top_B[tokens] - top_b)
+        self._sum_B[tokens] += scan.exp2_((l_br - top_b[:, None]).mul_(scan.BITS)).sum(1)
+        self._top_B[tokens] = top_b
+
+    def merged(self, axis: Axis) -> Tensor:
+        """Over the rows of all ranks. Collective."""
+        top_B = ops.max_over(self._top_B, axis)
+        return top_B + ops.sum_over(self._sum_B * torch.exp(self._top_B - top_B), axis).log()
+
+
+def logits_of(ids_B: Tensor, x_BD: Tensor, shard: Shard, scale: float) -> Tensor:
+    """The logit of one id of each token, from the rank that owns its row. Collective."""
+    logit_B = torch.linalg.vecdot(x_BD, shard.layout.take(shard.rows_kD, ids_B))
+    return ops.sum_over(logit_B, shard.axis) * scale
 
 
 def _check_scores(top_B: Tensor) -> None:

@@ -1,0 +1,99 @@
+"""`Head.losses` as a function with a backward pass of its own, and the check of the ids that a flat head is given.
+
+The blockwise passes over a rank's rows are in passes.py; here ranks are gathered and merged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqscale.codes.config import Products
+from vqscale.codes.heads import passes
+from vqscale.codes.merge import full_precision, own, refuse_second_order
+from vqscale.codes.rows import Rows
+from vqscale.parallel import ops
+from vqscale.parallel.clock import clock
+from vqscale.parallel.mesh import Axis
+
+
+def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
+    """ValueError on every rank of the axis when any has an id outside lowest .. num_codes - 1; see `Head.embed`."""
+    if ids_N.device.type != "cpu":
+        inside = ((ids_N >= lowest) & (ids_N < num_codes)).all()
+        torch._assert_async(inside, f"{what} must be in {lowest} .. {num_codes - 1}")
+        return
+    found = torch.stack([-ids_N.min(), ids_N.max()]) if len(ids_N) else torch.tensor([0, 0])
+    least, most = ops.max_over(found, axis).tolist()
+    if -least < lowest or most >= num_codes:
+        raise ValueError(
+            f"{what} must be in {lowest} .. {num_codes - 1}, for the head has {num_codes} codes, but they go from "
+            f"{-least} to {most}: give ids of the tokenizer that the head was built for"
+        )
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    layout: Rows
+    axis: Axis
+    smoothing: float
+    z_loss: float
+    ignore: int
+    products: Products
+    budget: int
+
+
+class FlatLoss(torch.autograd.Function):
+    """`Head.loss` with its own backward pass, because autograd would keep tokens x K.
+
+    Saved are the gathered tokens in the type they came in, the rows, and a few numbers per token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: LossTerms) -> tuple[Tensor, ...]:
+        axis, layout = plan.axis, plan.layout
+        h_BD, targets_B = ops.gather(h_ND, axis), ops.gather(targets_N, axis)
+        counts_B = targets_B != plan.ignore
+        # Checked after the gather: what one rank sees all see, and nothing more is sent.
+        check_ids(torch.where(counts_B, targets_B, 0), 0, layout.num_codes, "targets", Axis(axis.name))
+        at = passes.Targets(*layout.find(torch.where(counts_B, targets_B, -1)))
+        x_BD = h_BD.to(rows_kD.dtype)
+        part = passes.logsumexp_forward(x_BD, rows_kD, at, plan.products, plan.budget)
+        top_B = ops.max_over(part.top_B, axis)
+        both_2B = torch.stack([part.sum_B * torch.exp(part.top_B - top_B), part.target_B])
+        sum_B, target_B = ops.sum_over(both_2B, axis)
+        lse_B = top_B + sum_B.log()
+        loss_B = lse_B - (1.0 - plan.smoothing) * target_B + plan.z_loss * lse_B.square()
+        if plan.smoothing:
+            # The mean logit of a token is its product with the mean row.
+            mean_D = ops.sum_over(rows_kD.sum(0), axis) / layout.num_codes
+            loss_B -= plan.smoothing * (x_BD @ mean_D)
+        ctx.plan = plan
+        ctx.save_for_backward(h_BD, rows_kD, lse_B, counts_B, at.mine_B, at.local_B)
+        parts = (loss_B, lse_B - target_B, lse_B.square())
+        whole_N, *others = (own(torch.where(counts_B, part_B, 0.0), axis).clone() for part_B in parts)
+        ctx.mark_non_differentiable(*others)
+        return whole_N, *others
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        refuse_second_order("Head.loss")
+        # A backward pass runs under the autocast of whoever calls it.
+        with clock.span("codes"), full_precision(grads[0]):
+            h_BD, rows_kD, lse_B, counts_B, mine_B, local_B = ctx.saved_tensors
+            plan = ctx.plan
+            up = passes.LogitGradient(
+                g_B=ops.gather(grads[0], plan.axis) * counts_B,
+                lse_B=lse_B,
+                p_weight_B=1.0 + 2.0 * plan.z_loss * lse_B if plan.z_loss else None,
+                target_weight=1.0 - plan.smoothing,
+                uniform_weight=plan.smoothing / plan.layout.num_codes,
+            )
+            at = passes.Targets(mine_B, local_B)
+            x_BD, wanted = h_BD.to(rows_kD.dtype), ctx.needs_input_grad[:2]
+            dx_BD, drows_kD = passes.logsumexp_backward(x_BD, rows_kD, at, up, wanted, plan.products, plan.budget)
+            dh_ND = None if dx_BD is None else ops.scatter_sum(dx_BD, plan.axis).to(h_BD.dtype)
+            return dh_ND, drows_kD, None, None
