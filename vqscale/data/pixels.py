@@ -7,6 +7,7 @@ pipelines.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import random
@@ -49,7 +50,7 @@ def decode(data: bytes) -> Image.Image:
     Raises whatever the decoder raises on data that is not a whole image (OSError, SyntaxError, ...).
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
         raise ValueError(f"these {len(data)} bytes, {data[:8]!r} first, are no image") from None
     image.load()
@@ -68,6 +69,13 @@ def decode(data: bytes) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """All that Pillow reads itself, and so not EPS, which it gives to a program that runs what is in the file."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def augment(image: Image.Image, config: ImagesConfig, seed: int | None) -> NDArray[np.uint8]:

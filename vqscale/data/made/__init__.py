@@ -1,1 +1,1 @@
-"""Drawn data: labelled pictures by arithmetic, and the shards that hold them."""
+"""What shards are made of here: pictures drawn by arithmetic, files as they are, squares of photographs."""

@@ -1,6 +1,6 @@
-"""Making WebDataset shards: from drawn shapes, or from a folder of image files. Shards appear by a rename when they
-are whole, so an interrupted making goes on where it stopped; `_info.json` (timm's layout) is written last and says
-what the shards were made of.
+"""Making WebDataset shards: from drawn shapes, from a folder of image files, or from whatever else gives a Plan
+(photographs.py). Shards appear by a rename when they are whole, so an interrupted making goes on where it stopped;
+`_info.json` (timm's layout) is written last and says what the shards were made of.
 
 It makes shards for this package or any other that reads WebDataset; nothing here reads them.
 """
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -74,8 +74,7 @@ def folder(root: Path, seed: int = 0) -> Plan:
             "below; give the folder that holds the class folders"
         )
     paths = [path.relative_to(root) for path in found]
-    classes = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
-    labels = {name: number for number, name in enumerate(classes)}
+    classes = classes_of(paths)
     order = permutation(len(found), derive("make", seed))
     listing = hashlib.blake2b(digest_size=16)
     for name, path in zip(paths, found, strict=True):
@@ -88,26 +87,34 @@ def folder(root: Path, seed: int = 0) -> Plan:
             Image.open(io.BytesIO(data)).verify()
         except Exception as error:  # Pillow raises many kinds on bytes that are no image
             raise ValueError(f"{found[chosen]} is not a whole image ({error}): repair it or take it out") from error
-        label = labels.get(name.parts[0], -1) if len(name.parts) > 1 else -1
-        facts = {"label": label, "class": name.parts[0] if label >= 0 else None, "file": str(name)}
-        made = {"__key__": f"{chosen:08d}", name.suffix.lower().lstrip("."): data, "json": json.dumps(facts).encode()}
-        return made if label < 0 else {**made, "cls": str(label).encode()}
+        return {"__key__": f"{chosen:08d}", name.suffix.lower().lstrip("."): data, **labelled(name, classes)}
 
-    facts = {"source": "folder", "listing": listing.hexdigest(), "seed": seed, "classes": classes}
+    facts = {"source": "folder", "listing": listing.hexdigest(), "seed": seed, "classes": list(classes)}
     return Plan(len(found), facts, sample)
+
+
+def classes_of(paths: Sequence[PurePath]) -> dict[str, int]:
+    """The folders directly below the root, which are the classes, in the order of their names, and their labels."""
+    return {name: label for label, name in enumerate(sorted({path.parts[0] for path in paths if len(path.parts) > 1}))}
+
+
+def labelled(name: PurePath, classes: Mapping[str, int], **more: Any) -> Sample:
+    """The members of a sample that say which file it is of, and of which class if that is in a folder."""
+    label = classes[name.parts[0]] if len(name.parts) > 1 else -1
+    facts = {"label": label, "class": name.parts[0] if label >= 0 else None, "file": str(name), **more}
+    return {"json": json.dumps(facts).encode()} | ({"cls": str(label).encode()} if label >= 0 else {})
 
 
 def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
     """Make the shards of one folder, the samples spread evenly over them in their order; those that are finished are
     kept. Safe when several processes do it at once. ValueError if there are shards made of something else.
     """
-    place = shards[0].parent
-    wanted = {**plan.facts, "num_samples": plan.num_samples, "shards": [shard.name for shard in shards]}
-    if _is_made(place, split, wanted, shards):  # before the lock: the folder may be one that cannot be written
+    if is_made(plan, shards, split):  # before the lock: the folder may be one that cannot be written
         return
+    place, wanted = shards[0].parent, _wanted(plan, shards)
     place.mkdir(parents=True, exist_ok=True)
     with hold(place / ".making.lock", why=f"it is making {split} shards in {place}"):
-        if _is_made(place, split, wanted, shards):
+        if is_made(plan, shards, split):
             return
         note = place / f".{split}.making.json"
         _clear(note, wanted)
@@ -149,8 +156,11 @@ def split_name(shard: str) -> str:
     return re.sub(r"[-_.]?\d+$", "", Path(shard).name.removesuffix(".tar")) or "data"
 
 
-def _is_made(place: Path, split: str, wanted: Mapping[str, Any], shards: Sequence[Path]) -> bool:
-    """Whether all is there: made by this plan, or brought by somebody (of which nothing is asked)."""
+def is_made(plan: Plan, shards: Sequence[Path], split: str) -> bool:
+    """Whether all is there: made by this plan, or brought by somebody (of which nothing is asked). ValueError as of
+    `write`, and nothing is written.
+    """
+    place, wanted = shards[0].parent, _wanted(plan, shards)
     made = _read(place / "_info.json").get("splits", {}).get(split, {}).get("made")
     if made is not None and made != wanted:
         differing = [key for key in {**made, **wanted} if made.get(key) != wanted.get(key)]
@@ -166,6 +176,10 @@ def _is_made(place: Path, split: str, wanted: Mapping[str, Any], shards: Sequenc
             "what they were made of: take another folder, or delete them"
         )
     return len(there) == len(shards) and not started
+
+
+def _wanted(plan: Plan, shards: Sequence[Path]) -> dict[str, Any]:
+    return {**plan.facts, "num_samples": plan.num_samples, "shards": [shard.name for shard in shards]}
 
 
 def _show(facts: Mapping[str, Any], keys: Sequence[str]) -> str:
