@@ -64,6 +64,7 @@ def check_shape(report: dict, processes: int) -> None:
     assert report["config"]["processes"] == processes
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_one_process_sends_nothing():
     report = json.loads(bench("codes", *SMALL, "--entropy", "--json").stdout)
@@ -73,6 +74,7 @@ def test_one_process_sends_nothing():
     assert sent == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_sent_bytes_of_two_processes():
     report = json.loads(bench("codes", *SMALL, "--processes", "2", "--json").stdout)
@@ -85,6 +87,7 @@ def test_sent_bytes_of_two_processes():
     assert 6 * N * D * 4 < report["step"]["ours"]["sent_bytes"] < 6 * N * D * 4 + 2 * N * 20 * 4 + 256
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_search_alone():
     done = bench("codes", *SMALL, "--work", "search")
@@ -214,6 +217,7 @@ def test_wrong_arguments(tool, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_both_readers_of_images(workers):
     words = ("--num", "32", "--images", "16", "--batch", "8", "--rounds", "2", "--image-size", "32")
@@ -244,6 +248,7 @@ def test_on_a_gpu(tool):
     assert 0 < report["step"]["ours"]["peak_bytes"] < report["step"]["dense"]["peak_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
 @pytest.mark.dist
 def test_memory_grows_with_the_rows_and_the_tokens_and_not_with_their_product():

@@ -25,6 +25,7 @@ def tool(monkeypatch):
     return lambda name: importlib.import_module(f"bench.{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_from_the_command_line():
     command = [sys.executable, str(TOOLS / "bench"), "head", *SMALL, "--processes", "2", "--codes", "99"]
@@ -79,6 +80,7 @@ def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
         assert measure.alone(built["sample"][name], mesh).peak_bytes < pairs / 2
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_or_is_not_there_is_left_out_and_said(tool, capsys, monkeypatch):
     head, forms = tool("head"), tool("head_forms")
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)

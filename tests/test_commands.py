@@ -96,6 +96,7 @@ def test_what_names_no_program(given, status, told, capsys):
     assert capsys.readouterr().err.startswith(told)
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_a_program_of_any_folder(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     small = ["--codes", "64", "--tokens", "16", "--dim", "8"]

@@ -45,6 +45,7 @@ def test_one_graph(case, training):
     _compare(case, training, fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["ibq", "ibq entropy"])
 def test_on_a_cpu_a_mixture_breaks_the_graph_and_says_the_same(case):
     torch._dynamo.reset()

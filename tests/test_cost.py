@@ -63,6 +63,7 @@ def _sent(data, codes):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_bytes_of_a_step_are_those_of_the_formulas(ranks, grid):

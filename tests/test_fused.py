@@ -354,6 +354,7 @@ def test_blocks_serve_a_cpu_whatever_is_wanted():
     assert backend.BLOCKS.mix is forward.mix
 
 
+@pytest.mark.slow
 def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, str(ROOT / "tools" / "bench"), "kernels", "--only", "row_means", "--dim", "64"]

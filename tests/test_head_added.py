@@ -130,6 +130,7 @@ def _on(codes):
         del HEADS["pair"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", CODES[1:2])
 def test_it_computes_and_draws_the_same_on_two_processes(ranks, codes, monkeypatch):
     results = ranks(codes, _on, codes)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from whole import GRIDS, mine, normal
+from whole import FOUR, GRIDS, mine, normal
 
 from vqscale import config as configuration
 from vqscale import quantizers
@@ -24,7 +24,7 @@ from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
 
 SIZES = [3, 50, DENSE_MOST, DENSE_MOST + 1, 2**62]
-WIDER = [*GRIDS, pytest.param((4, 1), marks=pytest.mark.dist)]
+WIDER = [*GRIDS, pytest.param((4, 1), marks=FOUR)]
 
 
 def _ids(num_codes, turn):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from whole import GRIDS, close, mine, normal
+from whole import FOUR, GRIDS, close, mine, normal
 
 from vqscale import quantizers
 from vqscale.codes import bits
@@ -87,7 +87,7 @@ def _tokens(dim):
     return x[x[:, 0].argsort()]
 
 
-@pytest.mark.parametrize("grid", [*GRIDS, pytest.param((4, 1), marks=pytest.mark.dist)])
+@pytest.mark.parametrize("grid", [*GRIDS, pytest.param((4, 1), marks=FOUR)])
 def test_values_and_gradients_are_those_of_all_codes_written_out(ranks, grid):
     world = grid[0] * grid[1]
     results = ranks(world, _quantize, *grid)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from similarities import NAMES, added
-from whole import CODES, GRIDS, close, engine_gradient, mine, normal, put
+from whole import CODES, FOUR, GRIDS, close, engine_gradient, mine, normal, put
 
 from vqscale.codes import dense, scan, tally
 from vqscale.codes.codebook import Codebook
@@ -128,7 +128,7 @@ def _spread(data, codes):
     return tally.entropy_of_mean(mixed.columns_k, len(x), mesh).detach(), mixed.entropy_N.detach().mean()
 
 
-@pytest.mark.parametrize("grid", [*GRIDS, pytest.param((4, 1), marks=pytest.mark.dist)])
+@pytest.mark.parametrize("grid", [*GRIDS, pytest.param((4, 1), marks=FOUR)])
 def test_the_average_entropy_is_global_on_both_axes(ranks, grid):
     world = grid[0] * grid[1]
     rows, x = normal(50, DIM, seed=1), 3 * normal(TOKENS, DIM, seed=2)

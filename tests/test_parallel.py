@@ -129,6 +129,7 @@ def _hang():
         time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_hang_is_an_error_that_names_the_rank():
     with pytest.raises(RankError, match=r"no answer from rank 1 of 2 within 5 s"):

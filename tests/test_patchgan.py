@@ -95,6 +95,7 @@ def _synchronised(world):
     return answers.detach(), images.grad, {name: p.grad for name, p in net.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_synchronised_statistics_make_one_batch_of_all_ranks(ranks):
     world = 3

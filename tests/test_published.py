@@ -31,6 +31,7 @@ def run_tool(*argv) -> int:
     return module.main([str(word) for word in argv])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_imported_checkpoint_computes_what_was_published(family, tmp_path, capsys):
     state = published.made(SHAPES[family](K[family]))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from whole import CODES, GRIDS, close, mine, normal, table
+from whole import CODES, FOUR, GRIDS, close, mine, normal, table
 
 from vqscale.codes import dense, tally
 from vqscale.codes.rows import Rows
@@ -30,7 +30,7 @@ def _count(data, codes):
     return out
 
 
-@pytest.mark.parametrize("grid", [*GRIDS, pytest.param((4, 1), marks=pytest.mark.dist)])
+@pytest.mark.parametrize("grid", [*GRIDS, pytest.param((4, 1), marks=FOUR)])
 def test_counts_and_sums_are_over_all_tokens_of_all_ranks(ranks, grid):
     results = ranks(grid[0] * grid[1], _count, *grid)
     for num_codes in SIZES:

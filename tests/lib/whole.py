@@ -14,13 +14,14 @@ from vqscale.codes.codebook import Codebook
 from vqscale.parallel.mesh import Mesh
 
 # (data, codes); the global batch and the table are the same on all of them.
+FOUR = [pytest.mark.dist, pytest.mark.slow]  # two cores are shared by four processes
 GRIDS = [
     (1, 1),
     pytest.param((1, 2), marks=pytest.mark.dist),
-    pytest.param((1, 4), marks=pytest.mark.dist),
-    pytest.param((2, 2), marks=pytest.mark.dist),
+    pytest.param((1, 4), marks=FOUR),
+    pytest.param((2, 2), marks=FOUR),
 ]
-CODES = [1, pytest.param(2, marks=pytest.mark.dist), pytest.param(4, marks=pytest.mark.dist)]
+CODES = [1, pytest.param(2, marks=pytest.mark.dist), pytest.param(4, marks=FOUR)]
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
