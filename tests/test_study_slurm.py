@@ -235,7 +235,7 @@ def test_options_that_the_launcher_sets_are_refused(cluster, study, capsys, word
 
 
 def test_what_is_not_there_is_said(cluster, study, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))  # /usr/bin may have a SLURM
     assert command.main([study, "--slurm"]) == 2
     assert "needs sbatch, which is not on PATH here" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)  # as where a wheel is installed: no launch/
