@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from vqscale import config as configuration
-from vqscale import priors
+from vqscale import priors, quantizers
+from vqscale.codes import tally
 from vqscale.codes.rows import set_aside
+from vqscale.nets.config import grid
 from vqscale.plan.prior import plan as plan_prior
 from vqscale.plan.tokenizer import plan, planned_mesh
+from vqscale.programs import study as studies
 from vqscale.programs.commands import study
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
@@ -95,12 +99,12 @@ def test_published_priors_have_their_published_size(path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_shipped_study_is_planned_and_prepared(path, tmp_path, capsys):
-    place = f"folder={tmp_path / 'study'}"
-    assert study.main([str(path), place, "--dry-run"]) == 0
+    words = [str(path), f"folder={tmp_path / 'study'}", "seeds=[0]"]
+    assert study.main([*words, "--dry-run"]) == 0
     head, *planned = capsys.readouterr().out.splitlines()
-    assert head.startswith(f"{len(planned)} runs of 1 processes")
+    assert head.startswith(f"{len(planned)} runs of 1 ")
     assert not (tmp_path / "study").exists()
-    assert study.main([str(path), place, "--prepare"]) == 0
+    assert study.main([*words, "--prepare"]) == 0
     prepared = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(set(prepared)) == len(planned) > 1
     for line, config in zip(planned, prepared, strict=True):
@@ -108,6 +112,16 @@ def test_a_shipped_study_is_planned_and_prepared(path, tmp_path, capsys):
         run = configuration.load(Run, config)
         assert (config.stem, Path(run.run.folder).name) == (name, name)
         assert f" {run.run.steps} steps" in costs
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_counts_usage_on_enough_held_out_tokens(path):
+    for trial in studies.expand(configuration.load(studies.StudyConfig, path), path):
+        data, tokenizer = trial.config.data, trial.config.tokenizer
+        with torch.device("meta"):
+            quantizer = quantizers.build(tokenizer.quantizer, planned_mesh(1, 1))
+        tokens = data.val.make.num_images * math.prod(grid(tokenizer.net, data.val.sides))
+        assert tally.ceiling(tokens, quantizer.num_codes) > 0.98, trial.name
 
 
 def test_a_typo_in_a_shipped_config_names_its_neighbour(tmp_path):

@@ -24,6 +24,7 @@ from vqscale.programs import launchers, study_runner
 from vqscale.programs import study as studies
 from vqscale.programs.commands import study as command
 from vqscale.programs.launchers import Launcher, State
+from vqscale.programs.launchers.local import Local
 from vqscale.programs.study import StudyConfig
 from vqscale.show import page, study_page
 from vqscale.train.config import Run
@@ -89,6 +90,22 @@ def test_every_task_has_what_a_study_shows_of_it():
     assert set(study_page.TASKS) == {fields_of(run)["task"].default for run in classes_of(Run)}
 
 
+def test_a_part_is_a_grid_of_its_own_over_the_same_dials(base):
+    part = {"dials": [K | {"values": [64]}], "seeds": [3], "processes": 2, "set": ["mesh.codes=2", "run.steps=5"]}
+    study = {"dials": [_quantizers("vq", "ema"), K], "seeds": [0, 7], "set": ["run.steps=3"], "parts": [part]}
+    _, trials = _expand(_write(base, **study))
+    assert [trial.name for trial in trials[8:]] == ["vq-64-seed3", "ema-64-seed3"]
+    assert [trial.processes for trial in trials] == [1] * 8 + [2] * 2
+    assert [trial.config.run.steps for trial in trials] == [3] * 8 + [5] * 2
+    assert [trial.config.mesh.codes for trial in trials[7:9]] == [None, 2]
+    assert trials[9].labels == {"quantizer": "ema", "K": "64", "seed": "3"}
+
+
+def test_a_part_that_says_nothing_would_be_the_study_again(base):
+    with pytest.raises(ValueError, match="several runs would be called 16-seed0, 32-seed0"):
+        _expand(_write(base, dials=[K], parts=[{}]))
+
+
 @pytest.mark.parametrize("name", ["sweep #1", "a: b", "g=h", "@x", "*x", "{x}", "[y", "%z", "2024", "~", "it's", '"q"'])
 def test_a_folder_of_any_name_holds_its_own_runs(base, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -111,6 +128,10 @@ def test_a_folder_of_any_name_holds_its_own_runs(base, tmp_path, monkeypatch, na
         ({"dials": [K | {"values": [16, 16]}]}, ["several runs would be called 16-seed0"]),
         ({"dials": [K, K]}, ["2 dials are called K", "a name of its own"]),
         ({"dials": [K | {"name": "seed"}]}, ["a dial is called seed", "another name"]),
+        ({"dials": [K], "parts": [{"dials": [RATE]}]}, ["parts.0.dials", "has the dial rate", "are K"]),
+        ({"dials": [K], "parts": [{"seeds": []}]}, ["parts.0.seeds", "leave the key out"]),
+        ({"dials": [K], "parts": [{"seeds": [9], "processes": 0}]}, ["parts.0.processes", "at least 1"]),
+        ({"dials": [K], "parts": [{"seeds": [9], "processes": 3}]}, ["16-seed9", "does not divide by 3 processes"]),
         ({"dials": [K], "processes": 3}, ["does not divide by 3 processes"]),
         ({"dial": [K]}, ["unknown key", "dials"]),
     ],
@@ -260,6 +281,38 @@ def test_interrupted_and_continued(base):
         rows = [json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows if "loss" in row]
         assert steps == list(range(1, 81))
+
+
+class Sleeping:
+    """In place of a process: it ends when it is told."""
+
+    pid, status = 0, None
+
+    def poll(self):
+        return self.status
+
+
+def test_a_run_of_more_processes_takes_the_place_of_several_and_none_overtakes_it(base, monkeypatch):
+    monkeypatch.setattr(Local, "_start", lambda self, trial: Sleeping())
+    wide = {"processes": 4, "seeds": [5]}
+    study, trials = _expand(_write(base, dials=[K], seeds=[0, 1], parts=[wide, {"seeds": [6]}], jobs=3))
+    launcher = Local(study, trials)
+    launcher.start(trials)
+    seen = []
+    while launcher.running:
+        seen.append([name for name, _ in launcher.running.items()])
+        next(iter(launcher.running.values()))[1].status = 0
+        launcher.poll()
+    assert seen == [
+        ["16-seed0", "16-seed1", "32-seed0"],
+        ["16-seed1", "32-seed0", "32-seed1"],
+        ["32-seed0", "32-seed1"],
+        ["32-seed1"],
+        ["16-seed5"],
+        ["32-seed5"],
+        ["16-seed6", "32-seed6"],
+        ["32-seed6"],
+    ]
 
 
 class Elsewhere(Launcher):

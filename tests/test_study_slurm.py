@@ -132,6 +132,21 @@ def test_an_array_over_the_runs_is_submitted_once(cluster, study, capsys):
     assert len(cluster.asked("sbatch")) == 1
 
 
+def test_runs_of_another_number_of_processes_are_an_array_of_their_own(cluster, tmp_path, study, capsys):
+    path = Path(study)
+    dial = {"name": "steps", "key": "run.steps", "values": [4, 5]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parts": [{"dials": [dial], "processes": 1}]}))
+    cluster.queue("41_0|RUNNING", "41_1|PENDING", "42_0|PENDING", "42_1|PENDING", "42_2|PENDING")
+    assert command.main([study, "--slurm"]) == 0
+    one, two = cluster.asked("sbatch")
+    assert (one["processes"], one["configs"]) == ("1", [f"./my study/configs/{n}-seed0.yaml" for n in (4, 5)])
+    assert (two["processes"], two["configs"]) == ("2", [f"./my study/configs/{n}-seed0.yaml" for n in (1, 2, 3)])
+    said = capsys.readouterr().out
+    assert "job 41, an array of 2 runs of 1 processes" in said
+    assert "job 42, an array of 3 runs of 2 processes" in said
+    assert set(_statuses()) == {f"{n}-seed0" for n in range(1, 6)}
+
+
 def test_what_failed_is_told_and_submitted_again_alone(cluster, study, capsys):
     cluster.queue("41_0|PENDING", "41_1|PENDING", "41_2|PENDING")
     assert command.main([study, "--slurm"]) == 0

@@ -15,7 +15,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,20 @@ class DialConfig:
 
 
 @dataclass(frozen=True)
+class PartConfig:
+    """Further runs of a study, on a grid of their own: what is not given is as in the study."""
+
+    dials: tuple[DialConfig, ...] = ()
+    """dials of the study with other positions; those that are not given keep theirs"""
+    set: tuple[str, ...] = ()
+    """dotted.key=value for every run of this part, after those of the study"""
+    seeds: tuple[int, ...] | None = None
+    """run.seed of the repetitions; null: those of the study"""
+    processes: int | None = None
+    """processes of each run; null: as many as in the study"""
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Many runs, one question."""
 
@@ -84,12 +98,15 @@ class StudyConfig:
     """run.seed of the repetitions; figures show their spread"""
     processes: int = 1
     """processes of each run"""
+    parts: tuple[PartConfig, ...] = ()
+    """more runs, with other positions, seeds or processes, as a size that only some are run at"""
     launcher: str = "local"
     """where the runs go: local is this machine, slurm an array of jobs"""
     launcher_options: tuple[str, ...] = ()
     """for the launcher; with slurm options of sbatch, as [--gpus-per-node=1, --time=02:00:00]"""
     jobs: int = 2
-    """runs side by side on this machine; how many on a cluster is for the cluster to say"""
+    """runs of `processes` processes side by side on this machine; one with more takes the place of several. How many
+    on a cluster is for the cluster to say"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.dials:
@@ -102,6 +119,35 @@ class StudyConfig:
         for key in ("processes", "jobs"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}: use at least 1"
+        for number, part in enumerate(self.parts):
+            for key, message in self._problems_of(part):
+                yield f"parts.{number}.{key}", message
+
+    def _problems_of(self, part: PartConfig) -> Iterable[tuple[str, str]]:
+        known = [dial.name for dial in self.dials]
+        for dial in part.dials:
+            if dial.name not in known:
+                yield "dials", f"a part has the dial {dial.name}, and the study's are {', '.join(known)}: use these"
+        if part.seeds == ():
+            yield "seeds", "a part has no seeds: give at least [0], or leave the key out"
+        if part.processes is not None and part.processes < 1:
+            yield "processes", f"processes is {part.processes}: use at least 1"
+
+    def grids(self) -> list[StudyConfig]:
+        """The study without its parts, and each part as a study that has all that it leaves out."""
+        first = replace(self, parts=())
+        return [first, *(self._with(part) for part in self.parts)]
+
+    def _with(self, part: PartConfig) -> StudyConfig:
+        own = {dial.name: dial for dial in part.dials}
+        return replace(
+            self,
+            parts=(),
+            dials=tuple(own.get(dial.name, dial) for dial in self.dials),
+            set=(*self.set, *part.set),
+            seeds=self.seeds if part.seeds is None else part.seeds,
+            processes=self.processes if part.processes is None else part.processes,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +159,7 @@ class Trial:
     """position of each dial, and the seed"""
     config: Run
     study_folder: Path
+    processes: int
 
     @property
     def file(self) -> Path:
@@ -138,11 +185,13 @@ class Trial:
 
 
 def expand(study: StudyConfig, path: Path) -> list[Trial]:
-    """The runs of the study in the file `path`, in the order of its dials; ValueError names what is wrong, for all."""
+    """The runs of the study in the file `path`, in the order of its dials and then of its parts; ValueError names what
+    is wrong, for all."""
     trials, problems = [], list[str]()
-    for labels, overrides in _combinations(study):
+    combinations = ((grid, run) for grid in study.grids() for run in _combinations(grid))
+    for grid, (labels, overrides) in combinations:
         try:
-            trials.append(_trial(study, path, labels, overrides))
+            trials.append(_trial(grid, path, labels, overrides))
         except ValueError as error:
             told = ", ".join(f"{dial} {label}" for dial, label in labels.items())
             problems.append(f"{path}: {_name(labels)} ({told}): {error}")
@@ -171,7 +220,7 @@ def _trial(study: StudyConfig, path: Path, labels: dict[str, str], overrides: li
     folder = f"run.folder={inline(str(place / 'runs' / name))}"
     config: Run = configuration.load(Run, path.parent / study.base, [*study.set, *overrides, folder])
     config.check_world(study.processes)
-    return Trial(name, labels, config, place)
+    return Trial(name, labels, config, place, study.processes)
 
 
 def _name(labels: dict[str, str]) -> str:

@@ -122,9 +122,10 @@ def _say(lines: Sequence[str]) -> int:
 def _print_plan(study: StudyConfig, trials: Sequence[Trial]) -> int:
     from vqscale.plan import costs_of
 
-    print(f"{len(trials)} runs of {study.processes} processes, {study.jobs} side by side, in {study.folder}")
+    processes = " or ".join(str(number) for number in sorted({trial.processes for trial in trials}))
+    print(f"{len(trials)} runs of {processes} processes, {study.jobs} side by side, in {study.folder}")
     for trial in trials:
-        costs = costs_of(trial.config, study.processes)
+        costs = costs_of(trial.config, trial.processes)
         parameters, memory = sum(costs.parameters.values()), sum(costs.memory.values()) / 2**20
         print(f"  {trial.name}: {parameters:,} parameters, {memory:,.0f} MiB per rank, {trial.config.run.steps} steps")
     return 0

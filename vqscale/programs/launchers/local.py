@@ -1,4 +1,8 @@
-"""Runs of a study as processes of this machine, `jobs` side by side. They end with the process that started them."""
+"""Runs of a study as processes of this machine, `jobs` side by side. They end with the process that started them.
+
+There are places for jobs x processes processes. A run that needs more than all of them runs alone; nothing overtakes a
+run that waits for its places.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +60,22 @@ class Local(Launcher):
         return []
 
     def _fill(self) -> None:
-        while self.waiting and len(self.running) < self.study.jobs:
+        while self.waiting and self._fits(self.waiting[0]):
             trial = self.waiting.pop(0)
             self.running[trial.name] = (trial, self._start(trial))
 
+    @property
+    def places(self) -> int:
+        return self.study.jobs * self.study.processes
+
+    def _fits(self, trial: Trial) -> bool:
+        taken = sum(running.processes for running, _ in self.running.values())
+        return not taken or taken + trial.processes <= self.places
+
     def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
-        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.study.processes}"]
-        command = [*(many if self.study.processes > 1 else []), *_program(), argument(trial.file)]
-        threads = max(1, (os.cpu_count() or 1) // (self.study.processes * self.study.jobs))
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={trial.processes}"]
+        command = [*(many if trial.processes > 1 else []), *_program(), argument(trial.file)]
+        threads = max(1, (os.cpu_count() or 1) // max(self.places, trial.processes))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with trial.log.open("a") as log:  # in a group of its own: Ctrl-C is for this process, which lets the run save
             return subprocess.Popen(

@@ -1,4 +1,5 @@
-"""Runs of a study as an array of jobs of SLURM: a task is a run, on one node, by launch/slurm/array.sbatch.
+"""Runs of a study as an array of jobs of SLURM: a task is a run, on one node, by launch/slurm/array.sbatch. Runs of
+another number of processes are an array of their own.
 
     FOLDER/slurm/N.txt       the configs of the N-th submission, a line per task, which the tasks read when they begin
     FOLDER/slurm/jobs.json   [{"job": "1234", "runs": [name of task 0, ...], "stopped": [name, ...]}, ...]
@@ -78,15 +79,19 @@ class Slurm(Launcher):
                 )
 
     def start(self, trials: Sequence[Trial]) -> list[str]:
-        if not trials:
-            return []
+        alike = [[trial for trial in trials if trial.processes == n] for n in sorted({t.processes for t in trials})]
+        return [self._start(array) for array in alike]
+
+    def _start(self, trials: Sequence[Trial]) -> str:
+        """Submit an array of runs of as many processes."""
         submitted = self._submitted()
         self.place.mkdir(exist_ok=True)
         configs = self.place / f"{len(submitted)}.txt"
         files.write(configs, "".join(f"{argument(trial.file)}\n" for trial in trials))
-        job = self._submit(configs, len(trials))
+        job = self._submit(configs, trials)
         self._keep([*submitted, {"job": job, "runs": [trial.name for trial in trials], "stopped": []}])
-        return [f"submitted job {job}, an array of {len(trials)} runs; they print into {self.logs}/slurm-{job}_*.txt"]
+        what = f"an array of {len(trials)} runs of {trials[0].processes} processes"
+        return f"submitted job {job}, {what}; they print into {self.logs}/slurm-{job}_*.txt"
 
     def poll(self) -> dict[str, State]:
         open_names = {trial.name for trial in self.trials if not trial.done}
@@ -111,11 +116,11 @@ class Slurm(Launcher):
         self._keep(submitted)
         return [f"cancelled {', '.join(active.values())}: what runs saves and ends; started again, the study goes on"]
 
-    def _submit(self, configs: Path, count: int) -> str:
+    def _submit(self, configs: Path, trials: Sequence[Trial]) -> str:
         logs = str(self.logs).replace("%", "%%")
-        ours = ["--parsable", f"--array=0-{count - 1}", f"--output={logs}/slurm-%A_%a.txt"]
+        ours = ["--parsable", f"--array=0-{len(trials) - 1}", f"--output={logs}/slurm-%A_%a.txt"]
         command = ["sbatch", *self.study.launcher_options, *ours, str(SCRIPT), argument(configs)]
-        return _run(command, VQSCALE_PROCESSES=str(self.study.processes)).partition(";")[0].strip()
+        return _run(command, VQSCALE_PROCESSES=str(trials[0].processes)).partition(";")[0].strip()
 
     def _submitted(self) -> list[dict[str, Any]]:
         path = self.place / "jobs.json"
