@@ -57,10 +57,23 @@ def bits(keys_N: Tensor, start: int, stop: int) -> Tensor:
 
 def uniform(keys_N: Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """N x (stop - start) numbers in (0, 1), each rounded from 63 bits: small ones are as precise as large ones."""
-    low = (bits(keys_N, start, stop).bitwise_right_shift_(1)).bitwise_and_(2**63 - 1)
+    return _uniform_(bits(keys_N, start, stop), dtype)
+
+
+def _uniform_(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    low = bits.bitwise_right_shift_(1).bitwise_and_(2**63 - 1)
     return low.to(dtype).mul_(2.0**-63).add_(2.0**-64).clamp_(max=1.0 - torch.finfo(dtype).eps / 2)
 
 
 def gumbel(keys_N: Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel numbers -log(-log(1 - v)): the high ones, which decide, come from small v and are precise."""
-    return uniform(keys_N, start, stop, dtype).neg_().log1p_().neg_().log_().neg_()
+    return _gumbel_(uniform(keys_N, start, stop, dtype))
+
+
+def gumbel_at(keys_N: Tensor, numbers_NS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As `gumbel`, of numbers of each key that are not in a row: numbers_NS[n, s] of key n."""
+    return _gumbel_(_uniform_(_mix_(keys_N[:, None] + (numbers_NS + 1) * GOLDEN), dtype))
+
+
+def _gumbel_(u: Tensor) -> Tensor:
+    return u.neg_().log1p_().neg_().log_().neg_()

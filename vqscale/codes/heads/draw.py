@@ -108,7 +108,7 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule, scored: bool = 
             first_id = shard.layout.start if rule.temperature else None
             _gumbel_max(l_br, keys_B[tokens], rows.start, first_id, score_B[tokens], row_B[tokens])
     ids_B, top_B = merge_best(score_B, row_B, shard.layout, shard.axis)
-    _check_scores(top_B)
+    check_scores(top_B)
     if sums is None:
         return Drawn(ids_B, torch.zeros_like(score_B))
     log_p_B = logits_of(ids_B, x_BD, shard, rule.scale) - sums.merged(shard.axis)
@@ -142,7 +142,8 @@ def logits_of(ids_B: Tensor, x_BD: Tensor, shard: Shard, scale: float) -> Tensor
     return ops.sum_over(logit_B, shard.axis) * scale
 
 
-def _check_scores(top_B: Tensor) -> None:
+def check_scores(top_B: Tensor) -> None:
+    """FloatingPointError where the best perturbed logit of a token is not finite; the same on all ranks."""
     finite_B = (top_B > scan.LOWEST) & (top_B < float("inf"))
     if top_B.device.type != "cpu":
         torch._assert_async(finite_B.all(), "logits must be finite for an id to be drawn")
