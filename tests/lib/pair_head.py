@@ -38,7 +38,7 @@ class Pair(Vocabulary):
         self.low = Head(config.lows, dim, mesh, seed=derive(seed, "low"), scan_mib=config.scan_mib)
 
     @classmethod
-    def from_config(cls, config, num_codes, dim, mesh, *, seed, feature_dim=None):
+    def from_config(cls, config, num_codes, dim, mesh, *, seed, feature_dim=None, num_ids=1):
         return cls(config, num_codes, dim, mesh, seed)
 
     def digits(self, ids, nobody=-1):
@@ -50,12 +50,13 @@ class Pair(Vocabulary):
         high, low = self.digits(ids)
         return self.high.embed(high) + self.low.embed(low)
 
-    def losses(self, h_ND, targets_N, *, label_smoothing=0.0, z_loss=0.0, ignore=-1):
+    def losses(self, h_ND, targets_N, *, label_smoothing=0.0, z_loss=0.0, ignore=-1, right=False):
         parts = [
-            head.losses(h_ND, digit_N, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore)
+            head.losses(h_ND, digit_N, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore, right=right)
             for head, digit_N in zip((self.high, self.low), self.digits(targets_N, ignore), strict=True)
         ]
-        return Losses(*(one + other for one, other in zip(*parts, strict=True)))
+        both = parts[0].right_N & parts[1].right_N if right else None
+        return Losses(*(one + other for one, other in zip(parts[0][:3], parts[1][:3], strict=True)), both)
 
     @torch.no_grad()
     def sample(self, h_ND, keys_N, *, temperature=1.0, top_k=0, top_p=1.0, unguided_ND=None, guidance=1.0):

@@ -1,7 +1,8 @@
 """The line that a prior has to be below: held-out ids, knowing how often each occurs in training and nothing else.
 
 Frequencies are counted on the training cache, so that nothing of the held-out ids is known beforehand, and one is added
-to every count, so that an id that was not met costs a finite number of nats. Counts lie where the rows lie.
+to every count, so that an id that was not met costs a finite number of nats. Counts lie where the rows lie. Where a
+token has several ids, I of them, each is counted by itself, and the nats of a token are the sum over them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ COUNTED_SHARDS = 64
 
 
 def count(stream: TokenStream, mesh: Mesh) -> Tensor:
-    """How often each code of this rank's rows occurs in the training cache, in all views that are trained on: counts_k.
+    """counts_Ik: how often each code of this rank's rows occurs in the training cache, in all views trained on.
 
     Each rank reads its share of the storage shards. Collective.
     """
     card = stream.card
     layout = Rows(card.num_codes, mesh.codes.size, mesh.codes.rank)
-    counts_k = torch.zeros(layout.count, dtype=torch.int64, device=mesh.device)
+    counts_Ik = torch.zeros(card.num_ids, layout.count, dtype=torch.int64, device=mesh.device)
     num = min(COUNTED_SHARDS, card.num_shards)
     for first in range(0, num, mesh.world.size):
         number = first + mesh.world.rank
@@ -37,15 +38,21 @@ def count(stream: TokenStream, mesh: Mesh) -> Tensor:
             ids = np.full((card.storage, *card.ids_shape), -1, dtype=np.int64)  # as many on every rank; -1 is nobody
             if block is not None:
                 ids[: len(block)] = block[:, view]
-            counts_k += tally.counts(torch.from_numpy(ids).flatten().to(mesh.device), layout, mesh)
-    return counts_k
+            counts_Ik += columns(torch.from_numpy(ids).to(mesh.device), card.num_ids, layout, mesh)
+    return counts_Ik
 
 
-def cross_entropy(seen_k: Tensor, held_k: Tensor, num_codes: int, mesh: Mesh) -> float:
-    """Nats of an id of those counted in `held_k`, given the counts of training: -log of (seen + 1) / (all seen + K).
+def columns(ids: Tensor, num_ids: int, layout: Rows, mesh: Mesh) -> Tensor:
+    """counts_Ik of ids of any shape, the ids of a token along the last dim where it has several; -1 is nobody."""
+    ids_NI = ids.reshape(-1, num_ids)
+    return torch.stack([tally.counts(ids_N.contiguous(), layout, mesh) for ids_N in ids_NI.unbind(1)])
+
+
+def cross_entropy(seen_Ik: Tensor, held_Ik: Tensor, num_codes: int, mesh: Mesh) -> float:
+    """Nats of a token of those counted in `held_Ik`, given the counts of training: -log of (seen + 1) / (all seen + K).
 
     The same on every rank; collective on the code axis.
     """
-    seen, held = ops.sum_over(torch.stack([seen_k.sum(), held_k.sum()]).double(), mesh.codes)
-    nats_k = (seen + num_codes).log() - (seen_k + 1).double().log()
-    return float(ops.sum_over((held_k * nats_k).sum(), mesh.codes) / held)
+    seen_I, held_I = ops.sum_over(torch.stack([seen_Ik.sum(1), held_Ik.sum(1)]).double(), mesh.codes)
+    nats_Ik = (seen_I[:, None] + num_codes).log() - (seen_Ik + 1).double().log()
+    return float((ops.sum_over((held_Ik * nats_Ik).sum(1), mesh.codes) / held_I).sum())

@@ -30,8 +30,7 @@ class Autoregressive(Prior):
 
     def states(self, ids_Bhw: Tensor, prefix_BPD: Tensor) -> Tensor:
         """h_BTD, the vectors that predict each of the T ids from those before it and the prefix."""
-        ids_BT = self.checked(ids_Bhw).flatten(1)
-        x_BTD = torch.cat([prefix_BPD, self.head.embed(ids_BT[:, :-1])], 1)
+        x_BTD = torch.cat([prefix_BPD, self.head.embed(self.in_a_row(ids_Bhw)[:, :-1])], 1)
         turns = rotary(self.config.net, self.grid, x_BTD.device)[: x_BTD.shape[1]]
         h_BTD = self.net(x_BTD, turns, self.net.adapt(prefix_BPD[:, 0]))
         return h_BTD[:, self.config.net.num_prefix - 1 :]

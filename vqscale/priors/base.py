@@ -59,9 +59,14 @@ class Prior(nn.Module, ABC):
         self.mesh = mesh or Mesh()
         self.config = config
         self.card: dict[str, Any] = {}
-        chosen = derive(seed, "ids")
         self.head = heads.build(
-            config.head, self.num_codes, net.width, self.mesh, seed=chosen, feature_dim=config.feature_dim
+            config.head,
+            self.num_codes,
+            net.width,
+            self.mesh,
+            seed=derive(seed, "ids"),
+            feature_dim=config.feature_dim,
+            num_ids=self.num_ids,
         )
         condition = conditions.build(config, net)
         self._condition_name = condition.saved_as
@@ -77,8 +82,14 @@ class Prior(nn.Module, ABC):
         return self.config.num_codes
 
     @property
+    def num_ids(self) -> int:
+        """Ids of a token."""
+        assert self.config.num_ids is not None, "priors.build refuses null"
+        return int(self.config.num_ids)
+
+    @property
     def grid(self) -> tuple[int, ...]:
-        """Ids along each side."""
+        """Tokens along each side."""
         assert self.config.grid is not None, "priors.build refuses null"
         return tuple(self.config.grid)
 
@@ -97,8 +108,8 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
-        """The loss of ids int64 (B, *grid), every one of 0 .. K - 1, given a condition (of classes, -1 .. C - 1);
-        collective.
+        """The loss of ids int64 (B, *grid), or (B, *grid, num_ids), every one of 0 .. K - 1, given a condition (of
+        classes, -1 .. C - 1); collective.
 
         keys_B (noise.keys) decide what is random per image (dropped conditions), on any number of ranks alike; without
         them torch's generator does. Training and the evaluations of a run always give them.
@@ -117,7 +128,7 @@ class Prior(nn.Module, ABC):
         numbers_B: Tensor,
         seed: int = 0,
     ) -> Tensor:
-        """Draw ids (B, *grid) for a condition; collective, no gradient, in evaluation mode.
+        """Draw ids (B, *grid), or (B, *grid, num_ids), for a condition; collective, no gradient, in evaluation mode.
 
         `settings` are of this prior's own SampleConfig (config.sampling), or a dict of some of its fields; None: all at
         their default. numbers_B number the images over all ranks: (seed, number) decides an image, on any number of
@@ -169,24 +180,33 @@ class Prior(nn.Module, ABC):
 
     def checked(self, ids_Bhw: Tensor) -> Tensor:
         """ids as they are; ValueError where they are not those of an image of the config's grid."""
-        grid = tuple(ids_Bhw.shape[1:])
-        if grid != self.grid:
+        several = "" if self.num_ids == 1 else f" with {self.num_ids} ids each (num_ids)"
+        if tuple(ids_Bhw.shape[1:]) != self.ids_shape:
             raise ValueError(
                 f"ids have the shape {list(ids_Bhw.shape)}, images x grid, but this prior is one of "
-                f"{' x '.join(map(str, self.grid))} ids (grid, in its config): give ids of that grid, or "
+                f"{' x '.join(map(str, self.grid))} ids (grid, in its config){several}: give ids of that grid, or "
                 "build a prior of another"
             )
         return ids_Bhw
 
+    @property
+    def ids_shape(self) -> tuple[int, ...]:
+        """Of the ids of an image: the grid, and num_ids where a token has several."""
+        return self.grid if self.num_ids == 1 else (*self.grid, self.num_ids)
+
+    def in_a_row(self, ids_Bhw: Tensor) -> Tensor:
+        """ids of images as a sequence, the last side fastest: (B, T), or (B, T, num_ids)."""
+        return self.checked(ids_Bhw).flatten(1, len(self.grid))
+
     def modelled(self, h_BTD: Tensor, ids_Bhw: Tensor) -> Modelled:
         """The loss of ids (B, *grid) given the vectors that predict each of them, T = the product of grid; collective.
 
-        The head does not say which id was the most probable: right_B is another pass over the vocabulary, in float32,
-        which training is spared.
+        Where a token has several ids its nats are theirs together, and it is right when all of them are.
         """
-        h_ND, ids_N = h_BTD.flatten(0, 1), ids_Bhw.flatten()
+        h_ND, ids_N = h_BTD.flatten(0, 1), ids_Bhw.flatten(0, len(self.grid))
         smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-        losses = self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY)
+        asked = tally.statistics.on and not self.training
+        losses = self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY, right=asked)
 
         def of_images(values_N: Tensor) -> Tensor:
             return values_N.detach().unflatten(0, h_BTD.shape[:2]).mean(1)
@@ -197,9 +217,8 @@ class Prior(nn.Module, ABC):
         found.parts["cross_entropy"] = losses.cross_entropy_N.mean()
         if z_loss:
             found.parts["z_loss"] = z_loss * losses.square_N.mean()
-        if not self.training:
-            best_N = self.head.sample(h_ND, torch.zeros_like(ids_N), temperature=0.0)
-            found.right_B = of_images((best_N == ids_N).double())
+        if losses.right_N is not None:
+            found.right_B = of_images(losses.right_N.double())
         return found
 
     def prefix(self, condition: Tensor, keys_B: Tensor | None = None, *, null: bool = False) -> Tensor:

@@ -140,6 +140,9 @@ class IdsConfig:
 
     num_codes: int | None = 16384
     """K, the number of codes of the tokenizer; null: as the token cache says"""
+    num_ids: int | None = 1
+    """ids per token, each one of num_codes: several with residual and grouped tokenizers; null: as the token cache
+    says"""
     grid: tuple[int, ...] | None = (16, 16)
     """ids along each side: rows and columns of an image; one number for what has one side; null: as the token cache
     says"""
@@ -166,11 +169,11 @@ class IdsConfig:
 
     def nulls(self) -> list[str]:
         """The keys that are still to be looked up in a token cache or a tokenizer (train/nulls.py)."""
-        known = ["num_codes", "grid", *(["feature_dim"] if self.head.wants_features else [])]
+        known = ["num_codes", "num_ids", "grid", *(["feature_dim"] if self.head.wants_features else [])]
         return [key for key in known if getattr(self, key) is None]
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        for key, least in (("num_codes", 1), ("num_classes", 0)):
+        for key, least in (("num_codes", 1), ("num_ids", 1), ("num_classes", 0)):
             number = getattr(self, key)
             if number is not None and number < least:
                 yield key, f"{key} is {number}: use at least {least}"
@@ -188,6 +191,8 @@ class IdsConfig:
                 f"feature_dim is {self.feature_dim}, and this head takes no vectors of codes: use null, "
                 "or head.embedding: codebook",
             )
+        if self.num_codes and self.num_ids:
+            yield from ((f"head.{key}", text) for key, text in self.head.misfits(self.num_codes, self.num_ids))
 
 
 @dataclass(frozen=True)

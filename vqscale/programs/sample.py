@@ -58,12 +58,14 @@ def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
     """ValueError with all that does not go together; the same on every rank. Collective."""
     prior.sample_config(request.how)
     faults = request.problems()
-    codes, made_by, mine = int(tokenizer.quantizer.num_codes), prior.card.get("tokenizer"), tokenizer.fingerprint
-    if prior.num_codes != codes:
-        faults.append(
-            f"the prior has {prior.num_codes} codes and the tokenizer {codes}: give the tokenizer whose ids the prior "
-            "was trained on"
-        )
+    made_by, mine = prior.card.get("tokenizer"), tokenizer.fingerprint
+    for what, key in (("codes", "num_codes"), ("ids per token", "num_ids")):
+        ours, theirs = int(getattr(prior, key)), int(getattr(tokenizer.quantizer, key))
+        if ours != theirs:
+            faults.append(
+                f"the prior has {ours} {what} and the tokenizer {theirs}: give the tokenizer whose ids the prior was "
+                "trained on"
+            )
     if made_by and made_by != mine:
         faults.append(
             f"the prior was trained on ids of the tokenizer with fingerprint {made_by}, and the one given has {mine}: "
@@ -217,7 +219,7 @@ class _Work:
 
     @torch.no_grad()
     def draw(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
-        """(labels, ids (b, *grid), images (b, height, width, 3)) of the images first, first + 1, ..."""
+        """(labels, ids as the prior's, images (b, height, width, 3)) of the images first, first + 1, ..."""
         request, device = self.request, self.mesh.device
         labels = request.labels(first, count)
         numbers_B = torch.arange(first, first + count, device=device)

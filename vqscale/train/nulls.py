@@ -1,6 +1,6 @@
-"""Keys of a prior's config that are null because others know them: num_codes and grid the token cache, feature_dim the
-tokenizer. They are filled before any process group is made, so that run.yaml says what was used, and a run that goes on
-is compared by it.
+"""Keys of a prior's config that are null because others know them: num_codes, num_ids and grid the token cache,
+feature_dim the tokenizer. They are filled before any process group is made, so that run.yaml says what was used, and a
+run that goes on is compared by it.
 
 Not here: whether keys that were given agree with the cache (train/prior.py, when it is opened).
 """
@@ -22,9 +22,9 @@ def fill(config: PriorRun) -> PriorRun:
     there is nothing to look it up in, or where what is found does not fit the rest (ConfigError)."""
     keys = config.prior.nulls()
     found: dict[str, Any] = {}
-    if "num_codes" in keys or "grid" in keys:
-        card = _card(config, [key for key in keys if key != "feature_dim"])
-        found = {"num_codes": card.num_codes, "grid": list(card.grid)}
+    if of_cache := [key for key in keys if key != "feature_dim"]:
+        card = _card(config, of_cache)
+        found = {"num_codes": card.num_codes, "num_ids": card.num_ids, "grid": list(card.grid)}
     if "feature_dim" in keys and config.tokenizer is not None:
         found["feature_dim"] = _code_dim(config.tokenizer)
     if not keys:

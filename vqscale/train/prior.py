@@ -1,8 +1,8 @@
 """Train a prior over the ids of a token cache: open, build, resume, loop, close.
 
 Every rank runs these lines with its own images; the order of a step is that of tokenizer.py, without a discriminator.
-Numbers to compare a loss with, in nats per id: `uniform`, log K, is knowing nothing; `unigram` (unigram.py) is knowing
-how often each id occurs in training, and nothing of the images.
+Numbers to compare a loss with, in nats per token (all its ids, where it has several): `uniform`, log K of each id, is
+knowing nothing; `unigram` (unigram.py) is knowing how often each id occurs in training, and nothing of the images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from vqscale import priors
 from vqscale.codes import noise, products, tally
 from vqscale.codes.rows import Rows, set_aside
-from vqscale.data.tokens.stream import TokenStream
+from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine
 from vqscale.metrics import unigram
@@ -51,9 +51,21 @@ def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[Token
         if each is None:
             continue
         made_by = None if each is stream else stream.tokenizer_fingerprint
-        each.cache.expect(made_by, config.prior.num_codes, config.prior.grid, 1)
+        expect(each.cache, made_by, config.prior)
         check_labels(each, config.prior)
     return stream, held_out
+
+
+def expect(cache: Cache, tokenizer: str | None, config: PriorConfig) -> None:
+    """ValueError where a cache is none of what a prior models; a tokenizer (fingerprint) of None is not asked for."""
+    there, here = cache.card.num_ids, config.num_ids
+    if there != here:
+        raise ValueError(
+            f"a token has {there} ids in the cache in {cache.path}, and {here} in the prior (prior.num_ids): give the "
+            f"prior prior.num_ids={there}"
+            + (" and a head of several ids, prior.head.name=factorised" if there > 1 else "")
+        )
+    cache.expect(tokenizer, config.num_codes, config.grid, here)
 
 
 def check_labels(stream: TokenStream, config: PriorConfig) -> list[str]:
@@ -73,20 +85,20 @@ def evaluate(
     stream: TokenStream,
     mesh: Mesh,
     most: int,
-    seen_k: Tensor | None,
+    seen_Ik: Tensor | None,
     seed: int,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Scores over a cache, each image once, the same on every rank: loss (mean nats of an id, given the class),
-    perplexity, accuracy (share of ids that were the most probable), and of the ids themselves unigram, uniform (see
-    above) and usage. Collective.
+    """Scores over a cache, each image once, the same on every rank: loss (mean nats of a token, given the class),
+    perplexity, accuracy (share of tokens that were the most probable), and of the ids themselves unigram, uniform (see
+    above) and usage (of several ids per token the mean). Collective.
 
-    `model` is the prior, or the engine that holds it. `most` images at most are looked at, 0 is all; seen_k is how
+    `model` is the prior, or the engine that holds it. `most` images at most are looked at, 0 is all; seen_Ik is how
     often each code occurs in training (unigram.count); without it unigram is not there. What is random in the loss of a
     held-out image follows from (seed, its number in the cache).
     """
     layout = Rows(prior.num_codes, mesh.codes.size, mesh.codes.rank)
-    held_k = torch.zeros(layout.count, dtype=torch.int64, device=mesh.device)
+    held_Ik = torch.zeros(prior.num_ids, layout.count, dtype=torch.int64, device=mesh.device)
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     with evaluating(prior):
         for number, batch in enumerate(stream.batches()):
@@ -99,16 +111,17 @@ def evaluate(
             assert modelled.right_B is not None, f"{type(prior).__name__} does not say which ids it has right"
             each_3B = torch.stack([modelled.nats_B, modelled.right_B, valid_B]).double()
             sums += each_3B @ valid_B.double()
-            held_k += tally.counts(torch.where(valid_B[:, None, None], ids, -1).flatten(), layout, mesh)
+            counted = torch.where(valid_B.view(-1, *[1] * (ids.dim() - 1)), ids, -1)
+            held_Ik += unigram.columns(counted, prior.num_ids, layout, mesh)
             if progress is not None:
                 progress.advance(stream.batch, 0.0)
     nats, right, images = ops.sum_over(sums, mesh.world).tolist()
     scores = {"loss": nats / images, "perplexity": perplexity(nats / images), "accuracy": right / images}
     scores |= {"images": images}
-    if seen_k is not None:
-        scores["unigram"] = unigram.cross_entropy(seen_k, held_k, prior.num_codes, mesh)
-    used = tally.usage(held_k, mesh.codes, prior.num_codes)["usage"].item()
-    return scores | {"uniform": math.log(prior.num_codes), "usage": used}
+    if seen_Ik is not None:
+        scores["unigram"] = unigram.cross_entropy(seen_Ik, held_Ik, prior.num_codes, mesh)
+    used = [tally.usage(held_k, mesh.codes, prior.num_codes)["usage"].item() for held_k in held_Ik]
+    return scores | {"uniform": prior.num_ids * math.log(prior.num_codes), "usage": sum(used) / len(used)}
 
 
 def perplexity(nats: float) -> float:
@@ -153,7 +166,7 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
         progress.say(note)
     folder.write_note(place, "tokens.json", whose(stream), mesh)
     board = Board(place, mesh.world.rank, done.step)
-    seen_k = None if held_out is None else unigram.count(stream, mesh)
+    seen_Ik = None if held_out is None else unigram.count(stream, mesh)
 
     # loop
     watch, scores = loop.Watch(), dict[str, float]()
@@ -196,7 +209,7 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
             progress.show({name: row[name] for name in ("loss", "perplexity")})
         if held_out is not None and (last or step % run.eval_every == 0):
             with average.applied():
-                scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images, seen_k, run.seed)
+                scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images, seen_Ik, run.seed)
             loop.tell_scores(step, scores, board, progress)
         if last or stop or step % run.checkpoint_every == 0:
             loop.save(place, done, engine, tables, mesh, run.keep, [average])
@@ -208,7 +221,7 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     request.clear()
     if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
         with average.applied():
-            scores = evaluate(engine, prior, held_out, mesh, 0, seen_k, run.seed)
+            scores = evaluate(engine, prior, held_out, mesh, 0, seen_Ik, run.seed)
     summary: dict[str, Any] = {"num_codes": prior.num_codes, **scores, **watch.summary(batch_size)}
     if "images_per_s" in summary:
         summary["tokens_per_s"] = summary["images_per_s"] * config.prior.num_tokens

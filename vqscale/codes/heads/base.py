@@ -26,6 +26,7 @@ class Losses(NamedTuple):
     whole_N: Tensor
     cross_entropy_N: Tensor  # with the target alone
     square_N: Tensor  # of the log-normaliser, which z_loss weighs
+    right_N: Tensor | None = None  # whether the target is what temperature 0 draws; where it is asked for
 
 
 class Scored(NamedTuple):
@@ -45,11 +46,20 @@ class Vocabulary(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_config(
-        cls, config: Any, num_codes: int, dim: int, mesh: Mesh, *, seed: int, feature_dim: int | None = None
+        cls,
+        config: Any,
+        num_codes: int,
+        dim: int,
+        mesh: Mesh,
+        *,
+        seed: int,
+        feature_dim: int | None = None,
+        num_ids: int = 1,
     ) -> Self:
         """The head of its settings. First values follow from the seed, whatever the number of ranks.
 
-        `feature_dim` is there where `config.wants_features`, and may be there elsewhere.
+        `feature_dim` is there where `config.wants_features`, and may be there elsewhere; `num_ids` is above 1 where
+        `config.several_ids` alone.
         """
 
     def set_features(self, decode: Callable[[Tensor], Tensor]) -> None:
@@ -68,12 +78,20 @@ class Vocabulary(nn.Module, ABC):
 
     @abstractmethod
     def losses(
-        self, h_ND: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore: int = -1
+        self,
+        h_ND: Tensor,
+        targets_N: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore: int = -1,
+        right: bool = False,
     ) -> Losses:
         """-log p(target | h) of each position in nats, and with it what the regularisers add; 0 at `ignore`.
 
         label_smoothing e mixes the target with the uniform distribution, z_loss adds the squared log-normaliser: where
-        a head has several distributions, of each. ValueError on all ranks for targets outside 0 .. K - 1.
+        a head has several distributions, of each. With `right` the same pass says which targets are the likeliest, so
+        that an accuracy costs no second one. ValueError on all ranks for targets outside 0 .. K - 1.
         """
 
     @abstractmethod

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vqscale.codes.config import Products
-from vqscale.config import Free, OneOf
+from vqscale.config import Free, OneOf, load_class
+from vqscale.nets.config_transformer import TransformerConfig
 
 Embedding = Literal["rows", "tied", "codebook"]
 
 # One line for each head: its name in a config, and where its settings are.
-HEADS = {"flat": "vqscale.codes.heads.config:FlatConfig"}
+HEADS = {
+    "flat": "vqscale.codes.heads.config:FlatConfig",
+    "factorised": "vqscale.codes.heads.config:FactorisedConfig",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,8 @@ class HeadSettings:
 
     module: ClassVar[str]
     """the head's class, as `module:Class`"""
+    several_ids: ClassVar[bool] = False
+    """whether a token may have several ids (residual and grouped tokenizers)"""
     scan_mib: Free[int] = 64
     """memory of the blocks in which tokens meet rows, MiB per process"""
 
@@ -32,6 +39,15 @@ class HeadSettings:
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.scan_mib < 1:
             yield "scan_mib", f"scan_mib is {self.scan_mib}: use at least 1"
+
+    def misfits(self, num_codes: int, num_ids: int) -> Iterable[tuple[str, str]]:
+        """(key, message) of all for which this is no head of `num_ids` ids per token, of `num_codes` each."""
+        if num_ids > 1 and not self.several_ids:
+            yield (
+                "name",
+                f"num_ids is {num_ids}, and this head has one id per token: use head.name: "
+                f"{' or '.join(name for name, path in HEADS.items() if load_class(path).several_ids)}",
+            )
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,83 @@ class FlatConfig(HeadSettings):
                 "output_scale",
                 f"output_scale is {self.output_scale} with embedding: {self.embedding}, and scales the codes' vectors, "
                 "which only embedding: codebook has: use 0, or a positive scale with embedding: codebook",
+            )
+
+
+@dataclass(frozen=True)
+class WithinConfig:
+    """The transformer over the digits of a token, of Open-MAGVIT2: causal, heads of about 64 numbers."""
+
+    num_layers: int = 2
+    """blocks; published: 2, 3, 4 for B, L, XL"""
+    width: int | None = None
+    """numbers per digit; null: those of the trunk, as published; another is mapped to and from"""
+    ffn_multiple: int = 256
+    """hidden numbers of the feed-forward part are a multiple of this"""
+    prefix_rotary: Literal["identity", "zero"] = "identity"
+    """rotation of the trunk's vector, the first position: none, or times zero as published"""
+    dropout: float = 0.1
+    """of what an attention and a feed-forward part add"""
+    init_scale: float = 0.02
+    """first matrices are N(0, init_scale^2)"""
+
+    def net(self, dim: int) -> TransformerConfig:
+        """The transformer for a trunk of width `dim`."""
+        width = self.width or dim
+        return TransformerConfig(
+            width=width,
+            num_layers=self.num_layers,
+            num_heads=next((n for n in range(width // 64, 1, -1) if width % (2 * n) == 0), 1),
+            ffn_multiple=self.ffn_multiple,
+            prefix_rotary=self.prefix_rotary,
+            init_scale=self.init_scale,
+            dropout_token=0.0,
+            dropout_residual=self.dropout,
+            dropout_ffn=self.dropout,
+        )
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.width is not None and (self.width < 2 or self.width % 2):
+            yield "width", f"width is {self.width}: use an even number, or null for that of the trunk"
+            return
+        keys = {"dropout_residual": "dropout"}
+        for key, message in self.net(2).problems():
+            if key != "dropout_ffn":
+                yield keys.get(key, key), message.replace(key, keys.get(key, key))
+
+
+@dataclass(frozen=True)
+class FactorisedConfig(HeadSettings):
+    """Ids as digits with a table for each; the digits of a token in order, or independent of each other."""
+
+    module: ClassVar[str] = "vqscale.codes.heads.factorised:Factorised"
+    several_ids: ClassVar[bool] = True
+    name: Literal["factorised"] = "factorised"
+    """which head"""
+    factors: tuple[int, ...] | None = None
+    """values of each digit of an id, the most significant first, their product num_codes; null: one digit per id"""
+    within: WithinConfig | None = field(default_factory=WithinConfig)
+    """a transformer over the digits of a token; null: they are independent given the trunk's vector"""
+    embedding: Literal["rows", "tied"] = "rows"
+    """the vector of an id is the sum over its digits of: rows: a learned vector each; tied: the output rows"""
+    init_scale: float = 0.02
+    """first embeddings are N(0, init_scale^2); output rows begin at zero, unless they are the embeddings (tied)"""
+    products: Products = "fp32"
+    """precision of the products of tokens with rows in training; sums and gradients of rows are float32 in both"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
+        if self.factors is not None and min(self.factors, default=0) < 1:
+            yield "factors", f"factors is {list(self.factors)}: give at least one factor, each at least 1"
+        if self.init_scale < 0:
+            yield "init_scale", f"init_scale is {self.init_scale}, the scale of the first rows: use 0 or more"
+
+    def misfits(self, num_codes: int, num_ids: int) -> Iterable[tuple[str, str]]:
+        if self.factors is not None and math.prod(self.factors) != num_codes:
+            yield (
+                "factors",
+                f"factors {list(self.factors)} multiply to {math.prod(self.factors)}, and an id has num_codes "
+                f"{num_codes} values: give factors of {num_codes}, the most significant first, or null",
             )
 
 

@@ -93,7 +93,15 @@ class Head(Vocabulary):
 
     @classmethod
     def from_config(
-        cls, config: FlatConfig, num_codes: int, dim: int, mesh: Mesh, *, seed: int, feature_dim: int | None = None
+        cls,
+        config: FlatConfig,
+        num_codes: int,
+        dim: int,
+        mesh: Mesh,
+        *,
+        seed: int,
+        feature_dim: int | None = None,
+        num_ids: int = 1,
     ) -> Head:
         """The head of a prior's settings; `feature_dim` counts with embedding: codebook only."""
         wanted = feature_dim if config.wants_features else None
@@ -159,22 +167,30 @@ class Head(Vocabulary):
         self, h_ND: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore: int = -1
     ) -> Tensor:
         """Cross entropy of softmax(h rows^T) with the targets: loss_N, 0 at `ignore`; `losses` without its parts."""
-        asked = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        return self.losses(h_ND, targets_N, ignore=ignore, **asked).whole_N
+        found = self.losses(h_ND, targets_N, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore)
+        return found.whole_N
 
     def losses(
-        self, h_ND: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore: int = -1
+        self,
+        h_ND: Tensor,
+        targets_N: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore: int = -1,
+        right: bool = False,
     ) -> Losses:
         """The loss and what it is made of, 0 at `ignore`. Collective.
 
         Each of the N tokens by itself: take the mean over those that count. label_smoothing e mixes the target with the
         uniform distribution, (1 - e) one-hot + e / K; z_loss z adds z lse^2, which keeps the normaliser near 1. Memory
         is tokens x D and the blocks; logits are made once here and once more in the backward pass. Targets outside
-        0 .. K - 1 are an error as in `embed`.
+        0 .. K - 1 are an error as in `embed`. `right` is by the logits of this pass, the lowest id among equals.
         """
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing}, an argument of loss: use a share from 0 to 1")
-        plan = LossTerms(self.layout, self.axis, label_smoothing, z_loss, ignore, self.products, self.outputs.budget)
+        budget, products = self.outputs.budget, self.products
+        plan = LossTerms(self.layout, self.axis, label_smoothing, z_loss, ignore, products, budget, right)
         with clock.span("codes"), full_precision(h_ND):
             return Losses(*FlatLoss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan))
 

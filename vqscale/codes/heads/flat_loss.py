@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqscale.codes.config import Products
 from vqscale.codes.heads import passes
-from vqscale.codes.merge import full_precision, own, refuse_second_order
+from vqscale.codes.merge import full_precision, merge_best, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
@@ -26,7 +26,7 @@ def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis)
         inside = ((ids_N >= lowest) & (ids_N < num_codes)).all()
         torch._assert_async(inside, f"{what} must be in {lowest} .. {num_codes - 1}")
         return
-    found = torch.stack([-ids_N.min(), ids_N.max()]) if len(ids_N) else torch.tensor([0, 0])
+    found = torch.stack([-ids_N.min(), ids_N.max()]) if ids_N.numel() else torch.tensor([0, 0])
     least, most = ops.max_over(found, axis).tolist()
     if -least < lowest or most >= num_codes:
         raise ValueError(
@@ -44,6 +44,7 @@ class LossTerms:
     ignore: int
     products: Products
     budget: int
+    right: bool
 
 
 class FlatLoss(torch.autograd.Function):
@@ -53,7 +54,7 @@ class FlatLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: LossTerms) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, h_ND: Tensor, rows_kD: Tensor, targets_N: Tensor, plan: LossTerms) -> tuple[Any, ...]:
         axis, layout = plan.axis, plan.layout
         h_BD, targets_B = ops.gather(h_ND, axis), ops.gather(targets_N, axis)
         counts_B = targets_B != plan.ignore
@@ -61,7 +62,7 @@ class FlatLoss(torch.autograd.Function):
         check_ids(torch.where(counts_B, targets_B, 0), 0, layout.num_codes, "targets", Axis(axis.name))
         at = passes.Targets(*layout.find(torch.where(counts_B, targets_B, -1)))
         x_BD = h_BD.to(rows_kD.dtype)
-        part = passes.logsumexp_forward(x_BD, rows_kD, at, plan.products, plan.budget)
+        part = passes.logsumexp_forward(x_BD, rows_kD, at, plan.products, plan.budget, plan.right)
         top_B = ops.max_over(part.top_B, axis)
         both_2B = torch.stack([part.sum_B * torch.exp(part.top_B - top_B), part.target_B])
         sum_B, target_B = ops.sum_over(both_2B, axis)
@@ -75,8 +76,12 @@ class FlatLoss(torch.autograd.Function):
         ctx.save_for_backward(h_BD, rows_kD, lse_B, counts_B, at.mine_B, at.local_B)
         parts = (loss_B, lse_B - target_B, lse_B.square())
         whole_N, *others = (own(torch.where(counts_B, part_B, 0.0), axis).clone() for part_B in parts)
-        ctx.mark_non_differentiable(*others)
-        return whole_N, *others
+        right_N = None
+        if part.best_B is not None:
+            ids_B, _ = merge_best(part.top_B, part.best_B, layout, axis)
+            right_N = own((ids_B == targets_B) & counts_B, axis)
+        ctx.mark_non_differentiable(*others, *(() if right_N is None else (right_N,)))
+        return whole_N, *others, right_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -50,22 +50,32 @@ class LogSumExp:
     top_B: Tensor
     sum_B: Tensor
     target_B: Tensor
+    best_B: Tensor | None
+    """the first of the rows with the top logit, where it is asked for"""
 
 
-def logsumexp_forward(x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, budget: int) -> LogSumExp:
+def logsumexp_forward(
+    x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, budget: int, best: bool = False
+) -> LogSumExp:
     """The log-sum-exp over this rank's rows and the logits of the targets that it owns."""
     num = len(x_BD)
     top_B, sum_B, target_B = x_BD.new_full((num,), scan.LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num)
+    best_B = torch.zeros(num, dtype=torch.int64, device=x_BD.device) if best else None
     buffer = scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
         l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS, buffer)
         here_b, column_b = targets.columns(tokens, rows)
         target_B[tokens] += l_br.gather(1, column_b[:, None])[:, 0] * here_b
-        top_b = torch.maximum(top_B[tokens], l_br.amax(1))
+        if best_B is None:
+            top_b = torch.maximum(top_B[tokens], l_br.amax(1))
+        else:
+            value_b, row_b = l_br.max(1)
+            best_B[tokens] = torch.where(value_b > top_B[tokens], row_b + rows.start, best_B[tokens])
+            top_b = torch.maximum(top_B[tokens], value_b)
         sum_B[tokens] *= torch.exp2(top_B[tokens] - top_b)
         sum_B[tokens] += exp2_(l_br.sub_(top_b[:, None])).sum(1)
         top_B[tokens] = top_b
-    return LogSumExp(top_B / BITS, sum_B, target_B / BITS)
+    return LogSumExp(top_B / BITS, sum_B, target_B / BITS, best_B)
 
 
 @dataclass

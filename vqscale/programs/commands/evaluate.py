@@ -231,14 +231,14 @@ def _prior(args: argparse.Namespace) -> str:
         def stream(path: str, train: bool) -> TokenStream:
             world = mesh.world
             found = TokenStream(TokensConfig(path), args.batch * world.size, world.rank, world.size, train=train)
-            found.cache.expect(model.card.get("tokenizer"), model.num_codes, model.config.grid, 1)
+            prior.expect(found.cache, model.card.get("tokenizer"), model.config)
             notes.extend(prior.check_labels(found, model.config))
             return found
 
         held_out = stream(args.cache, train=False)
-        seen_k = unigram.count(stream(args.training, train=True), mesh) if args.training else None
+        seen_Ik = unigram.count(stream(args.training, train=True), mesh) if args.training else None
         progress = _progress(min(args.images or held_out.num_samples, held_out.num_samples), args, mesh)
-        numbers = prior.evaluate(model, model, held_out, mesh, args.images, seen_k, seed=0, progress=progress)
+        numbers = prior.evaluate(model, model, held_out, mesh, args.images, seen_Ik, seed=0, progress=progress)
         progress.close()
         fingerprint = model.fingerprint  # collective
     if mesh.world.rank:
