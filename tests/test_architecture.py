@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "parallel": GROUND,
     "disk": BESIDE,
     "engine": BESIDE | {"disk"},
-    "codes": BESIDE,
+    "codes": BESIDE | {"nets"},  # of a head over the digits of a token
     "data": BESIDE | {"disk"},
     "quantizers": BESIDE | {"codes"},
     "nets": GROUND,

@@ -195,6 +195,10 @@ def test_frequencies_are_the_product_of_the_digits(factors, num_ids, within, rul
     else:
         assert likely(*chi_square(place, p))
         assert int((p > 0).sum()) > 1
+    whole = {key: value for key, value in rule.items() if key == "guidance" or (key == "temperature" and value)}
+    scored = head.sample_scored(h_D.expand(DRAWS, -1), noise.keys(3, torch.arange(DRAWS)), **rule, **away)
+    assert torch.equal(scored.ids_N, drawn)
+    close(scored.log_p_N, distribution(head, h_D, null_D, whole)[1].log()[place])
     if rule == {}:  # and the losses are those of this distribution
         ids = head.join(every)
         close((-head.losses(h_D.expand(len(every), -1), ids).whole_N).exp(), p)
