@@ -176,7 +176,7 @@ def test_samples_are_decoded_by_a_tokenizer_of_as_many_ids(tmp_path):
 @pytest.mark.dist
 def test_a_run_is_the_same_on_two_processes_and_goes_on_on_another_number(caches, tmp_path):
     still = "prior.head={name: factorised, factors: [37], within: {num_layers: 1, ffn_multiple: 8, dropout: 0.0}}"
-    more = (still, "optim.schedule=constant")
+    more = (still, "optim.schedule=constant", "run.eval_images=0")
     one, two = (jobs.finish(run_of(tmp_path / str(n), caches, *more), world=n) for n in (1, 2))
     jobs.same_numbers(one, two)
     config = run_of(tmp_path / "3", caches, *more)
