@@ -64,7 +64,7 @@ def test_help_lists_every_program_at_once():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     for name, (_, what) in COMMANDS.items():
-        assert f"  {name:10}{what}" in lines
+        assert f"  {name:12}{what}" in lines
     assert lines[-1] == "set()"
 
 

@@ -17,9 +17,12 @@ from PIL import Image
 
 from vqscale import config as configuration
 from vqscale.data.made import shapes
+from vqscale.nets.config_shapes import ShapesClassifierConfig
+from vqscale.parallel.mesh import Mesh
 from vqscale.plan.tokenizer import planned_mesh
 from vqscale.show import run_page
 from vqscale.tokenizer.model import Tokenizer
+from vqscale.train import shapes_classifier
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +137,17 @@ def test_samples_stand_beside_real_images_of_their_class(place, tmp_path):
         assert (drawn[:, 64:67] == 255).all()
         picture, _ = shapes.draw(100 + label, SIDE, 0)  # of the ten held-out pictures the only one of this class
         np.testing.assert_array_equal(real[::4, :64:4], picture)
+
+
+def test_the_page_tells_what_the_classifier_says_of_the_samples(place, tmp_path):
+    config = ShapesClassifierConfig(image_size=SIDE, width=8, steps=1, batch=2, num_images=2, num_held_out=8)
+    shapes_classifier.save(tmp_path / "judge", shapes_classifier.train(config, Mesh()), Mesh(), {})
+    folders = (place / "run", place / "prior", place / "samples")
+    assert main(*folders, "--classifier", tmp_path / "judge", "--out", tmp_path / "page.html") == 0
+    told = (tmp_path / "page.html").read_text().partition("<h2>The samples before a judge</h2>")[2].partition("<h2>")[0]
+    assert "the 6 samples" in told
+    assert told.count("%</td>") == 2
+    assert "it is not FID" in told
 
 
 def test_what_is_lacking_is_said(place, tmp_path, capsys):

@@ -380,6 +380,17 @@ def test_a_run_that_is_not_done_says_how_far_it_is(base, tmp_path):
     assert "error" not in study_runner.result_line(trials[0], State("running", "process 7"))
 
 
+def test_what_was_said_of_samples_of_a_run_is_among_its_numbers(prior, tmp_path):
+    _, trials = _expand(_write(prior, dials=[RATE], folder=str(tmp_path / "study")))
+    (trials[0].folder / "judged").mkdir(parents=True)
+    (trials[0].folder / "summary.json").write_text('{"loss": 1.5, "images": 1024}')
+    said = {"recognised": 0.5, "recognised_real": 0.75, "images": 80}
+    (trials[0].folder / "judged" / "result.json").write_text(json.dumps({"numbers": said}))
+    line = study_runner.result_line(trials[0])
+    assert (line["loss"], line["recognised"], line["images"]) == (1.5, 0.5, 1024)
+    assert "75.0%" in study_page.text(study_page.TASKS["prior"], [line])
+
+
 def test_a_collapse_is_told_with_what_was_measured():
     verdict = study_page.TASKS["tokenizer"].verdict
     used = {"usage": 0.9, "perplexity": 90.0, "num_codes": 128, "codes/saturation": 1.0}

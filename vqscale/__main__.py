@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:12}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "vqscale PROGRAM ...: tokenizers with very large codebooks, and priors over their ids",

@@ -1,4 +1,5 @@
-"""Images in an npz as ADM's evaluator takes them: one array arr_0, uint8, N x H x W x 3, read a batch at a time.
+"""Images in an npz as ADM's evaluator takes them: one array arr_0, uint8, N x H x W x 3, read a batch at a time, and
+their classes under arr_1 where it has them.
 
 50,000 images of 256 x 256 are 10 GB, which no rank holds: each reads its own part of the file.
 """
@@ -12,6 +13,7 @@ from typing import IO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MEMBER = "arr_0.npy"
@@ -37,6 +39,19 @@ class SampleFile:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """The class of each image, under arr_1; None where the file has none. ValueError for what is no such array."""
+        with np.load(self.path, allow_pickle=False) as file:
+            found = file["arr_1"] if "arr_1" in file.files else None
+        if found is None:
+            return None
+        if found.shape != (len(self),) or found.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path}: arr_1 is {found.dtype} of shape {found.shape}, and {len(self)} images have as many "
+                "whole numbers for classes: make the file again"
+            )
+        return found.astype(np.int64)
 
     def part(self, rank: int, world: int) -> tuple[int, int]:
         """(first image, one past the last) of a rank: contiguous parts that cover the file once."""

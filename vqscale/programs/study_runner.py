@@ -99,11 +99,14 @@ def report(
 def result_line(trial: Trial, state: State | None = None) -> dict[str, Any]:
     """A line of results.csv: labels, status, steps, and the numbers of a run that is done.
 
-    The status of a run that is not is its launcher's; nobody's is waiting, or begun where it has steps.
+    The status of a run that is not is its launcher's; nobody's is waiting, or begun where it has steps. What `vqscale
+    evaluate samples` wrote to RUN/judged of the run's samples is among the numbers.
     """
     line: dict[str, Any] = {"run": trial.name, **trial.labels, "status": "waiting"}
     summary, row = run_folder.read_json(trial.folder / "summary.json"), last_row(trial.folder)
     if summary:
+        judged = run_folder.read_json(trial.folder / "judged" / "result.json").get("numbers", {})
+        summary = {key: value for key, value in judged.items() if key != "images"} | summary
         line |= {"status": "done"} | study_page.result(study_page.TASKS[trial.config.task], summary, row)
     elif state is not None:
         line |= {"status": state.status, "steps": row.get("step", 0)}

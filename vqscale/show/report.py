@@ -22,6 +22,8 @@ from vqscale.show import page, pictures
 FEW = 10_000
 FORMS = {
     "usage": "{:.2%}",
+    "recognised": "{:.2%}",
+    "recognised_real": "{:.2%}",
     "ceiling": "{:.2%}",
     "images": "{:,.0f}",
     "broken": "{:.0f}",

@@ -112,6 +112,25 @@ def samples(
     return "Samples", f"<p>The first images of every class, none chosen: {html.escape(told)}.</p>{table}"
 
 
+def judged(found: Mapping[str, float], accuracy: float) -> Part:
+    """What the shapes classifier says of the samples, beside as many real pictures; `accuracy` is its own."""
+    text = (
+        f"A small classifier of drawn shapes, which has {accuracy:.1%} of pictures right that it was not trained on, "
+        f"looks at the {int(found['images']):,} samples and at as many real pictures of the same classes. The "
+        "distance is Fréchet's, between its features of either and of other real pictures; it is not FID, and the "
+        "fewer the pictures, the larger."
+    )
+    rows = [
+        {"": label, "samples": form.format(found[key]), "real": form.format(found[f"{key}_real"])}
+        for key, label, form in (
+            ("recognised", "recognised as their class", "{:.1%}"),
+            ("shapes_distance", "distance of the shapes classifier's features", "{:.3f}"),
+        )
+    ]
+    table = page.table(rows, {"": "{}", "samples": "{}", "real": "{}"})
+    return "The samples before a judge", f"<p>{text}</p>{table}"
+
+
 def commands(lines: Sequence[str]) -> Part:
     return "To go on", f"<pre>{html.escape(os.linesep.join(lines))}</pre>"
 

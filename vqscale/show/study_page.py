@@ -80,12 +80,15 @@ TASKS = {
     "prior": Task(
         columns={
             "num_codes": "{:,.0f}", "loss": "{:.4f}", "perplexity": "{:,.1f}", "accuracy": "{:.1%}",
-            "unigram": "{:.4f}", "training loss": "{:.4f}", "images_per_s": "{:.0f}", "code_axis_share": "{:.0%}",
+            "unigram": "{:.4f}", "recognised": "{:.1%}", "recognised_real": "{:.1%}", "shapes_distance": "{:.3f}",
+            "shapes_distance_real": "{:.3f}", "training loss": "{:.4f}", "images_per_s": "{:.0f}",
+            "code_axis_share": "{:.0%}",
         },
         figures={
             "loss": Figure("loss on held-out ids, nats per id", from_zero=False),
             "perplexity": Figure("perplexity on held-out ids", log=True),
             "accuracy": Figure("share of held-out ids that were the most probable"),
+            "recognised": Figure("share of samples that the shapes classifier recognises as their class"),
             "images_per_s": Figure("images per second in training"),
         },
         verdict=_of_ids,

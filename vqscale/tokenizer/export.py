@@ -32,8 +32,12 @@ from vqscale.disk.checkpoint import CheckpointError
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
-Kind = Literal["tokenizer", "prior"]  # what a folder may hold
-FORMATS: dict[Kind, str] = {"tokenizer": "vqscale tokenizer", "prior": "vqscale prior"}
+Kind = Literal["tokenizer", "prior", "shapes classifier"]  # what a folder may hold
+FORMATS: dict[Kind, str] = {
+    "tokenizer": "vqscale tokenizer",
+    "prior": "vqscale prior",
+    "shapes classifier": "vqscale shapes classifier",
+}
 VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
 BLOCK_BYTES = 16 << 20

@@ -10,6 +10,7 @@ COMMANDS = {  # name: (file, what it does)
     "train": ("train", "train a tokenizer or a prior, what a config describes"),
     "encode": ("encode", "encode the images of shards into a cache of ids"),
     "evaluate": ("evaluate", "measure a tokenizer, a prior or generated images"),
+    "classifier": ("classifier", "train the judge of samples of drawn pictures"),
     "sample": ("sample", "draw images from a trained prior"),
     "sweep": ("sweep", "measure a prior under several sampling settings"),
     "study": ("study", "run every combination of a study's dials"),

@@ -7,7 +7,8 @@
 
 tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
 statistics   mean and covariance of Inception's features, and the features of some images: a --reference
-samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout)
+samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout); of drawn
+             shapes, with --classifier, how many are recognised as their class, which needs no download
 prior        nats, perplexity and accuracy of held-out ids, the first view of every image of a token cache
 
 Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
@@ -28,6 +29,7 @@ from vqscale.run import processes
 if TYPE_CHECKING:
     from vqscale.data.samples import SampleStream
     from vqscale.metrics.features import Measures
+    from vqscale.metrics.sample_file import SampleFile
     from vqscale.nets.inception import Inception
     from vqscale.parallel.mesh import Mesh
     from vqscale.show.progress import Progress
@@ -189,32 +191,49 @@ def _statistics(args: argparse.Namespace) -> str:
 
 
 def _samples(args: argparse.Namespace) -> str:
-    from vqscale.metrics import generation
     from vqscale.metrics.sample_file import SampleFile
-    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.programs import judge
     from vqscale.show import pictures, report
 
-    images = SampleFile(args.path)
+    images, inception = SampleFile(args.path), None
+    numbers, protocol = dict[str, float](), dict[str, Any]()
     with _joined(args) as mesh:
-        inception = _inception(args, mesh)
-        progress = _progress(len(images), args, mesh)
-        reference = generation.read_reference(args.reference, inception, mesh, batch=args.batch)
-        samples = generation.describe(images, inception, mesh, batch=args.batch, advance=progress.advance)
-        progress.close()
+        if args.inception:
+            inception = _inception(args, mesh)
+            numbers, protocol = _against_reference(images, inception, args, mesh)
+        if args.classifier:
+            progress = _progress(len(images), args, mesh)
+            judged, about = judge.judge(images, args.classifier, mesh, progress.advance)
+            progress.close()
+            numbers, protocol = numbers | judged, protocol | about
     if mesh.world.rank:
         return ""
-    numbers = {**generation.compare(samples, reference), "images": len(images)}
-    protocol = {
-        "definitions": "guided-diffusion's evaluator; Inception score of parts of 5000; distances in float64",
-        **report.about_inception(inception, PREPROCESSING),
-        "reference": report.file(args.reference),
-        "reference images": 0 if reference.points_ND is None else len(reference.points_ND),
-    }
+    numbers["images"] = len(images)
     result = _result(numbers, mesh, protocol, samples=report.file(args.path))
     result["notes"] = report.notes(numbers, inception, [])
     _, some = next(images.batches(16))
     picture = pictures.tiles(some, scale=pictures.scale(*some.shape[2:]))
     return report.tell(result, args.out, f"Samples {args.path}", {"samples, the first": picture})
+
+
+def _against_reference(
+    images: SampleFile, inception: Inception, args: argparse.Namespace, mesh: Mesh
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(FID and its kin, how they were measured)."""
+    from vqscale.metrics import generation
+    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.show import report
+
+    progress = _progress(len(images), args, mesh)
+    reference = generation.read_reference(args.reference, inception, mesh, batch=args.batch)
+    samples = generation.describe(images, inception, mesh, batch=args.batch, advance=progress.advance)
+    progress.close()
+    return generation.compare(samples, reference), {
+        "definitions": "guided-diffusion's evaluator; Inception score of parts of 5000; distances in float64",
+        **report.about_inception(inception, PREPROCESSING),
+        "reference": report.file(args.reference),
+        "reference images": 0 if reference.points_ND is None else len(reference.points_ND),
+    }
 
 
 def _prior(args: argparse.Namespace) -> str:

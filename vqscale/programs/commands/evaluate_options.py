@@ -30,9 +30,8 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     statistics.add_argument("--images", type=int, default=10_000, help=KEPT)
     samples = commands.add_parser("samples", help="generated images against a reference")
     samples.add_argument("path", metavar="SAMPLES.npz", help="uint8 N x height x width x 3 under arr_0")
-    samples.add_argument(
-        "--reference", required=True, help="npz of `statistics`, or with mu, sigma, mu_s, sigma_s, arr_0, or some"
-    )
+    samples.add_argument("--reference", help="npz of `statistics`, or with mu, sigma, mu_s, sigma_s, arr_0, or some")
+    samples.add_argument("--classifier", help="a folder of `vqscale classifier`, for samples of drawn shapes")
     prior = commands.add_parser("prior", help="how likely held-out ids are to a trained prior")
     prior.add_argument("path", metavar="PRIOR", help="run folder, checkpoint folder or exported folder")
     prior.add_argument("--cache", required=True, help="token cache of held-out images, by the prior's tokenizer")
@@ -46,9 +45,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
         images.add_argument("--interpolation", choices=INTERPOLATIONS, help=f"of the resize {LEARNT}, bicubic)")
         images.add_argument("--workers", type=int, default=2, help="reading processes per rank (default: %(default)s)")
     for command in (tokenizer, statistics, samples):
-        command.add_argument(
-            "--inception", required=command is not tokenizer, help="weights of FID's Inception, a path"
-        )
+        command.add_argument("--inception", required=command is statistics, help="weights of FID's Inception, a path")
         command.add_argument("--inception-sha256", default="6726825d", help=ANY)
     for command in (tokenizer, statistics, samples, prior):
         command.add_argument("--batch", type=int, default=64, help="images of a step and process (default: 64)")
@@ -71,6 +68,14 @@ def check(args: argparse.Namespace) -> None:
         ]
         if args.reference and args.save_stats:
             wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
+    elif args.command == "samples":
+        if bool(args.inception) != bool(args.reference):
+            wrong.append("FID takes a reference and Inception, and one was given: give --reference and --inception")
+        if not args.inception and not args.reference and not args.classifier:
+            wrong.append(
+                "samples are measured by something, and nothing was given: give --reference and --inception, or "
+                "--classifier for samples of drawn shapes"
+            )
     elif args.command == "statistics" and args.images and args.images < 4:
         wrong.append(f"--images is {args.images}, and a third neighbour takes 4: give at least 4, or 0 to keep none")
     elif args.command == "prior" and args.images < 0:

@@ -3,7 +3,8 @@
     vqscale page TOKENIZER_RUN PRIOR_RUN SAMPLES --out runs/quickstart.html
 
 The folders are those of two runs of `vqscale train` and one of `vqscale sample`. Real images stand beside the samples:
-of data.val of the tokenizer's run, or of data.train where there is none.
+of data.val of the tokenizer's run, or of data.train where there is none. With --classifier it tells what the shapes
+classifier recognises in the samples.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER_RUN", help="a finished run of a tokenizer")
     parser.add_argument("prior", type=Path, metavar="PRIOR_RUN", help="a finished run of a prior over its ids")
     parser.add_argument("samples", type=Path, metavar="SAMPLES", help="a finished folder of `vqscale sample`")
+    parser.add_argument("--classifier", metavar="FOLDER", help="of `vqscale classifier`: what it says of the samples")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
     return parser.parse_args(given)
 
@@ -57,7 +59,10 @@ def _page(args: argparse.Namespace) -> int:
     parts.append(run_page.prior(*second))
     source = config.data.val or config.data.train
     how = _how(second[0].prior.name, settings)
-    parts.append(run_page.samples(drawn, _real(source, list(drawn)), _names(source), how))
+    names = _names(source)
+    parts.append(run_page.samples(drawn, _real(source, list(drawn)), names, how))
+    if args.classifier:
+        parts.append(run_page.judged(*_judged(args, names)))
     parts.append(run_page.commands(_commands(args)))
     print(run_page.write(args.out, "From images to samples", parts))
     return 0
@@ -99,6 +104,23 @@ def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
             if label in found and len(found[label]) < DRAWN:
                 found[label].append(image)
     return facts["settings"], found
+
+
+def _judged(args: argparse.Namespace, names: Mapping[int, str]) -> tuple[dict[str, float], float]:
+    """(what the shapes classifier says of the samples, its own accuracy)."""
+    from vqscale.data.made.shapes import CLASS_NAMES
+    from vqscale.metrics.sample_file import SampleFile
+    from vqscale.parallel.mesh import Mesh
+    from vqscale.programs import judge, sample_folder
+
+    if names and list(names.values()) != list(CLASS_NAMES):
+        raise ValueError(
+            f"--classifier judges drawn shapes ({', '.join(CLASS_NAMES)}), and the classes of these pictures are "
+            f"{', '.join(list(names.values())[:10])}: leave it out"
+        )
+    images = SampleFile(args.samples / sample_folder.FILE)
+    numbers, about = judge.judge(images, args.classifier, Mesh())
+    return {**numbers, "images": len(images)}, about["shapes classifier"]["own accuracy"]
 
 
 def _how(prior: str, settings: Mapping[str, Any]) -> dict[str, Any]:
