@@ -63,6 +63,11 @@ class FlatConfig(HeadSettings):
     """first embeddings are N(0, init_scale^2); output rows begin at zero, unless they are the embeddings (tied)"""
     output_scale: float = 0.0
     """embedding codebook: output rows begin as the codes' vectors in a random frame, times this; 0: at zero"""
+    neighbours: int = 0
+    """embedding codebook: in training a target is shared by so many codes, itself and those nearest to it (SNCE); 0:
+    it is alone"""
+    neighbour_temperature: float = 1.0
+    """how far: at this many mean squared distances between nearest codes a weight has fallen to 1 / e"""
     products: Products = "fp32"
     """precision of the products of tokens with rows in training; sums and gradients of rows are float32 in both"""
 
@@ -79,6 +84,17 @@ class FlatConfig(HeadSettings):
                 "output_scale",
                 f"output_scale is {self.output_scale} with embedding: {self.embedding}, and scales the codes' vectors, "
                 "which only embedding: codebook has: use 0, or a positive scale with embedding: codebook",
+            )
+        if self.neighbours < 0 or (self.neighbours and self.embedding != "codebook"):
+            yield (
+                "neighbours",
+                f"neighbours is {self.neighbours} with embedding: {self.embedding}, and they are of the codes' "
+                "vectors, which only embedding: codebook has: use 0, or a number of codes with embedding: codebook",
+            )
+        if self.neighbour_temperature <= 0:
+            yield (
+                "neighbour_temperature",
+                f"neighbour_temperature is {self.neighbour_temperature}, and weights fall with it: use more than 0",
             )
 
 

@@ -18,11 +18,28 @@ def loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     ignore: int = -1,
+    shares_KK: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of each token plus z_loss times the square of its log-normaliser; 0 where the target is ignored."""
+    """Cross entropy of each token plus z_loss times the square of its log-normaliser; 0 where the target is ignored.
+
+    A target i that is shared has the distribution shares_KK[i] in place of the one-hot.
+    """
     l_NK = h_ND @ rows_KD.t()
+    if shares_KK is not None:
+        wanted_NK = (1 - label_smoothing) * shares_KK[targets_N.clamp(min=0)] + label_smoothing / len(rows_KD)
+        lse_N = torch.logsumexp(l_NK, dim=1)
+        return (lse_N - (wanted_NK * l_NK).sum(1) + z_loss * lse_N.square()) * (targets_N != ignore)
     entropy_N = F.cross_entropy(l_NK, targets_N, ignore_index=ignore, label_smoothing=label_smoothing, reduction="none")
     return entropy_N + z_loss * torch.logsumexp(l_NK, dim=1).square() * (targets_N != ignore)
+
+
+def shares(features_KF: Tensor, count: int, temperature: float) -> Tensor:
+    """The distribution of every target over all codes, K x K, where `count` neighbours share it; see neighbours.py."""
+    d_KK = torch.cdist(features_KF.double(), features_KF.double()).square()
+    near_KK = d_KK.clone().fill_diagonal_(-1.0).argsort(dim=1, stable=True)[:, :count]
+    scale = d_KK.gather(1, near_KK)[:, 1].mean()
+    kept_KK = torch.full_like(d_KK, torch.inf).scatter(1, near_KK, d_KK.gather(1, near_KK))
+    return torch.softmax(-kept_KK / (temperature * scale), dim=1)
 
 
 def distribution(

@@ -26,6 +26,8 @@ from vqscale.codes.heads import draw
 from vqscale.codes.heads.base import Losses, Scored, Vocabulary
 from vqscale.codes.heads.config import Embedding, FlatConfig
 from vqscale.codes.heads.flat_loss import FlatLoss, LossTerms, check_ids
+from vqscale.codes.heads.neighbours import Neighbours
+from vqscale.codes.heads.neighbours import find as find_neighbours
 from vqscale.codes.merge import full_precision, own
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
@@ -63,6 +65,8 @@ class Head(Vocabulary):
         feature_dim: int | None = None,
         init_scale: float = 0.02,
         output_scale: float = 0.0,
+        neighbours: int = 0,
+        neighbour_temperature: float = 1.0,
         products: Products = "fp32",
         seed: int = 0,
         scan_mib: int = SCAN_MIB,
@@ -73,7 +77,14 @@ class Head(Vocabulary):
                 f"embedding is {embedding} and feature_dim is {feature_dim}, arguments of Head: give feature_dim, the "
                 "dimension of the codebook's vectors, with embedding codebook and with no other"
             )
+        if neighbours > 1 and embedding != "codebook":
+            raise ValueError(
+                f"neighbours is {neighbours} and embedding is {embedding}, arguments of Head: neighbours are of the "
+                "codes' vectors, which only embedding codebook has; use it, or leave neighbours at 0"
+            )
         mesh = mesh or Mesh()
+        self._num_neighbours, self._neighbour_temperature = neighbours, neighbour_temperature
+        self.neighbours: Neighbours | None = None
         self.num_codes, self.dim, self.products = num_codes, dim, products
         self.embedding: Embedding = embedding
         self.output_scale, self._frame_seed = output_scale, derive(seed, "head", "frame")
@@ -126,7 +137,8 @@ class Head(Vocabulary):
     def set_features(self, decode: Callable[[Tensor], Tensor]) -> None:
         """Read the frozen vectors of embedding: codebook from ids_N -> z_NF, a quantizer's `decode`. Collective.
 
-        They are divided by the root mean square over all K codes. A checkpoint has them: a resumed run needs no call.
+        They are divided by the root mean square over all K codes. A checkpoint has them: a resumed run needs no call,
+        but where targets are shared (neighbours), which training alone does.
         """
         assert self.embedding == "codebook", f"embedding is {self.embedding}"
         rows_kF, layout = self.inputs.rows, self.layout
@@ -147,6 +159,9 @@ class Head(Vocabulary):
             drawn = torch.Generator().manual_seed(self._frame_seed)
             frame_FD = torch.randn(self.inputs.dim, self.dim, generator=drawn) / self.dim**0.5
             self.outputs.rows.copy_(self.output_scale * rows_kF @ frame_FD.to(rows_kF))
+        if self._num_neighbours > 1:
+            count = min(self._num_neighbours, self.num_codes)
+            self.neighbours = find_neighbours(rows_kF, layout, self.axis, count, self._neighbour_temperature)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids of any shape -> vectors, (*shape, D) in the type of the rows; the id -1 is nobody: zeros. Collective.
@@ -183,14 +198,20 @@ class Head(Vocabulary):
         """The loss and what it is made of, 0 at `ignore`. Collective.
 
         Each of the N tokens by itself: take the mean over those that count. label_smoothing e mixes the target with the
-        uniform distribution, (1 - e) one-hot + e / K; z_loss z adds z lse^2, which keeps the normaliser near 1. Memory
-        is tokens x D and the blocks; logits are made once here and once more in the backward pass. Targets outside
-        0 .. K - 1 are an error as in `embed`. `right` is by the logits of this pass, the lowest id among equals.
+        uniform distribution, (1 - e) one-hot + e / K; in training mode a head with `neighbours` has, in place of the
+        one-hot, how the target is shared among them (neighbours.py). z_loss z adds z lse^2, which keeps the normaliser
+        near 1. Memory is tokens x D and the blocks; logits are made once here and once more in the backward pass.
+        Targets outside 0 .. K - 1 are an error as in `embed`. `right` is by the logits of this pass, the lowest id
+        among equals.
         """
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing}, an argument of loss: use a share from 0 to 1")
-        budget, products = self.outputs.budget, self.products
-        plan = LossTerms(self.layout, self.axis, label_smoothing, z_loss, ignore, products, budget, right)
+        shared = None
+        if self._num_neighbours > 1 and self.training:
+            shared = self.neighbours
+            assert shared is not None, "set_features gives a head with neighbours what it shares targets by"
+        terms = (label_smoothing, z_loss, ignore, self.products, self.outputs.budget, right, shared)
+        plan = LossTerms(self.layout, self.axis, *terms)
         with clock.span("codes"), full_precision(h_ND):
             return Losses(*FlatLoss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan))
 

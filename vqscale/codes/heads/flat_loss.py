@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vqscale.codes.config import Products
 from vqscale.codes.heads import passes
+from vqscale.codes.heads.neighbours import Neighbours, Shared
 from vqscale.codes.merge import full_precision, merge_best, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
@@ -45,6 +46,8 @@ class LossTerms:
     products: Products
     budget: int
     right: bool
+    neighbours: Neighbours | None = None
+    """with which a target is shared; None: it is alone"""
 
 
 class FlatLoss(torch.autograd.Function):
@@ -64,15 +67,19 @@ class FlatLoss(torch.autograd.Function):
         x_BD = h_BD.to(rows_kD.dtype)
         part = passes.logsumexp_forward(x_BD, rows_kD, at, plan.products, plan.budget, plan.right)
         top_B = ops.max_over(part.top_B, axis)
-        both_2B = torch.stack([part.sum_B * torch.exp(part.top_B - top_B), part.target_B])
-        sum_B, target_B = ops.sum_over(both_2B, axis)
+        shared = None
+        if plan.neighbours is not None:
+            shared = Shared.among(plan.neighbours, torch.where(counts_B, targets_B, -1))
+        wanted = () if shared is None else ((x_BD * shared.row(rows_kD)).sum(1),)
+        sums = torch.stack([part.sum_B * torch.exp(part.top_B - top_B), part.target_B, *wanted])
+        sum_B, target_B, *wanted_B = ops.sum_over(sums, axis)
         lse_B = top_B + sum_B.log()
-        loss_B = lse_B - (1.0 - plan.smoothing) * target_B + plan.z_loss * lse_B.square()
+        loss_B = lse_B - (1.0 - plan.smoothing) * (wanted_B[0] if wanted_B else target_B) + plan.z_loss * lse_B.square()
         if plan.smoothing:
             # The mean logit of a token is its product with the mean row.
             mean_D = ops.sum_over(rows_kD.sum(0), axis) / layout.num_codes
             loss_B -= plan.smoothing * (x_BD @ mean_D)
-        ctx.plan = plan
+        ctx.plan, ctx.shared = plan, shared
         ctx.save_for_backward(h_BD, rows_kD, lse_B, counts_B, at.mine_B, at.local_B)
         parts = (loss_B, lse_B - target_B, lse_B.square())
         whole_N, *others = (own(torch.where(counts_B, part_B, 0.0), axis).clone() for part_B in parts)
@@ -89,16 +96,22 @@ class FlatLoss(torch.autograd.Function):
         # A backward pass runs under the autocast of whoever calls it.
         with clock.span("codes"), full_precision(grads[0]):
             h_BD, rows_kD, lse_B, counts_B, mine_B, local_B = ctx.saved_tensors
-            plan = ctx.plan
+            plan, shared = ctx.plan, ctx.shared
             up = passes.LogitGradient(
                 g_B=ops.gather(grads[0], plan.axis) * counts_B,
                 lse_B=lse_B,
                 p_weight_B=1.0 + 2.0 * plan.z_loss * lse_B if plan.z_loss else None,
-                target_weight=1.0 - plan.smoothing,
+                target_weight=1.0 - plan.smoothing if shared is None else 0.0,
                 uniform_weight=plan.smoothing / plan.layout.num_codes,
             )
             at = passes.Targets(mine_B, local_B)
             x_BD, wanted = h_BD.to(rows_kD.dtype), ctx.needs_input_grad[:2]
             dx_BD, drows_kD = passes.logsumexp_backward(x_BD, rows_kD, at, up, wanted, plan.products, plan.budget)
+            if shared is not None:
+                g_B1 = up.g_B[:, None] * (1.0 - plan.smoothing)
+                if dx_BD is not None:
+                    dx_BD -= g_B1 * shared.row(rows_kD)
+                if drows_kD is not None:
+                    shared.add_(drows_kD, -g_B1 * x_BD)
             dh_ND = None if dx_BD is None else ops.scatter_sum(dx_BD, plan.axis).to(h_BD.dtype)
             return dh_ND, drows_kD, None, None
