@@ -56,7 +56,9 @@ def test_two_processes_train_what_one_does(ranks):
     alone = trained(1, TINY)
     for weights in ranks(2, trained, 2, TINY):
         for name, expected in alone.items():
-            torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
+            # Adam makes steps of what is rounding where a gradient is next to nothing: most are equal, all are near
+            torch.testing.assert_close(weights[name], expected, rtol=0, atol=TINY.lr / 5)
+            assert (weights[name] - expected).abs().mean() < TINY.lr / 100
     other = trained(1, ShapesClassifierConfig(**{**vars(TINY), "seed": 1}))
     assert not torch.equal(other["stem.weight"], alone["stem.weight"])
 

@@ -49,14 +49,19 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning rate and its weight decay, which biases and norms never have."""
+    """AdamW or, for matrices, Muon; the learning rate, and the weight decay, which biases and norms never have."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: torch's Muon for matrices (two dims, no embedding), its updates scaled to the size of AdamW's so
+    that lr and weight_decay serve both; AdamW for vectors, convolutions, embeddings and rows of codes"""
     lr: float = 1e-4
     """peak learning rate, reached at the end of the warm-up"""
     betas: tuple[float, float] = (0.9, 0.95)
     """decay of the first and the second moment"""
     eps: float = 1e-8
     """added to the root of the second moment"""
+    momentum: float = 0.95
+    """for muon: of the gradients of matrices, with Nesterov's step"""
     weight_decay: float = 0.0
     """decoupled decay of matrices: per step they lose this times the learning rate"""
     rows_weight_decay: float = 0.0
@@ -97,6 +102,8 @@ class OptimConfig:
             )
         if not 0 <= self.flat_share < 1:
             yield "flat_share", f"flat_share is {self.flat_share}, a share of the steps: use 0 to below 1"
+        if not 0 <= self.momentum < 1:
+            yield "momentum", f"a momentum lies in [0, 1), but it is {self.momentum}: bring it into that range"
         if not all(0 <= beta < 1 for beta in self.betas):
             yield "betas", f"a decay lies in [0, 1), but betas are {list(self.betas)}: bring both into that range"
         if (self.schedule == "steps") != bool(self.drop_steps):
@@ -110,6 +117,16 @@ class OptimConfig:
                 "drop_steps",
                 f"drop_steps are growing step numbers from 1 on, not {list(self.drop_steps)}: put them in order",
             )
+
+
+def check_whole(engine: EngineConfig, optim: OptimConfig, key: str = "optim.name") -> Iterable[tuple[str, str]]:
+    """(key, message) where the engine cuts what the optimiser needs whole."""
+    if optim.name == "muon" and engine.name == "deepspeed" and engine.zero_stage > 0:
+        yield (
+            key,
+            f"muon takes whole matrices, and engine.zero_stage {engine.zero_stage} gives each process a flat part of "
+            "all of them: use engine.zero_stage=0 or engine.name=torch, or name: adamw",
+        )
 
 
 def check_engine(config: EngineConfig, device: str) -> None:

@@ -1,4 +1,5 @@
-"""AdamW as both engines use it: moments that exist from the start, and a switch for steps that must change nothing.
+"""AdamW as both engines use it, alone or with Muon for the matrices: moments that exist from the start, and a switch
+for steps that must change nothing.
 
 Not here: what is stepped when, and gradients (engine.py); how the rates change (schedule.py).
 """
@@ -42,6 +43,10 @@ class AdamW(torch.optim.AdamW):
                 **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS},
             }
 
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What is remembered of the gradients of a parameter, by name."""
+        return {key: self.state[parameter][key] for key in MOMENTS}
+
     def set_rates(self, lr: float, decay_share: float) -> None:
         """The learning rate, and how far every decay that is not 0 has gone to its final value."""
         for group in self.param_groups:
@@ -54,6 +59,64 @@ class AdamW(torch.optim.AdamW):
         """How many steps the moments have seen, for their bias correction."""
         for state in self.state.values():
             state["step"].fill_(steps)
+
+
+class MuonAdamW(AdamW):
+    """torch's Muon for some matrices and AdamW for the groups, as one optimiser; nothing is cut, all is on every rank.
+
+    Every rank makes all orthogonal updates itself: they are in bfloat16, and equal where the ranks' machines are.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+        super().__init__(groups, optim)
+        self._matrices = torch.optim.Muon(
+            matrices,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self._first_weight_decay = optim.weight_decay
+
+    def step(self, closure: Any = None) -> Any:
+        if not self.idle:
+            self._matrices.step()
+        return super().step(closure)
+
+    def prepare(self, parameters: Iterable[Tensor]) -> None:
+        mine = {id(p) for group in self._matrices.param_groups for p in group["params"]}
+        every = list(parameters)
+        for matrix in (p for p in every if id(p) in mine):
+            self._matrices.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+        super().prepare(p for p in every if id(p) not in mine)
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        if parameter in self._matrices.state:
+            return dict(self._matrices.state[parameter])
+        return super().moments(parameter)
+
+    def set_rates(self, lr: float, decay_share: float) -> None:
+        super().set_rates(lr, decay_share)
+        for group in self._matrices.param_groups:
+            group["lr"], first = lr, self._first_weight_decay
+            if first and self._final_weight_decay is not None:
+                group["weight_decay"] = first + (self._final_weight_decay - first) * decay_share
+
+
+def build(module: nn.Module, optim: OptimConfig) -> AdamW:
+    """The optimiser of a module's trainable parameters, as its settings name it."""
+    split = groups(module, optim)
+    if optim.name == "adamw":
+        return AdamW(split, optim)
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    matrices = [p for group in split for p in group["params"] if p.ndim == 2 and id(p) not in tables]
+    taken = {id(p) for p in matrices}
+    rest = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in split]
+    rest = [group for group in rest if group["params"]]
+    if not matrices or not rest:
+        lacks = "no matrix, which muon is for" if rest else "nothing but matrices, and AdamW beside muon has nothing"
+        raise ValueError(f"optim.name is muon, and this network has {lacks}: use optim.name=adamw")
+    return MuonAdamW(matrices, rest, optim)
 
 
 def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

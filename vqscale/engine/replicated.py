@@ -26,7 +26,7 @@ class Replicated:
     def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
         self._module, self._mesh = module, mesh
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._adam = optimisers.AdamW(optimisers.groups(module, optim), optim) if self._parameters else None
+        self._adam = optimisers.build(module, optim) if self._parameters else None
         if self._adam is not None:
             self._adam.prepare(self._parameters.values())
 
@@ -63,7 +63,8 @@ class Replicated:
             p.grad = None
 
     def read(self) -> dict[str, Tensor]:
-        """Full parameters and moments: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME. Collective at ZeRO stages."""
+        """Full parameters and moments: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME (of matrices under Muon
+        momentum_buffer/NAME). Collective at ZeRO stages."""
         return read_whole(self._module, self._parameters, self._adam)
 
     def write(self, tensors: dict[str, Tensor], steps: int) -> None:
@@ -94,9 +95,9 @@ def read_whole(
 ) -> dict[str, Tensor]:
     """`read` where every rank holds whole parameters and moments."""
     out = {f"parameter/{name}": p.detach() for name, p in module.named_parameters()}
-    for key in optimisers.MOMENTS if adam is not None else ():
+    for name, p in trainable.items() if adam is not None else ():
         assert adam is not None
-        out |= {f"{key}/{name}": adam.state[p][key] for name, p in trainable.items()}
+        out |= {f"{key}/{name}": moment for key, moment in adam.moments(p).items()}
     return out
 
 

@@ -99,7 +99,7 @@ class Zero:
                 "engine.name deepspeed steps parameters, and this network has none that learn: use engine.name: torch"
             )
         self._deepspeed = _import(mesh.device)
-        self._adam = optimisers.AdamW(optimisers.groups(module, optim), optim)
+        self._adam = optimisers.build(module, optim)
         numel = sum(p.numel() for p in self._parameters.values())
         self._engine, *_ = self._deepspeed.initialize(
             model=module, optimizer=self._adam, config=settings(config, numel), dist_init_required=False
@@ -111,8 +111,10 @@ class Zero:
         if self._stage == 3:
             self._adam.prepare(self._engine.optimizer.fp32_partitioned_groups_flat)
             return
-        self._adam.prepare(p for group in self._adam.param_groups for p in group["params"])
-        if self._stage > 0:
+        if self._stage == 0:
+            self._adam.prepare(self._parameters.values())
+        else:
+            self._adam.prepare(p for group in self._adam.param_groups for p in group["params"])
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def forward(self, *args: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from vqscale.config import Free, FreeToChange
 from vqscale.data.config import TokensConfig
-from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig
+from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, check_whole
 from vqscale.parallel.config import MeshConfig
 from vqscale.priors.config import AutoregressiveConfig, PriorConfig
 from vqscale.train.config_run import RunConfig, check_batch, check_compile
@@ -64,6 +64,7 @@ class PriorRun:
                 "folder of the tokenizer with prior.head.embedding: codebook, and null with the others",
             )
         yield from check_compile(self.run, self.engine)
+        yield from check_whole(self.engine, self.optim)
 
     def check_world(self, world: int) -> None:
         """ValueError when this run does not fit `world` processes."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from vqscale.config import Free
 from vqscale.data.config import MediumConfig
-from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig
+from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, check_whole
 from vqscale.nets.config import by, grid
 from vqscale.parallel.config import MeshConfig
 from vqscale.tokenizer.config import TokenizerConfig
@@ -69,6 +69,9 @@ class TokenizerRun:
         yield from self.tokenizer.signal.misfits(self.data.train, self.loss)
         yield from self._loss_problems(min(self.data.train.sides))
         yield from check_compile(self.run, self.engine)
+        yield from check_whole(self.engine, self.optim)
+        if self.loss.adversarial is not None and self.loss.adversarial.optim is not None:
+            yield from check_whole(self.engine, self.loss.adversarial.optim, "loss.adversarial.optim.name")
 
     def _loss_problems(self, size: int) -> Iterable[tuple[str, str]]:
         adversarial = self.loss.adversarial

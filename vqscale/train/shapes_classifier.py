@@ -42,7 +42,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive("shapes classifier", config.seed))
         classifier = ShapesClassifier(config, NUM_CLASSES).to(mesh.device)
-    optim = OptimConfig(lr=config.lr, weight_decay=0.05, schedule="cosine", warmup_steps=min(20, config.steps - 1))
+    optim = OptimConfig(
+        lr=config.lr, eps=1e-6, weight_decay=0.05, schedule="cosine", warmup_steps=min(20, config.steps - 1)
+    )
     engine = Engine(classifier, {}, EngineConfig(name="torch"), optim, mesh, config.steps)
     mine, kept = config.batch // mesh.world.size, dict[int, tuple[Tensor, Tensor]]()
     for step in range(config.steps):

@@ -3,8 +3,8 @@
     w_ij = exp(-d_ij / (T s)) / (the sum of that over i's m neighbours)         j among the m codes nearest to i, and i
 
 d is the squared distance of the codes' frozen vectors and s the mean of it from a code to the one nearest to it, so
-that T has no unit. The paper takes distances from the latent, which a cache of ids does not have; here they are from its
-code. The loss -sum_j w_ij log p(j) is exact: it has lse(h) as before, and one product of h with sum_j w_ij row_j.
+that T has no unit. The paper takes distances from the latent, which a cache of ids does not have; here they are from
+its code. The loss -sum_j w_ij log p(j) is exact: it has lse(h) as before, and one product of h with sum_j w_ij row_j.
 
 Both tables, K x m, lie with the rows of their codes; for a token its m ids and weights are sent, whatever K is.
 """
