@@ -58,10 +58,13 @@ start tools/sample.py "$run-prior" "$run" "$run-samples" --per-class 8 --guidanc
     --overwrite
 
 stage "5 of 6: a judge of the pictures"
-classifier="$run-classifier"
-start tools/classifier.py "$classifier" --image-size "$(asked data.train.image_size)" ${third[@]+"${third[@]}"}
-start tools/evaluate.py samples "$run-samples/samples.npz" --classifier "$classifier" --out "$run-prior/judged"
+judge=()
+if [ -n "$(asked data.train.make)" ]; then # it knows drawn shapes alone
+    start tools/classifier.py "$run-classifier" --image-size "$(asked data.train.image_size)" ${third[@]+"${third[@]}"}
+    start tools/evaluate.py samples "$run-samples/samples.npz" --classifier "$run-classifier" --out "$run-prior/judged"
+    judge=(--classifier "$run-classifier")
+fi
 
 stage "6 of 6: the page"
-python tools/page.py "$run" "$run-prior" "$run-samples" --classifier "$classifier" --out "$run.html"
+python tools/page.py "$run" "$run-prior" "$run-samples" ${judge[@]+"${judge[@]}"} --out "$run.html"
 printf '\nall done in %d:%02d; open %s in a browser\n' $((SECONDS / 60)) $((SECONDS % 60)) "$run.html"

@@ -30,9 +30,10 @@ SHORT_RUN = (
     "data.train.index_dir={tmp}/index data.val.index_dir={tmp}/index tokenizer.quantizer.warmup_steps=2"
 )
 SHORT_PRIOR = "run.steps=4 run.eval_every=4 run.checkpoint_every=4 data.batch=8 prior.net.num_layers=1"
+SHORT_JUDGE = "--steps 4 --batch 8 --num-images 32 --num-held-out 20"
 # A command begins with the first of these that fits; what is added makes it short.
 SHORTER = {
-    "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR}",
+    "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR} -- {SHORT_JUDGE}",
     "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": "--dry-run "
     "prior.num_codes=4096 prior.grid=[8,8] prior.feature_dim=16",
     "torchrun --nproc_per_node=2 launch/train.py": SHORT_RUN,
