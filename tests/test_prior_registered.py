@@ -49,28 +49,28 @@ def test_its_config_is_known_to_runs_and_to_their_help():
     data = {"task": "prior", "run": {"folder": "x", "steps": 3}, "data": {"train": {"path": "cache"}}}
     assert isinstance(configuration.parse(PriorRun, {**data, "prior": BAG}).prior, BagConfig)
     assert configuration.parse(PriorRun, data).prior.name == "autoregressive"  # as before there was another
-    assert "prior: {name: autoregressive | bag, ...}" in configuration.describe(PriorRun)
+    assert f"prior: {{name: {' | '.join(priors.PRIORS)}, ...}}" in configuration.describe(PriorRun)
     with pytest.raises(configuration.ConfigError, match="did you mean bag"):
         priors.build({**BAG, "name": "bug"})
 
 
 def test_its_dials_are_options_of_the_sample_program(place):
     models = (place / "bag" / "run", place / "tokenizer")
-    words = ("--num-images", 7, "--steps", 3, "--choice-temperature", 1.5, "--seed", 4)
+    words = ("--num-images", 7, "--rounds", 3, "--choice-temperature", 1.5, "--seed", 4)
     status, said = tool("sample", *models, place / "out", *QUICK, *words)
     assert status == 0, said
     with np.load(place / "out" / "samples.npz") as file:
         labels, ids = file["arr_1"], file["ids"]
     prior, numbers = priors.Prior.load(models[0]), torch.arange(7)
-    how = {"steps": 3, "choice_temperature": 1.5}
+    how = {"rounds": 3, "choice_temperature": 1.5}
     np.testing.assert_array_equal(ids, prior.sample(torch.from_numpy(labels), how, numbers_B=numbers, seed=4))
-    assert not np.array_equal(ids, prior.sample(torch.from_numpy(labels), {"steps": 3}, numbers_B=numbers, seed=4))
+    assert not np.array_equal(ids, prior.sample(torch.from_numpy(labels), {"rounds": 3}, numbers_B=numbers, seed=4))
     facts = json.loads((place / "out" / "sample.json").read_text())
     assert facts["prior"]["name"] == "bag"
-    assert facts["settings"].items() >= {**how, "order": "forward", "seed": 4}.items()
+    assert facts["settings"].items() >= {**how, "direction": "forward", "seed": 4}.items()
     assert not facts["settings"].keys() & {"guidance", "temperature", "cached"}
-    status, said = tool("sample", *models, place / "out", *QUICK, *words, "--steps", 2)
-    assert (status, "settings.steps is 2, and was 3" in said) == (2, True)
+    status, said = tool("sample", *models, place / "out", *QUICK, *words, "--rounds", 2)
+    assert (status, "settings.rounds is 2, and was 3" in said) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def test_its_dials_are_options_of_the_sample_program(place):
             ("--top-k", 3, "--uncached"),
             "--top-k, --uncached does not go with {place}/bag/run, a prior of name bag",
         ),
-        ("bag", ("--steps", 0), "error: command line: steps: steps is 0: use at least 1"),
-        ("bag", ("--order", "up"), "order: expected forward | backward, found the text 'up'"),
+        ("bag", ("--rounds", 0), "error: command line: rounds: rounds is 0: use at least 1"),
+        ("bag", ("--direction", "up"), "direction: expected forward | backward, found the text 'up'"),
         (
             "autoregressive",
-            ("--steps", 2),
+            ("--rounds", 2),
             "which has --guidance, --schedule, --temperature, --top-k, --top-p: leave it",
         ),
     ],
@@ -100,34 +100,34 @@ def test_help_has_the_dials_of_every_prior_and_whose_they_are():
     status, said = tool("sample", "--help")
     assert status == 0
     mine = said[said.index("how ids are drawn (bag)") :]
-    assert "--steps STEPS" in mine
+    assert "--rounds ROUNDS" in mine
     assert "passes over the image (default: 2)" in mine
-    assert "--order {forward,backward}" in mine
+    assert "--direction {forward,backward}" in mine
     assert "--top-k" not in mine
-    assert "--top-k TOP_K" in said[said.index("how ids are drawn (autoregressive)") :]
+    assert "--top-k TOP_K" in said[said.index("how ids are drawn (autoregressive") :]
 
 
 def test_its_dials_are_swept_and_are_the_table(place):
-    words = sweeping(place, place, "--steps", "1,2", "--choice-temperature", "0,4.5")
+    words = sweeping(place, place, "--rounds", "1,2", "--choice-temperature", "0,4.5")
     words[0] = place / "bag" / "run"
     status, said = sweep(*words)
     assert status == 0, said
     table = json.loads((place / "out" / "sweep.json").read_text())
-    assert table["dials"] == list(BagSampleConfig.dials()) == ["steps", "choice_temperature", "order"]
-    assert [(row["choice_temperature"], row["steps"]) for row in table["rows"]] == [(0, 1), (0, 2), (4.5, 1), (4.5, 2)]
-    assert "\nsteps  choice_temperature  distance_other_inception" in f"\n{said}"
+    assert table["dials"] == list(BagSampleConfig.dials()) == ["rounds", "choice_temperature", "direction"]
+    assert [(row["choice_temperature"], row["rounds"]) for row in table["rows"]] == [(0, 1), (0, 2), (4.5, 1), (4.5, 2)]
+    assert "\nrounds  choice_temperature  distance_other_inception" in f"\n{said}"
     assert sorted(path.parent.name for path in (place / "out").glob("*/result.json")) == [
-        *("steps1", "steps1-choice_temperature4.5", "steps2", "steps2-choice_temperature4.5")
+        *("rounds1", "rounds1-choice_temperature4.5", "rounds2", "rounds2-choice_temperature4.5")
     ]
     status, said = sweep(*words, "--guidance", "1,2")
     assert (status, said.startswith("error: --guidance does not go with")) == (2, True)
 
 
 def test_a_page_says_how_its_samples_were_drawn():
-    facts = SampleRequest(4, (0,), BagSampleConfig(steps=9), seed=3).facts()
+    facts = SampleRequest(4, (0,), BagSampleConfig(rounds=9), seed=3).facts()
     told = {**priors.sampling("bag").of(facts).unusual(), "seed": facts["seed"]}
     _, text = run_page.samples({}, {}, {}, told)
-    assert "none chosen: steps 9, seed 3." in text
+    assert "none chosen: rounds 9, seed 3." in text
 
 
 def test_the_page_speaks_of_a_prior_without_network_and_classes():
@@ -140,7 +140,7 @@ def test_the_page_speaks_of_a_prior_without_network_and_classes():
 def drawn(path, codes):
     register()
     prior = priors.Prior.load(path, mesh=base.Mesh(codes=codes))
-    return prior.sample(torch.tensor([0, 3, -1]), {"steps": 3}, numbers_B=torch.arange(3)), prior.fingerprint
+    return prior.sample(torch.tensor([0, 3, -1]), {"rounds": 3}, numbers_B=torch.arange(3)), prior.fingerprint
 
 
 @pytest.mark.slow

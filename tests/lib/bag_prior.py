@@ -21,16 +21,16 @@ LINE = {"bag": f"{__name__}:BagConfig"}  # of PRIORS
 class BagSampleConfig(SampleConfig):
     """All ids are drawn in every step, and a share of them kept."""
 
-    steps: int = 2
+    rounds: int = 2
     """passes over the image"""
     choice_temperature: float = 0.0
     """noise in which ids are kept; 0 keeps them in their order"""
-    order: Literal["forward", "backward"] = "forward"
+    direction: Literal["forward", "backward"] = "forward"
     """where the order begins"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if self.steps < 1:
-            yield "steps", f"steps is {self.steps}: use at least 1"
+        if self.rounds < 1:
+            yield "rounds", f"rounds is {self.rounds}: use at least 1"
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Bag(priors.Prior):
     def draw(self, condition, settings, numbers_B, seed):
         prefix_BPD, num, count = self.prefix(condition), len(numbers_B), self.config.num_tokens
         ids_BT = torch.full((num, count), -1)
-        places_T = torch.arange(count) if settings.order == "forward" else torch.arange(count).flip(0)
-        for step in range(settings.steps):
+        places_T = torch.arange(count) if settings.direction == "forward" else torch.arange(count).flip(0)
+        for step in range(settings.rounds):
             h_BTD = self.states(prefix_BPD, self.head.embed(ids_BT))
             keys_N = noise.keys(seed + step, numbers_B[:, None], torch.arange(count)).flatten()
             new_BT = self.head.sample(h_BTD.flatten(0, 1), keys_N).view(num, count)
             score_BT = settings.choice_temperature * noise.gumbel(noise.keys(step, numbers_B), 0, count) - places_T
-            kept = -(-count * (step + 1) // settings.steps)
+            kept = -(-count * (step + 1) // settings.rounds)
             ids_BT = torch.full_like(ids_BT, -1).scatter(1, score_BT.topk(kept).indices, new_BT)
         return ids_BT.view(num, *self.config.grid)
 

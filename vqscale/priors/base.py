@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from vqscale import config as configuration
 from vqscale.codes import heads, tally
+from vqscale.codes.heads.base import check_ids
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import conditions
 from vqscale.priors.config import GuidedSampleConfig, IdsConfig, PriorConfig, Ramp, SampleConfig
+from vqscale.priors.positions import Positions
 from vqscale.seed import derive
 from vqscale.tokenizer import export, saved
 
@@ -35,7 +37,8 @@ class Modelled:
     """What a prior says of a batch of ids."""
 
     loss: Tensor  # to be minimised: a mean over this rank's tokens
-    nats_B: Tensor  # of each image, the mean nats of a token; no gradient. In evaluation mode the loss is their mean
+    nats_B: Tensor  # of each image, the mean nats of a token; no gradient. In evaluation mode the loss is their mean.
+    # They are exact, or an estimate of an upper bound where the prior's config says `bound`.
     # The rest is shown and trains nothing; it is there while tally.statistics are on.
     right_B: Tensor | None = None  # of each image, the share of ids that were the most probable; in evaluation mode
     parts: dict[str, Tensor] = field(default_factory=dict)  # of the loss, by name; cross_entropy of the ids is one
@@ -111,13 +114,21 @@ class Prior(nn.Module, ABC):
         """The loss of ids int64 (B, *grid), or (B, *grid, num_ids), every one of 0 .. K - 1, given a condition (of
         classes, -1 .. C - 1); collective.
 
-        keys_B (noise.keys) decide what is random per image (dropped conditions), on any number of ranks alike; without
-        them torch's generator does. Training and the evaluations of a run always give them.
+        keys_B (noise.keys) decide what is random per image (dropped conditions, masks), on any number of ranks alike;
+        without them torch's generator does, in evaluation mode the place in the batch. Training and the evaluations of
+        a run always give them.
         """
 
     @abstractmethod
     def draw(self, condition: Tensor, settings: Any, numbers_B: Tensor, seed: int) -> Tensor:
         """What `sample` answers, with settings of this prior's SampleConfig; called in evaluation mode, no gradient."""
+
+    def complete(self, ids_Bhw: Tensor, condition: Tensor, settings: Any, numbers_B: Tensor, seed: int) -> Tensor:
+        """`draw`, given some of the ids; the others are -1. Of priors that draw in any order; ValueError of others."""
+        raise ValueError(
+            f"known ids were given, an argument of sample, and the prior {self.config.name} draws all ids in an order "
+            "of its own: leave them out, or use a prior that predicts any ids from any others, such as masked"
+        )
 
     @torch.no_grad()
     def sample(
@@ -127,12 +138,15 @@ class Prior(nn.Module, ABC):
         *,
         numbers_B: Tensor,
         seed: int = 0,
+        known: Tensor | None = None,
     ) -> Tensor:
         """Draw ids (B, *grid), or (B, *grid, num_ids), for a condition; collective, no gradient, in evaluation mode.
 
         `settings` are of this prior's own SampleConfig (config.sampling), or a dict of some of its fields; None: all at
         their default. numbers_B number the images over all ranks: (seed, number) decides an image, on any number of
-        ranks and in any batch, up to ties within rounding. ValueError for settings that are not this prior's.
+        ranks and in any batch, up to ties within rounding. `known` (B, *grid) has ids that are given and stay as they
+        are, and -1 where an id is to be drawn: all ranks give it or none, and a prior that cannot take it refuses it.
+        ValueError for settings that are not this prior's.
         """
         chosen = self.sample_config(settings)
         if numbers_B.dim() != 1 or condition.shape[:1] != numbers_B.shape:
@@ -143,7 +157,11 @@ class Prior(nn.Module, ABC):
         for line in self.remarks(chosen):
             warnings.warn(line, SampleWarning, stacklevel=3)
         with evaluating(self):
-            return self.draw(condition, chosen, numbers_B, seed)
+            if known is None:
+                return self.draw(condition, chosen, numbers_B, seed)
+            ids_Bhw = self.checked(known).to(torch.int64)
+            check_ids(ids_Bhw.flatten(), -1, self.num_codes, "known ids", self.mesh.codes)
+            return self.complete(ids_Bhw, condition, chosen, numbers_B, seed)
 
     def forward(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
         return self.loss(ids_Bhw, condition, keys_B)
@@ -198,27 +216,26 @@ class Prior(nn.Module, ABC):
         """ids of images as a sequence, the last side fastest: (B, T), or (B, T, num_ids)."""
         return self.checked(ids_Bhw).flatten(1, len(self.grid))
 
-    def modelled(self, h_BTD: Tensor, ids_Bhw: Tensor) -> Modelled:
+    def modelled(self, h_BTD: Tensor, ids_Bhw: Tensor, weight_BT: Tensor | None = None) -> Modelled:
         """The loss of ids (B, *grid) given the vectors that predict each of them, T = the product of grid; collective.
 
-        Where a token has several ids its nats are theirs together, and it is right when all of them are.
+        weight_BT weighs the tokens in the mean of their image, and the head is not asked about those of weight 0;
+        without it all count alike. Where a token has several ids its nats are theirs together, and it is right when all
+        of them are.
         """
-        h_ND, ids_N = h_BTD.flatten(0, 1), ids_Bhw.flatten(0, len(self.grid))
+        at = Positions(h_BTD.shape[:2], weight_BT, self.mesh.codes)
+        h_ND, ids_N = at.of(h_BTD), at.of(self.in_a_row(ids_Bhw), NOBODY)
         smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         asked = tally.statistics.on and not self.training
         losses = self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY, right=asked)
-
-        def of_images(values_N: Tensor) -> Tensor:
-            return values_N.detach().unflatten(0, h_BTD.shape[:2]).mean(1)
-
-        found = Modelled(losses.whole_N.mean(), of_images(losses.whole_N))
+        found = Modelled(at.mean(losses.whole_N), at.means_of_images(losses.whole_N.detach()))
         if not tally.statistics.on:
             return found
-        found.parts["cross_entropy"] = losses.cross_entropy_N.mean()
+        found.parts["cross_entropy"] = at.mean(losses.cross_entropy_N)
         if z_loss:
-            found.parts["z_loss"] = z_loss * losses.square_N.mean()
+            found.parts["z_loss"] = z_loss * at.mean(losses.square_N)
         if losses.right_N is not None:
-            found.right_B = of_images(losses.right_N.double())
+            found.right_B = at.means_of_images(losses.right_N.double())
         return found
 
     def prefix(self, condition: Tensor, keys_B: Tensor | None = None, *, null: bool = False) -> Tensor:
@@ -237,13 +254,13 @@ class Prior(nn.Module, ABC):
         """These settings as this prior's SampleConfig. ValueError with all that is wrong with them."""
         kind: type[SampleConfig] = self.config.sampling
         if given is None or isinstance(given, Mapping):
-            return configuration.parse(kind, given or {}, source="settings")
+            given = configuration.parse(kind, given or {}, source="settings")
         if not isinstance(given, kind):
             raise ValueError(
                 f"settings are {type(given).__name__}, and the prior {self.config.name} is sampled as its "
                 f"{kind.__name__} says: give one of these, or a dict"
             )
-        wrong = [text for _, text in given.problems()]
+        wrong = [text for _, text in (*given.problems(), *self.config.against(given))]
         if wrong:
             raise ValueError("; ".join(wrong))
         return given

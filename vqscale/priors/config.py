@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 Ramp = Literal["constant", "linear", "cosine"]
 
-PRIORS = {"autoregressive": "vqscale.priors.config:AutoregressiveConfig"}
+PRIORS = {
+    "autoregressive": "vqscale.priors.config:AutoregressiveConfig",
+    "masked": "vqscale.priors.config_masked:MaskedConfig",
+}
 CONDITIONS = {"classes": "vqscale.priors.config:ClassesConfig"}
 
 
@@ -138,6 +141,9 @@ else:
 class IdsConfig:
     """What every prior over a grid of ids has."""
 
+    bound: ClassVar[bool] = False
+    """whether the nats of held-out ids are an upper bound of what the prior's own distribution has"""
+
     num_codes: int | None = 16384
     """K, the number of codes of the tokenizer; null: as the token cache says"""
     num_ids: int | None = 1
@@ -172,6 +178,10 @@ class IdsConfig:
         known = ["num_codes", "num_ids", "grid", *(["feature_dim"] if self.head.wants_features else [])]
         return [key for key in known if getattr(self, key) is None]
 
+    def against(self, settings: SampleConfig) -> Iterable[tuple[str, str]]:
+        """(key, message) of settings of its SampleConfig that a prior of this config cannot be sampled with."""
+        return ()
+
     def problems(self) -> Iterable[tuple[str, str]]:
         for key, least in (("num_codes", 1), ("num_ids", 1), ("num_classes", 0)):
             number = getattr(self, key)
@@ -195,12 +205,24 @@ class IdsConfig:
             yield from ((f"head.{key}", text) for key, text in self.head.misfits(self.num_codes, self.num_ids))
 
 
+def unturned(net: TransformerConfig, grid: tuple[int, ...] | None) -> Iterable[tuple[str, str]]:
+    """(key, message) where the heads of a transformer cannot be turned over the sides of a grid."""
+    pairs, sides = net.head_dim // 2, list(grid or ())
+    if sides and pairs % len(sides):
+        yield (
+            "net.num_heads",
+            f"a head of {net.head_dim} numbers (width / num_heads) has {pairs} pairs to turn, which do not "
+            f"divide by the {len(sides)} sides of grid {sides}: change net.width or net.num_heads",
+        )
+
+
 @dataclass(frozen=True)
 class AutoregressiveConfig(IdsConfig):
     """One id after the other, row by row, as LlamaGen and IBQ do."""
 
     module: ClassVar[str] = "vqscale.priors.autoregressive:Autoregressive"
     sampling: ClassVar[type[SampleConfig]] = AutoregressiveSampleConfig
+    without_name: ClassVar[bool] = True
     name: Literal["autoregressive"] = "autoregressive"
     """which prior"""
     net: TransformerConfig = field(default_factory=TransformerConfig)
@@ -208,13 +230,7 @@ class AutoregressiveConfig(IdsConfig):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
-        pairs, grid = self.net.head_dim // 2, list(self.grid or ())
-        if grid and pairs % len(grid):
-            yield (
-                "net.num_heads",
-                f"a head of {self.net.head_dim} numbers (width / num_heads) has {pairs} pairs to turn, which do not "
-                f"divide by the {len(grid)} sides of grid {grid}: change net.width or net.num_heads",
-            )
+        yield from unturned(self.net, self.grid)
 
 
 # The prior of a run is one of these.

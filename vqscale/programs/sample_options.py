@@ -65,20 +65,21 @@ def _option(kind: type[SampleConfig], key: str) -> str:
 
 def sample_config(args: argparse.Namespace) -> SampleConfig:
     """How the prior of args.prior is to be sampled. ValueError for options that are not this prior's, or wrong."""
-    kind, given = _given(args)
-    return configuration.parse(kind, {key: _value(text) for key, text in given.items()}, source=COMMAND_LINE)
+    config, given = _given(args)
+    return _parsed(config, {key: _value(text) for key, text in given.items()})
 
 
 def dials(args: argparse.Namespace) -> tuple[SampleConfig, dict[str, list[Any]]]:
     """(the prior's usual settings, the values of each dial that was given). ValueError as in `sample_config`."""
-    kind, given = _given(args)
+    config, given = _given(args)
+    kind = config.sampling
     wrong: dict[str, None] = {}
     found: dict[str, list[Any]] = {}
     for key, text in given.items():
         found[key] = []
         for word in filter(None, map(str.strip, text.split(","))):
             try:
-                found[key].append(getattr(configuration.parse(kind, {key: _value(word)}, source=COMMAND_LINE), key))
+                found[key].append(getattr(_parsed(config, {key: _value(word)}), key))
             except configuration.ConfigError as error:
                 wrong |= dict.fromkeys(error.problems)
         if not text.strip(", "):
@@ -88,8 +89,16 @@ def dials(args: argparse.Namespace) -> tuple[SampleConfig, dict[str, list[Any]]]
     return kind(), found
 
 
-def _given(args: argparse.Namespace) -> tuple[type[SampleConfig], dict[str, str]]:
-    """(SampleConfig of the prior, the options that were given). ValueError where one is another prior's."""
+def _parsed(config: PriorConfig, given: Mapping[str, Any]) -> SampleConfig:
+    """The SampleConfig of a prior. ValueError for what is wrong with it, or does not go with this prior."""
+    how: SampleConfig = configuration.parse(config.sampling, given, source=COMMAND_LINE)
+    if wrong := [f"{COMMAND_LINE}: {message}" for _, message in config.against(how)]:
+        raise configuration.ConfigError(wrong)
+    return how
+
+
+def _given(args: argparse.Namespace) -> tuple[PriorConfig, dict[str, str]]:
+    """(config of the prior, the options that were given). ValueError where one is another prior's."""
     config, owners = prior_config(args.prior), _owners()
     kind = config.sampling
     given = {key: getattr(args, key) for key in owners if getattr(args, key, None) is not None}
@@ -99,7 +108,7 @@ def _given(args: argparse.Namespace) -> tuple[type[SampleConfig], dict[str, str]
             f"{', '.join(strange)} does not go with {args.prior}, a prior of name {config.name}, which has "
             f"{', '.join(_option(kind, dial) for dial in kind.dials()) or 'no such options'}: leave it out"
         )
-    return kind, given
+    return config, given
 
 
 def _value(text: str) -> Any:

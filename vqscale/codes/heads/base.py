@@ -15,9 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
-from vqscale.parallel.mesh import Mesh
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Axis, Mesh
 
 
 class Losses(NamedTuple):
@@ -129,3 +131,20 @@ class Vocabulary(nn.Module, ABC):
         together), their log-probability in nats over all K codes: guided and at this temperature (at temperature 0 as
         at 1), before top-k and top-p leave any code out.
         """
+
+
+def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
+    """ValueError on every rank of the axis when any has an id outside lowest .. num_codes - 1. On a GPU the
+    check waits for nobody and fails inside the device.
+    """
+    if ids_N.device.type != "cpu":
+        inside = ((ids_N >= lowest) & (ids_N < num_codes)).all()
+        torch._assert_async(inside, f"{what} must be in {lowest} .. {num_codes - 1}")
+        return
+    found = torch.stack([-ids_N.min(), ids_N.max()]) if ids_N.numel() else torch.tensor([0, 0])
+    least, most = ops.max_over(found, axis).tolist()
+    if -least < lowest or most >= num_codes:
+        raise ValueError(
+            f"{what} must be in {lowest} .. {num_codes - 1}, for the head has {num_codes} codes, but they go from "
+            f"{-least} to {most}: give ids of the tokenizer that the head was built for"
+        )

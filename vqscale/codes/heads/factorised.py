@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from vqscale.codes import noise
 from vqscale.codes.codebook import SCAN_MIB
 from vqscale.codes.config import Products
-from vqscale.codes.heads.base import Losses, Scored, Vocabulary
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_ids
 from vqscale.codes.heads.config import FactorisedConfig, WithinConfig
 from vqscale.codes.heads.flat import Head
-from vqscale.codes.heads.flat_loss import check_ids
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.seed import derive

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from vqscale.codes.codebook import SCAN_MIB, Codebook
 from vqscale.codes.config import Products
 from vqscale.codes.heads import draw
-from vqscale.codes.heads.base import Losses, Scored, Vocabulary
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_ids
 from vqscale.codes.heads.config import Embedding, FlatConfig
-from vqscale.codes.heads.flat_loss import FlatLoss, LossTerms, check_ids
+from vqscale.codes.heads.flat_loss import FlatLoss, LossTerms
 from vqscale.codes.heads.neighbours import Neighbours
 from vqscale.codes.heads.neighbours import find as find_neighbours
 from vqscale.codes.merge import full_precision, own

@@ -1,4 +1,4 @@
-"""`Head.losses` as a function with a backward pass of its own, and the check of the ids that a flat head is given.
+"""`Head.losses` as a function with a backward pass of its own.
 
 The blockwise passes over a rank's rows are in passes.py; here ranks are gathered and merged.
 """
@@ -13,27 +13,13 @@ from torch import Tensor
 
 from vqscale.codes.config import Products
 from vqscale.codes.heads import passes
+from vqscale.codes.heads.base import check_ids
 from vqscale.codes.heads.neighbours import Neighbours, Shared
 from vqscale.codes.merge import full_precision, merge_best, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis
-
-
-def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
-    """ValueError on every rank of the axis when any has an id outside lowest .. num_codes - 1; see `Head.embed`."""
-    if ids_N.device.type != "cpu":
-        inside = ((ids_N >= lowest) & (ids_N < num_codes)).all()
-        torch._assert_async(inside, f"{what} must be in {lowest} .. {num_codes - 1}")
-        return
-    found = torch.stack([-ids_N.min(), ids_N.max()]) if ids_N.numel() else torch.tensor([0, 0])
-    least, most = ops.max_over(found, axis).tolist()
-    if -least < lowest or most >= num_codes:
-        raise ValueError(
-            f"{what} must be in {lowest} .. {num_codes - 1}, for the head has {num_codes} codes, but they go from "
-            f"{-least} to {most}: give ids of the tokenizer that the head was built for"
-        )
 
 
 @dataclass(frozen=True)
