@@ -18,7 +18,7 @@ from whole import mine, normal, put
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.codes.rows import set_aside
-from vqscale.data.tokens.stream import Cache, TokenStream
+from vqscale.data.tokens.stream import Cache
 from vqscale.metrics import unigram
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS, Prior
@@ -185,10 +185,3 @@ def test_a_run_is_the_same_on_two_processes_and_goes_on_on_another_number(caches
     prior = Prior.load(one)
     assert prior.sample(torch.tensor([0, 1]), numbers_B=torch.arange(2)).shape == (2, *prior_runs.GRID, IDS)
     assert isinstance(configuration.load(Run, one / "run.yaml").prior, AutoregressiveConfig)
-
-
-def test_a_stream_gives_ids_as_the_prior_takes_them(caches, tmp_path):
-    config = configuration.load(Run, run_of(tmp_path, caches))
-    found = next(TokenStream(config.data.train, 8).batches())
-    prior = priors.build(config.prior)
-    assert math.isfinite(float(prior(found.ids, found.labels.clamp(max=2)).loss))

@@ -17,6 +17,7 @@ Embedding = Literal["rows", "tied", "codebook"]
 HEADS = {
     "flat": "vqscale.codes.heads.config:FlatConfig",
     "factorised": "vqscale.codes.heads.config:FactorisedConfig",
+    "bits": "vqscale.codes.heads.config:BitsConfig",
 }
 
 
@@ -172,6 +173,62 @@ class FactorisedConfig(HeadSettings):
                 "factors",
                 f"factors {list(self.factors)} multiply to {math.prod(self.factors)}, and an id has num_codes "
                 f"{num_codes} values: give factors of {num_codes}, the most significant first, or null",
+            )
+
+
+@dataclass(frozen=True)
+class BitsConfig(HeadSettings):
+    """Ids as bits that a small network unmasks in a few steps: the masked-bit head of BAR, in its sizes."""
+
+    module: ClassVar[str] = "vqscale.codes.heads.bits:Bits"
+    several_ids: ClassVar[bool] = True
+    name: Literal["bits"] = "bits"
+    """which head"""
+    width: int = 2048
+    """numbers of the network"""
+    num_layers: int = 3
+    """residual blocks of the network"""
+    reveal: tuple[int, ...] | None = None
+    """bits that each step of decoding reveals, of all bits of a token (BAR: 2, 2, 5, 7 of 16); null: four like steps"""
+    order: Literal["fixed", "confidence"] = "fixed"
+    """which bits a step reveals: the next ones, whose held-out nats are exact, or the likeliest, as published"""
+    order_noise: float = 4.5
+    """order confidence: Gumbel noise of this scale on log p, annealed to zero over the steps"""
+    mask_spread: float = 0.8
+    """training: the share of masked bits is the sigmoid of a normal number times this"""
+    unmasked_weight: float = 0.1
+    """training: weight of the bits that are seen, beside 1 of the masked ones"""
+    init_scale: float = 0.02
+    """the linear map from bits to vectors begins as N(0, init_scale^2)"""
+
+    def steps(self, num_bits: int) -> tuple[int, ...]:
+        """Bits of each step; the later steps have the larger part of what does not divide."""
+        num = min(4, num_bits)
+        each, more = divmod(num_bits, num)
+        return self.reveal or tuple(each + (step >= num - more) for step in range(num))
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
+        for key in ("width", "num_layers"):
+            if getattr(self, key) < 1:
+                yield key, f"{key} is {getattr(self, key)}: use at least 1"
+        for key in ("order_noise", "mask_spread", "init_scale"):
+            if getattr(self, key) < 0:
+                yield key, f"{key} is {getattr(self, key)}, a scale: use 0 or more"
+        if not 0 <= self.unmasked_weight <= 1:
+            yield "unmasked_weight", f"unmasked_weight is {self.unmasked_weight}: use a weight from 0 to 1"
+        if self.reveal is not None and min(self.reveal, default=0) < 1:
+            yield "reveal", f"reveal is {list(self.reveal)}: every step reveals at least one bit"
+
+    def misfits(self, num_codes: int, num_ids: int) -> Iterable[tuple[str, str]]:
+        num_bits = (num_codes - 1).bit_length()
+        if num_codes != 2**num_bits or num_codes < 2:
+            yield "name", f"num_codes is {num_codes}, and only 2, 4, 8, ... codes are bits: use head.name: factorised"
+        elif self.reveal is not None and sum(self.reveal) != num_bits * num_ids:
+            yield (
+                "reveal",
+                f"reveal {list(self.reveal)} has {sum(self.reveal)} bits, and a token has {num_bits * num_ids} "
+                f"({num_ids} ids of {num_codes} codes): give steps that add up to these, or null",
             )
 
 

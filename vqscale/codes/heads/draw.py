@@ -142,6 +142,15 @@ def logits_of(ids_B: Tensor, x_BD: Tensor, shard: Shard, scale: float) -> Tensor
     return ops.sum_over(logit_B, shard.axis) * scale
 
 
+def check_guidance(guidance: float | Tensor, unguided_ND: Tensor | None) -> None:
+    """ValueError for guidance that has nothing to lead away from."""
+    if unguided_ND is None and not (isinstance(guidance, float | int) and guidance == 1):
+        raise ValueError(
+            f"guidance is {guidance}, an argument of sample, but there is nothing to guide away from: give "
+            "unguided_ND, the vectors of the null class, or leave guidance at 1"
+        )
+
+
 def check_scores(top_B: Tensor) -> None:
     """FloatingPointError where the best perturbed logit of a token is not finite; the same on all ranks."""
     finite_B = (top_B > scan.LOWEST) & (top_B < float("inf"))

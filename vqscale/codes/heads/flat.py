@@ -266,11 +266,7 @@ class Head(Vocabulary):
         scored: bool,
     ) -> draw.Drawn:
         """What `draw.draw` says of this rank's tokens."""
-        if unguided_ND is None and not (isinstance(guidance, float | int) and guidance == 1):
-            raise ValueError(
-                f"guidance is {guidance}, an argument of sample, but there is nothing to guide away from: give "
-                "unguided_ND, the vectors of the null class, or leave guidance at 1"
-            )
+        draw.check_guidance(guidance, unguided_ND)
         with clock.span("codes"), full_precision(h_ND):
             x_ND = h_ND.to(self.rows.dtype)
             if unguided_ND is not None:
