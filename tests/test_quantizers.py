@@ -62,7 +62,7 @@ def test_decode_is_exactly_what_forward_gave_and_encode_finds_its_ids(case, trai
 
 @pytest.mark.parametrize("case", CASES)
 def test_stats_have_the_same_names_everywhere(case):
-    names = {"usage", "perplexity", "dead", "code_norm", "latent_norm", "saturation"}
+    names = {"usage", "perplexity", "dead", "code_norm", "latent_norm", "landing", "saturation"}
     more = {"entropy_token", "entropy_mean"} if settings(case).get("entropy_weight") else set()
     if case.startswith("scq"):
         more = {"support", "bits", "perplexity_soft"} | ({"residual"} if case == "scq" else set())

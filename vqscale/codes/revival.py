@@ -11,6 +11,7 @@ is one number.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,15 @@ def dead_ids(dead_k: Tensor, num: int, first: int, codebook: Codebook) -> Tensor
     return torch.where(keys < total, (keys + first) % total, -1)
 
 
+@dataclass(frozen=True)
+class Filled:
+    """Of the first values of a table: the last `drawn` of its codes became tokens, of the `tokens` that were seen."""
+
+    tokens: int
+    drawn: int
+    num_codes: int
+
+
 class Upkeep(nn.Module):
     """Watches a codebook in training: `observe` in each forward pass, `update` after each optimiser step."""
 
@@ -85,6 +95,7 @@ class Upkeep(nn.Module):
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.driven = False
+        self.filled: Filled | None = None  # by the last update, if it was the one that completed the first values
         self._counts_k: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
 
@@ -98,12 +109,35 @@ class Upkeep(nn.Module):
         return self.driven and self.config.init == "data" and int(self.steps) < self.config.warmup_steps
 
     @property
-    def landing(self) -> float:
-        """How much of its code a token is given: 0 when the warm-up ends, 1 after landing_steps more."""
-        if not self.driven or not self.config.landing_steps:
-            return 1.0
+    def beginning(self) -> tuple[int, int]:
+        """(steps of the warm-up, steps until tokens are given whole codes) of a driven training."""
         first = self.config.warmup_steps if self.config.init == "data" else 0
-        return min(1.0, (int(self.steps) - first + 1) / (self.config.landing_steps + 1))
+        return first, first + self.config.landing_steps
+
+    @property
+    def landing(self) -> float:
+        """How much of its code a token is given: 0 in the warm-up, 1 when landing_steps more are over."""
+        first, landed = self.beginning
+        if not self.driven or landed == 0:
+            return 1.0
+        return min(1.0, max(0, int(self.steps) - first + 1) / (landed - first + 1))
+
+    def shortages(self, tokens: int) -> list[str]:
+        """What is told beforehand of a warm-up that sees too few tokens, `tokens` of all ranks in a pass."""
+        warmup, num_codes = self.config.warmup_steps, self._codebook[0].num_codes
+        if self.config.init != "data" or num_codes <= warmup * tokens:
+            return []
+        revived = (
+            f"revival gives them to tokens, at most {self._most(tokens):,} a time"
+            if self.config.revive_every
+            else ("and without revival (revive_every: 0) that is what most of them stay")
+        )
+        return [
+            f"warning: {num_codes:,} codes (num_codes) are more than the {warmup:,} steps of the warm-up x {tokens:,} "
+            f"tokens = {warmup * tokens:,} that rows are drawn from: the other {num_codes - warmup * tokens:,} rows "
+            f"begin normal with the mean and covariance of those, {revived}. "
+            f"A warm-up of {-(-num_codes // tokens):,} steps (warmup_steps) has a token for every row"
+        ]
 
     @torch.no_grad()
     def observe(self, x_ND: Tensor, ids_N: Tensor) -> Tensor | None:
@@ -129,7 +163,7 @@ class Upkeep(nn.Module):
         codebook, config = self._codebook[0], self.config
         changed = torch.zeros(0, dtype=torch.int64, device=codebook.rows.device)
         counts_k, latest, tokens = self._counts_k, self._latest, self._tokens
-        self._counts_k, self._latest, self._tokens = None, None, 0
+        self._counts_k, self._latest, self._tokens, self.filled = None, None, 0, None
         if counts_k is None or latest is None or not stepped:
             return changed
         x_ND, ids_N = latest
@@ -139,10 +173,13 @@ class Upkeep(nn.Module):
         self.steps += 1
         if config.init == "data" and step < config.warmup_steps:
             left = config.warmup_steps - 1 - step
-            changed = self._fill(x_ND, left, min(candidates, codebook.num_codes))
+            num = min(candidates, codebook.num_codes)
+            changed = self._fill(x_ND, left, num)
+            if not left:
+                self.filled = self._summed_up(num, candidates)
         elif config.revive_every and step % config.revive_every == 0:
-            most = max(1, candidates // 4) if config.revive_most is None else config.revive_most
-            changed = self._revive(x_ND, ids_N, step, min(candidates, codebook.num_codes, most), tokens, back)
+            most = min(candidates, codebook.num_codes, self._most(candidates))
+            changed = self._revive(x_ND, ids_N, step, most, tokens, back)
         return changed
 
     def _fill(self, x_ND: Tensor, left: int, num: int) -> Tensor:
@@ -153,7 +190,21 @@ class Upkeep(nn.Module):
             return torch.zeros(0, dtype=torch.int64, device=x_ND.device)
         ids = torch.arange(max(first, 0), first + num, device=x_ND.device)
         values = choose(x_ND, len(ids), self.mesh, derive(self.seed, "fill", left))
-        return codebook.replace(ids, values)
+        return self._put(ids, values)
+
+    def _summed_up(self, num: int, candidates: int) -> Filled:
+        """The first values, `num` of so many tokens in each of the steps that it took or that there were."""
+        steps = min(self.config.warmup_steps, -(-self._codebook[0].num_codes // num))
+        drawn = min(self._codebook[0].num_codes, steps * num)
+        return Filled(steps * candidates, drawn, self._codebook[0].num_codes)
+
+    def _most(self, candidates: int) -> int:
+        """How many codes are revived at a time, at most."""
+        return max(1, candidates // 4) if self.config.revive_most is None else self.config.revive_most
+
+    def _put(self, ids: Tensor, values: Tensor) -> Tensor:
+        """Replace rows by values that are numbers; a row whose token is none stays. Returns the local rows."""
+        return self._codebook[0].replace(torch.where(values.isfinite().all(1), ids, -1), values)
 
     def _revive(
         self,
@@ -173,7 +224,7 @@ class Upkeep(nn.Module):
         first = derive(self.seed, "turn", step) % codebook.num_codes
         ids = dead_ids(dead_k, num, first, codebook)
         values = self._candidates(x_ND, ids_N, num, derive(self.seed, "revive", step))
-        changed = codebook.replace(ids, values if back is None else back(values))
+        changed = self._put(ids, values if back is None else back(values))
         window.restart(changed)
         return changed
 

@@ -14,6 +14,8 @@ from vqscale.codes.config import SimilarityName, TableConfig
 from vqscale.codes.revival import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
+from vqscale.quantizers.beginning import Fit, fit_rows, late, undrawn
+from vqscale.quantizers.moments import BLOCK, roots
 
 Renewed = tuple[nn.Parameter, Tensor]
 
@@ -68,6 +70,23 @@ class Quantizer(nn.Module, ABC):
         Returns (parameter, local rows) that got new values: an optimiser forgets its moments of them.
         """
 
+    @property
+    def beginning(self) -> tuple[int, int]:
+        """(steps of a training without codes, steps until the decoder is given whole codes)."""
+        return 0, 0
+
+    def shortages(self, tokens: int) -> list[str]:
+        """What a run with `tokens` of all ranks in a forward pass should know beforehand, in words."""
+        return []
+
+    def forecast(self, steps: int, tokens: int) -> list[str]:
+        """What a run of so many steps should know before it begins, of how its codes will."""
+        return late(self.beginning, steps) or self.shortages(tokens)
+
+    def fits(self) -> dict[str, Fit]:
+        """What the last `update` fitted, by the name under which a run logs it; mostly nothing."""
+        return {}
+
 
 class TableQuantizer(Quantizer):
     """Abstract: a quantizer whose codes are the rows of a codebook that an upkeep looks after."""
@@ -79,6 +98,8 @@ class TableQuantizer(Quantizer):
         self.dim, self.num_codes, self.mesh = config.dim, config.num_codes, mesh or Mesh()
         self.codebook = Codebook.from_config(config, similarity, self.mesh, seed=seed, learned=learned)
         self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
+        self._first_scale = config.init_scale
+        self._fits: dict[str, Fit] = {}
 
     @property
     def passing(self) -> bool:
@@ -106,7 +127,30 @@ class TableQuantizer(Quantizer):
         self.upkeep.begin()
 
     def update(self, stepped: bool = True) -> list[Renewed]:
-        return [(self.codebook.rows, self.upkeep.update(stepped))]
+        return [(self.codebook.rows, self.renew(stepped))]
+
+    @torch.no_grad()
+    def renew(self, stepped: bool) -> Tensor:
+        """The upkeep's update, and the fit when it has completed the first values; returns the rows that changed."""
+        changed, filled = self.upkeep.update(stepped), self.upkeep.filled
+        self._fits = {}
+        if filled is None:
+            return changed
+        self._fits["fit"], mean_D, covariance_DD = fit_rows(self.codebook, filled)
+        rest = undrawn(self.codebook, filled)
+        for rows_kD in self.codebook.rows[:rest].split(BLOCK):
+            rows_kD.copy_(mean_D + rows_kD.double() / self._first_scale @ roots(covariance_DD)[0])
+        return torch.cat([changed, torch.arange(rest, device=changed.device)])
+
+    @property
+    def beginning(self) -> tuple[int, int]:
+        return self.upkeep.beginning
+
+    def shortages(self, tokens: int) -> list[str]:
+        return self.upkeep.shortages(tokens)
+
+    def fits(self) -> dict[str, Fit]:
+        return self._fits
 
 
 def land(x_ND: Tensor, z_ND: Tensor, share: float) -> Tensor:
@@ -122,7 +166,8 @@ def full(x_ND: Tensor) -> Tensor:
 def table_stats(
     codebook: Codebook, upkeep: Upkeep, x_ND: Tensor, ids_N: Tensor, training: bool, norm_k: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """usage, perplexity, dead (over all K; of the window in a driven training, else of these tokens), mean norms.
+    """usage, perplexity, dead (over all K; of the window in a driven training, else of these tokens), mean norms, and
+    landing: how much of its code a token is given, 0 in a warm-up and 1 where codes act.
 
     `norm_k` are the norms of codes that are not the rows. Two all-reduces of four numbers in all on the code axis;
     nothing at all where tally.statistics is off.
@@ -137,4 +182,6 @@ def table_stats(
             stats = tally.usage(counts_k, codebook.axis, codebook.num_codes)
         norm_k = codebook.rows.norm(dim=1) if norm_k is None else norm_k
         code_norm = ops.sum_over(norm_k.sum(), codebook.axis) / codebook.num_codes
-        return {**stats, "code_norm": code_norm, "latent_norm": x_ND.norm(dim=1).mean()}
+        latent_norm = x_ND.norm(dim=1).mean()
+        landing = x_ND.new_tensor(upkeep.landing)
+        return {**stats, "code_norm": code_norm, "latent_norm": latent_norm, "landing": landing}

@@ -38,9 +38,7 @@ class BSQ(ImplicitQuantizer):
         slope = 4 * self.scale / self.config.entropy_temperature
         losses, stats = binary.entropies(slope * u_ND, self.config, self.mesh)
         losses["commitment"] = self.config.commitment_weight * (u_ND - c_ND).square().sum(1).mean()
-        stats |= self.usage.observe(ids_N)
-        stats["code_norm"] = x_ND.new_ones(())
-        stats["latent_norm"] = x_ND.detach().norm(dim=1).mean()
+        stats |= self.watch(x_ND, ids_N, 1.0)
         return Quantized(straight_through(u_ND, c_ND), ids_N, losses, stats)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqscale import quantizers
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed
+from vqscale.quantizers.beginning import Fit
 from vqscale.quantizers.config import SingleConfig
 from vqscale.seed import derive
 
@@ -36,6 +37,18 @@ class Columns(Quantizer):
 
     def update(self, stepped: bool = True) -> list[Renewed]:
         return [renewed for column in self.quantizers() for renewed in column.update(stepped)]
+
+    @property
+    def beginning(self) -> tuple[int, int]:
+        begin, landed = zip(*(column.beginning for column in self.quantizers()), strict=True)
+        return max(begin), max(landed)
+
+    def shortages(self, tokens: int) -> list[str]:
+        return list(dict.fromkeys(told for column in self.quantizers() for told in column.shortages(tokens)))
+
+    def fits(self) -> dict[str, Fit]:
+        every = [(i, column.fits()) for i, column in enumerate(self.quantizers())]
+        return {f"{name}/{i}": fit for i, fits in every for name, fit in fits.items()}
 
 
 def join(answers: Sequence[Quantized], z_ND: Tensor) -> Quantized:

@@ -73,7 +73,7 @@ class EMA(TableQuantizer):
             smooth_k = (counts_k + self.config.eps) / (total + self.num_codes * self.config.eps) * total
             self.codebook.rows.copy_(sums_kD / smooth_k[:, None])
         self._new = None
-        changed = self.upkeep.update(stepped)
+        changed = self.renew(stepped)
         # A renewed row begins again as one token at its new place, or the old average would pull it back.
         counts_k[changed] = 1.0
         sums_kD[changed] = self.codebook.rows[changed]

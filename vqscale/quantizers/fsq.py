@@ -46,9 +46,7 @@ class FSQ(ImplicitQuantizer):
         x_ND = full(x_ND)
         y_ND, digits_ND = self._round(self._placed(x_ND))
         ids_N = (digits_ND * self.basis_D).sum(1)
-        stats = self.usage.observe(ids_N)
-        stats["code_norm"] = x_ND.new_full((), self.code_norm)
-        stats["latent_norm"] = x_ND.detach().norm(dim=1).mean()
+        stats = self.watch(x_ND, ids_N, self.code_norm)
         stats["saturation"] = x_ND.new_ones(())
         return Quantized(straight_through(y_ND, self._codes(digits_ND)), ids_N, {}, stats)
 

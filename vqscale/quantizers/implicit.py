@@ -7,6 +7,7 @@ from torch import Tensor
 from vqscale.codes.usage import Usage
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantizer, Renewed
+from vqscale.quantizers.beginning import Fit
 from vqscale.quantizers.config.implicit import ImplicitConfig
 from vqscale.quantizers.whitening import Whitening
 
@@ -26,6 +27,14 @@ class ImplicitQuantizer(Quantizer):
         """x in the frame of the codes: whitened once a training loop drives, x itself before and with fit: none."""
         return x_ND if self.whitening is None else self.whitening(x_ND)
 
+    def watch(self, x_ND: Tensor, ids_N: Tensor, code_norm: float) -> dict[str, Tensor]:
+        """Count in training; the statistics that every quantizer has, but for saturation. x is not framed yet."""
+        stats = self.usage.observe(ids_N)
+        stats["code_norm"] = x_ND.new_full((), code_norm)
+        stats["latent_norm"] = x_ND.detach().norm(dim=1).mean()
+        stats["landing"] = x_ND.new_ones(())
+        return stats
+
     def begin(self) -> None:
         self.usage.begin()
         if self.whitening is not None:
@@ -36,3 +45,16 @@ class ImplicitQuantizer(Quantizer):
         if self.whitening is not None:
             self.whitening.update(stepped)
         return []
+
+    def shortages(self, tokens: int) -> list[str]:
+        if self.whitening is None or tokens > self.dim:
+            return []
+        return [
+            f"warning: a pass has {tokens} tokens of all ranks and latents have {self.dim} dimensions: no covariance "
+            "of so few has full rank, so all steps but the first are whitened by the running mean and covariance, "
+            "without a gradient; use a larger data.batch, or less engine.accumulation"
+        ]
+
+    def fits(self) -> dict[str, Fit]:
+        begun = None if self.whitening is None else self.whitening.begun
+        return {} if begun is None else {"fit": begun}

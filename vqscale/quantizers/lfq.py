@@ -34,9 +34,7 @@ class LFQ(ImplicitQuantizer):
         ids_N, c_ND = bits.to_ids(bits_ND), binary.codes(bits_ND, 1.0, self.unit)
         losses, stats = binary.entropies(4 / self.config.entropy_temperature * x_ND, self.config, self.mesh)
         losses["commitment"] = self.config.commitment_weight * F.mse_loss(x_ND, c_ND.to(x_ND.dtype))
-        stats |= self.usage.observe(ids_N)
-        stats["code_norm"] = x_ND.new_full((), self.dim**0.5)
-        stats["latent_norm"] = latent_ND.detach().norm(dim=1).mean()
+        stats |= self.watch(latent_ND, ids_N, self.dim**0.5)
         return Quantized(straight_through(x_ND, c_ND), ids_N, losses, stats)
 
     @torch.no_grad()

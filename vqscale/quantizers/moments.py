@@ -15,6 +15,8 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
 RIDGE = 1e-4  # of the mean variance, added to every variance
+BLOCK = 2**16  # tokens that are float64 at a time
+ROUNDING = 1e-12  # of the squared mean: a variance below is that of float32 numbers which are the same
 TINY = 1e-24  # below this a variance is rounding: constant latents stay where they are
 
 
@@ -23,12 +25,27 @@ def moments(x_ND: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
 
     One all-reduce forward, one backward. The covariance is divided by the number of tokens.
     """
-    x_ND = x_ND.double()
     dim = x_ND.shape[1]
-    sums = torch.cat([x_ND.new_full((1,), len(x_ND)), x_ND.sum(0), (x_ND.t() @ x_ND).flatten()])
+    sums = torch.stack([_sums(block_ND.double()) for block_ND in x_ND.split(BLOCK)]).sum(0)
     sums = ops.sum_over(sums, axis)
     mean_D = sums[1 : dim + 1] / sums[0]
     return mean_D, sums[dim + 1 :].view(dim, dim) / sums[0] - torch.outer(mean_D, mean_D)
+
+
+def _sums(x_ND: Tensor) -> Tensor:
+    """(number of tokens, their sum, the sum of their outer products) in one vector."""
+    return torch.cat([x_ND.new_full((1,), len(x_ND)), x_ND.sum(0), (x_ND.t() @ x_ND).flatten()])
+
+
+def spread(mean_D: Tensor, covariance_DD: Tensor) -> tuple[int, float]:
+    """(rank, condition): directions whose variance is above RIDGE of the largest, 0 where all variance is rounding of
+    the mean; and the largest variance by the smallest, as far as float64 tells."""
+    values_D = torch.linalg.eigvalsh(covariance_DD)
+    largest = values_D[-1]
+    if not largest > ROUNDING * mean_D.square().sum() + TINY:
+        return 0, 1.0
+    smallest = values_D[0].clamp_min(largest * torch.finfo(torch.float64).eps)
+    return int((values_D > RIDGE * largest).sum()), float(largest / smallest)
 
 
 def with_ridge(covariance_DD: Tensor) -> Tensor:

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from vqscale.codes import scan
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.merge import full_precision
-from vqscale.codes.revival import Upkeep
+from vqscale.codes.revival import Filled, Upkeep
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, land, table_stats
+from vqscale.quantizers.beginning import Fit, fit_rows, undrawn
 from vqscale.quantizers.config.tables import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
-from vqscale.quantizers.moments import moments, roots
+from vqscale.quantizers.moments import BLOCK, roots
 from vqscale.seed import derive
 
 
@@ -57,6 +58,7 @@ class SimVQ(Quantizer):
         self.frame = Frame(self.map) if config.init == "data" else None
         self.upkeep = Upkeep(self.codebook, config, mesh, seed)
         self._seen: tuple[Tensor, Tensor] | None = None
+        self._fits: dict[str, Fit] = {}
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
@@ -117,11 +119,19 @@ class SimVQ(Quantizer):
         self.upkeep.begin()
 
     def update(self, stepped: bool = True) -> list[Renewed]:
-        warming = self.upkeep.warming
         self.upkeep.update(stepped, self._back)
-        if warming and not self.upkeep.warming:
-            self.fit()
+        self._fits = {} if self.upkeep.filled is None else {"fit": self.fit(self.upkeep.filled)}
         return []
+
+    @property
+    def beginning(self) -> tuple[int, int]:
+        return self.upkeep.beginning
+
+    def shortages(self, tokens: int) -> list[str]:
+        return self.upkeep.shortages(tokens)
+
+    def fits(self) -> dict[str, Fit]:
+        return self._fits
 
     def _back(self, x_PD: Tensor) -> Tensor:
         """Basis rows that the map of the last forward pass takes to x."""
@@ -131,19 +141,27 @@ class SimVQ(Quantizer):
         return torch.where(c_PD.isfinite().all(1, keepdim=True), c_PD, x_PD.double())  # a map that loses dimensions
 
     @torch.no_grad()
-    def fit(self) -> None:
-        """The rows, which are latents now, become a whitened basis, and the frame the way back. Collective."""
+    def fit(self, filled: Filled) -> Fit:
+        """The rows, which are latents now, become a whitened basis, and the frame the way back. Collective.
+
+        Rows without a token are N(0, 1) on that basis. Constant latents have no scale: their basis is not whitened.
+        """
         assert self.frame is not None, "only init: data fits"
         assert self._seen is not None, "a fit follows a forward pass"
-        rows_kD = self.codebook.rows
-        mean_D, covariance_DD = moments(rows_kD, self.codebook.axis)
+        found, mean_D, covariance_DD = fit_rows(self.codebook, filled)
         if self.map.bias is None:  # there is no place for a mean: it counts as spread
             covariance_DD, mean_D = covariance_DD + torch.outer(mean_D, mean_D), torch.zeros_like(mean_D)
+        elif found.rank == 0:
+            covariance_DD = torch.eye(self.dim).to(covariance_DD)
         out_DD, in_DD = roots(covariance_DD)
-        rows_kD.copy_((rows_kD.double() - mean_D) @ in_DD)
+        rest = undrawn(self.codebook, filled)
+        self.codebook.rows[:rest] *= self.dim**0.5
+        for rows_kD in self.codebook.rows[rest:].split(BLOCK):
+            rows_kD.copy_((rows_kD.double() - mean_D) @ in_DD)
         weight_DD, bias_D = self._seen
         self.frame.root_DD.add_(out_DD - weight_DD)
         self.frame.mean_D.add_(mean_D - bias_D)
+        return found
 
 
 class Frame(nn.Module):

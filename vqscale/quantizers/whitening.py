@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale.parallel.mesh import Mesh
+from vqscale.quantizers.beginning import Fit, of_moments
 from vqscale.quantizers.moments import inverse_root, moments, with_ridge
 
 
@@ -34,6 +35,8 @@ class Whitening(nn.Module):
         self.register_buffer("covariance_DD", torch.eye(dim, dtype=torch.float64, device=mesh.device))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.float64, device=mesh.device))
         self._seen: tuple[Tensor, Tensor] | None = None
+        self._tokens = 0  # of all ranks, in the last pass
+        self.begun: Fit | None = None  # by the last update, if it was the first
 
     @property
     def fitted(self) -> bool:
@@ -51,18 +54,22 @@ class Whitening(nn.Module):
         with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
             mean_D, covariance_DD = moments(x_ND, self.mesh.world)
         self._seen = (mean_D.detach(), covariance_DD.detach())
-        if len(x_ND) * self.mesh.world.size <= x_ND.shape[1] and self.fitted:  # too few to have a covariance
+        self._tokens = len(x_ND) * self.mesh.world.size
+        if self._tokens <= x_ND.shape[1] and self.fitted:  # too few to have a covariance
             mean_D, covariance_DD = self.mean_D, self.covariance_DD
         return self._framed(x_ND, mean_D, covariance_DD)
 
     def _framed(self, x_ND: Tensor, mean_D: Tensor, covariance_DD: Tensor) -> Tensor:
-        y_ND: Tensor = (x_ND.double() - mean_D) @ inverse_root(with_ridge(covariance_DD))
+        y_ND: Tensor = (x_ND.double() - mean_D.double()) @ inverse_root(with_ridge(covariance_DD.double()))
         return y_ND.to(x_ND.dtype)
 
     @torch.no_grad()
     def update(self, stepped: bool) -> None:
         """After an optimiser step: its moments join the running ones; those of a step that was skipped do not."""
+        self.begun = None
         if self._seen is not None and stepped:
+            if not self.fitted:
+                self.begun = of_moments(*self._seen, self._tokens)
             weight = torch.where(self.steps > 0, 1.0 - self.decay, 1.0)
             for running, seen in zip((self.mean_D, self.covariance_DD), self._seen, strict=True):
                 running.copy_(running + weight * (seen - running))

@@ -44,7 +44,7 @@ def tokenizer(config: Any, grid: Sequence[int], summary: Mapping[str, Any], rows
         f"{int(summary['num_codes']):,} codes (quantizer <b>{html.escape(quantizer.name)}</b>"
         + (f", {dim} numbers each" if dim else "")
         + f"). Trained for {int(summary['steps']):,} steps of {config.data.batch} pictures on "
-        f"{int(summary['processes'])} processes, over which the codes are split."
+        f"{int(summary['processes'])} processes, over which the codes are split." + unbegun(summary)
     )
     names = {
         "psnr": ("PSNR on held-out images, dB", "{:.2f}"),
@@ -133,6 +133,14 @@ def judged(found: Mapping[str, float], accuracy: float) -> Part:
 
 def commands(lines: Sequence[str]) -> Part:
     return "To go on", f"<pre>{html.escape(os.linesep.join(lines))}</pre>"
+
+
+def unbegun(summary: Mapping[str, Any]) -> str:
+    """A sentence where the warm-up was not over, or the codes had not landed, at the end of the training."""
+    for key, what in (("codes_begin", "began"), ("codes_landed", "landed")):
+        if summary.get(key, 0) >= summary["steps"]:
+            return f" <b>Its codes never {what}</b>: that is after step {int(summary[key]):,}."
+    return ""
 
 
 def _by(sides: Sequence[int]) -> str:

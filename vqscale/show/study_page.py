@@ -7,6 +7,7 @@ columns that any of its runs has, in this order.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ def _of_codes(line: Line) -> str:
     if usage is None or perplexity is None or not codes:
         return ""
     ceiling = line.get("ceiling") or 1.0
+    if line.get("codes_begin", 0) >= line.get("steps", math.inf):
+        return f"codes never began: the warm-up of {line['codes_begin']} steps is not over in {line['steps']}"
     if usage >= COLLAPSED_USAGE * ceiling and perplexity >= COLLAPSED_PERPLEXITY * ceiling * codes:
         return f"in use, {usage / ceiling:.1%} of the ceiling" if ceiling < 0.98 else "in use"
     reasons = ("codes/saturation", "codes/code_norm", "codes/latent_norm")

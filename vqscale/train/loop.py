@@ -24,6 +24,7 @@ from vqscale.engine.engine import Engine
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Mesh
+from vqscale.quantizers.beginning import Fit
 from vqscale.run.folder import RunError, StopRequest, read_json
 from vqscale.run.profile import Trace
 from vqscale.seed import derive
@@ -228,6 +229,14 @@ def tell_scores(step: int, scores: Mapping[str, float], board: Board, progress: 
     """The held-out scores after a step, as curves and as a line."""
     board.scalars(step, under("val", scores))
     progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+
+
+def tell_fits(step: int, fits: Mapping[str, Fit], board: Board, progress: Progress) -> None:
+    """What was fitted to the latents after a step, as a row of numbers and as lines."""
+    if fits:
+        board.scalars(step, {f"{name}/{key}": x for name, fit in fits.items() for key, x in fit.numbers().items()})
+    for name, fit in fits.items():
+        progress.say(f"step {step}, {name}: {fit}")
 
 
 def tell_stop(step: int, request: StopRequest, progress: Progress) -> None:

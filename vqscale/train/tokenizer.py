@@ -6,6 +6,7 @@ says. The board and the progress bar are silent on all ranks but one, so nothing
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from pathlib import Path
@@ -20,6 +21,7 @@ from vqscale.codes.rows import set_aside
 from vqscale.data.samples import SampleStream
 from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine
+from vqscale.nets.config import grid
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
 from vqscale.run import folder
@@ -88,7 +90,10 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     progress = Progress(run.steps, done.step, mesh.world.rank)
     if ended := loop.finished(place, done, run.steps, mesh, progress):
         return ended
-    for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
+    tokens = (
+        config.data.batch // config.engine.accumulation * math.prod(grid(config.tokenizer.net, config.data.train.sides))
+    )
+    for note in [*folder.prepare(config, sys.argv, mesh), *notes, *quantizer.forecast(run.steps, tokens)]:
         progress.say(note)
     board = Board(place, mesh.world.rank, done.step)
 
@@ -139,6 +144,7 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         for parameter, rows in quantizer.update(report.stepped):
             engine.forget(parameter, rows)
             average.forget(parameter, rows)
+        loop.tell_fits(step, quantizer.fits(), board, progress)
         average.update(step)
         watch.end(waited)
         for note in trace.end():
@@ -172,6 +178,7 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         with average.applied():
             scores = evaluate(engine, tokenizer, held_out, mesh, most=0, board=board, step=done.step)
     summary: dict[str, Any] = {"num_codes": quantizer.num_codes, **scores, **watch.summary(config.data.batch)}
+    summary |= dict(zip(("codes_begin", "codes_landed"), quantizer.beginning, strict=True))
     summary |= {"steps": done.step, "processes": mesh.world.size, "quantizer": config.tokenizer.quantizer.name}
     folder.write_summary(place, summary, mesh)
     return loop.close(batches, trace, board, progress, summary)
