@@ -6,6 +6,9 @@ code axis (tokens x width, whatever K is), and the gradients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 
 from vqscale import priors
@@ -14,7 +17,9 @@ from vqscale.codes.rows import set_aside
 from vqscale.nets.transformer import Transformer, rotary
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import split_bytes
+from vqscale.plan.count import KernelCounter
 from vqscale.plan.tokenizer import MIB, Costs, planned_mesh
+from vqscale.priors.base import Prior
 from vqscale.train.config_prior import PriorRun
 
 FP32, INT64 = 4, 8
@@ -54,7 +59,43 @@ def plan(config: PriorRun, world: int) -> Costs:
             "gradients of the rows (data axis)": _ring(2, data, learned * FP32),
             "tokens of the head (code axis)": config.engine.accumulation * _head_bytes(tokens, width, codes),
         },
+        operations(prior, tables),
     )
+
+
+def operations(prior: Prior, tables: Mapping[str, Codebook]) -> dict[str, int]:
+    """Of an image: products of the network (in training thrice those of its forward pass) and of the tables of outputs
+    (in training four of 2 K D per token, see codes/heads/passes.py). Sampling is with the settings at their default,
+    but for as many steps as there are tokens, and without guidance.
+    """
+    forward = _forward(prior)
+    each = 2 * sum(table.num_codes * table.dim for name, table in tables.items() if name.endswith("outputs"))
+    settings = prior.config.sampling()
+    if any(key == "steps" for key, _ in prior.config.against(settings)):
+        settings = replace(settings, steps=prior.config.num_tokens)
+    trained, sampled = prior.training_passes(), prior.sampling_passes(settings)
+    return {
+        "training: transformer": round(3 * forward * trained.network),
+        "training: head": round(4 * each * trained.asked),
+        f"sampling, {_words(sampled.network)}: transformer": round(forward * sampled.network),
+        f"sampling, {_words(sampled.network)}: head": round(each * sampled.asked),
+    }
+
+
+def _words(passes: float) -> str:
+    return "1 pass" if passes == 1 else f"{passes:g} passes"
+
+
+def _forward(prior: Prior) -> int:
+    """Operations of a pass of the transformer over the tokens of an image;"""
+    net = prior.config.net
+    with torch.device("meta"):
+        transformer = Transformer(net).eval()
+        turns = rotary(net, prior.grid)
+        adapt = transformer.adapt(torch.empty(1, net.width))
+        with KernelCounter() as counter, torch.no_grad():
+            transformer(torch.empty(1, len(turns), net.width), turns, adapt, causal=False)
+    return counter.operations
 
 
 def _activations(config: PriorRun, grid: tuple[int, ...], images: int) -> int:

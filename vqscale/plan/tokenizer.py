@@ -10,7 +10,7 @@ the scan. Not counted: the allocator's overhead, workspaces of convolutions, the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ class Costs:
     parameters: dict[str, int]
     memory: dict[str, int]
     sent: dict[str, int]
+    operations: dict[str, int] = field(default_factory=dict)
+    """of products, for one image"""
 
     def text(self) -> str:
         return "\n".join(
@@ -56,6 +58,7 @@ class Costs:
                 *_table("parameters", {name: f"{n:,}" for name, n in _with_sum(self.parameters).items()}),
                 *_table("memory per rank (fp32 state)", _mib(self.memory)),
                 *_table("bytes sent per rank and step", _mib(self.sent)),
+                *(_table("GFLOP per image", flops) if (flops := _gflop(self.operations)) else []),
             ]
         )
 
@@ -185,6 +188,10 @@ def _activations(tokenizer: Tokenizer, images: int, config: TokenizerRun) -> int
 
 def _with_sum(values: dict[str, int]) -> dict[str, int]:
     return values | {"in all": sum(values.values())}
+
+
+def _gflop(values: dict[str, int]) -> dict[str, str]:
+    return {name: f"{value / 1e9:,.3f}" for name, value in values.items()}
 
 
 def _mib(values: dict[str, int]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import conditions
-from vqscale.priors.config import GuidedSampleConfig, IdsConfig, PriorConfig, Ramp, SampleConfig
+from vqscale.priors.config import GuidedSampleConfig, IdsConfig, Passes, PriorConfig, Ramp, SampleConfig
 from vqscale.priors.positions import Positions
 from vqscale.seed import derive
 from vqscale.tokenizer import export, saved
@@ -118,6 +118,14 @@ class Prior(nn.Module, ABC):
         without them torch's generator does, in evaluation mode the place in the batch. Training and the evaluations of
         a run always give them.
         """
+
+    def training_passes(self) -> Passes:
+        """Of an image in a step, which is more than forward alone."""
+        return Passes(1, self.config.num_tokens)
+
+    def sampling_passes(self, settings: Any) -> Passes:
+        """Of drawing an image with these settings, but for their guidance, which doubles the network's."""
+        return Passes(1, self.config.num_tokens)
 
     @abstractmethod
     def draw(self, condition: Tensor, settings: Any, numbers_B: Tensor, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.config import OneOf
@@ -26,6 +26,13 @@ PRIORS = {
     "masked": "vqscale.priors.config_masked:MaskedConfig",
 }
 CONDITIONS = {"classes": "vqscale.priors.config:ClassesConfig"}
+
+
+class Passes(NamedTuple):
+    """What an image costs a prior, as plans count it."""
+
+    network: float  # passes over all its tokens; those that come one by one, each once, are one pass
+    asked: float  # tokens that the head is asked about
 
 
 def switch(off: str) -> Any:

@@ -22,8 +22,9 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import masked_draw
 from vqscale.priors.base import Modelled, Prior
+from vqscale.priors.config import Passes
 from vqscale.priors.config_masked import MaskedConfig, MaskedSampleConfig
-from vqscale.priors.mask_laws import training_counts
+from vqscale.priors.mask_laws import left_masked, training_counts
 
 MASKS = 1  # derives the keys of masks from those of images, whose own first number drops their condition
 
@@ -36,16 +37,13 @@ class Masked(Prior):
     def __init__(self, config: MaskedConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.net, mesh, seed)
         self.net = Transformer(config.net)
-        self.mask = nn.Parameter(torch.empty(config.net.width).normal_(0.0, config.net.init_scale))
-        self.places = nn.Parameter(torch.empty(config.num_tokens, config.net.width).normal_(0.0, config.net.init_scale))
+        self.places = Places(config)
         if not torch.empty(0).is_meta:
             self.to(self.mesh.device)
 
     def states(self, ids_BT: Tensor, prefix_BPD: Tensor) -> Tensor:
         """h_BTD, the vectors that predict each of the T ids from all; -1 is a masked id. Collective."""
-        x_BTD = (
-            self.head.embed(ids_BT) + self.places + torch.where(masked_draw.hidden(ids_BT)[..., None], self.mask, 0.0)
-        )
+        x_BTD = self.places(self.head.embed(ids_BT), masked_draw.hidden(ids_BT))
         x_BTD = torch.cat([prefix_BPD, x_BTD], 1)
         turns = rotary(self.config.net, self.grid, x_BTD.device)
         h_BTD = self.net(x_BTD, turns, self.net.adapt(prefix_BPD[:, 0]), causal=False)
@@ -71,6 +69,18 @@ class Masked(Prior):
         h_BTD = self.states(seen_BT, prefix_BPD)
         return self.modelled(h_BTD, ids_BT.view(-1, *self.ids_shape), masked_BT.double().clamp(min=unmasked_weight))
 
+    def training_passes(self) -> Passes:
+        num, asked = self.config.num_tokens, 1.0
+        if not self.config.unmasked_weight:
+            uniform = (torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096
+            counts = training_counts(self.config.mask_law, self.config.least_masked, uniform, num)
+            asked = float(counts.double().mean()) / num
+        return Passes(1, asked * num)
+
+    def sampling_passes(self, settings: MaskedSampleConfig) -> Passes:
+        left = left_masked(settings.mask_law, self.config.num_tokens, settings.steps)
+        return Passes(settings.steps, sum(left) if settings.order == "confidence" else left[0])
+
     def draw(self, condition: Tensor, settings: MaskedSampleConfig, numbers_B: Tensor, seed: int) -> Tensor:
         ids_Bhw = torch.full((len(numbers_B), *self.ids_shape), -1, device=numbers_B.device)
         return self.complete(ids_Bhw, condition, settings, numbers_B, seed)
@@ -85,6 +95,19 @@ class Masked(Prior):
                 "known, an argument of sample: give all ids of a token, or -1 for all of them"
             )
         return masked_draw.complete(self, ids_Bhw, condition, settings, numbers_B, seed)
+
+
+class Places(nn.Module):
+    """Adds to the vector of each token that of its place, and where it is masked that of the mask."""
+
+    def __init__(self, config: MaskedConfig) -> None:
+        super().__init__()
+        width, scale = config.net.width, config.net.init_scale
+        self.mask = nn.Parameter(torch.empty(width).normal_(0.0, scale))
+        self.table = nn.Parameter(torch.empty(config.num_tokens, width).normal_(0.0, scale))
+
+    def forward(self, x_BTD: Tensor, masked_BT: Tensor) -> Tensor:
+        return x_BTD + self.table + torch.where(masked_BT[..., None], self.mask, 0.0)
 
 
 def training_masks(keys_B: Tensor, config: MaskedConfig) -> Tensor:

@@ -76,8 +76,9 @@ def prior(config: Any, summary: Mapping[str, Any], rows: Rows) -> Part:
         f"the {_by(settings.grid)} places of a picture{given}. Trained for {int(summary['steps']):,} steps of "
         f"{config.data.batch} pictures on {int(summary['processes'])} processes."
     )
+    bound = ", an upper bound" if summary.get("bound") else ""
     names = {
-        "loss": ("loss on held-out ids, nats per id", "{:.3f}"),
+        "loss": (f"loss on held-out ids, nats per id{bound}", "{:.3f}"),
         "perplexity": ("perplexity: as if it chose among so many ids", "{:,.0f}"),
         "unigram": ("cross entropy of the ids, knowing only how often each occurs in training", "{:.3f}"),
         "uniform": ("log K, knowing nothing", "{:.3f}"),

@@ -59,7 +59,8 @@ def _of_ids(line: Line) -> str:
     if loss is None or unigram is None:
         return ""
     if loss < unigram:
-        return f"{unigram - loss:.3g} nats below how often ids occur"
+        bound = "; an upper bound" if line.get("bound") else ""
+        return f"{unigram - loss:.3g} nats below how often ids occur{bound}"
     return f"learnt nothing of the images: {loss:.4g} nats, and how often ids occur gives {unigram:.4g}"
 
 
