@@ -5,8 +5,10 @@ Where the codes go, and that this is the same on every grid of ranks, is in test
 
 from __future__ import annotations
 
+import json
 import math
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -291,3 +293,25 @@ def test_every_quantizer_fits_the_same_on_one_process_and_on_four(ranks, grid):
             if dtype == torch.float64:
                 torch.testing.assert_close(its_tables, tables, rtol=1e-10, atol=1e-10)
                 torch.testing.assert_close(its_replicated, replicated, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_run_whose_warm_up_is_longer_says_so_at_its_start_and_in_its_summary_and_goes_on(tmp_path, tiny_shards):
+    quantizer = "tokenizer.quantizer={name: vq, num_codes: 2000, dim: 8, warmup_steps: 3}"
+    path = jobs.write_config(tmp_path, tiny_shards, quantizer, "run.steps=2")
+    run = jobs.finish(path)
+    assert "warning: no step of this run trains with codes: they begin after a warm-up of 3 steps" in _log(path)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["codes_begin"], summary["codes_landed"], summary["steps"]) == (3, 3, 2)
+    assert [row["codes/landing"] for row in jobs.rows(run) if "loss" in row] == [0.0, 0.0]
+    jobs.finish(path, "run.steps=4")
+    log = _log(path)
+    assert "the 3 steps of the warm-up x 128 tokens = 384 that rows are drawn from" in log
+    assert "step 3, fit: 384 rows drawn from 384 tokens of all ranks" in log
+    assert "the other 1,616 of 2,000 rows had no token and are normal" in log
+    assert [row["codes/landing"] for row in jobs.rows(run) if "loss" in row] == [0.0, 0.0, 0.0, 1.0]
+
+
+def _log(path):
+    """What the last start of a run said, in one line."""
+    return " ".join((path.parent / "log.txt").read_text().split())

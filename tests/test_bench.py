@@ -123,6 +123,21 @@ def test_a_dense_form_over_the_limit_is_left_out(tool, capsys):
     assert ["step", "dense", "-", "-", "-", "0.00"] in rows
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_upkeep_of_a_step_sends_a_number_where_nothing_is_dead_and_no_more_for_more_codes():
+    for codes in ("512", "4096"):
+        small = ("--tokens", "64", "--codes", codes, "--dim", "8", "--repeats", "1", "--threads", "1")
+        report = json.loads(bench("upkeep", *small, "--processes", "2", "--json").stdout)
+        sent = [report["upkeep"][name]["sent_bytes"] for name in ("step", "counted", "revived", "many dead")]
+        ids, one = N * 8, 8
+        assert sent[1] - sent[0] == ids
+        assert sent[2] - sent[1] == one
+        # a quarter of the tokens of both: their dead codes, then how used each token's code is, places and values
+        assert ids < sent[3] - sent[2] < 2 * N * (8 + 8 + 8 + 4 * D)
+        assert report["upkeep"]["step"]["ratio"] == 1.0
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 def test_ours_and_the_dense_form_compute_the_same(tool, entropy):
     forms = tool("forms")

@@ -116,6 +116,36 @@ def test_other_quantizers_go_on_to_the_bit(tmp_path, tiny_shards, whole, name):
     jobs.same_bits(whole(1, quantizer), jobs.finish(path), 8)
 
 
+ROWS = "warmup_steps: 2, landing_steps: 2, revive_every: 2, revive_after: 1, revive_below: 0.5, revive_most: 16"
+BEGINNINGS = {
+    "ibq": (f"name: ibq, num_codes: 101, dim: 8, similarity: euclid, {ROWS}", 2, "101 rows drawn from 128 tokens"),
+    "simvq": (f"name: simvq, num_codes: 101, dim: 8, {ROWS}", 2, "101 rows drawn from 128 tokens"),
+    "fsq": ("name: fsq, levels: [5, 4, 3]", 1, "128 tokens of all ranks whitened"),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_killed_in_the_warm_up_at_the_fit_and_after_it_a_run_goes_on_to_the_bit(tmp_path, tiny_shards, name):
+    """And its log says once what was fitted; a fit that is done again after a kill is said again."""
+    quantizer, at, told = BEGINNINGS[name]
+    more = (f"tokenizer.quantizer={{{quantizer}}}", "run.checkpoint_every=1", "run.steps=6", "run.eval_every=6")
+    whole = jobs.write_config(tmp_path / "whole", tiny_shards, *more)
+    path, run = jobs.write_config(tmp_path / "killed", tiny_shards, *more), tmp_path / "killed" / "run"
+    backward, fits = "vqscale.engine.engine:Engine.backward", "vqscale.train.loop:tell_fits"
+    # (call of this start before which it is killed, steps that are saved then)
+    for target, call, saved in ((backward, at, at - 1), (fits, 1, at - 1), (backward, 3, at + 1)):
+        job = jobs.start(path, before=_dies(target, call, 0))
+        assert job.wait() == [-9], job.output
+        assert (max(_saved(run)[0]) if (run / "checkpoints").exists() else 0) == saved
+    jobs.finish(path)
+    jobs.same_bits(jobs.finish(whole), run, 6)
+    fitted = [row for row in jobs.rows(run) if "fit/tokens" in row]
+    assert [row["step"] for row in fitted] == [at]
+    assert fitted[0]["fit/tokens"] == 128
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    assert log.count(f"step {at}, fit: {told}") == 1
+
+
 def test_the_survivor_of_a_killed_rank_says_so_and_leaves(tmp_path, tiny_shards):
     path = jobs.write_config(tmp_path, tiny_shards)
     job = jobs.start(path, world=2, before=_dies("vqscale.engine.engine:Engine.backward", 3, 1))

@@ -5,6 +5,7 @@
     vqscale bench head --codes 16384 65536 262144                  loss and sampling of a prior's head
     vqscale bench memory --codes 4096 65536 1048576                a training step's memory as K grows
     vqscale bench kernels                                          what the fused kernels need of a GPU
+    vqscale bench upkeep --codes 262144 --processes 2              what statistics and revival add to a step
 
 `vqscale bench codes --help` has the options of a subcommand. In a checkout `python tools/bench` is the same program; in
 an installed wheel this package is named `vqscale_bench`, so its files import each other relatively.

@@ -1,0 +1,167 @@
+"""`bench upkeep`: what statistics and revival cost beside an IBQ step whose rows are split over processes.
+
+This file reads the arguments, builds the forms and prints; how they are measured is measure.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from . import command
+from .setting import Setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vqscale.codes.revival import Upkeep
+    from vqscale.parallel.mesh import Mesh
+    from vqscale.quantizers.base import Quantizer
+
+    from .forms import Form
+    from .measure import Cost
+
+ABOUT = """\
+One IBQ training step (forward with all losses, backward to tokens and rows, the update after it), with ever more of
+what keeps codes in use; forms take turns, and each is divided by the step of its own round that has none of it:
+
+  step       nobody drives: no counts, no window, no revival
+  counted    the window of counts, and no revival (revive_every: 0)
+  revived    with revival in every step (revive_every: 1), and no code is dead
+  many dead  the same, and every code is dead in every step: as many are revived as one step may
+
+The optimiser's step, which costs the same in all of them, is in none."""
+
+FORMS = ("step", "counted", "revived", "many dead")
+
+
+def _parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="bench upkeep", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--tokens", type=int, default=512, help="N, tokens per process (512)")
+    out.add_argument("--codes", type=int, default=2**18, help="K, all codes (262144)")
+    out.add_argument("--dim", type=int, default=16, help="D, dimension of a code (16)")
+    out.add_argument("--repeats", type=int, default=9, help="timed runs of each form (9)")
+    command.add_options(out)
+    return out
+
+
+def problems(args: argparse.Namespace) -> Iterable[str]:
+    return command.problems(args, "tokens", "codes", "dim", "repeats")
+
+
+def main(argv: list[str]) -> int:
+    args = command.parse(_parser(), argv, problems)
+    setting = Setting(
+        tokens=args.tokens,
+        codes=args.codes,
+        dim=args.dim,
+        processes=args.processes,
+        device=args.device,
+        repeats=args.repeats,
+        threads=command.threads(args),
+        scan_mib=args.scan_mib,
+    )
+    report = run(setting) | command.origin("upkeep", argv, setting.device, setting.threads)
+    report["config"] = asdict(setting)
+    print(json.dumps(report) if args.json else table(report))
+    return 0
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    """{"upkeep": {form: {"seconds", "ratio", "peak_bytes", "sent_bytes"}}} of all processes."""
+    ranks = command.everywhere(measure, setting)
+    costs = {name: [rank[name] for rank in ranks] for name in FORMS}
+    rounds = {name: [max(every) for every in zip(*(c.seconds for c in costs[name]), strict=True)] for name in FORMS}
+    ratios = {name: median(a / b for a, b in zip(rounds[name], rounds["step"], strict=True)) for name in FORMS}
+    return {"upkeep": {name: command.joined(costs[name]) | {"ratio": ratios[name]} for name in FORMS}}
+
+
+def measure(setting: Setting) -> dict[str, Cost]:
+    """{form: cost} of this process; the same call on every process."""
+    import torch
+
+    from vqscale.parallel.mesh import Mesh
+
+    from .measure import alone, seconds
+
+    torch.set_num_threads(setting.threads)
+    mesh = Mesh(codes=setting.processes, device=setting.device)
+    forms = build(setting, mesh)
+    costs = {name: alone(form, mesh) for name, form in forms.items()}
+    for _ in range(setting.repeats):
+        for name, form in forms.items():
+            costs[name].seconds.append(seconds(form, mesh.device, mesh.codes))
+    return costs
+
+
+def build(setting: Setting, mesh: Mesh) -> dict[str, Form]:
+    """The forms: every one with rows of its own, on the same tokens, which are the same in every step."""
+    import torch
+
+    from vqscale.codes import tally
+    from vqscale.seed import derive
+
+    generator = torch.Generator().manual_seed(derive("bench", mesh.codes.rank))
+    x_ND = torch.randn(setting.tokens, setting.dim, generator=generator).to(mesh.device).requires_grad_()
+
+    def form(name: str) -> Form:
+        quantizer, upkeep = _driven(setting, mesh, name)
+
+        def step() -> tuple[Tensor, ...]:
+            with tally.silent():  # as in a step that is not logged
+                out = quantizer(x_ND)
+            torch.stack([out.z.sum(), *out.losses.values()]).sum().backward()
+            quantizer.update()
+            for x in (x_ND, *quantizer.parameters()):
+                x.grad = None
+            if name == "many dead":
+                upkeep.window.age_k.fill_(1e6)
+                upkeep.window.counts_k.zero_()
+            return ()
+
+        return step
+
+    return {name: form(name) for name in FORMS}
+
+
+def _driven(setting: Setting, mesh: Mesh, name: str) -> tuple[Quantizer, Upkeep]:
+    from vqscale import quantizers
+    from vqscale.quantizers.ibq import IBQ
+
+    config = {
+        "name": "ibq",
+        "num_codes": setting.codes,
+        "dim": setting.dim,
+        "init": "normal",
+        "init_scale": setting.dim**-0.5,
+        "revive_every": int(name in ("revived", "many dead")),
+        "revive_after": 0 if name == "many dead" else 10**9,
+        "scan_mib": setting.scan_mib,
+    }
+    quantizer = quantizers.build(config, mesh, seed=0).train()
+    assert isinstance(quantizer, IBQ)
+    if name != "step":
+        quantizer.begin()
+    return quantizer, quantizer.upkeep
+
+
+def table(report: dict[str, Any]) -> str:
+    config = report["config"]
+    lines = [
+        f"{config['tokens']} tokens per process, {config['codes']} codes x {config['dim']}, float32; "
+        f"{config['processes']} x {config['threads']} threads",
+        command.place(report),
+        "",
+        f"{'':12}{'seconds':>10}{'/ step':>9}{'sent KiB':>11}{'more than a step, bytes':>26}",
+    ]
+    bare = report["upkeep"]["step"]["sent_bytes"]
+    for name, row in report["upkeep"].items():
+        sent = row["sent_bytes"]
+        lines.append(f"{name:12}{row['seconds']:10.4f}{row['ratio']:9.3f}{sent / 2**10:11.1f}{sent - bare:26,}")
+    return "\n".join(lines)
