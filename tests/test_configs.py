@@ -79,6 +79,25 @@ PRIOR_SIZES = {"ibq_B": 343.0, "ibq_L": 649.6, "ibq_XL": 1076.1, "ibq_XXL": 2063
 }
 
 
+# Counted from the published code; the last norm stands once there, and here also before the head.
+FACTORISED_SIZES = {"B": 343_570_432, "L": 804_362_240, "XL": 1_486_679_040}
+
+
+@pytest.mark.parametrize("name", FACTORISED_SIZES)
+def test_priors_of_digits_have_their_published_size(name):
+    path = ROOT / "configs" / "prior" / f"openmagvit2_{name}.yaml"
+    config = configuration.load(Run, path)
+    with torch.device("meta"):
+        prior = priors.build(config.prior, planned_mesh(1, 1))
+    found = sum(p.numel() for p in prior.parameters())
+    assert found == FACTORISED_SIZES[name] + config.prior.net.width
+    text = path.read_text().replace("\n# ", " ")
+    assert f"{FACTORISED_SIZES[name]:,} parameters" in text
+    assert f"{found:,} parameters" in text
+    assert prior.head.within.net.config.num_heads == config.prior.net.num_heads
+    config.check_world(96 if name == "XL" else 32)
+
+
 def _sized(path):
     return path.stem.partition("_262144")[0] in PRIOR_SIZES
 
