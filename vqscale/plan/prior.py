@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from vqscale import priors
 from vqscale.codes.codebook import Codebook
@@ -52,23 +53,24 @@ def plan(config: PriorRun, world: int) -> Costs:
             **({"average of the weights": average} if config.average.decay else {}),
             f"activations of {images} images": _activations(config, prior.grid, images),
             f"gathered tokens of {codes} processes": 3 * tokens * codes * width * FP32,
+            **_head_activations(config, prior, tokens),
             "blocks of the scan": config.prior.head.scan_mib * MIB,
         },
         {
             "gradients of the replicated part": _ring(2, world, dense * FP32),
             "gradients of the rows (data axis)": _ring(2, data, learned * FP32),
-            "tokens of the head (code axis)": config.engine.accumulation * _head_bytes(tokens, width, codes),
+            "tokens of the head (code axis)": config.engine.accumulation * _head_bytes(tokens, width, codes, tables),
         },
         operations(prior, tables),
     )
 
 
 def operations(prior: Prior, tables: Mapping[str, Codebook]) -> dict[str, int]:
-    """Of an image: products of the network (in training thrice those of its forward pass) and of the tables of outputs
-    (in training four of 2 K D per token, see codes/heads/passes.py). Sampling is with the settings at their default,
-    but for as many steps as there are tokens, and without guidance.
+    """Of an image: products of the network (in training thrice those of its forward pass) and of the head: its tables
+    of outputs (in training four of 2 K D per token, see codes/heads/passes.py) and its own network. Sampling is with
+    the settings at their default, but for as many steps as there are tokens, and without guidance.
     """
-    forward = _forward(prior)
+    forward, (network, times) = _forward(prior), _head_network(prior)
     each = 2 * sum(table.num_codes * table.dim for name, table in tables.items() if name.endswith("outputs"))
     settings = prior.config.sampling()
     if any(key == "steps" for key, _ in prior.config.against(settings)):
@@ -76,9 +78,9 @@ def operations(prior: Prior, tables: Mapping[str, Codebook]) -> dict[str, int]:
     trained, sampled = prior.training_passes(), prior.sampling_passes(settings)
     return {
         "training: transformer": round(3 * forward * trained.network),
-        "training: head": round(4 * each * trained.asked),
+        "training: head": round((4 * each + 3 * network) * trained.asked),
         f"sampling, {_words(sampled.network)}: transformer": round(forward * sampled.network),
-        f"sampling, {_words(sampled.network)}: head": round(each * sampled.asked),
+        f"sampling, {_words(sampled.network)}: head": round((each + times * network) * sampled.asked),
     }
 
 
@@ -87,7 +89,7 @@ def _words(passes: float) -> str:
 
 
 def _forward(prior: Prior) -> int:
-    """Operations of a pass of the transformer over the tokens of an image;"""
+    """Operations of a pass of the transformer over the tokens of an image."""
     net = prior.config.net
     with torch.device("meta"):
         transformer = Transformer(net).eval()
@@ -96,6 +98,31 @@ def _forward(prior: Prior) -> int:
         with KernelCounter() as counter, torch.no_grad():
             transformer(torch.empty(1, len(turns), net.width), turns, adapt, causal=False)
     return counter.operations
+
+
+class _Head(nn.Module):
+    """The network of a head, as a module that is counted."""
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.head = prior.head
+
+    def forward(self, h_ND: Tensor) -> tuple[Tensor, int] | None:
+        return self.head.beside_tables(h_ND)
+
+
+def _head_network(prior: Prior) -> tuple[int, int]:
+    """(operations of a pass of the head's network for one token, passes of drawing an id); zeros without one."""
+    with torch.device("meta"), KernelCounter() as counter, torch.no_grad():
+        found = _Head(prior)(torch.empty(1, prior.head.dim))
+    return counter.operations, found[1] if found else 0
+
+
+def _head_activations(config: PriorRun, prior: Prior, tokens: int) -> dict[str, int]:
+    with torch.device("meta"):
+        kept = activation_bytes(_Head(prior), torch.empty(tokens, prior.head.dim))
+    kept = kept // 2 if config.engine.precision == "bf16" else kept
+    return {f"activations of the head's network, {tokens} tokens": kept} if kept else {}
 
 
 def _activations(config: PriorRun, grid: tuple[int, ...], images: int) -> int:
@@ -109,11 +136,13 @@ def _activations(config: PriorRun, grid: tuple[int, ...], images: int) -> int:
     return kept // 2 if config.engine.precision == "bf16" else kept
 
 
-def _head_bytes(tokens: int, width: int, codes: int) -> int:
-    """One pass of the head forward and backward: vectors of the embedding and of the loss go to all and come back."""
+def _head_bytes(tokens: int, width: int, codes: int, tables: Mapping[str, Codebook]) -> int:
+    """One pass of the head forward and backward: vectors of the embedding and of the loss go to all and come back, once
+    for each table of outputs."""
+    times = sum(name.endswith("outputs") for name in tables)
     vectors = 4 * _ring(1, codes, tokens * codes * width * FP32)
     numbers = _ring(1, codes, tokens * codes * (2 * INT64 + FP32)) + _ring(2, codes, tokens * codes * 3 * FP32)
-    return vectors + numbers
+    return times * (vectors + numbers)
 
 
 def _ring(times: int, size: int, nbytes: int) -> int:

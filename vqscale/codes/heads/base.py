@@ -132,6 +132,12 @@ class Vocabulary(nn.Module, ABC):
         at 1), before top-k and top-p leave any code out.
         """
 
+    def beside_tables(self, h_ND: Tensor) -> tuple[Tensor, int] | None:
+        """(what the head's network makes of N tokens in the one pass of a training loss, how many such passes drawing
+        takes); None where a head is tables alone. What a head costs is planned with it; nothing is sent.
+        """
+        return None
+
 
 def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
     """ValueError on every rank of the axis when any has an id outside lowest .. num_codes - 1. On a GPU the

@@ -24,9 +24,8 @@ from torch.nn import functional as F
 
 from vqscale.codes import bits, noise
 from vqscale.codes.heads import draw
-from vqscale.codes.heads.base import Losses, Scored, Vocabulary
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_ids
 from vqscale.codes.heads.config import BitsConfig
-from vqscale.codes.heads.flat_loss import check_ids
 from vqscale.nets.masked_bits import MASKED, MaskedBits
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -159,6 +158,10 @@ class Bits(Vocabulary):
         """Float32 at least, whatever the autocast."""
         l_NS2: Tensor = self.net(bits_NS, h_ND.to(self.inputs.weight.dtype))
         return l_NS2 if l_NS2.dtype == torch.float64 else l_NS2.float()
+
+    def beside_tables(self, h_ND: Tensor) -> tuple[Tensor, int]:
+        bits_NS = torch.full((len(h_ND), sum(self.reveal)), MASKED, device=h_ND.device)
+        return self.net(bits_NS, h_ND), len(self.reveal)
 
     @torch.no_grad()
     def sample(

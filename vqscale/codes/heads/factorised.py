@@ -205,6 +205,11 @@ class Factorised(Vocabulary):
         x_NSD = torch.stack([h_ND, *(head.embed(digit_N).to(h_ND.dtype) for head, digit_N in before)], 1)
         return self.within(x_NSD).unbind(1)
 
+    def beside_tables(self, h_ND: Tensor) -> tuple[Tensor, int] | None:
+        if self.within is None:
+            return None
+        return self.within(h_ND[:, None].expand(-1, len(self.heads), -1)), 1  # keys and values are kept in drawing
+
     @torch.no_grad()
     def sample(
         self,

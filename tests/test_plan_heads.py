@@ -1,0 +1,74 @@
+"""What heads cost, as it is planned: operations and parameters by arithmetic, of flat, factorised and bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from vqscale import config as configuration
+from vqscale.plan.prior import plan
+from vqscale.train.config import Run
+
+D, T, K = 64, 16, 4096
+NET = {"width": D, "num_layers": 2, "num_heads": 1, "ffn_multiple": 8}
+CONFIG = {
+    "task": "prior",
+    "run": {"folder": "nowhere", "steps": 3},
+    "data": {"batch": 8, "train": {"path": "nowhere"}},
+    "engine": {"name": "torch"},
+}
+
+
+def costs(head, codes=1, num_ids=1, num_codes=K):
+    prior = {"num_codes": num_codes, "num_ids": num_ids, "grid": [4, 4], "num_classes": 2, "net": NET, "head": head}
+    return plan(configuration.parse(Run, {**CONFIG, "prior": prior, "mesh": {"codes": codes}}), codes)
+
+
+def sampled(found):
+    return next(n for name, n in found.operations.items() if name.startswith("sampling") and name.endswith("head"))
+
+
+def block(width, positions):
+    """Products of one block of attention and SwiGLU on `positions` tokens that see each other."""
+    ffn = -(-int(8 * width / 3) // 8) * 8
+    return positions * (2 * 4 * width * width + 2 * 3 * width * ffn) + 2 * 2 * positions * positions * width
+
+
+def test_flat_and_digits_cost_their_rows():
+    flat, digits = costs({"name": "flat"}), costs({"name": "factorised", "factors": [64, 64], "within": None})
+    assert flat.operations["training: head"] == T * 4 * 2 * K * D
+    assert digits.operations["training: head"] == T * 4 * 2 * 128 * D
+    assert sampled(flat) == T * 2 * K * D
+    assert sampled(digits) == T * 2 * 128 * D
+    tables = {name: n for name, n in digits.parameters.items() if name.startswith("head.")}
+    assert sum(tables.values()) == 2 * 128 * D
+    assert digits.memory["rows, their gradients and moments"] == 4 * 4 * 2 * 128 * D
+    assert not any("head's network" in name for name in digits.memory)
+
+
+def test_the_transformer_over_digits_is_counted():
+    within = {"num_layers": 2, "ffn_multiple": 8}
+    found = costs({"name": "factorised", "factors": [64, 64], "within": within})
+    assert found.operations["training: head"] == T * (4 * 2 * 128 * D + 3 * 2 * block(D, 2))
+    assert sampled(found) == T * (2 * 128 * D + 2 * block(D, 2))
+    assert any("head's network, 128 tokens" in name and n > 0 for name, n in found.memory.items())
+    several = costs({"name": "factorised", "within": within}, num_ids=3, num_codes=32)
+    assert several.operations["training: head"] == T * (4 * 2 * 96 * D + 3 * 2 * block(D, 3))
+
+
+def test_bits_cost_their_network_in_every_step_and_send_nothing():
+    found = costs({"name": "bits", "width": 24, "num_layers": 2, "reveal": [4, 8]}, codes=2)
+    each = 2 * (24 * 24 + 24 * D + 2 * (3 * 24 * 64 + 3 * 24 * 24) + 2 * 24 * 24 + 24 * 24)
+    assert found.operations["training: head"] == T * 3 * each
+    assert sampled(found) == T * 2 * each
+    assert found.memory["rows, their gradients and moments"] == 0
+    assert found.sent["tokens of the head (code axis)"] == 0
+
+
+@pytest.mark.parametrize("codes", [1, 2])
+def test_what_is_sent_grows_with_the_digits_and_not_with_their_values(codes):
+    sent = [
+        costs(head, codes).sent["tokens of the head (code axis)"]
+        for head in ({"name": "flat"}, {"name": "factorised", "factors": [64, 64]})
+    ]
+    assert sent[1] == 2 * sent[0]
+    assert (sent[0] > 0) == (codes > 1)
