@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from vqscale.priors.base import guidance_scales
 from vqscale.priors.config_masked import MaskedConfig, MaskedSampleConfig
 from vqscale.priors.mask_laws import LAWS, left_masked, training_counts
 from vqscale.priors.masked import bound_masks, training_masks
+from vqscale.programs import sample_options
 from vqscale.seed import derive
 
 CODES, GRID, TOKENS, CLASSES = 23, (3, 4), 12, 4
@@ -210,6 +212,31 @@ def test_the_held_out_number_is_the_mean_over_all_orders_of_the_chain_rule():
     assert float(found.loss) == pytest.approx(float(found.nats_B.mean()), rel=1e-9)
 
 
+@torch.no_grad()
+def test_of_exact_conditionals_the_held_out_number_is_the_entropy_of_an_id():
+    """A net that is a table of the conditionals of a joint of three ids: every order gives the same, -log p / 3."""
+    joint = (0.8 * normal(27, seed=3)).softmax(0).view(3, 3, 3)
+    prior = lively(build(num_codes=3, grid=[1, 3]))
+    prior.head.rows.copy_(torch.eye(3, 24))
+
+    def states(ids_BT, _):
+        h = torch.zeros(len(ids_BT), 3, 24, dtype=torch.float64)
+        for image, ids in enumerate(ids_BT.tolist()):
+            given = joint[tuple(slice(None) if one < 0 else slice(one, one + 1) for one in ids)]
+            for place in (place for place in range(3) if ids[place] < 0):
+                h[image, place, :3] = given.sum([other for other in range(3) if other != place]).log()
+        return h
+
+    prior.states = states
+    images, times = every_image(), 40
+    keys = noise.keys(6, torch.arange(27 * times))
+    found = prior(images.repeat(times, 1)[:, None], torch.full((27 * times,), 1), keys).nats_B.view(times, 27)
+    entropy = -(joint * joint.log()).sum() / 3
+    spread = float((found.var(0) @ joint.flatten().square() / times).sqrt())
+    assert float(found.mean(0) @ joint.flatten()) == pytest.approx(float(entropy), abs=4.5 * spread)
+    assert spread < 0.01
+
+
 def likely(counts, p, num):
     """Within 4.5 deviations of chi-square."""
     assert float(p.sum()) == pytest.approx(1.0, abs=1e-9)
@@ -345,7 +372,7 @@ def test_every_draw_is_that_of_the_decoder_written_out(options):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("codes", [2, 4])
+@pytest.mark.parametrize("codes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_draws_are_the_same_on_any_number_of_processes(ranks, codes):
     order = list(range(4))
     for options in (EVERY[0], EVERY[2], EVERY[4]):
@@ -407,6 +434,17 @@ def test_edges_of_steps_and_of_grids():
         prior.sample(torch.tensor([0]), {"steps": 13}, numbers_B=torch.tensor([0]))
 
 
+def test_options_refuse_too_many_steps_before_processes_meet(tmp_path):
+    build().save(tmp_path / "prior")
+    said = re.escape("command line: steps is 13, but an image of this prior has 12 ids (grid [3, 4])")
+    with pytest.raises(ValueError, match=said):
+        sample_options.sample_config(Namespace(prior=tmp_path / "prior", steps="13"))
+    with pytest.raises(ValueError, match=said):
+        sample_options.dials(Namespace(prior=tmp_path / "prior", steps="4,13"))
+    how = sample_options.sample_config(Namespace(prior=tmp_path / "prior", steps="4", order="halton", roll="true"))
+    assert how == MaskedSampleConfig(steps=4, order="halton", roll=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -453,14 +491,17 @@ def test_what_cannot_be_built(keys, said):
 DIGITS = {"head": {"name": "factorised", "factors": [4, 6]}, "num_codes": 24}
 
 
-@pytest.mark.parametrize("more", [DIGITS, {**DIGITS, "num_ids": 2}], ids=["digits", "two ids per token"])
+BITS = {"head": {"name": "bits"}, "num_codes": 16}
+
+
+@pytest.mark.parametrize("more", [DIGITS, {**DIGITS, "num_ids": 2}, BITS], ids=["digits", "two ids per token", "bits"])
 def test_it_has_any_head_and_several_ids_per_token(more):
     prior = build(**more)
-    ids = torch.randint(24, (3, *prior.ids_shape), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(prior.num_codes, (3, *prior.ids_shape), generator=torch.Generator().manual_seed(2))
     labels, numbers = torch.arange(3), torch.arange(3)
     prior(ids, labels, noise.keys(0, numbers)).loss.backward()
     found = prior.eval()(ids, labels, noise.keys(0, numbers))
-    close(found.loss, torch.tensor(prior.num_ids * math.log(24.0)), 1e-5)
+    close(found.loss, torch.tensor(prior.num_ids * math.log(prior.num_codes)), 1e-5)
     known = (torch.arange(TOKENS) % 4 < 2).view(1, *GRID)
     if prior.num_ids > 1:
         known = known[..., None]
