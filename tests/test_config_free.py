@@ -33,7 +33,8 @@ FREE = {
     PriorRun: EVERY_RUN
     + """
     data.train.path data.val.path data.val.views data.val.window_shards data.val.tokenizer tokenizer
-    prior.head.scan_mib prior.net.checkpointing engine.accumulation
+    prior.head.scan_mib prior.coarse_head.scan_mib prior.net.checkpointing prior.fine_net.checkpointing prior.clusters
+    engine.accumulation
     """,
 }
 

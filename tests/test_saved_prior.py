@@ -49,6 +49,8 @@ def same(one: Prior, other: Prior) -> None:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", PRIORS)
 def test_what_is_saved_is_loaded_to_the_bit(name, head, tmp_path):
+    if name == "coarse_to_fine" and head != "tied":
+        pytest.skip("its fine ids are not embedded")
     prior = lively(priors.build(config_of(name, **HEADS[head])))
     if head == "codebook":
         vectors = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(2))

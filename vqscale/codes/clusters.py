@@ -32,8 +32,6 @@ class Members(NamedTuple):
 class Clusters(Table):
     """The cluster of each of num_codes codes, 0 .. num_clusters - 1. At first equal ranges of ids, in their order."""
 
-    saved_buffers = ("cluster_k",)
-
     def __init__(self, num_codes: int, num_clusters: int, mesh: Mesh) -> None:
         super().__init__(Rows(num_codes, mesh.codes.size, mesh.codes.rank))
         if not 1 <= num_clusters <= num_codes:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vqscale import priors
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import set_aside
+from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.transformer import Transformer, rotary
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import split_bytes
@@ -35,6 +36,7 @@ def plan(config: PriorRun, world: int) -> Costs:
     images = config.data.batch // world // config.engine.accumulation
     tokens = images * config.prior.num_tokens
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.named_children()}
+    parameters |= {name: p.numel() for name, p in prior.named_parameters(recurse=False)}
     dense = sum(parameters.values())
     parameters |= {name: table.num_codes * table.dim for name, table in tables.items()}
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
@@ -42,7 +44,7 @@ def plan(config: PriorRun, world: int) -> Costs:
     held = [table.rows.numel() * FP32 * (4 if table.rows.requires_grad else 1) for table in tables.values()]
     learned = sum(table.rows.numel() for table in tables.values() if table.rows.requires_grad)
     average = FP32 * (learned + (-(-dense // world) if stage == 3 else dense))
-    width = config.prior.net.width
+    widths = [net.width for net in config.prior.transformers.values()]
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
@@ -52,14 +54,15 @@ def plan(config: PriorRun, world: int) -> Costs:
             "rows, their gradients and moments": sum(held),
             **({"average of the weights": average} if config.average.decay else {}),
             f"activations of {images} images": _activations(config, prior.grid, images),
-            f"gathered tokens of {codes} processes": 3 * tokens * codes * width * FP32,
+            f"gathered tokens of {codes} processes": 3 * tokens * codes * sum(widths) * FP32,
             **_head_activations(config, prior, tokens),
             "blocks of the scan": config.prior.head.scan_mib * MIB,
         },
         {
             "gradients of the replicated part": _ring(2, world, dense * FP32),
             "gradients of the rows (data axis)": _ring(2, data, learned * FP32),
-            "tokens of the head (code axis)": config.engine.accumulation * _head_bytes(tokens, width, codes, tables),
+            "tokens of the head (code axis)": config.engine.accumulation
+            * sum(_head_bytes(tokens, width, codes, tables) for width in widths),
         },
         operations(prior, tables),
     )
@@ -71,7 +74,8 @@ def operations(prior: Prior, tables: Mapping[str, Codebook]) -> dict[str, int]:
     the settings at their default, but for as many steps as there are tokens, and without guidance.
     """
     forward, (network, times) = _forward(prior), _head_network(prior)
-    each = 2 * sum(table.num_codes * table.dim for name, table in tables.items() if name.endswith("outputs"))
+    outputs = {name: table for name, table in tables.items() if name.endswith("outputs")}
+    each = 2 * sum(prior.rows_met(name, table.num_codes) * table.dim for name, table in outputs.items())
     settings = prior.config.sampling()
     if any(key == "steps" for key, _ in prior.config.against(settings)):
         settings = replace(settings, steps=prior.config.num_tokens)
@@ -89,11 +93,14 @@ def _words(passes: float) -> str:
 
 
 def _forward(prior: Prior) -> int:
-    """Operations of a pass of the transformer over the tokens of an image."""
-    net = prior.config.net
+    """Operations of a pass of the transformers over the tokens of an image."""
+    return sum(_forward_of(net, prior.grid) for net in prior.config.transformers.values())
+
+
+def _forward_of(net: TransformerConfig, grid: tuple[int, ...]) -> int:
     with torch.device("meta"):
         transformer = Transformer(net).eval()
-        turns = rotary(net, prior.grid)
+        turns = rotary(net, grid)
         adapt = transformer.adapt(torch.empty(1, net.width))
         with KernelCounter() as counter, torch.no_grad():
             transformer(torch.empty(1, len(turns), net.width), turns, adapt, causal=False)
@@ -126,14 +133,17 @@ def _head_activations(config: PriorRun, prior: Prior, tokens: int) -> dict[str, 
 
 
 def _activations(config: PriorRun, grid: tuple[int, ...], images: int) -> int:
-    """Bytes that autograd keeps of the transformer for one micro-batch, counted on meta tensors."""
-    net = config.prior.net
+    """Bytes that autograd keeps of the transformers for one micro-batch, counted on meta tensors."""
+    kept = sum(_activations_of(net, grid, images) for net in config.prior.transformers.values())
+    return kept // 2 if config.engine.precision == "bf16" else kept
+
+
+def _activations_of(net: TransformerConfig, grid: tuple[int, ...], images: int) -> int:
     with torch.device("meta"):
         transformer = Transformer(net)
         turns = rotary(net, grid)[:-1]
         adapt = transformer.adapt(torch.empty(images, net.width))
-        kept = activation_bytes(transformer, torch.empty(images, len(turns), net.width), turns, adapt)
-    return kept // 2 if config.engine.precision == "bf16" else kept
+        return activation_bytes(transformer, torch.empty(images, len(turns), net.width), turns, adapt)
 
 
 def _head_bytes(tokens: int, width: int, codes: int, tables: Mapping[str, Codebook]) -> int:

@@ -2,6 +2,9 @@
 
 The sequence is the prefix made of the condition c, then the ids row by row but the last; the vector of each token
 predicts the id after it, so an image of h x w ids costs one pass over as many tokens (and the rest of the prefix).
+
+With cluster_weight w the loss of IAR (2501.00880): - log p(id) - w log p(cluster of the id), the logit of a cluster the
+log-sum-exp of its members'. As p(cluster) = p(id) / p(id | cluster), the second softmax is over the members alone.
 """
 
 from __future__ import annotations
@@ -10,9 +13,13 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import noise
+from vqscale.codes.clusters import Clusters
+from vqscale.codes.heads import within
+from vqscale.codes.heads.base import Losses
+from vqscale.codes.heads.flat import Head
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import Modelled, Prior, guidance_scales
+from vqscale.priors.base import NOBODY, Modelled, Prior, guidance_scales
 from vqscale.priors.config import AutoregressiveConfig, AutoregressiveSampleConfig
 from vqscale.seed import derive
 
@@ -25,6 +32,10 @@ class Autoregressive(Prior):
     def __init__(self, config: AutoregressiveConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.net, mesh, seed)
         self.net = Transformer(config.net)
+        self.clusters = None
+        if config.wants_clusters:
+            assert config.num_clusters is not None, "priors.build refuses null"
+            self.clusters = Clusters(self.num_codes, config.num_clusters, self.mesh)
         if not torch.empty(0).is_meta:
             self.to(self.mesh.device)
 
@@ -37,6 +48,18 @@ class Autoregressive(Prior):
 
     def loss(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
         return self.modelled(self.states(ids_Bhw, self.prefix(condition, keys_B)), ids_Bhw)
+
+    def losses(self, h_ND: Tensor, ids_N: Tensor, right: bool) -> Losses:
+        weight = self.config.cluster_weight
+        if not self.training or self.clusters is None:
+            return super().losses(h_ND, ids_N, right)
+        assert isinstance(self.head, Head), "the config refuses others"
+        # (1 + w) times this has 1 + w normalisers, the regularisers as they are, and w logits of the target too many,
+        # which the softmax within the cluster takes away again.
+        smoothing, z_loss = (share / (1.0 + weight) for share in self.regularisers)
+        all_codes = self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY)
+        members = within.losses(h_ND, self.head, self.clusters, self.clusters.of(ids_N), ids_N)
+        return all_codes._replace(whole_N=(1.0 + weight) * all_codes.whole_N - weight * members.whole_N)
 
     def draw(self, condition: Tensor, settings: AutoregressiveSampleConfig, numbers_B: Tensor, seed: int) -> Tensor:
         scales = guidance_scales(settings.guidance, settings.schedule, self.config.num_tokens)

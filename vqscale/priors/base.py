@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vqscale import config as configuration
 from vqscale.codes import heads, tally
-from vqscale.codes.heads.base import check_ids
+from vqscale.codes.heads.base import Losses, check_ids
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
@@ -122,6 +122,10 @@ class Prior(nn.Module, ABC):
     def training_passes(self) -> Passes:
         """Of an image in a step, which is more than forward alone."""
         return Passes(1, self.config.num_tokens)
+
+    def rows_met(self, table: str, num_codes: int) -> float:
+        """Rows of a table of outputs that one token is multiplied with."""
+        return num_codes
 
     def sampling_passes(self, settings: Any) -> Passes:
         """Of drawing an image with these settings, but for their guidance, which doubles the network's."""
@@ -233,9 +237,8 @@ class Prior(nn.Module, ABC):
         """
         at = Positions(h_BTD.shape[:2], weight_BT, self.mesh.codes)
         h_ND, ids_N = at.of(h_BTD), at.of(self.in_a_row(ids_Bhw), NOBODY)
-        smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-        asked = tally.statistics.on and not self.training
-        losses = self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY, right=asked)
+        _, z_loss = self.regularisers
+        losses = self.losses(h_ND, ids_N, right=tally.statistics.on and not self.training)
         found = Modelled(at.mean(losses.whole_N), at.means_of_images(losses.whole_N.detach()))
         if not tally.statistics.on:
             return found
@@ -245,6 +248,16 @@ class Prior(nn.Module, ABC):
         if losses.right_N is not None:
             found.right_B = at.means_of_images(losses.right_N.double())
         return found
+
+    @property
+    def regularisers(self) -> tuple[float, float]:
+        """(label smoothing, z_loss), which are for training."""
+        return (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
+
+    def losses(self, h_ND: Tensor, ids_N: Tensor, right: bool) -> Losses:
+        """What the head says of ids given the vectors that predict them; NOBODY is not asked about. Collective."""
+        smoothing, z_loss = self.regularisers
+        return self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY, right=right)
 
     def prefix(self, condition: Tensor, keys_B: Tensor | None = None, *, null: bool = False) -> Tensor:
         """The vectors (B, P, D) before the first id: in training of some images the null condition's, with `null` of

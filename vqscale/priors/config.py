@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
-from vqscale.config import OneOf
+from vqscale.config import Free, OneOf
 from vqscale.nets.config_transformer import TransformerConfig
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ Ramp = Literal["constant", "linear", "cosine"]
 PRIORS = {
     "autoregressive": "vqscale.priors.config:AutoregressiveConfig",
     "masked": "vqscale.priors.config_masked:MaskedConfig",
+    "coarse_to_fine": "vqscale.priors.config_coarse_to_fine:CoarseToFineConfig",
 }
 CONDITIONS = {"classes": "vqscale.priors.config:ClassesConfig"}
 
@@ -101,12 +102,17 @@ class AutoregressiveSampleConfig(GuidedSampleConfig):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
-        if not self.temperature >= 0:
-            yield "temperature", f"temperature is {self.temperature}: use 0 (the likeliest id) or more"
-        if self.top_k < 0:
-            yield "top_k", f"top_k is {self.top_k}: use at least 0"
-        if not 0 < self.top_p <= 1:
-            yield "top_p", f"top_p is {self.top_p}: use a share above 0 and at most 1"
+        yield from check_drawing(self.temperature, self.top_k, self.top_p)
+
+
+def check_drawing(temperature: float, top_k: int, top_p: float, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(key, message) of all that no id can be drawn with; the keys have a prefix."""
+    if not temperature >= 0:
+        yield f"{prefix}temperature", f"{prefix}temperature is {temperature}: use 0 (the likeliest id) or more"
+    if top_k < 0:
+        yield f"{prefix}top_k", f"{prefix}top_k is {top_k}: use at least 0"
+    if not 0 < top_p <= 1:
+        yield f"{prefix}top_p", f"{prefix}top_p is {top_p}: use a share above 0 and at most 1"
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,17 @@ class IdsConfig:
         known = ["num_codes", "num_ids", "grid", *(["feature_dim"] if self.head.wants_features else [])]
         return [key for key in known if getattr(self, key) is None]
 
+    @property
+    def wants_clusters(self) -> bool:
+        """Whether the prior takes the clusters of the tokenizer's codes."""
+        return False
+
+    @property
+    def transformers(self) -> dict[str, TransformerConfig]:
+        """Those that see every token of an image, by name."""
+        itself: Any = self
+        return {"net": itself.net}
+
     def against(self, settings: SampleConfig) -> Iterable[tuple[str, str]]:
         """(key, message) of settings of its SampleConfig that a prior of this config cannot be sampled with."""
         return ()
@@ -224,7 +241,33 @@ def unturned(net: TransformerConfig, grid: tuple[int, ...] | None) -> Iterable[t
 
 
 @dataclass(frozen=True)
-class AutoregressiveConfig(IdsConfig):
+class ClusteredConfig(IdsConfig):
+    """Of priors that know which codes belong together."""
+
+    clusters: Free[str | None] = None
+    """file of the clusters of the tokenizer's codes, which vqscale cluster writes; a run keeps those it began with"""
+    num_clusters: int | None = None
+    """clusters of codes; null: as the file says"""
+
+    @property
+    def wants_clusters(self) -> bool:
+        return True
+
+    def nulls(self) -> list[str]:
+        return [*super().nulls(), *(["num_clusters"] if self.wants_clusters and self.num_clusters is None else [])]
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
+        if self.num_clusters is not None and not 1 <= self.num_clusters <= (self.num_codes or self.num_clusters):
+            yield (
+                "num_clusters",
+                f"num_clusters is {self.num_clusters} and num_codes {self.num_codes}: each code is in one cluster, and "
+                "none is empty; use at least 1, and at most num_codes",
+            )
+
+
+@dataclass(frozen=True)
+class AutoregressiveConfig(ClusteredConfig):
     """One id after the other, row by row, as LlamaGen and IBQ do."""
 
     module: ClassVar[str] = "vqscale.priors.autoregressive:Autoregressive"
@@ -234,10 +277,24 @@ class AutoregressiveConfig(IdsConfig):
     """which prior"""
     net: TransformerConfig = field(default_factory=TransformerConfig)
     """the transformer"""
+    cluster_weight: float = 0.0
+    """weight of -log p(cluster of the id) in the loss, in training only (IAR); 0 looks at no clusters"""
+
+    @property
+    def wants_clusters(self) -> bool:
+        return self.cluster_weight > 0
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
         yield from unturned(self.net, self.grid)
+        if self.cluster_weight < 0:
+            yield "cluster_weight", f"cluster_weight is {self.cluster_weight}, a weight: use 0 or more"
+        if self.cluster_weight and (not isinstance(self.head, FlatConfig) or self.head.neighbours):
+            yield (
+                "cluster_weight",
+                f"cluster_weight is {self.cluster_weight}, and is of a flat head whose targets are not shared: use 0, "
+                "or head {name: flat, neighbours: 0}",
+            )
 
 
 # The prior of a run is one of these.

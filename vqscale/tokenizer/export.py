@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale import config as configuration
+from vqscale.codes.clusters import Clusters
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Rows, Table
 from vqscale.config.schema import fields_of, is_config
@@ -41,9 +42,9 @@ FORMATS: dict[Kind, str] = {
 VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
 BLOCK_BYTES = 16 << 20
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 # These change how fast and in how much memory something is computed, not what.
-NOT_IDENTITY = ("scan_mib", "checkpointing")
+NOT_IDENTITY = ("scan_mib", "checkpointing", "clusters")
 UNNAMED = ("flat",)  # was the only head when its settings had no name
 
 
@@ -52,7 +53,7 @@ class Entry:
     """A parameter or a buffer that is saved: the same on every rank, or (with a table) this rank's rows of it."""
 
     tensor: Tensor
-    table: Codebook | None = None
+    table: Codebook | Clusters | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,6 +85,8 @@ def entries(module: nn.Module) -> dict[str, Entry]:
         for key, rows in table.named_parameters():
             assert isinstance(table, Codebook), f"{name} has parameters and no axis to send them on"
             found[f"{name}.{key}"] = Entry(rows, table)
+        if isinstance(table, Clusters):
+            found[f"{name}.cluster_k"] = Entry(table.cluster_k, table)
     rest = {name: Entry(p) for name, p in module.named_parameters() if name not in found}
     kept = {name: Entry(buffer) for name, buffer in _saved_buffers(module)}
     return dict(sorted((found | rest | kept).items()))

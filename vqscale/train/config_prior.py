@@ -63,6 +63,12 @@ class PriorRun:
                 f"tokenizer is {self.tokenizer}, and the head of the prior {takes} vectors of its codes; give the "
                 "folder of the tokenizer with prior.head.embedding: codebook, and null with the others",
             )
+        if self.prior.wants_clusters and self.prior.clusters is None:
+            yield (
+                "prior.clusters",
+                "prior.clusters is null, and this prior is of clusters of the tokenizer's codes: give the file that "
+                "vqscale cluster TOKENIZER has written",
+            )
         yield from check_compile(self.run, self.engine)
         yield from check_whole(self.engine, self.optim)
 

@@ -1,6 +1,6 @@
 """Keys of a prior's config that are null because others know them: num_codes, num_ids and grid the token cache,
-feature_dim the tokenizer. They are filled before any process group is made, so that run.yaml says what was used, and a
-run that goes on is compared by it.
+feature_dim the tokenizer, num_clusters the file of its clusters. They are filled before any process group is made, so
+that run.yaml says what was used, and a run that goes on is compared by it.
 
 Not here: whether keys that were given agree with the cache (train/prior.py, when it is opened).
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqscale import config as configuration
+from vqscale.tokenizer.clusters import read_card
 from vqscale.train.config_prior import PriorRun
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ def fill(config: PriorRun) -> PriorRun:
     there is nothing to look it up in, or where what is found does not fit the rest (ConfigError)."""
     keys = config.prior.nulls()
     found: dict[str, Any] = {}
-    if of_cache := [key for key in keys if key != "feature_dim"]:
+    if of_cache := [key for key in keys if key in ("num_codes", "num_ids", "grid")]:
         card = _card(config, of_cache)
         found = {"num_codes": card.num_codes, "num_ids": card.num_ids, "grid": list(card.grid)}
     if "feature_dim" in keys and config.tokenizer is not None:
         found["feature_dim"] = _code_dim(config.tokenizer)
+    if "num_clusters" in keys and config.prior.clusters is not None:
+        found["num_clusters"] = read_card(config.prior.clusters).num_clusters
     if not keys:
         return config
     whole = configuration.to_dict(config)

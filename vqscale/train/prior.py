@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vqscale import priors
 from vqscale.codes import noise, products, tally
+from vqscale.codes.clusters import Clusters
 from vqscale.codes.rows import Rows, set_aside
 from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.engine.average import Average
@@ -35,6 +36,7 @@ from vqscale.run.profile import Trace
 from vqscale.seed import derive
 from vqscale.show.board import Board
 from vqscale.show.progress import Progress
+from vqscale.tokenizer import clusters
 from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import loop
 from vqscale.train.config_prior import PriorRun
@@ -53,6 +55,9 @@ def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[Token
         made_by = None if each is stream else stream.tokenizer_fingerprint
         expect(each.cache, made_by, config.prior)
         check_labels(each, config.prior)
+    asked = config.prior
+    if asked.wants_clusters and asked.clusters is not None:
+        clusters.check(asked.clusters, stream.tokenizer_fingerprint, asked.num_codes, asked.num_clusters)
     return stream, held_out
 
 
@@ -76,6 +81,13 @@ def check_labels(stream: TokenStream, config: PriorConfig) -> list[str]:
 def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
     """Give the head the vectors of the codes of the tokenizer in `path`, which must be the one that the ids are of."""
     prior.head.set_features(tokenizer_of(path, made_by, mesh).quantizer.decode)
+
+
+def take_clusters(prior: Prior, path: str) -> None:
+    """Let the codes be in the clusters of a file, which `open_streams` has checked."""
+    table = prior.clusters
+    assert isinstance(table, Clusters), "the config says that the prior wants clusters"
+    table.take(clusters.read(path, table.layout))
 
 
 @torch.no_grad()
@@ -148,6 +160,8 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     tables = set_aside(prior)
     if config.tokenizer is not None:
         take_features(prior, config.tokenizer, stream.tokenizer_fingerprint, mesh)
+    if config.prior.wants_clusters and config.prior.clusters is not None:
+        take_clusters(prior, config.prior.clusters)
     engine = Engine(prior, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
     if run.compile:
         for part in [part for part in prior.modules() if isinstance(part, Block)]:
