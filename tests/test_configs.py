@@ -99,6 +99,33 @@ def test_priors_of_digits_have_their_published_size(name):
     config.check_world(96 if name == "XL" else 32)
 
 
+# Stage 1 over M = 512: LlamaGen's with tables of 512 ids (87M, 310M and 734M published).
+COARSE = {"ctf_B": 87, "ctf_L": 310, "ctf_XL": 734}
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_the_first_stage_of_ctf_has_its_published_size(name):
+    path = ROOT / "configs" / "prior" / f"{name}.yaml"
+    config = configuration.load(Run, path)
+    flat = configuration.load(Run, ROOT / "configs" / "prior" / f"llamagen_{name.removeprefix('ctf_')}.yaml")
+    fine = configuration.load(Run, ROOT / "configs" / "prior" / "llamagen_L.yaml")
+    with torch.device("meta"):
+        prior, *others = (priors.build(each.prior, planned_mesh(1, 1)) for each in (config, flat, fine))
+    size, (whole, large) = _count(prior.coarse), map(_count, others)
+    assert size == whole - 2 * (16384 - 512) * config.prior.net.width
+    assert round(size / 1e6) == COARSE[name]
+    assert _count(prior) - size == large - (16384 - 512) * 1024 + 256 * 1024
+    said = path.read_text().replace("\n# ", " ")
+    assert f"{size / 1e6:.1f} M parameters" in said
+    assert f"{(_count(prior) - size) / 1e6:.1f} M here" in said
+    for world in (8, 32, 64):
+        config.check_world(world)
+
+
+def _count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def _sized(path):
     return path.stem.partition("_262144")[0] in PRIOR_SIZES
 

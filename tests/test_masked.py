@@ -16,8 +16,8 @@ from vqscale.codes import noise
 from vqscale.codes.heads import dense
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import halton
-from vqscale.priors.base import guidance_scales
 from vqscale.priors.config_masked import MaskedConfig, MaskedSampleConfig
+from vqscale.priors.guidance import guidance_scales
 from vqscale.priors.mask_laws import LAWS, left_masked, training_counts
 from vqscale.priors.masked import bound_masks, training_masks
 from vqscale.programs import sample_options

@@ -24,8 +24,9 @@ from vqscale.nets.transformer import Transformer
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS
 from vqscale.priors.autoregressive import Incremental
-from vqscale.priors.base import SampleWarning, guidance_scales
+from vqscale.priors.base import SampleWarning
 from vqscale.priors.config import AutoregressiveSampleConfig, SampleConfig
+from vqscale.priors.guidance import guidance_scales
 from vqscale.seed import derive
 
 CODES, GRID, CLASSES, BATCH = 23, (3, 4), 4, 6

@@ -62,7 +62,7 @@ def plan(config: PriorRun, world: int) -> Costs:
             "gradients of the replicated part": _ring(2, world, dense * FP32),
             "gradients of the rows (data axis)": _ring(2, data, learned * FP32),
             "tokens of the head (code axis)": config.engine.accumulation
-            * sum(_head_bytes(tokens, width, codes, tables) for width in widths),
+            * (sum(_head_bytes(tokens, width, codes, tables) for width in widths) // max(1, len(widths))),
         },
         operations(prior, tables),
     )

@@ -19,8 +19,9 @@ from vqscale.codes.heads.base import Losses
 from vqscale.codes.heads.flat import Head
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import NOBODY, Modelled, Prior, guidance_scales
+from vqscale.priors.base import NOBODY, Modelled, Prior
 from vqscale.priors.config import AutoregressiveConfig, AutoregressiveSampleConfig
+from vqscale.priors.guidance import guidance_scales
 from vqscale.seed import derive
 
 

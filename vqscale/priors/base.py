@@ -6,7 +6,6 @@ group have the same number of images. Not here: how ids are modelled (one file e
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import conditions
-from vqscale.priors.config import GuidedSampleConfig, IdsConfig, Passes, PriorConfig, Ramp, SampleConfig
+from vqscale.priors.config import GuidedSampleConfig, IdsConfig, Passes, PriorConfig, SampleConfig
 from vqscale.priors.positions import Positions
 from vqscale.seed import derive
 from vqscale.tokenizer import export, saved
@@ -292,18 +291,3 @@ class Prior(nn.Module, ABC):
             return []
         why = self.condition.against_guidance()
         return [f"guidance is {settings.guidance}, but {why}"] if why else []
-
-
-def guidance_scales(scale: float, schedule: Ramp, steps: int) -> list[float]:
-    """The scale at each of `steps` steps: the same at all, or from 1 at the first to `scale` at the last.
-
-    linear   1 + (scale - 1) i / (steps - 1)         cosine   1 + (scale - 1) (1 - cos(pi i / (steps - 1))) / 2
-    """
-    ramps = {
-        "constant": lambda t: 1.0,
-        "linear": lambda t: t,
-        "cosine": lambda t: (1.0 - math.cos(math.pi * t)) / 2.0,
-    }
-    if schedule not in ramps:
-        raise ValueError(f"schedule is {schedule!r}, a setting of sample: choose one of {', '.join(ramps)}")
-    return [1.0 + (scale - 1.0) * ramps[schedule](i / max(1, steps - 1)) for i in range(steps)]

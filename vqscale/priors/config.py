@@ -249,10 +249,6 @@ class ClusteredConfig(IdsConfig):
     num_clusters: int | None = None
     """clusters of codes; null: as the file says"""
 
-    @property
-    def wants_clusters(self) -> bool:
-        return True
-
     def nulls(self) -> list[str]:
         return [*super().nulls(), *(["num_clusters"] if self.wants_clusters and self.num_clusters is None else [])]
 

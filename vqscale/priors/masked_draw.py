@@ -22,8 +22,8 @@ from vqscale.codes import noise
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 from vqscale.priors import halton
-from vqscale.priors.base import guidance_scales
 from vqscale.priors.config_masked import MaskedSampleConfig
+from vqscale.priors.guidance import guidance_scales
 from vqscale.priors.mask_laws import left_masked
 from vqscale.seed import derive
 
