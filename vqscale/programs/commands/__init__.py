@@ -9,9 +9,9 @@ from __future__ import annotations
 COMMANDS = {  # name: (file, what it does)
     "train": ("train", "train a tokenizer or a prior, what a config describes"),
     "encode": ("encode", "encode the images of shards into a cache of ids"),
-    "cluster": ("cluster", "cluster the codes of a tokenizer, for priors that predict clusters"),
     "evaluate": ("evaluate", "measure a tokenizer, a prior or generated images"),
     "classifier": ("classifier", "train the judge of samples of drawn pictures"),
+    "cluster": ("cluster", "cluster the codes of a tokenizer, for priors that predict clusters"),
     "sample": ("sample", "draw images from a trained prior"),
     "sweep": ("sweep", "measure a prior under several sampling settings"),
     "study": ("study", "run every combination of a study's dials"),
