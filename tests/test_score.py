@@ -100,6 +100,7 @@ def _slowly(images, name):
         "dead": float((shares == 0).sum()),
         "ceiling": 1 - math.exp(-(COUNT + 1) * (SIDE // 4) ** 2 / CODES),
         "perplexity": float(torch.special.entr(shares).sum().exp()),
+        "id_bits": -sum(p * math.log2(p) for p in shares.tolist() if p),
         "broken": 1,
         "enlarged": 1,
     }

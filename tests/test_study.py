@@ -20,13 +20,14 @@ from jobs import ROOT, write_config, write_shards
 from vqscale import config as configuration
 from vqscale.config.schema import classes_of, fields_of
 from vqscale.disk import lock
-from vqscale.programs import launchers, study_runner
+from vqscale.programs import launchers, study_report, study_runner
 from vqscale.programs import study as studies
 from vqscale.programs.commands import study as command
 from vqscale.programs.launchers import Launcher, State
 from vqscale.programs.launchers.local import Local
 from vqscale.programs.study import StudyConfig
 from vqscale.show import page, study_page
+from vqscale.show.study_page import Results
 from vqscale.train.config import Run
 
 
@@ -167,6 +168,8 @@ def test_results_of_another_base_config_are_not_mixed(base):
         (["STUDY", "--dryrun"], "launcher_options are --dryrun, and launcher local takes none"),
         (["STUDY", "launcher=slrm"], "launcher is slrm, and the launchers are local, slurm: did you mean slurm?"),
         (["STUDY", "--stop"], "stopped where it runs"),
+        (["STUDY", "--out", "there"], "--out=there: --report --out FOLDER, once, says where"),
+        (["STUDY", "--report", "--out"], "--out=: --report --out FOLDER"),
     ],
 )
 def test_a_command_that_says_nothing_starts_nothing(base, tmp_path, capsys, words, said):
@@ -248,7 +251,10 @@ def test_a_study_of_a_prior_from_nothing_to_its_page(prior):
         assert float(line["training loss"]) == next(row["loss"] for row in rows[::-1] if "loss" in row)
         assert {"perplexity", "accuracy", "unigram", "tokens_per_s", "verdict"} <= {k for k, v in line.items() if v}
     text = (place / "index.html").read_text()
+    samples = {"recognised"}  # of what was drawn from a run, which these have not
     for key, figure in study_page.TASKS["prior"].figures.items():
+        if key in samples:
+            continue
         assert (place / "figures" / f"{key}.png").stat().st_size > 1000
         assert html.escape(figure.caption) in text
     assert "psnr" not in text
@@ -360,6 +366,44 @@ def test_another_launcher_is_a_class_and_a_line(prior, tmp_path, monkeypatch, ca
     assert "started 0" in capsys.readouterr().out
 
 
+def test_a_report_elsewhere_leaves_the_study_as_it_is(prior, tmp_path, capsys):
+    sizes = {"name": "width", "key": "optim.lr", "values": [0.001, 0.01, 0.1]}
+    place, out = tmp_path / "study", tmp_path / "kept"
+    path = _write(prior, dials=[sizes], folder=str(place), seeds=[0, 1])
+    assert command.main([str(path), "--prepare"]) == 0
+    _, trials = _expand(path)
+    for number, trial in enumerate(trials[:5]):
+        trial.folder.mkdir()
+        loss, commit = float(trial.labels["width"]) ** 0.5, f"c{number % 2}"
+        (trial.folder / "summary.json").write_text(json.dumps({"loss": loss, "commit": commit}))
+        rows = [{"step": step, "loss": 1.0, "time/step_s": step / 8} for step in (1, 4, 5, 6, 7)]
+        (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trials[0].file.write_text(trials[0].file.read_text() + "# as older code wrote it\n")
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert command.main([str(path), "--report", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
+    assert "Of 6 runs are: 5 done, 1 waiting." in said
+    assert "loss ~ width^b" in said
+    assert {file.name for file in out.iterdir()} == {"results.csv", "laws.csv", "study.json", "figures", "index.html"}
+    lines = _results(out)
+    assert [line["process_s"] for line in lines.values()] == ["0.75"] * 5 + [""]
+    with (out / "laws.csv").open() as file:
+        law = next(line for line in csv.DictReader(file) if line["law"] == "loss ~ width^b")
+    assert float(law["b"]) == pytest.approx(0.5)
+    assert law["note"] == "without 0.1-seed1 (waiting)"
+    card = json.loads((out / "study.json").read_text())
+    assert card["command"] == f"vqscale study {path}"
+    assert card["commits of the runs"] == {"c0": 3, "c1": 2}
+    assert card["runs"] == {"done": 5, "waiting": 1}
+    assert "torch" in card["versions"]
+    assert card["machine of this report"]["cores"] >= 1
+    # going on leaves a config as it is that an older version wrote
+    assert command.main([str(path), "--prepare"]) == 0
+    assert trials[0].file.read_bytes() == before[trials[0].file]
+
+
 def test_two_do_not_start_the_same_runs(base, tmp_path, capsys):
     path = _write(base, dials=[K], folder=str(tmp_path / "study"))
     with lock.hold(tmp_path / "study" / ".lock") as held:
@@ -373,11 +417,11 @@ def test_a_run_that_is_not_done_says_how_far_it_is(base, tmp_path):
     _, trials = _expand(_write(base, dials=[K], folder=str(tmp_path / "study")))
     trials[0].folder.mkdir(parents=True)
     (trials[0].folder / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "los')
-    found = [study_runner.result_line(trial) for trial in trials]
+    found = [study_report.result_line(trial) for trial in trials]
     assert [(line["status"], line.get("steps")) for line in found] == [("begun", 3), ("waiting", None)]
-    failed = study_runner.result_line(trials[0], State("failed", "out of memory"))
+    failed = study_report.result_line(trials[0], State("failed", "out of memory"))
     assert (failed["status"], failed["steps"], failed["error"]) == ("failed", 3, "out of memory")
-    assert "error" not in study_runner.result_line(trials[0], State("running", "process 7"))
+    assert "error" not in study_report.result_line(trials[0], State("running", "process 7"))
 
 
 def test_what_was_said_of_samples_of_a_run_is_among_its_numbers(prior, tmp_path):
@@ -386,7 +430,7 @@ def test_what_was_said_of_samples_of_a_run_is_among_its_numbers(prior, tmp_path)
     (trials[0].folder / "summary.json").write_text('{"loss": 1.5, "images": 1024}')
     said = {"recognised": 0.5, "recognised_real": 0.75, "images": 80}
     (trials[0].folder / "judged" / "result.json").write_text(json.dumps({"numbers": said}))
-    line = study_runner.result_line(trials[0])
+    line = study_report.result_line(trials[0])
     assert (line["loss"], line["recognised"], line["images"]) == (1.5, 0.5, 1024)
     assert "75.0%" in study_page.text(study_page.TASKS["prior"], [line])
 
@@ -416,6 +460,7 @@ LINES = [
 def test_curves_take_the_dial_of_numbers_and_keep_the_seeds_apart():
     assert page.numeric_dial(LINES, ["quantizer", "K"]) == "K"
     assert page.numeric_dial(LINES, ["quantizer"]) is None
+    assert page.curve(LINES[0], "K", ["K"]) == "all"
     curves = page.series(LINES, "psnr", "K", ["quantizer", "K"])
     assert curves == {"vq": {16.0: [17, 18], 32.0: [33, 34]}, "ema": {16.0: [16, 17], 32.0: [32, 33]}}
 
@@ -432,9 +477,9 @@ def test_a_number_is_drawn_over_choices_and_over_numbers(dials):
 def test_nothing_that_a_study_is_called_becomes_part_of_its_page(tmp_path):
     bad = "<script>alert(1)</script>"
     lines = [{"run": bad, bad: bad, "status": "failed", "error": bad, "verdict": bad}]
-    (tmp_path / "a<b").mkdir()
-    path = study_page.write(tmp_path / "a<b", study_page.TASKS["prior"], lines, [bad], {}, [f"study.py {bad}"])
+    results = Results("a<b", study_page.TASKS["prior"], lines, [bad], {}, [f"study.py {bad}"])
+    path = study_page.write(tmp_path, results)
     text = path.read_text()
     assert "<script" not in text
     assert "<h1>Study a&lt;b</h1>" in text
-    assert text.count(html.escape(bad)) == 5  # run and verdict in the table, run and error below it, the command
+    assert text.count(html.escape(bad)) == 6  # above and in the table, the verdict, run and error below, the command

@@ -55,8 +55,8 @@ def check(name: str, words: list[str]) -> None:
     if name == "train":
         _check_train(module, words)
     elif name == "study":
-        _, path, changes = module._arguments(words)
-        configuration.load(StudyConfig, path, changes)
+        asked = module.arguments(words)
+        configuration.load(StudyConfig, asked.path, asked.changes)
     elif name == "plan":
         args = module.arguments(words)
         if not args.check:

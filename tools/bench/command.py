@@ -6,15 +6,13 @@ Nothing is measured here, see measure.py.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from vqscale.programs.commands import words
 from vqscale.run.folder import commit
+from vqscale.run.machine import cores, facts
 
 if TYPE_CHECKING:
     from .measure import Cost
@@ -88,10 +86,6 @@ def threads(args: argparse.Namespace) -> int:
     return args.threads or max(1, cores() // args.processes)
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def everywhere(measure: Callable[[Any], Any], setting: Any) -> list[Any]:
     """What `measure(setting)` returns on each of the setting's processes, which all begin at once."""
     if setting.device == "cuda":
@@ -126,13 +120,5 @@ def place(report: dict[str, Any]) -> str:
 def machine(device: str, threads: int) -> dict[str, Any]:
     import torch
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    out = {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": cores(),
-        "threads": threads,
-        "torch": torch.__version__,
-    }
+    out = {**facts(), "threads": threads, "torch": torch.__version__}
     return {**out, "gpu": torch.cuda.get_device_name()} if device == "cuda" else out

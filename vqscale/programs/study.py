@@ -2,11 +2,12 @@
 
     FOLDER/study.yaml     what was asked for            FOLDER/configs/NAME.yaml   each run, readable in one file
     FOLDER/runs/NAME/     the run folders               FOLDER/logs/NAME.txt       what they printed
-    FOLDER/results.csv    a line per run                FOLDER/index.html          the page
+    FOLDER/results.csv    a line per run                FOLDER/laws.csv            a line per law that was fitted
+    FOLDER/study.json     what made the numbers         FOLDER/index.html          the page, with figures/
 
 The base run may be of any task. A study continues where it was left: runs that are done are not started again, the
 others resume from their checkpoints. The expansion is here; study_runner.py brings the runs to their end, launchers/
-knows where they run, vqscale/show/study_page.py what is shown of a task's runs.
+knows where they run, study_report.py writes what there is, vqscale/show/study_page.py has what is shown of a task.
 """
 
 from __future__ import annotations
@@ -229,20 +230,26 @@ def _name(labels: dict[str, str]) -> str:
 
 
 def prepare(study: StudyConfig, trials: Sequence[Trial]) -> None:
-    """Write study.yaml and the configs; ValueError, and nothing written, when the folder holds another study's runs."""
+    """Write study.yaml and the configs that are not there; ValueError, and nothing written, as of `check`."""
     place = Path(study.folder)
-    for trial in trials:
-        if trial.file.exists():
-            _check_same(place, trial)
+    check(study, trials)
     for folder in ("configs", "logs", "runs"):
         (place / folder).mkdir(parents=True, exist_ok=True)
     files.write(place / "study.yaml", configuration.dump(study))
     for trial in trials:
-        files.write(trial.file, configuration.dump(trial.config))
+        if not trial.file.exists():  # what waits reads the file that its own code wrote
+            files.write(trial.file, configuration.dump(trial.config))
+
+
+def check(study: StudyConfig, trials: Sequence[Trial]) -> None:
+    """ValueError when the folder holds another study's runs."""
+    for trial in trials:
+        if trial.file.exists():
+            _check_same(Path(study.folder), trial)
 
 
 def _check_same(place: Path, trial: Trial) -> None:
-    old: Run = configuration.load(Run, trial.file)
+    old: Run = configuration.load(Run, trial.file, written=True)
     changed = configuration.differences(configuration.to_dict(old), configuration.to_dict(trial.config))
     if changed:
         raise ValueError(
@@ -252,9 +259,14 @@ def _check_same(place: Path, trial: Trial) -> None:
         )
 
 
-def last_row(folder: Path) -> dict[str, Any]:
-    """The last row of training numbers in a run's metrics.jsonl; {} before there is one."""
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of training numbers in a run's metrics.jsonl; a line that is not written to its end is none."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = (json.loads(line) for line in reversed(lines) if line.endswith("}"))
-    return next((row for row in rows if "loss" in row), {})
+    rows = (json.loads(line) for line in lines if line.endswith("}"))
+    return [row for row in rows if "loss" in row]
+
+
+def last_row(folder: Path) -> dict[str, Any]:
+    """The last row of training numbers in a run's metrics.jsonl; {} before there is one."""
+    return next(reversed(logged_rows(folder)), {})

@@ -1,7 +1,8 @@
 """Figures and one self-contained HTML page from lines of results: everything that a reader needs is in the file.
 
 A line is a dictionary: labels of dials, status, and numbers. With a dial of numbers (K, say) figures are curves over
-it, one per combination of the other dials, with the spread of the seeds as a band; without one they are bars.
+it, one per combination of the other dials, with a band from the least to the greatest of the seeds; without one they
+are bars. A figure over another number than the dial has the same curves, each point at the mean of its seeds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from vqscale.show import canvas
 
 Line = Mapping[str, Any]
+Law = Callable[[Sequence[float]], Sequence[float]]  # what a law says of these places
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Figure:
     """over a dial of numbers, the number goes by powers of two"""
     from_zero: bool = True
     """bars begin at zero; otherwise a little below the least value, where bars from zero would hide what differs"""
+    over: str = ""
+    """the number that it is drawn over; empty: the dial of numbers"""
+    beside: str = ""
+    """a number that is drawn beside it as a dashed line, as the ceiling of it"""
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -41,57 +48,98 @@ def numeric_dial(lines: Sequence[Line], dials: Sequence[str]) -> str | None:
     """The first dial with at least two positions, all of them numbers; None if there is none."""
     for dial in dials:
         labels = {str(line[dial]) for line in lines}
-        if len(labels) > 1 and all(_number(label) is not None for label in labels):
+        if len(labels) > 1 and all(number(label) is not None for label in labels):
             return dial
     return None
+
+
+def curve(line: Line, x: str | None, dials: Sequence[str]) -> str:
+    """The name of the curve that a run belongs to: its positions of the dials but x; "all" where x is the only one."""
+    return ", ".join(str(line[dial]) for dial in dials if dial != x) or "all"
 
 
 def series(lines: Sequence[Line], key: str, x: str, dials: Sequence[str]) -> dict[str, dict[float, list[float]]]:
     """{name of a curve: {position of dial x: values of the seeds}} of runs that have `key`."""
     found: dict[str, dict[float, list[float]]] = {}
     for line in lines:
-        value, place = _number(line.get(key)), _number(line[x])
-        if value is None or place is None:
-            continue
-        name = ", ".join(str(line[dial]) for dial in dials if dial != x) or key
-        found.setdefault(name, {}).setdefault(place, []).append(value)
+        value, place = number(line.get(key)), number(line[x])
+        if value is not None and place is not None:
+            found.setdefault(curve(line, x, dials), {}).setdefault(place, []).append(value)
     return found
 
 
-def chart(figure: Figure, lines: Sequence[Line], key: str, dials: Sequence[str]) -> bytes | None:
-    """One number of all runs as a PNG; None when no run has it."""
-    done = [line for line in lines if _number(line.get(key)) is not None]
+def chart(
+    figure: Figure, lines: Sequence[Line], key: str, dials: Sequence[str], laws: Mapping[str, Law] | None = None
+) -> bytes | None:
+    """One number of all runs as a PNG, with the laws of its curves dotted; None when no run has it."""
+    done = [line for line in lines if all(number(line.get(name)) is not None for name in (key, figure.over or key))]
     if not done:
         return None
     drawn, (axes,) = canvas.figure(6.4, 4)
     x = numeric_dial(lines, dials)
-    if x is not None:
-        _curves(axes, series(done, key, x, dials), figure)
-        axes.set_xlabel(x)
+    if x is not None or figure.over:
+        _curves(axes, _points(done, key, x, figure.over, dials), figure, laws or {})
+        axes.set_xlabel(figure.over or x)
     else:
         _bars(axes, done, key, dials, figure)
-    axes.set_title(figure.caption, fontsize=10)
+    if x is not None and figure.beside and not figure.over:
+        _beside(axes, lines, figure.beside, x)
+    axes.set_title(textwrap.fill(figure.caption, 70), fontsize=10)
     axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
     return canvas.png(drawn)
 
 
-def _curves(axes: Any, curves: Mapping[str, Mapping[float, Sequence[float]]], figure: Figure) -> None:
-    if _by_powers([place for points in curves.values() for place in points]):
+def _points(
+    lines: Sequence[Line], key: str, x: str | None, over: str, dials: Sequence[str]
+) -> dict[str, list[tuple[float, list[float]]]]:
+    """{name of a curve: (place, values of the seeds) of each position of x, in order of place}."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for line in lines:
+        position = "" if x is None else str(line[x])
+        place = float(line[over] if over else position)
+        curves.setdefault(curve(line, x, dials), {}).setdefault(position, []).append((place, float(line[key])))
+    return {
+        name: sorted((_mean([place for place, _ in seeds]), [value for _, value in seeds]) for seeds in found.values())
+        for name, found in curves.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _curves(
+    axes: Any, curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], figure: Figure, laws: Mapping[str, Law]
+) -> None:
+    if not figure.over and by_powers([place for points in curves.values() for place, _ in points]):
         axes.set_xscale("log", base=2)
     if figure.log:
         axes.set_yscale("log", base=2)
     for name, points in curves.items():
-        places = sorted(points)
-        means = [sum(points[place]) / len(points[place]) for place in places]
-        (drawn,) = axes.plot(places, means, marker="o", markersize=4, label=name)
-        low, high = [min(points[place]) for place in places], [max(points[place]) for place in places]
-        axes.fill_between(places, low, high, alpha=0.2, color=drawn.get_color())
-    axes.legend(fontsize=8)
+        places = [place for place, _ in points]
+        (drawn,) = axes.plot(places, [_mean(y) for _, y in points], marker="o", markersize=4, label=name)
+        axes.fill_between(
+            places, [min(y) for _, y in points], [max(y) for _, y in points], alpha=0.2, color=drawn.get_color()
+        )
+        if name in laws:
+            axes.plot(places, laws[name](places), linestyle=":", color=drawn.get_color())
 
 
-def _by_powers(places: Sequence[float]) -> bool:
+def _beside(axes: Any, lines: Sequence[Line], key: str, x: str) -> None:
+    """The number `key` of all curves together, dashed."""
+    places: dict[float, list[float]] = {}
+    for points in series(lines, key, x, [x]).values():
+        for place, values in points.items():
+            places.setdefault(place, []).extend(values)
+    if places:
+        axes.plot(sorted(places), [_mean(places[place]) for place in sorted(places)], "--", color="#666", label=key)
+
+
+def by_powers(places: Sequence[float]) -> bool:
     """Whether positions of a dial spread so wide that they go by powers of two."""
-    return min(places) > 0 and max(places) >= 8 * min(places)
+    return bool(places) and min(places) > 0 and max(places) >= 8 * min(places)
 
 
 def _bars(axes: Any, lines: Sequence[Line], key: str, dials: Sequence[str], figure: Figure) -> None:
@@ -119,8 +167,8 @@ def table(lines: Sequence[Line], columns: Mapping[str, str]) -> str:
 
 
 def cell(value: Any, form: str) -> str:
-    number = _number(value)
-    return form.format(number) if number is not None and form != "{}" else "" if value is None else str(value)
+    found = number(value)
+    return form.format(found) if found is not None and form != "{}" else "" if value is None else str(value)
 
 
 def picture(path: Path, caption: str) -> str:
@@ -153,7 +201,7 @@ def page(title: str, parts: Iterable[tuple[str, str]]) -> str:
     return f"<!doctype html><html><head>{head}</head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError):

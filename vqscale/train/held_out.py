@@ -6,6 +6,7 @@ the full one of a trained tokenizer (programs/score.py). What is measured of a s
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,15 +45,17 @@ class Pass:
         self.sums.add(samples[valid], predicted[valid])
 
     def numbers(self) -> dict[str, float]:
-        """The signal's metrics, usage, ceiling, perplexity, dead; the same on every rank. Collective.
+        """The signal's metrics, usage, ceiling, perplexity, dead, id_bits; the same on every rank. Collective.
 
         usage is the share of codes that any of these samples uses, ceiling what it would be if as many tokens fell on
-        all codes alike; with several ids per token, usage, perplexity and dead are means over their columns.
+        all codes alike; with several ids per token, usage, perplexity and dead are means over their columns. id_bits is
+        the entropy of the ids of a token in bits, a sum over their columns, each taken for itself.
         """
         used = [hits.usage() for hits in self.columns]
         means = {name: sum(float(column[name]) for column in used) / len(used) for name in used[0]}
         tokens = int(ops.sum_over(self._tokens, self.mesh.world))
         means["ceiling"] = tally.ceiling(tokens, self.columns[0].num_codes)
+        means["id_bits"] = sum(math.log2(float(column["perplexity"])) for column in used)
         return self.sums.numbers() | means
 
     def per_code(self) -> Tensor:

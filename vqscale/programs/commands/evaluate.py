@@ -139,6 +139,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
         "psnr, ssim": "means over images, of 8-bit values; SSIM with a Gaussian window of 11 x 11, sigma 1.5",
         "usage": f"share of the {found.num_codes} codes that these images hit at least once",
         "ceiling": "usage of as many tokens if every code were as likely, 1 - exp(-tokens / codes)",
+        "id_bits": "entropy of the ids of a token in bits, each id for itself",
         "lpips": {"values": "clamped, not rounded", "vgg": report.file(args.vgg), "heads": report.file(args.heads)}
         if args.vgg
         else None,

@@ -3,7 +3,8 @@
     vqscale study STUDY.yaml [key=value ...]     e.g. jobs=1 folder=runs/other seeds=[0,1]
     --dry-run    print the plan with parameters and memory of each run, and start nothing
     --prepare    write the config of each run, print their paths, and start nothing
-    --report     write table and page from what there is, and start nothing
+    --report     write table, laws, figures and page from what there is, and start nothing; with --out FOLDER there and
+                 not in the study's folder, with study.json, which tells command, commits and machine: to be kept
     --local      on this machine, `jobs` runs side by side (launcher=local, the default)
     --slurm      as an array of jobs of SLURM (launcher=slurm), from a checkout; other options of the form --name=value
                  are for sbatch: --slurm --gpus-per-node=1 --time=02:00:00
@@ -19,8 +20,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vqscale import config as configuration
 from vqscale.config.text import inline
@@ -30,12 +31,15 @@ from vqscale.programs import study as studies
 from vqscale.programs.commands import words
 from vqscale.programs.launchers import Launcher
 from vqscale.programs.study import StudyConfig, Trial
-from vqscale.programs.study_runner import Runner, report
+from vqscale.programs.study_report import report
+from vqscale.programs.study_runner import Runner
 from vqscale.run import folder as run_folder
 from vqscale.run import processes
 from vqscale.show import study_page
+from vqscale.show.study_page import Results
 
 ACTIONS = ("--dry-run", "--prepare", "--report", "--stop")
+OUT = "--out="
 
 
 def main(argv: list[str]) -> int:
@@ -47,20 +51,24 @@ def _study(argv: list[str]) -> int:
     if not argv or "--help" in argv or "-h" in argv:
         print(f"{__doc__}\nKeys:\n{configuration.describe(StudyConfig)}")
         return 0 if argv else 2
-    action, path, overrides = _arguments(argv)
-    study = configuration.load(StudyConfig, path, overrides)
-    trials = studies.expand(study, path)
+    argv = _joined(argv)
+    asked = arguments(argv)
+    action = asked.action
+    study = configuration.load(StudyConfig, asked.path, asked.changes)
+    trials = studies.expand(study, asked.path)
     if action == "--dry-run":
         return _print_plan(study, trials)
     if action == "--stop":
         return _stop(launchers.build(study, trials))
     launcher = launchers.build(study, trials) if action is None else None
+    command = words.command("study", [word for word in argv if word != "--report" and not word.startswith(OUT)])
+    if action == "--report":
+        studies.check(study, trials)
+        results = report(study, trials, launchers.states(study, trials), command, asked.out)
+        return _print_results(results, asked.out or Path(study.folder))
     studies.prepare(study, trials)
-    if action == "--prepare":
+    if launcher is None:  # --prepare
         return _say([str(trial.file) for trial in trials])
-    command = words.command("study", argv)
-    if launcher is None:
-        return _print_table(study, trials, report(study, trials, launchers.states(study, trials), command))
     runner = Runner(study, trials, launcher, command)
     with lock.hold(Path(study.folder) / ".lock", wait=False) as alone:
         if not alone:
@@ -68,7 +76,7 @@ def _study(argv: list[str]) -> int:
                 f"another process starts runs in {study.folder}: wait for it, or change the study's folder"
             )
         _listen(runner)
-        _print_table(study, trials, runner.run())
+        _print_results(runner.run(), Path(study.folder))
     return _end(runner, words.command("study", [*(word for word in argv if not word.startswith("-")), "--report"]))
 
 
@@ -79,13 +87,40 @@ def _listen(runner: Runner) -> None:
             signal.signal(number, runner.stop)
 
 
-def _arguments(argv: list[str]) -> tuple[str | None, Path, list[str]]:
-    """(what to do in place of running, the study's file, overrides); ValueError for what is none of these."""
-    options = [word for word in argv if word.startswith("-")]
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for."""
+
+    action: str | None
+    """what to do in place of running"""
+    path: Path
+    """the study's file"""
+    changes: list[str]
+    """key=value for it"""
+    out: Path | None
+    """where --report writes; None: the study's folder"""
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--out FOLDER` as the one word --out=FOLDER."""
+    found = list(argv)
+    if "--out" in found:
+        place = found.index("--out")
+        found[place : place + 2] = ["".join([OUT, *found[place + 1 : place + 2]])]
+    return found
+
+
+def arguments(argv: Sequence[str]) -> Asked:
+    """ValueError for words that are none of these."""
+    argv = _joined(argv)
+    given = [word for word in argv if word.startswith(OUT)]
+    options = [word for word in argv if word.startswith("-") and word not in given]
     chosen = [option for option in options if option in ACTIONS]
     named = [name for name in launchers.LAUNCHERS if f"--{name}" in options]
     if len(chosen) > 1 or len(named) > 1:
         raise ValueError(f"{' and '.join([*chosen, *(f'--{name}' for name in named)])} exclude each other: give one")
+    if given and (chosen != ["--report"] or len(given) > 1 or given == [OUT]):
+        raise ValueError(f"{' '.join(given)}: --report --out FOLDER, once, says where a report is written; change it")
     others = [option for option in options if option not in ACTIONS and option[2:] not in launchers.LAUNCHERS]
     if others and chosen:
         raise ValueError(f"{' '.join(others)} is for a launcher, and {chosen[0]} starts nothing: leave one out")
@@ -94,7 +129,7 @@ def _arguments(argv: list[str]) -> tuple[str | None, Path, list[str]]:
         raise ValueError("no STUDY.yaml is given, and there is no default: give one, as configs/study/quantizers.yaml")
     changes += [f"launcher={name}" for name in named]
     changes += [f"launcher_options={inline(others)}"] if others else []
-    return next(iter(chosen), None), path, changes
+    return Asked(next(iter(chosen), None), path, changes, Path(given[0].removeprefix(OUT)) if given else None)
 
 
 def _end(runner: Runner, to_report: str) -> int:
@@ -131,8 +166,12 @@ def _print_plan(study: StudyConfig, trials: Sequence[Trial]) -> int:
     return 0
 
 
-def _print_table(study: StudyConfig, trials: Sequence[Trial], lines: Sequence[dict[str, Any]]) -> int:
-    place = Path(study.folder)
-    print(study_page.text(study_page.TASKS[trials[0].config.task], lines))
+def _print_results(results: Results, place: Path) -> int:
+    print(study_page.text(results.task, results.lines))
+    fitted = [each.line for each in results.fitted if each.fit is not None]
+    if fitted:
+        print(f"\n{study_page.aligned(fitted, study_page.LAWS)}\n")
+    for text in [study_page.how_many(results.lines), *results.task.cautions(results.lines)]:
+        print(text)
     print(f"page: {place / 'index.html'}, table: {place / 'results.csv'}")
     return 0

@@ -1,0 +1,117 @@
+"""What is written of a study, from what there is: results.csv, laws.csv, study.json, figures, page.
+
+results.csv    a line per run: labels of dials, status, numbers
+laws.csv       a line per law and curve (vqscale/show/laws.py); none without a dial of numbers
+study.json     the command, the commits, the machine, the versions: what made the numbers
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vqscale import config as configuration
+from vqscale.disk import files
+from vqscale.programs.launchers.base import State
+from vqscale.programs.study import StudyConfig, Trial, last_row, logged_rows
+from vqscale.run import folder as run_folder
+from vqscale.run import machine
+from vqscale.show import laws, study_page
+from vqscale.show.study_page import Results
+
+Line = dict[str, Any]
+
+
+def report(
+    study: StudyConfig, trials: Sequence[Trial], states: Mapping[str, State], command: str, place: Path | None = None
+) -> Results:
+    """Write all there is into `place`, the study's folder if None; `command` is what runs the study."""
+    place = Path(study.folder) if place is None else place
+    place.mkdir(parents=True, exist_ok=True)
+    lines = [result_line(trial, states.get(trial.name)) for trial in trials]
+    card = _card(study, trials, lines, command)
+    results = Results(
+        title=Path(study.folder).name,
+        task=study_page.TASKS[trials[0].config.task],
+        lines=lines,
+        dials=[dial.name for dial in study.dials],
+        folders={trial.name: trial.folder for trial in trials},
+        how=[_told(card), configuration.dump(study)],
+    )
+    files.write(place / "results.csv", _table(lines, list(dict.fromkeys(key for line in lines for key in line))))
+    if results.fitted:
+        files.write(place / "laws.csv", _table([each.line for each in results.fitted], list(laws.COLUMNS)))
+    files.write_json(place / "study.json", card)
+    study_page.write(place, results)
+    return results
+
+
+def result_line(trial: Trial, state: State | None = None) -> Line:
+    """A line of results.csv: labels, status, steps, and the numbers of a run that is done.
+
+    The status of a run that is not is its launcher's; nobody's is waiting, or begun where it has steps. What `vqscale
+    evaluate samples` wrote to RUN/judged of the run's samples is among the numbers.
+    """
+    line: Line = {"run": trial.name, **trial.labels, "status": "waiting"}
+    summary, row = run_folder.read_json(trial.folder / "summary.json"), last_row(trial.folder)
+    if summary:
+        judged = run_folder.read_json(trial.folder / "judged" / "result.json").get("numbers", {})
+        summary = {key: value for key, value in judged.items() if key != "images"} | summary | _of_the_run(trial)
+        line |= {"status": "done"} | study_page.result(study_page.TASKS[trial.config.task], summary, row)
+    elif state is not None:
+        line |= {"status": state.status, "steps": row.get("step", 0)}
+        line |= {"error": state.detail} if state.status == "failed" else {}
+    elif row:
+        line |= {"status": "begun", "steps": row["step"]}
+    return line | trial.labels  # a dial may be called like a number
+
+
+def _of_the_run(trial: Trial) -> Line:
+    """What the config and the log say and the summary does not: how many ids a token of a tokenizer has, where that is
+    one, and process_s, the seconds of a step times the processes, a median over the logged steps of the second half
+    (warm-ups are over there)."""
+    tokenizer = getattr(trial.config, "tokenizer", None)
+    said: Line = {"ids_per_token": 1} if getattr(getattr(tokenizer, "quantizer", None), "composes", False) else {}
+    seconds = [
+        row["time/step_s"]
+        for row in logged_rows(trial.folder)
+        if "time/step_s" in row and 2 * row["step"] > trial.config.run.steps
+    ]
+    return said | ({"process_s": trial.processes * statistics.median(seconds)} if seconds else {})
+
+
+def _card(study: StudyConfig, trials: Sequence[Trial], lines: Sequence[Line], command: str) -> Line:
+    done = [trial for trial in trials if trial.done]
+    versions = run_folder.read_json(done[0].folder / "code" / "versions.json") if done else {}
+    return {
+        "command": command,
+        "commits of the runs": dict(Counter(line["commit"] for line in lines if "commit" in line)),
+        "commit of this report": run_folder.commit(),
+        "machine of this report": machine.facts(),
+        "versions": versions or run_folder.versions(),
+        "runs": dict(Counter(line["status"] for line in lines)),
+        "study": configuration.to_dict(study),
+    }
+
+
+def _told(card: Mapping[str, Any]) -> str:
+    """The card but for the study's config, a fact a line."""
+    told = {key: value for key, value in card.items() if key != "study"}
+    return "\n".join(
+        f"{key}: {', '.join(f'{name} {fact}' for name, fact in value.items()) if isinstance(value, dict) else value}"
+        for key, value in told.items()
+    )
+
+
+def _table(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """CSV of these columns; what a line has not is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
