@@ -31,6 +31,7 @@ from vqscale.train.config import Run
 
 CODES, GRID, IDS = 5, (2, 3), 2
 STILL = {"dropout_token": 0.0, "dropout_residual": 0.0, "dropout_ffn": 0.0}
+STILL_HEAD = "{name: factorised, within: {num_layers: 1, ffn_multiple: 8, dropout: 0.0}}"
 NET = {"width": 16, "num_layers": 1, "num_heads": 2, "ffn_multiple": 8, **STILL}
 HEAD = {"name": "factorised", "within": {"num_layers": 1, "ffn_multiple": 8, "dropout": 0.0}}
 SETTINGS = {"num_codes": CODES, "num_ids": IDS, "grid": list(GRID), "num_classes": 3, "net": NET, "head": HEAD}
@@ -175,8 +176,7 @@ def test_samples_are_decoded_by_a_tokenizer_of_as_many_ids(tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_is_the_same_on_two_processes_and_goes_on_on_another_number(caches, tmp_path):
-    still = "prior.head={name: factorised, factors: [37], within: {num_layers: 1, ffn_multiple: 8, dropout: 0.0}}"
-    more = (still, "optim.schedule=constant", "run.eval_images=0")
+    more = (f"prior.head={STILL_HEAD}", "optim.schedule=constant", "run.eval_images=0")
     one, two = (jobs.finish(run_of(tmp_path / str(n), caches, *more), world=n) for n in (1, 2))
     jobs.same_numbers(one, two)
     config = run_of(tmp_path / "3", caches, *more)
@@ -185,3 +185,18 @@ def test_a_run_is_the_same_on_two_processes_and_goes_on_on_another_number(caches
     prior = Prior.load(one)
     assert prior.sample(torch.tensor([0, 1]), numbers_B=torch.arange(2)).shape == (2, *prior_runs.GRID, IDS)
     assert isinstance(configuration.load(Run, one / "run.yaml").prior, AutoregressiveConfig)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("head", [STILL_HEAD, "{name: bits, width: 16, num_layers: 1}"], ids=["factorised", "bits"])
+def test_the_networks_of_heads_are_cut_by_zero(tmp_path, head):
+    """Stage 3 finds the parameters of a head's own network where it is called."""
+    more = (f"prior.head={head}", "prior.num_codes=64", "run.steps=2", "run.eval_every=2", "run.checkpoint_every=2")
+    for name in ("train", "val"):
+        prior_runs.write_cache(tmp_path / "caches" / name, 16, 1, num_ids=IDS, num_codes=64)
+    runs = []
+    for name, options in (("plain", ()), ("zero", ("engine.name=deepspeed", "engine.zero_stage=3"))):
+        path = prior_runs.write_config(tmp_path / name, tmp_path / "caches", "prior.num_ids=2", *more)
+        runs.append(jobs.finish(path, *options, world=2))
+    jobs.same_numbers(*runs)

@@ -68,7 +68,7 @@ def expect(cache: Cache, tokenizer: str | None, config: PriorConfig) -> None:
         raise ValueError(
             f"a token has {there} ids in the cache in {cache.path}, and {here} in the prior (prior.num_ids): give the "
             f"prior prior.num_ids={there}"
-            + (" and a head of several ids, prior.head.name=factorised" if there > 1 else "")
+            + (" and a head of several ids, prior.head.name=factorised or bits" if there > 1 else "")
         )
     cache.expect(tokenizer, config.num_codes, config.grid, here)
 
