@@ -6,8 +6,8 @@ masked, rotary embeddings alone would hardly tell places apart. In training a ra
 law of mask_laws.py says. How ids are drawn is in masked_draw.py.
 
 What is said of held-out ids is the bound of any order: draw n uniformly from 1 .. T, mask n ids at random, take the
-mean nats of the masked ones. Its expectation is the mean over all orders of the chain rule, log-probabilities of the
-mixture of orders from above: comparable with the exact nats of other priors, and no less than this one's own.
+mean nats of the masked ones. Its expectation is the mean over all orders of the chain rule, an upper bound of the nats
+of the mixture of all orders: comparable with the exact nats of other priors, and never better than what it bounds.
 """
 
 from __future__ import annotations

@@ -87,10 +87,10 @@ def _of_ids(line: Line) -> str:
     loss, unigram = line.get("loss"), line.get("unigram")
     if loss is None or unigram is None:
         return ""
+    bound = "; the loss is an upper bound" if line.get("bound") else ""
     if loss < unigram:
-        bound = "; an upper bound" if line.get("bound") else ""
         return f"{unigram - loss:.3g} nats below how often ids occur{bound}"
-    return f"learnt nothing of the images: {loss:.4g} nats, and how often ids occur gives {unigram:.4g}"
+    return f"learnt nothing of the images: {loss:.4g} nats, and how often ids occur gives {unigram:.4g}{bound}"
 
 
 COST = Figure("cost: seconds per step, times processes (median of the logged steps of the second half)", log=True)
