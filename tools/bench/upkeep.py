@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ what keeps codes in use; forms take turns, and each is divided by the step of it
   revived    with revival in every step (revive_every: 1), and no code is dead
   many dead  the same, and every code is dead in every step: as many are revived as one step may
 
-The optimiser's step, which costs the same in all of them, is in none."""
+The optimiser's step, which costs the same in all of them, is in none. cpu is the processor time of all processes: on
+a machine that others use too, its ratio is the one to read."""
 
 FORMS = ("step", "counted", "revived", "many dead")
 
@@ -74,16 +76,33 @@ def main(argv: list[str]) -> int:
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """{"upkeep": {form: {"seconds", "ratio", "peak_bytes", "sent_bytes"}}} of all processes."""
+    """{"upkeep": {form: {"seconds", "ratio", "cpu", "cpu_ratio", "peak_bytes", "sent_bytes"}}} of all processes."""
     ranks = command.everywhere(measure, setting)
-    costs = {name: [rank[name] for rank in ranks] for name in FORMS}
-    rounds = {name: [max(every) for every in zip(*(c.seconds for c in costs[name]), strict=True)] for name in FORMS}
-    ratios = {name: median(a / b for a, b in zip(rounds[name], rounds["step"], strict=True)) for name in FORMS}
-    return {"upkeep": {name: command.joined(costs[name]) | {"ratio": ratios[name]} for name in FORMS}}
+    costs = {name: [rank[0][name] for rank in ranks] for name in FORMS}
+    slowest = {name: _over(max, [cost.seconds for cost in costs[name]]) for name in FORMS}
+    cpu = {name: _over(sum, [rank[1][name] for rank in ranks]) for name in FORMS}
+    return {
+        "upkeep": {
+            name: command.joined(costs[name])
+            | {"ratio": _ratio(slowest[name], slowest["step"])}
+            | {"cpu": median(cpu[name]), "cpu_ratio": _ratio(cpu[name], cpu["step"])}
+            for name in FORMS
+        }
+    }
 
 
-def measure(setting: Setting) -> dict[str, Cost]:
-    """{form: cost} of this process; the same call on every process."""
+def _over(join: Callable[[Iterable[float]], float], processes: Sequence[Sequence[float]]) -> list[float]:
+    """One number per repeat of those of all processes."""
+    return [join(repeat) for repeat in zip(*processes, strict=True)]
+
+
+def _ratio(times: Sequence[float], to: Sequence[float]) -> float:
+    """The median over the repeats, each beside its own."""
+    return median(a / b for a, b in zip(times, to, strict=True))
+
+
+def measure(setting: Setting) -> tuple[dict[str, Cost], dict[str, list[float]]]:
+    """({form: cost}, {form: processor seconds of each repeat}) of this process; the same call on every process."""
     import torch
 
     from vqscale.parallel.mesh import Mesh
@@ -94,10 +113,13 @@ def measure(setting: Setting) -> dict[str, Cost]:
     mesh = Mesh(codes=setting.processes, device=setting.device)
     forms = build(setting, mesh)
     costs = {name: alone(form, mesh) for name, form in forms.items()}
+    cpu: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(setting.repeats):
         for name, form in forms.items():
+            before = time.process_time()
             costs[name].seconds.append(seconds(form, mesh.device, mesh.codes))
-    return costs
+            cpu[name].append(time.process_time() - before)
+    return costs, cpu
 
 
 def build(setting: Setting, mesh: Mesh) -> dict[str, Form]:
@@ -158,10 +180,11 @@ def table(report: dict[str, Any]) -> str:
         f"{config['processes']} x {config['threads']} threads",
         command.place(report),
         "",
-        f"{'':12}{'seconds':>10}{'/ step':>9}{'sent KiB':>11}{'more than a step, bytes':>26}",
+        f"{'':12}{'seconds':>10}{'/ step':>9}{'cpu':>9}{'/ step':>9}{'sent KiB':>11}{'more than a step, bytes':>26}",
     ]
     bare = report["upkeep"]["step"]["sent_bytes"]
     for name, row in report["upkeep"].items():
         sent = row["sent_bytes"]
-        lines.append(f"{name:12}{row['seconds']:10.4f}{row['ratio']:9.3f}{sent / 2**10:11.1f}{sent - bare:26,}")
+        times = f"{row['seconds']:10.4f}{row['ratio']:9.3f}{row['cpu']:9.3f}{row['cpu_ratio']:9.3f}"
+        lines.append(f"{name:12}{times}{sent / 2**10:11.1f}{sent - bare:26,}")
     return "\n".join(lines)
