@@ -130,7 +130,7 @@ class Upkeep(nn.Module):
         revived = (
             f"revival gives them to tokens, at most {self._most(tokens):,} a time"
             if self.config.revive_every
-            else ("and without revival (revive_every: 0) that is what most of them stay")
+            else "and without revival (revive_every: 0) that is what most of them stay"
         )
         return [
             f"warning: {num_codes:,} codes (num_codes) are more than the {warmup:,} steps of the warm-up x {tokens:,} "

@@ -137,9 +137,9 @@ class TableQuantizer(Quantizer):
         if filled is None:
             return changed
         self._fits["fit"], mean_D, covariance_DD = fit_rows(self.codebook, filled)
-        rest = undrawn(self.codebook, filled)
+        rest, root_DD = undrawn(self.codebook, filled), roots(covariance_DD)[0]
         for rows_kD in self.codebook.rows[:rest].split(BLOCK):
-            rows_kD.copy_(mean_D + rows_kD.double() / self._first_scale @ roots(covariance_DD)[0])
+            rows_kD.copy_(mean_D + rows_kD.double() / self._first_scale @ root_DD)
         return torch.cat([changed, torch.arange(rest, device=changed.device)])
 
     @property
