@@ -36,6 +36,7 @@ CODES, GRID = 13, (4, 4)
 class Rule:
     """A prior of which every id is known: a function of the seed, the image's number, its class and the position."""
 
+    num_ids = 1
     num_codes, num_classes = CODES, 5
     config = AutoregressiveConfig()
     sample_config = Prior.sample_config

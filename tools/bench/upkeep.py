@@ -57,8 +57,12 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
     return command.problems(args, "tokens", "codes", "dim", "repeats")
 
 
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    return command.parse(_parser(), argv, problems)
+
+
 def main(argv: list[str]) -> int:
-    args = command.parse(_parser(), argv, problems)
+    args = arguments(argv)
     setting = Setting(
         tokens=args.tokens,
         codes=args.codes,
