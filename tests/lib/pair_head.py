@@ -58,17 +58,9 @@ class Pair(Vocabulary):
         both = parts[0].right_N & parts[1].right_N if right else None
         return Losses(*(one + other for one, other in zip(parts[0][:3], parts[1][:3], strict=True)), both)
 
-    @torch.no_grad()
-    def sample(self, h_ND, keys_N, *, temperature=1.0, top_k=0, top_p=1.0, unguided_ND=None, guidance=1.0):
-        rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return self.sample_scored(h_ND, keys_N, unguided_ND=unguided_ND, guidance=guidance, **rule).ids_N
-
-    @torch.no_grad()
-    def sample_scored(self, h_ND, keys_N, *, temperature=1.0, top_k=0, top_p=1.0, unguided_ND=None, guidance=1.0):
-        rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        rule |= {"unguided_ND": unguided_ND, "guidance": guidance}
-        high_N, log_high_N = self.high.sample_scored(h_ND, noise.keys(0, keys_N), **rule)
-        low_N, log_low_N = self.low.sample_scored(h_ND, noise.keys(1, keys_N), **rule)
+    def drawn(self, h_ND, keys_N, rule, unguided_ND, guidance, scored):
+        high_N, log_high_N = self.high.drawn(h_ND, noise.keys(0, keys_N), rule, unguided_ND, guidance, scored)
+        low_N, log_low_N = self.low.drawn(h_ND, noise.keys(1, keys_N), rule, unguided_ND, guidance, scored)
         return Scored(high_N * self.lows + low_N, log_high_N + log_low_N)
 
 

@@ -163,7 +163,7 @@ class CoarseToFine(Prior):
         away_ND, scale = (null_ND[0], settings.fine_guidance) if guided else (None, 1.0)
         rule = Rule(settings.fine_temperature, settings.fine_top_k, settings.fine_top_p)
         if self.config.support == "all":
-            ids_N = self.head.sample(h_ND, keys_N, unguided_ND=away_ND, guidance=scale, **vars(rule))
+            ids_N = self.head.drawn(h_ND, keys_N, rule, away_ND, scale, scored=False).ids_N
         else:
             coarse_N = coarse_Bhw.flatten()
             ids_N = within.sample(h_ND, self._flat, self.clusters, coarse_N, keys_N, rule, away_ND, scale)

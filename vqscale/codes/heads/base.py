@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from vqscale.codes.heads import draw
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
 
@@ -96,7 +97,7 @@ class Vocabulary(nn.Module, ABC):
         that an accuracy costs no second one. ValueError on all ranks for targets outside 0 .. K - 1.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def sample(
         self,
         h_ND: Tensor,
@@ -112,10 +113,13 @@ class Vocabulary(nn.Module, ABC):
 
         keys_N (noise.keys) decide the random numbers: the same key and h give the same ids on any number of ranks and
         in any batch, but where two candidates are within rounding. Guidance s, a number or one per position, leads away
-        from what h would be without condition, `unguided_ND`: logits u + s (c - u).
+        from what h would be without condition, `unguided_ND`: logits u + s (c - u). FloatingPointError on all ranks of
+        the code group where logits are not finite.
         """
+        rule = draw.Rule(temperature, top_k, top_p)
+        return self.drawn(h_ND, keys_N, rule, unguided_ND, guidance, scored=False).ids_N
 
-    @abstractmethod
+    @torch.no_grad()
     def sample_scored(
         self,
         h_ND: Tensor,
@@ -131,6 +135,20 @@ class Vocabulary(nn.Module, ABC):
         together), their log-probability in nats over all K codes: guided and at this temperature (at temperature 0 as
         at 1), before top-k and top-p leave any code out.
         """
+        rule = draw.Rule(temperature, top_k, top_p)
+        return self.drawn(h_ND, keys_N, rule, unguided_ND, guidance, scored=True)
+
+    @abstractmethod
+    def drawn(
+        self,
+        h_ND: Tensor,
+        keys_N: Tensor,
+        rule: draw.Rule,
+        unguided_ND: Tensor | None,
+        guidance: float | Tensor,
+        scored: bool,
+    ) -> Scored:
+        """What `sample` and `sample_scored` answer; log_p_N is read only where `scored`. No gradient."""
 
     def beside_tables(self, h_ND: Tensor) -> tuple[Tensor, int] | None:
         """(what the head's network makes of N tokens in the one pass of a training loss, how many such passes drawing

@@ -163,50 +163,23 @@ class Bits(Vocabulary):
         bits_NS = torch.full((len(h_ND), sum(self.reveal)), MASKED, device=h_ND.device)
         return self.net(bits_NS, h_ND), len(self.reveal)
 
-    @torch.no_grad()
-    def sample(
+    def drawn(
         self,
         h_ND: Tensor,
         keys_N: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        unguided_ND: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-    ) -> Tensor:
-        """Bit by bit of the order: guidance, temperature, top-k and top-p of the two values of each bit."""
-        rule = draw.Rule(temperature, top_k, top_p)
-        return self._draw(h_ND, keys_N, rule, unguided_ND, guidance).ids_N
-
-    @torch.no_grad()
-    def sample_scored(
-        self,
-        h_ND: Tensor,
-        keys_N: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        unguided_ND: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
+        rule: draw.Rule,
+        unguided_ND: Tensor | None,
+        guidance: float | Tensor,
+        scored: bool,
     ) -> Scored:
-        """`sample`, and the sum of the log p of the drawn bits along the order in which they were revealed."""
-        return self._draw(h_ND, keys_N, draw.Rule(temperature, top_k, top_p), unguided_ND, guidance)
-
-    def _draw(
-        self, h_ND: Tensor, keys_N: Tensor, rule: draw.Rule, unguided_ND: Tensor | None, guidance: float | Tensor
-    ) -> Scored:
+        """Bit by bit of the order: guidance, temperature, top-k and top-p of the two values of each bit. log p is the
+        sum over the drawn bits along the order in which they were revealed."""
         draw.check_guidance(guidance, unguided_ND)
-        scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
         bits_NS = torch.full((len(h_ND), sum(self.reveal)), MASKED, device=h_ND.device)
         log_p_N = h_ND.new_zeros(len(h_ND))
         for step, count in enumerate(self.reveal):
-            odds_NS = self._odds(bits_NS, h_ND)
-            if unguided_ND is not None:
-                null_NS = self._odds(bits_NS, unguided_ND)
-                odds_NS = odds_NS + (scale - 1.0) * (odds_NS - null_NS)
-            odds_NS = odds_NS * rule.scale
+            null_NS = None if unguided_ND is None else self._odds(bits_NS, unguided_ND)
+            odds_NS = draw.guided(self._odds(bits_NS, h_ND), null_NS, guidance) * rule.scale
             drawn_NS = _one(odds_NS, noise.keys(keys_N, step), rule)
             score_NS = F.logsigmoid(torch.where(drawn_NS, odds_NS, -odds_NS))
             now_NS = self._revealed(bits_NS == MASKED, score_NS, count, keys_N, step)

@@ -142,6 +142,14 @@ def logits_of(ids_B: Tensor, x_BD: Tensor, shard: Shard, scale: float) -> Tensor
     return ops.sum_over(logit_B, shard.axis) * scale
 
 
+def guided(x_ND: Tensor, unguided_ND: Tensor | None, guidance: float | Tensor) -> Tensor:
+    """u + s (x - u), of logits or of what they are linear in; s is a number or one per token, and 1 is x to the bit."""
+    if unguided_ND is None:
+        return x_ND
+    scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
+    return x_ND + (scale - 1.0) * (x_ND - unguided_ND.to(x_ND.dtype))
+
+
 def check_guidance(guidance: float | Tensor, unguided_ND: Tensor | None) -> None:
     """ValueError for guidance that has nothing to lead away from."""
     if unguided_ND is None and not (isinstance(guidance, float | int) and guidance == 1):

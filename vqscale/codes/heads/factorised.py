@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vqscale.codes import noise
 from vqscale.codes.codebook import SCAN_MIB
 from vqscale.codes.config import Products
+from vqscale.codes.heads import draw
 from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_ids
 from vqscale.codes.heads.config import FactorisedConfig, WithinConfig
 from vqscale.codes.heads.flat import Head
@@ -210,56 +211,26 @@ class Factorised(Vocabulary):
             return None
         return self.within(h_ND[:, None].expand(-1, len(self.heads), -1)), 1  # keys and values are kept in drawing
 
-    @torch.no_grad()
-    def sample(
+    def drawn(
         self,
         h_ND: Tensor,
         keys_N: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        unguided_ND: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-    ) -> Tensor:
-        """Digit by digit: guidance, then temperature, top-k, top-p, among the values of the digit. Collective."""
-        rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        return self.join(self._draw(h_ND, keys_N, unguided_ND, False, rule)[0])
-
-    @torch.no_grad()
-    def sample_scored(
-        self,
-        h_ND: Tensor,
-        keys_N: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        unguided_ND: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
+        rule: draw.Rule,
+        unguided_ND: Tensor | None,
+        guidance: float | Tensor,
+        scored: bool,
     ) -> Scored:
-        """`sample`, and the sum over the digits of the log p of each, given the drawn ones before it. Collective."""
-        rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        digits_NS, log_p_NS = self._draw(h_ND, keys_N, unguided_ND, True, rule)
-        return Scored(self.join(digits_NS), log_p_NS.sum(1))
-
-    def _draw(
-        self, h_ND: Tensor, keys_N: Tensor, unguided_ND: Tensor | None, scored: bool, rule: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """The digits drawn, and their log p where `scored` (else zeros); both token by digit."""
+        """Digit by digit: guidance, then temperature, top-k, top-p, among the values of the digit; log p is the sum
+        over the digits, each given the drawn ones before it. Collective."""
         paths = [h_ND] if unguided_ND is None else [h_ND, unguided_ND.to(h_ND.dtype)]
-        x_XD, drawn = torch.cat(paths), list[Scored]()
+        x_XD, digits = torch.cat(paths), list[Scored]()
         cache = None if self.within is None else self.within.cache(x_XD)
         for place, head in enumerate(self.heads):
-            if self.within is not None and drawn:
-                x_XD = self.heads[place - 1].embed(drawn[-1].ids_N).to(h_ND.dtype).repeat(len(paths), 1)
+            if self.within is not None and digits:
+                x_XD = self.heads[place - 1].embed(digits[-1].ids_N).to(h_ND.dtype).repeat(len(paths), 1)
             y_XD = x_XD if self.within is None else self.within(x_XD[:, None], cache)[:, 0]
             y_ND, *null_ND = y_XD.chunk(len(paths))
-            given = (y_ND, noise.keys(keys_N, place) if place else keys_N)
-            rule["unguided_ND"] = null_ND[0] if null_ND else None
-            if scored:
-                drawn.append(head.sample_scored(*given, **rule))
-            else:
-                drawn.append(Scored(head.sample(*given, **rule), torch.zeros_like(keys_N)))
-        digits_SN, log_p_SN = zip(*drawn, strict=True)
-        return torch.stack(digits_SN, 1), torch.stack(log_p_SN, 1)
+            chosen_N = noise.keys(keys_N, place) if place else keys_N
+            digits.append(head.drawn(y_ND, chosen_N, rule, null_ND[0] if null_ND else None, guidance, scored))
+        digits_SN, log_p_SN = zip(*digits, strict=True)
+        return Scored(self.join(torch.stack(digits_SN, 1)), torch.stack(log_p_SN, 1).sum(1))

@@ -215,48 +215,7 @@ class Head(Vocabulary):
         with clock.span("codes"), full_precision(h_ND):
             return Losses(*FlatLoss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        h_ND: Tensor,
-        keys_N: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        unguided_ND: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-    ) -> Tensor:
-        """ids_N drawn from softmax(h rows^T): guidance, then temperature, top-k, top-p. Collective, no gradient.
-
-        keys_N (noise.keys of a seed, the image's number, the position) decide the random numbers: the same key and h
-        give the same id on any number of ranks and in any batch, but where two candidates are within rounding.
-        Temperature 0 is the highest logit; top_k 0 and top_p 1 leave all codes. Equal logits are ordered by id.
-        Guidance s, a number or one per token, with the vectors `unguided_ND` of the null class: logits u + s (c - u);
-        logits are linear in h, so it costs no second head, and s = 1 is no guidance to the bit.
-        Products are float32 here. Memory is the blocks; with top-k or top-p one token's k logits at the least.
-        FloatingPointError on all ranks of the code group where logits are not finite.
-        """
-        return self._draw(h_ND, keys_N, draw.Rule(temperature, top_k, top_p), unguided_ND, guidance, False).ids_B
-
-    @torch.no_grad()
-    def sample_scored(
-        self,
-        h_ND: Tensor,
-        keys_N: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        unguided_ND: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-    ) -> Scored:
-        """`sample`, and log p of what was drawn: one pass over the rows finds the best perturbed logit and normalises.
-        Three more numbers per token are merged.
-        """
-        return Scored(*self._draw(h_ND, keys_N, draw.Rule(temperature, top_k, top_p), unguided_ND, guidance, True))
-
-    def _draw(
+    def drawn(
         self,
         h_ND: Tensor,
         keys_N: Tensor,
@@ -264,15 +223,18 @@ class Head(Vocabulary):
         unguided_ND: Tensor | None,
         guidance: float | Tensor,
         scored: bool,
-    ) -> draw.Drawn:
-        """What `draw.draw` says of this rank's tokens."""
+    ) -> Scored:
+        """One pass over the rows finds the best perturbed logit of softmax(h rows^T) and, where `scored`, normalises:
+        three more numbers per token are merged. Collective.
+
+        keys_N are those of a seed, the image's number, the position. Equal logits are ordered by id. Guidance is of h,
+        in which logits are linear, so it costs no second head. Products are float32 here. Memory is the blocks; with
+        top-k or top-p one token's k logits at the least.
+        """
         draw.check_guidance(guidance, unguided_ND)
         with clock.span("codes"), full_precision(h_ND):
-            x_ND = h_ND.to(self.rows.dtype)
-            if unguided_ND is not None:
-                scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
-                x_ND = x_ND + (scale - 1.0) * (x_ND - unguided_ND.to(self.rows.dtype))
+            x_ND = draw.guided(h_ND.to(self.rows.dtype), unguided_ND, guidance)
             x_BD, keys_B = ops.gather(x_ND, self.axis), ops.gather(keys_N, self.axis)
             shard = draw.Shard(self.rows, self.layout, self.axis, self.outputs.budget)
             drawn = draw.draw(x_BD, keys_B, shard, rule, scored)
-            return draw.Drawn(*(own(part_B, self.axis) for part_B in drawn))
+            return Scored(*(own(part_B, self.axis) for part_B in drawn))

@@ -25,7 +25,7 @@ from vqscale.codes import noise, scan
 from vqscale.codes.clusters import Clusters, Members
 from vqscale.codes.heads import restrict
 from vqscale.codes.heads.base import Losses
-from vqscale.codes.heads.draw import Rule, check_scores
+from vqscale.codes.heads.draw import Rule, check_scores, guided
 from vqscale.codes.heads.flat import Head
 from vqscale.codes.merge import full_precision, merge_best, own, refuse_second_order
 from vqscale.codes.rows import Rows
@@ -71,9 +71,7 @@ def sample(
     FloatingPointError on all ranks of the code group where logits are not finite.
     """
     with clock.span("codes"), full_precision(h_ND):
-        x_ND = h_ND.to(head.rows.dtype)
-        if unguided_ND is not None:
-            x_ND = x_ND + (guidance - 1.0) * (x_ND - unguided_ND.to(x_ND.dtype))
+        x_ND = guided(h_ND.to(head.rows.dtype), unguided_ND, guidance)
         x_BD, cluster_B, keys_B = (ops.gather(x, head.axis) for x in (x_ND * rule.scale, cluster_N, keys_N))
         score_B = x_BD.new_full((len(x_BD),), scan.LOWEST)
         row_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
