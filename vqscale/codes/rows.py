@@ -6,6 +6,7 @@ are drawn in fixed blocks keyed by (seed, block number), so they do not depend o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vqscale.seed import derive
 
 DRAW_BLOCK = 1024
+DECODED = 4096  # codes whose vectors are asked for at a time
 
 Init = Literal["normal", "uniform"]
 
@@ -62,6 +64,16 @@ class Rows:
             return out_k
         # A value that is not a number stays with the rank of its row: it is not multiplied by zero, but left out.
         return out_k.index_add_(0, local_B, torch.where(mine_B.view(-1, *[1] * (values_B.dim() - 1)), values_B, 0))
+
+
+def decoded(decode: Callable[[Tensor], Tensor], layout: Rows, device: torch.device) -> Iterator[Tensor]:
+    """The vectors of this rank's codes by ids_N -> z_NF, a quantizer's `decode`; some at a time, in their order.
+
+    All ranks ask for as many as the rank with the most codes, so that a decode that talks has equal shapes.
+    """
+    for first in range(0, -(-layout.num_codes // layout.size), DECODED):
+        ids_N = torch.arange(first, first + DECODED, device=device) + layout.start
+        yield decode(ids_N.clamp_(max=layout.num_codes - 1))[: max(0, layout.count - first)]
 
 
 def draw(layout: Rows, dim: int, init: Init, scale: float, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -49,6 +49,14 @@ def pictures(numbers: list[int], size: int, seed: int) -> tuple[Tensor, Tensor]:
     return stacked, torch.tensor([label for _, label in drawn])
 
 
+def drawn(numbers: list[int], config: Any, mesh: Mesh) -> Pictures:
+    """This rank's part of the pictures with these numbers of the set of a ShapesClassifierConfig."""
+    count, world = len(numbers), mesh.world
+    mine = numbers[count * world.rank // world.size : count * (world.rank + 1) // world.size]
+    for at in range(0, len(mine), BATCH):
+        yield pictures(mine[at : at + BATCH], config.image_size, config.seed)
+
+
 @torch.no_grad()
 def look(classifier: Classifier, seen: Pictures, mesh: Mesh) -> tuple[float, Statistics]:
     """(share recognised as their class, statistics of the features) of the pictures of all ranks. Collective."""
@@ -115,9 +123,6 @@ def classes(images: SampleFile, size: int) -> NDArray[np.int64]:
 
 def _alike(labels: NDArray[np.int64], first: int, count: int, classifier: Classifier, mesh: Mesh) -> Pictures:
     """This rank's part of `count` real pictures whose classes are those of the samples, again from the first."""
-    config, world = classifier.config, mesh.world
     # picture number n of the set has class n mod NUM_CLASSES
     numbers = [first + NUM_CLASSES * n + int(labels[n % len(labels)]) for n in range(count)]
-    mine = numbers[count * world.rank // world.size : count * (world.rank + 1) // world.size]
-    for at in range(0, len(mine), BATCH):
-        yield pictures(mine[at : at + BATCH], config.image_size, config.seed)
+    return drawn(numbers, classifier.config, mesh)

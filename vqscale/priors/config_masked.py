@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from vqscale.nets.config_transformer import TransformerConfig
-from vqscale.priors.config import GuidedSampleConfig, IdsConfig, SampleConfig, unturned
+from vqscale.priors.config import GuidedSampleConfig, IdsConfig, SampleConfig, check_drawing, unturned
 
 MaskLaw = Literal["cosine", "arccos", "linear", "square", "cubic", "root"]
 Order = Literal["confidence", "halton", "random"]
@@ -46,12 +46,7 @@ class MaskedSampleConfig(GuidedSampleConfig):
                 "roll",
                 f"roll is true with order {self.order}, and only Halton's sequence is rolled: use order halton",
             )
-        if not self.temperature >= 0:
-            yield "temperature", f"temperature is {self.temperature}: use 0 (the likeliest id) or more"
-        if self.top_k < 0:
-            yield "top_k", f"top_k is {self.top_k}: use at least 0"
-        if not 0 < self.top_p <= 1:
-            yield "top_p", f"top_p is {self.top_p}: use a share above 0 and at most 1"
+        yield from check_drawing(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vqscale.codes.kmeans import Method, by_digits, kmeans
-from vqscale.codes.rows import Rows
+from vqscale.codes.rows import Rows, decoded
 from vqscale.disk import manifest
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -27,7 +26,6 @@ from vqscale.tokenizer.clusters import ClustersCard
 from vqscale.tokenizer.model import Tokenizer
 
 Kind = Literal["kmeans", "balanced", "digits"]
-AT_ONCE = 4096  # codes whose vectors are asked for at a time
 
 
 def place(tokenizer: Path, num_clusters: int) -> Path:
@@ -60,7 +58,9 @@ def cluster(
             raise ValueError(f"the ids of {path} have no digits, as those of fsq, lfq and bsq: use --method balanced")
         cluster_k = by_digits(radices, method.num_clusters, layout, mesh.device)
     else:
-        cluster_k = kmeans(vectors(quantizer, layout, mesh), layout, mesh.codes, method)
+        with torch.no_grad():
+            rows_kD = torch.cat(list(decoded(quantizer.decode, layout, mesh.device)))
+        cluster_k = kmeans(rows_kD, layout, mesh.codes, method)
         known |= {"metric": method.metric, "iterations": method.iterations, "seed": method.seed}
     parts = ops.gather_objects(cluster_k.to(torch.int32).cpu().numpy(), mesh.codes)
     return processes.first(lambda: clusters.write(out, np.concatenate(parts), ClustersCard(**known)), mesh)
@@ -71,16 +71,6 @@ def radices_of(quantizer: Quantizer) -> tuple[int, ...] | None:
     if isinstance(quantizer, FSQ):
         return tuple(reversed(quantizer.config.channels()))
     return (2,) * quantizer.dim if isinstance(quantizer, LFQ | BSQ) else None
-
-
-@torch.no_grad()
-def vectors(quantizer: Quantizer, layout: Rows, mesh: Mesh) -> Tensor:
-    """The vectors of this rank's codes, k x D. All ranks ask for as many as the rank with the most codes."""
-    parts = []
-    for first in range(0, -(-layout.num_codes // mesh.codes.size), AT_ONCE):
-        ids_N = torch.arange(first, first + AT_ONCE, device=mesh.device) + layout.start
-        parts.append(quantizer.decode(ids_N.clamp_(max=layout.num_codes - 1)))
-    return torch.cat(parts)[: layout.count]
 
 
 def summary(card: ClustersCard, out: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from vqscale.metrics import shapes_classifier as shapes
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
+from vqscale.tokenizer import export
 from vqscale.train import shapes_classifier
 
 
@@ -23,7 +24,7 @@ def judge(
     about = {
         "shapes classifier": {
             "folder": str(folder),
-            "sha256": shapes_classifier.export.fingerprint(classifier, classifier.config),
+            "sha256": export.fingerprint(classifier, classifier.config),
             "own accuracy": card["metrics"]["accuracy"],
             "numbers": "recognised as their class, and the Fréchet distance of its features from those of "
             f"{max(shapes.FEWEST_REAL, len(images))} real pictures; _real: the same of {len(images)} other real "

@@ -88,17 +88,14 @@ class Quantizer(nn.Module, ABC):
         return {}
 
 
-class TableQuantizer(Quantizer):
-    """Abstract: a quantizer whose codes are the rows of a codebook that an upkeep looks after."""
+class UpheldQuantizer(Quantizer):
+    """Abstract: an upkeep looks after the rows of a codebook, of which the codes are made."""
 
-    def __init__(
-        self, config: TableConfig, similarity: SimilarityName, mesh: Mesh | None, *, seed: int, learned: bool = True
-    ) -> None:
+    codebook: Codebook
+    upkeep: Upkeep
+
+    def __init__(self) -> None:
         super().__init__()
-        self.dim, self.num_codes, self.mesh = config.dim, config.num_codes, mesh or Mesh()
-        self.codebook = Codebook.from_config(config, similarity, self.mesh, seed=seed, learned=learned)
-        self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
-        self._first_scale = config.init_scale
         self._fits: dict[str, Fit] = {}
 
     @property
@@ -109,6 +106,32 @@ class TableQuantizer(Quantizer):
     def landed(self, x_ND: Tensor, z_ND: Tensor) -> Tensor:
         """What the decoder is given in training: z, or in a landing something between x and z."""
         return land(x_ND, z_ND, self.upkeep.landing) if self.training else z_ND
+
+    def begin(self) -> None:
+        self.upkeep.begin()
+
+    @property
+    def beginning(self) -> tuple[int, int]:
+        return self.upkeep.beginning
+
+    def shortages(self, tokens: int) -> list[str]:
+        return self.upkeep.shortages(tokens)
+
+    def fits(self) -> dict[str, Fit]:
+        return self._fits
+
+
+class TableQuantizer(UpheldQuantizer):
+    """Abstract: a quantizer whose codes are the rows themselves."""
+
+    def __init__(
+        self, config: TableConfig, similarity: SimilarityName, mesh: Mesh | None, *, seed: int, learned: bool = True
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_codes, self.mesh = config.dim, config.num_codes, mesh or Mesh()
+        self.codebook = Codebook.from_config(config, similarity, self.mesh, seed=seed, learned=learned)
+        self.upkeep = Upkeep(self.codebook, config, self.mesh, seed)
+        self._first_scale = config.init_scale
 
     def watch(self, x_ND: Tensor, ids_N: Tensor) -> dict[str, Tensor]:
         """Count in training; the statistics that every quantizer has, but for saturation."""
@@ -122,9 +145,6 @@ class TableQuantizer(Quantizer):
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
         return self.codebook.lookup(ids_N)
-
-    def begin(self) -> None:
-        self.upkeep.begin()
 
     def update(self, stepped: bool = True) -> list[Renewed]:
         return [(self.codebook.rows, self.renew(stepped))]
@@ -141,16 +161,6 @@ class TableQuantizer(Quantizer):
         for rows_kD in self.codebook.rows[:rest].split(BLOCK):
             rows_kD.copy_(mean_D + rows_kD.double() / self._first_scale @ root_DD)
         return torch.cat([changed, torch.arange(rest, device=changed.device)])
-
-    @property
-    def beginning(self) -> tuple[int, int]:
-        return self.upkeep.beginning
-
-    def shortages(self, tokens: int) -> list[str]:
-        return self.upkeep.shortages(tokens)
-
-    def fits(self) -> dict[str, Fit]:
-        return self._fits
 
 
 def land(x_ND: Tensor, z_ND: Tensor, share: float) -> Tensor:

@@ -29,7 +29,7 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.merge import full_precision
 from vqscale.codes.revival import Filled, Upkeep
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Quantizer, Renewed, full, land, table_stats
+from vqscale.quantizers.base import Quantized, Renewed, UpheldQuantizer, full, table_stats
 from vqscale.quantizers.beginning import Fit, fit_rows, undrawn
 from vqscale.quantizers.config.tables import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
@@ -37,7 +37,7 @@ from vqscale.quantizers.moments import BLOCK, roots
 from vqscale.seed import derive
 
 
-class SimVQ(Quantizer):
+class SimVQ(UpheldQuantizer):
     def __init__(self, config: SimVQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__()
         self.config, self.dim, self.num_codes = config, config.dim, config.num_codes
@@ -58,7 +58,6 @@ class SimVQ(Quantizer):
         self.frame = Frame(self.map) if config.init == "data" else None
         self.upkeep = Upkeep(self.codebook, config, mesh, seed)
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._fits: dict[str, Fit] = {}
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = full(x_ND)
@@ -66,12 +65,11 @@ class SimVQ(Quantizer):
         if self.training:
             self._seen = (weight_DD.detach().clone(), bias_D.detach().clone())
         ids_N, norm_k = self._search(x_ND)
-        passing = self.training and self.upkeep.warming
         if self.training:
             self.upkeep.observe(x_ND, ids_N)
         stats = table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training, norm_k)
         stats["saturation"] = x_ND.new_ones(())
-        if passing:
+        if self.passing:
             return Quantized(x_ND, ids_N, {}, stats)
         z_ND = self._map(self.codebook.lookup(ids_N))
         weight = self.config.quantizer_weight
@@ -80,7 +78,7 @@ class SimVQ(Quantizer):
             "commitment": weight * self.config.commitment_weight * F.mse_loss(x_ND, z_ND.detach()),
         }
         z_ND = ESTIMATORS[self.config.gradient](x_ND, z_ND)
-        return Quantized(land(x_ND, z_ND, self.upkeep.landing) if self.training else z_ND, ids_N, losses, stats)
+        return Quantized(self.landed(x_ND, z_ND), ids_N, losses, stats)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         """(W, b) as they act."""
@@ -115,23 +113,10 @@ class SimVQ(Quantizer):
     def decode(self, ids_N: Tensor) -> Tensor:
         return self._map(self.codebook.lookup(ids_N))
 
-    def begin(self) -> None:
-        self.upkeep.begin()
-
     def update(self, stepped: bool = True) -> list[Renewed]:
         self.upkeep.update(stepped, self._back)
         self._fits = {} if self.upkeep.filled is None else {"fit": self.fit(self.upkeep.filled)}
         return []
-
-    @property
-    def beginning(self) -> tuple[int, int]:
-        return self.upkeep.beginning
-
-    def shortages(self, tokens: int) -> list[str]:
-        return self.upkeep.shortages(tokens)
-
-    def fits(self) -> dict[str, Fit]:
-        return self._fits
 
     def _back(self, x_PD: Tensor) -> Tensor:
         """Basis rows that the map of the last forward pass takes to x."""

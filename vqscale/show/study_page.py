@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ class Results:
     how: Sequence[str]
     """texts on how it was made"""
 
-    @property
+    @cached_property
     def fitted(self) -> list[Fitted]:
         return laws.fitted(self.task.laws, self.lines, self.dials)
 

@@ -56,10 +56,11 @@ def fingerprint(cluster_K: NDArray[np.int32]) -> str:
 def write(path: Path, cluster_K: NDArray[np.int32], card: ClustersCard) -> ClustersCard:
     """Write the file; the card with the fingerprint. What lies there with other clusters is not written over."""
     known = {**asdict(card), "fingerprint": fingerprint(cluster_K)}
-    if path.exists() and read_card(path).fingerprint != known["fingerprint"]:
+    there = read_card(path) if path.exists() else None
+    if there is not None and there.fingerprint != known["fingerprint"]:
         raise ValueError(
-            f"{path} has other clusters, of method {read_card(path).method} and seed {read_card(path).seed}, on which "
-            "priors may depend: give another file with --out, or remove it"
+            f"{path} has other clusters, of method {there.method} and seed {there.seed}, on which priors may depend: "
+            "give another file with --out, or remove it"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "version": str(VERSION), "card": json.dumps(known)}

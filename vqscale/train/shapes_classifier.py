@@ -20,7 +20,7 @@ from vqscale.codes import noise
 from vqscale.data.made.shapes import CLASS_NAMES, NUM_CLASSES
 from vqscale.engine.config import EngineConfig, OptimConfig
 from vqscale.engine.engine import Engine
-from vqscale.metrics.shapes_classifier import BATCH, Pictures, look, pictures
+from vqscale.metrics.shapes_classifier import Pictures, drawn, look, pictures
 from vqscale.nets.config_shapes import ShapesClassifierConfig
 from vqscale.nets.shapes_classifier import ShapesClassifier
 from vqscale.parallel.mesh import Mesh
@@ -83,11 +83,7 @@ def varied(images: Tensor, keys_N: Tensor) -> Tensor:
 
 def held_out(config: ShapesClassifierConfig, mesh: Mesh) -> Pictures:
     """This rank's part of the pictures that the classifier's own accuracy is measured on."""
-    count, world = config.num_held_out, mesh.world
-    numbers = [config.num_images + n for n in range(count)]
-    mine = numbers[count * world.rank // world.size : count * (world.rank + 1) // world.size]
-    for at in range(0, len(mine), BATCH):
-        yield pictures(mine[at : at + BATCH], config.image_size, config.seed)
+    return drawn([config.num_images + n for n in range(config.num_held_out)], config, mesh)
 
 
 def save(folder: Path | str, classifier: ShapesClassifier, mesh: Mesh, facts: dict[str, Any]) -> dict[str, Any]:

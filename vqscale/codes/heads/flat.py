@@ -29,13 +29,11 @@ from vqscale.codes.heads.flat_loss import FlatLoss, LossTerms
 from vqscale.codes.heads.neighbours import Neighbours
 from vqscale.codes.heads.neighbours import find as find_neighbours
 from vqscale.codes.merge import full_precision, own
-from vqscale.codes.rows import Rows
+from vqscale.codes.rows import Rows, decoded
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.seed import derive
-
-FEATURES_AT_ONCE = 4096  # ids whose codebook vectors are asked for at a time
 
 
 class Head(Vocabulary):
@@ -141,18 +139,15 @@ class Head(Vocabulary):
         but where targets are shared (neighbours), which training alone does.
         """
         assert self.embedding == "codebook", f"embedding is {self.embedding}"
-        rows_kF, layout = self.inputs.rows, self.layout
-        # All ranks ask for as many ids as the rank with the most codes, so that a decode that talks has equal shapes.
-        for first in range(0, -(-self.num_codes // self.axis.size), FEATURES_AT_ONCE):
-            ids = torch.arange(first, first + FEATURES_AT_ONCE, device=rows_kF.device) + layout.start
-            values = decode(ids.clamp_(max=self.num_codes - 1))
-            if values.shape[1] != self.inputs.dim:
+        rows_kF, layout, first = self.inputs.rows, self.layout, 0
+        for values_nF in decoded(decode, layout, rows_kF.device):
+            if values_nF.shape[1] != self.inputs.dim:
                 raise ValueError(
-                    f"the vectors of codes have {values.shape[1]} numbers, from the tokenizer, but feature_dim is "
+                    f"the vectors of codes have {values_nF.shape[1]} numbers, from the tokenizer, but feature_dim is "
                     f"{self.inputs.dim}, an argument of Head: give the dimension of the tokenizer's codes"
                 )
-            here = rows_kF[first : first + FEATURES_AT_ONCE]
-            here.copy_(values[: len(here)])
+            rows_kF[first : first + len(values_nF)] = values_nF
+            first += len(values_nF)
         square = ops.sum_over(rows_kF.double().square().sum(), self.axis)
         rows_kF.div_((square / (self.num_codes * self.inputs.dim)).sqrt().clamp(min=1e-30))
         if self.output_scale:
