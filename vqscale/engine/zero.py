@@ -184,9 +184,14 @@ class Zero:
         self._adam.set_steps(steps)
 
     def parts(self) -> dict[str, Tensor]:
-        """See replicated.py. At stage 3 a part is a share of the flattened parameter, the last one padded."""
-        live: dict[str, Any] = dict(self._parameters)
-        return {name: (p if self._stage < 3 else p.ds_tensor).detach() for name, p in live.items()}
+        """See replicated.py. At stage 3 a part is a share of the flattened parameter, the last padded with zeros."""
+        return {name: p.detach() if self._stage < 3 else self._share(p) for name, p in self._parameters.items()}
+
+    def _share(self, p: Any) -> Tensor:
+        """This rank's share of a parameter, as it lies there. Its padding is whatever memory held: it is cleared."""
+        share: Tensor = p.ds_tensor.detach()
+        share[max(0, p.ds_numel - self._world.rank * len(share)) :] = 0.0
+        return share
 
     def join(self, name: str, part: Tensor) -> Tensor:
         if self._stage < 3:
