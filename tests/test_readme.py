@@ -31,11 +31,12 @@ SHORT_RUN = (
 )
 SHORT_PRIOR = "run.steps=4 run.eval_every=4 run.checkpoint_every=4 data.batch=8 prior.net.num_layers=1"
 SHORT_JUDGE = "--steps 4 --batch 8 --num-images 32 --num-held-out 20"
+PRIOR_PLANNED = "--dry-run prior.num_codes=4096 prior.grid=[8,8] prior.feature_dim=16"
 # A command begins with the first of these that fits; what is added makes it short.
 SHORTER = {
     "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR} -- {SHORT_JUDGE}",
-    "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": "--dry-run "
-    "prior.num_codes=4096 prior.grid=[8,8] prior.feature_dim=16",
+    "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
+    "python launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
     "torchrun --nproc_per_node=2 launch/train.py": SHORT_RUN,
     "torchrun --nproc_per_node=8 launch/train.py": "--dry-run",
     "python launch/train.py": "",
