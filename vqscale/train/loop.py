@@ -231,12 +231,11 @@ def tell_scores(step: int, scores: Mapping[str, float], board: Board, progress: 
     progress.say(f"step {step}, held out: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
 
 
-def tell_fits(step: int, fits: Mapping[str, Fit], board: Board, progress: Progress) -> None:
-    """What was fitted to the latents after a step, as a row of numbers and as lines."""
-    if fits:
-        board.scalars(step, {f"{name}/{key}": x for name, fit in fits.items() for key, x in fit.numbers().items()})
+def tell_fits(step: int, fits: Mapping[str, Fit], progress: Progress) -> dict[str, float]:
+    """Say what was fitted to the latents after a step; its numbers, for the row of the step."""
     for name, fit in fits.items():
         progress.say(f"step {step}, {name}: {fit}")
+    return {f"{name}/{key}": x for name, fit in fits.items() for key, x in fit.numbers().items()}
 
 
 def tell_stop(step: int, request: StopRequest, progress: Progress) -> None:

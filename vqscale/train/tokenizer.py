@@ -144,7 +144,6 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         for parameter, rows in quantizer.update(report.stepped):
             engine.forget(parameter, rows)
             average.forget(parameter, rows)
-        loop.tell_fits(step, quantizer.fits(), board, progress)
         average.update(step)
         watch.end(waited)
         for note in trace.end():
@@ -154,13 +153,16 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         stop, broken = loop.agree(mesh, request.here(), broken)
         done = done.after(step, config.data.batch, broken)
         loop.check_broken(done.broken, recent, config.data.train.max_broken)
+        fitted = loop.tell_fits(step, quantizer.fits(), progress)
         if log:
             row = loop.mean_over_ranks(means, mesh)
             row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
             if discriminator is not None:
                 row |= loop.under("discriminator", discriminator.numbers())
-            board.scalars(step, row | loop.under("time", progress.rates() | watch.logged()))
+            board.scalars(step, row | fitted | loop.under("time", progress.rates() | watch.logged()))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
+        elif fitted:
+            board.scalars(step, fitted)
         if held_out is not None and (last or step % run.eval_every == 0):
             most = 0 if last else run.eval_images
             with average.applied():
