@@ -264,7 +264,8 @@ def test_a_study_of_a_prior_from_nothing_to_its_page(prior):
 @pytest.mark.slow
 def test_interrupted_and_continued(base):
     place = base.parent / "long"
-    more = ["run.steps=80", "run.checkpoint_every=80", "run.eval_every=80"]
+    num = 240  # seconds, in which both are asked to stop
+    more = [f"run.steps={num}", f"run.checkpoint_every={num}", f"run.eval_every={num}"]
     path = _write(base, dials=[K], folder=str(place), set=more)
     process = subprocess.Popen(
         _tool(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -286,7 +287,7 @@ def test_interrupted_and_continued(base):
     for trial in trials:
         rows = [json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows if "loss" in row]
-        assert steps == list(range(1, 81))
+        assert steps == list(range(1, num + 1))
 
 
 class Sleeping:
