@@ -62,12 +62,14 @@ def test_checkpointing_changes_nothing(monkeypatch):
 def test_every_network_has_its_line_and_its_settings():
     for name in nets.NETS:
         config = configuration.parse(TokenizerConfig, {"net": {"name": name}})
+        dim, channels = getattr(config.net, "z_channels", 5), config.net.in_channels
+        sides = [4 * stride for stride in config.net.strides]
         with torch.device("meta"):
-            parts = nets.build(config.net, config.net.z_channels)
-        size = 4 * config.net.strides[0]
-        latents = parts.quant_conv(parts.encoder(torch.empty(1, 3, size, size, device="meta")))
-        assert latents.shape == (1, config.net.z_channels, 4, 4)
-        assert parts.decoder(parts.post_quant_conv(latents)).shape == (1, 3, size, size)
+            parts = nets.build(config.net, dim)
+            latents = parts.quant_conv(parts.encoder(torch.empty(1, channels, *sides)))
+        assert latents.shape == (1, dim, *[4 for _ in sides])
+        assert parts.decoder(parts.post_quant_conv(latents)).shape == (1, channels, *sides)
+        assert parts.decoder.get_parameter(parts.last_weight).ndim > 1
 
 
 @pytest.mark.parametrize(

@@ -129,12 +129,12 @@ class Errors(Sums):
 
 
 @dataclass(frozen=True)
-class WaveConfig(NetSettings):
+class FramesConfig(NetSettings):
     """Frames of a wave, each seen beside the context."""
 
     module: ClassVar[str] = f"{__name__}:build"
     takes_context: ClassVar[bool] = True
-    name: Literal["wave"] = "wave"
+    name: Literal["frames"] = "frames"
     """which network"""
     in_channels: int = 1
     """channels of a wave"""
@@ -145,7 +145,7 @@ class WaveConfig(NetSettings):
 
     @property
     def strides_from(self):
-        return "frames of the net wave"
+        return "length of a frame"
 
 
 class Side(nn.Module):
@@ -192,7 +192,7 @@ def registered(monkeypatch):
     """A line in each of four dictionaries, and nothing else."""
     monkeypatch.setitem(MEDIA, "waves", f"{__name__}:WavesConfig")
     monkeypatch.setitem(SIGNALS, "waves", f"{__name__}:WavesSignal")
-    monkeypatch.setitem(NETS, "wave", f"{__name__}:WaveConfig")
+    monkeypatch.setitem(NETS, "frames", f"{__name__}:FramesConfig")
     monkeypatch.setitem(DISCRIMINATORS, "pair", f"{__name__}:PairConfig")
 
 
@@ -218,7 +218,7 @@ def asked(shards, folder):
         "task": "tokenizer",
         "run": {"folder": str(folder), "steps": 2, "log_every": 1, "checkpoint_every": 1, "device": "cpu"},
         "data": {"train": medium(shards), "val": medium(shards), "batch": 4},
-        "tokenizer": {"signal": signal, "net": {"name": "wave"}, "quantizer": quantizer, "latent_norm": "none"},
+        "tokenizer": {"signal": signal, "net": {"name": "frames"}, "quantizer": quantizer, "latent_norm": "none"},
         "loss": {"reconstruction": "slope", "adversarial": {"net": {"name": "pair"}, "adaptive": True}},
         "optim": {"schedule": "constant"},
         "engine": {"name": "torch"},

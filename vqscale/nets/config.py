@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from vqscale.config import Free, OneOf
 
 # One line for each net: its name in a config, and where its settings are.
-NETS = {"conv": "vqscale.nets.config:ConvConfig", "magvit": "vqscale.nets.config:MagvitConfig"}
+NETS = {
+    "conv": "vqscale.nets.config:ConvConfig",
+    "magvit": "vqscale.nets.config:MagvitConfig",
+    "wave": "vqscale.nets.config_wave:WaveConfig",
+}
 
 
 class NetSettings:
@@ -24,6 +28,8 @@ class NetSettings:
     """what builds it, as `module:function`: build(config, dim) -> Parts"""
     takes_context: ClassVar[bool] = False
     """whether encoder and decoder are given a context beside what they encode and decode"""
+    rounds_up: ClassVar[bool] = False
+    """whether a side may be any length, what is left at its end being a latent too; else strides divide sides"""
     in_channels: int
     """channels of a sample, as it comes in and goes out"""
 
@@ -173,18 +179,18 @@ def _pyramid_problems(config: ConvConfig | MagvitConfig, counts: tuple[str, ...]
 
 
 def grid(net: NetConfig, sides: Sequence[int]) -> tuple[int, ...]:
-    """Latents of a sample with these sides, by side. ValueError for a sample that cannot be cut into whole latents."""
+    """Latents of a sample with these sides, by side. ValueError for a sample that the net cannot cut into latents."""
     if len(sides) != len(net.strides):
         raise ValueError(
             f"the net {net.name} takes samples of {len(net.strides)} sides, and these have {len(sides)} "
             f"({by(sides)}): change tokenizer.net, or give it the samples that it is for"
         )
-    if any(side % stride for side, stride in zip(sides, net.strides, strict=True)):
+    if not net.rounds_up and any(side % stride for side, stride in zip(sides, net.strides, strict=True)):
         raise ValueError(
             f"samples of {by(sides)} cannot be cut into tokens of {by(net.strides)}, the stride of the "
             f"{net.strides_from}: change the size of the samples or the net"
         )
-    return tuple(side // stride for side, stride in zip(sides, net.strides, strict=True))
+    return tuple(-(-side // stride) for side, stride in zip(sides, net.strides, strict=True))
 
 
 def by(numbers: Sequence[int]) -> str:

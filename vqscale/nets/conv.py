@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vqscale.nets import Parts
 from vqscale.nets.config import ConvConfig, MagvitConfig
+from vqscale.nets.config_wave import WaveConfig
+
+Convolution = type[nn.Conv1d] | type[nn.Conv2d]
 
 
 def build(config: ConvConfig, dim: int) -> Parts:
@@ -24,21 +27,26 @@ def build(config: ConvConfig, dim: int) -> Parts:
     return Parts(encoder, quant_conv, post_quant_conv, Decoder(config), "conv_out.weight")
 
 
-def _norm(channels: int, config: ConvConfig) -> nn.GroupNorm:
+def _norm(channels: int, config: ConvConfig | WaveConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.num_groups, channels, eps=1e-6)
 
 
 class Residual(nn.Module):
-    """(B, channels, H, W) -> (B, out_channels, H, W): two convolutions, plus the input (1x1 where channels change)."""
+    """(B, channels, *sides) -> (B, out_channels, *sides): two convolutions, plus the input (1x1 where channels change).
 
-    def __init__(self, channels: int, out_channels: int, config: ConvConfig) -> None:
+    `conv` is torch's convolution over as many sides as there are: nn.Conv2d of images, nn.Conv1d of waves.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, config: ConvConfig | WaveConfig, conv: Convolution = nn.Conv2d
+    ) -> None:
         super().__init__()
         self.norm1 = _norm(channels, config)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = conv(channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = conv(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -47,15 +55,15 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """(B, C, H, W) -> the same: each position attends to its whole image, one head of C channels, plus the input."""
+    """(B, C, *sides) -> the same: each position attends to its whole sample, one head of C channels, plus the input."""
 
-    def __init__(self, channels: int, config: ConvConfig) -> None:
+    def __init__(self, channels: int, config: ConvConfig | WaveConfig, conv: Convolution = nn.Conv2d) -> None:
         super().__init__()
         self.norm = _norm(channels, config)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = conv(channels, channels, 1)
+        self.k = conv(channels, channels, 1)
+        self.v = conv(channels, channels, 1)
+        self.proj_out = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)

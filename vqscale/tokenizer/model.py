@@ -40,6 +40,9 @@ class Tokenizer(nn.Module):
     side // stride places along it. Images are (B, 3, H, W) in [-1, 1], their ids (B, h, w). The N tokens of a batch
     are row-major, sample after sample: of images token (b * h + y) * w + x is row y, column x of image b.
 
+    Where net.rounds_up a side may be any length: the grid has one more place for what is left at its end, ids become
+    samples of whole strides, and calling the tokenizer cuts them to the samples' sides. Waves are (B, 1, T).
+
     A net may take a context (net.takes_context): then every call has it as second argument, a tensor with B entries
     that encoder and decoder both see, and that is in no id.
 
@@ -132,11 +135,15 @@ class Tokenizer(nn.Module):
         x_ND = self.latents(samples, context)
         with _no_autocast(x_ND):
             quantized = self.quantizer(x_ND)
-        return self.reconstruct(quantized.z, self.grid(samples), context), quantized
+        recon = self.reconstruct(quantized.z, self.grid(samples), context)
+        if self.net.rounds_up:
+            for dim, side in enumerate(samples.shape[2:], start=2):
+                recon = recon.narrow(dim, 0, side)
+        return recon, quantized
 
     def latents(self, samples: Tensor, context: Tensor | None = None) -> Tensor:
         """Samples -> x_ND, never in half precision: what the quantizer is given."""
-        self.grid(samples)  # refuses sides that the strides do not divide
+        self.grid(samples)  # refuses sides that are not the net's
         encoded = self.encoder(samples, *self._given(context))
         with _no_autocast(encoded):
             x_BDg = self.quant_conv(encoded.to(self.dtype))

@@ -1,0 +1,96 @@
+"""The settings of the network of waves, without torch. What they make is in wave.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vqscale.nets.config import NetSettings
+
+WINDOW_HOPS = 4  # samples of a spectrum in the decoder, in hops
+
+
+@dataclass(frozen=True)
+class WaveConfig(NetSettings):
+    """SEANet's encoder and Vocos' decoder, by default those of the published SimVQ tokenizers of speech.
+
+    A frame stands for as many samples as the product of the ratios says, the hop. Level i of the encoder has
+    channels * 2**i channels; the last are the LSTM's. The decoder works at the rate of the frames, width numbers each,
+    and ends in one inverse Fourier transform of 4 hops per frame.
+    """
+
+    module: ClassVar[str] = "vqscale.nets.wave:build"
+    rounds_up: ClassVar[bool] = True
+    name: Literal["wave"] = "wave"
+    """which network"""
+    channels: int = 32
+    """channels of the first convolution; every level doubles them"""
+    ratios: tuple[int, ...] = (2, 4, 5, 8)
+    """stride of each level of the encoder, from the samples on; its kernel is twice that"""
+    kernel: int = 7
+    """of the encoder's first and last convolution"""
+    residual_kernel: int = 3
+    """of the first convolution of a residual block of the encoder"""
+    lstm_layers: int = 2
+    """layers of the LSTM over the encoder's frames; 0 is none"""
+    causal: bool = True
+    """the encoder pads on the left alone: a frame sees no later samples, but for the first, where the padding mirrors;
+    the decoder sees all frames of a sample in any case"""
+    width: int = 768
+    """numbers per frame in the decoder"""
+    hidden: int = 2304
+    """numbers between the two layers of a ConvNeXt block"""
+    num_blocks: int = 12
+    """ConvNeXt blocks"""
+    decoder_kernel: int = 7
+    """of the decoder's first convolution and of those of the ConvNeXt blocks; odd"""
+    num_groups: int = 32
+    """groups of every group normalisation before the ConvNeXt blocks; must divide width"""
+    dropout: float = 0.1
+    """dropout inside the residual blocks before the ConvNeXt blocks, in training only"""
+    in_channels: int = 1
+    """channels of a wave"""
+
+    @property
+    def hop(self) -> int:
+        """Samples per frame."""
+        return math.prod(self.ratios)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (self.hop,)
+
+    @property
+    def strides_from(self) -> str:
+        return f"product of net.ratios {list(self.ratios)}"
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, message) of all that no network can be built from."""
+        counts = ("channels", "kernel", "residual_kernel", "width", "hidden", "num_blocks", "decoder_kernel")
+        for key in (*counts, "num_groups", "in_channels"):
+            if getattr(self, key) < 1:
+                yield key, f"{key} is {getattr(self, key)}, but a network has at least 1 of them: raise {key}"
+        if self.lstm_layers < 0:
+            yield "lstm_layers", f"lstm_layers is {self.lstm_layers}: use 0 or more"
+        if not self.ratios or min(self.ratios) < 1 or self.hop % 2:
+            yield (
+                "ratios",
+                f"ratios are {list(self.ratios)}, but the hop is their product, and a window of {WINDOW_HOPS} hops is "
+                "cut to its middle hop, which takes an even hop: give numbers of at least 1 with an even product",
+            )
+        if self.decoder_kernel % 2 == 0:
+            yield (
+                "decoder_kernel",
+                f"decoder_kernel is {self.decoder_kernel}, and a convolution that keeps the number of frames has a "
+                "middle: use an odd number",
+            )
+        if self.num_groups >= 1 and self.width % self.num_groups:
+            yield (
+                "num_groups",
+                f"{self.num_groups} groups do not divide the decoder's width of {self.width}: change num_groups or "
+                "width",
+            )
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"dropout is {self.dropout}, but a share of zeroed values lies in [0, 1): change dropout"

@@ -1,0 +1,91 @@
+"""SEANet's encoder of waves, as EnCodec has it: strided convolutions with residual blocks, and an LSTM at the end.
+
+With the default config a state dictionary of the published SimVQ tokenizers of speech fits name by name, but for the
+second `conv` that every name of a convolution has there.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqscale.nets.config_wave import WaveConfig
+from vqscale.nets.weight_norm import NormedConv
+
+
+class Conv(nn.Module):
+    """(B, channels, L) -> (B, out, ceil(L / stride)): padded by mirroring, so that the last window is full.
+
+    Causal: what a place sees ends with its own last sample. Only the mirrored beginning shows later ones.
+    """
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, causal: bool = True) -> None:
+        super().__init__()
+        self.conv = NormedConv(nn.Conv1d(channels, out, kernel, stride))
+        self.kernel, self.stride, self.causal = kernel, stride, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.padding(x.shape[-1])
+        out: Tensor = self.conv(mirrored(x, left, right) if left or right else x)
+        return out
+
+    def padding(self, length: int) -> tuple[int, int]:
+        """(left, right) of so long a signal."""
+        both = self.kernel - self.stride
+        full = -(-length // self.stride) * self.stride - length  # what the last window lacks
+        right = 0 if self.causal else both // 2
+        return both - right, right + full
+
+
+def mirrored(x: Tensor, left: int, right: int) -> Tensor:
+    """x between its mirror images; one that is too short for them is lengthened by zeros, which are cut off again."""
+    short = max(0, max(left, right) - x.shape[-1] + 1)
+    padded = F.pad(F.pad(x, (0, short)) if short else x, (left, right), mode="reflect")
+    return padded[..., : padded.shape[-1] - short]
+
+
+class Residual(nn.Module):
+    """(B, channels, L) -> the same: two convolutions over half the channels, plus a convolution of the input."""
+
+    def __init__(self, channels: int, config: WaveConfig) -> None:
+        super().__init__()
+        half, causal = channels // 2, config.causal
+        first = Conv(channels, half, config.residual_kernel, causal=causal)
+        self.block = nn.Sequential(nn.ELU(), first, nn.ELU(), Conv(half, channels, 1))
+        self.shortcut = Conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.block(x)
+
+
+class LSTM(nn.Module):
+    """(B, channels, n) -> the same: an LSTM over the frames of each signal from a state of zeros, plus its input."""
+
+    def __init__(self, channels: int, num_layers: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(channels, channels, num_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.permute(2, 0, 1)
+        return (self.lstm(frames)[0] + frames).permute(1, 2, 0)
+
+
+class Encoder(nn.Module):
+    """Waves (B, in_channels, T) -> latents (B, dim, ceil(T / hop))."""
+
+    def __init__(self, config: WaveConfig, dim: int) -> None:
+        super().__init__()
+        channels, causal = config.channels, config.causal
+        layers: list[nn.Module] = [Conv(config.in_channels, channels, config.kernel, causal=causal)]
+        for ratio in config.ratios:
+            down = Conv(channels, 2 * channels, 2 * ratio, ratio, causal)
+            layers += [Residual(channels, config), nn.ELU(), down]
+            channels *= 2
+        if config.lstm_layers:
+            layers.append(LSTM(channels, config.lstm_layers))
+        layers += [nn.ELU(), Conv(channels, dim, config.kernel, causal=causal)]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, waves: Tensor) -> Tensor:
+        latents: Tensor = self.model(waves)
+        return latents

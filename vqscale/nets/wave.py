@@ -1,0 +1,19 @@
+"""The network of waves: SEANet's encoder (seanet.py) and Vocos' decoder (vocos.py) around a quantizer of frames.
+
+That of the published SimVQ tokenizers of speech: 71.95 M parameters with its defaults and SimVQ of dim 512, one token
+for 320 samples. The whole SEANet decoder that their checkpoints hold beside it is never called, and is not built here.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vqscale.nets import Parts
+from vqscale.nets.config_wave import WaveConfig
+from vqscale.nets.seanet import Encoder
+from vqscale.nets.vocos import Decoder
+
+
+def build(config: WaveConfig, dim: int) -> Parts:
+    """Encoder to a quantizer of `dim`, and decoder from it; nothing stands between."""
+    return Parts(Encoder(config, dim), nn.Identity(), nn.Identity(), Decoder(config, dim), "head.out.weight")
