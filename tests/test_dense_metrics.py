@@ -92,9 +92,9 @@ def test_chroma_and_psnr_by_hand():
 def _maps(row, classes):
     letters = sorted(set(row) - {"."})
     numbers = {letter: place for place, letter in enumerate(letters, 1)}
-    numbers |= {letter: -1 for letter, kind in classes.items() if isinstance(kind, tuple)}
+    crowds = {letter: 1 for letter, kind in classes.items() if isinstance(kind, tuple)}
     kinds = {letter: kind[0] if isinstance(kind, tuple) else kind for letter, kind in classes.items()}
-    return torch.tensor([[[kinds.get(x, 0) for x in row]], [[numbers.get(x, 0) for x in row]]])[None].float()
+    return torch.tensor([[[table.get(x, 0) for x in row]] for table in (kinds, numbers, crowds)])[None].float()
 
 
 A, B, CROWD = 1, 2, (1,)
@@ -111,7 +111,7 @@ CASES = [
 @pytest.mark.parametrize(("truth", "guess", "of_truth", "of_guess", "first", "second"), CASES)
 def test_pq_by_hand(truth, guess, of_truth, of_guess, first, second):
     scores = PanopticQuality(NUM_CLASSES, THINGS)
-    scores.add(_maps(truth, of_truth), _maps(guess, of_guess))
+    scores.add(_maps(truth, of_truth), _maps(guess, of_guess)[:, :2])
     rows = per_class(scores.sums())
     for number, expected in ((A, first), (B, second)):
         if expected is None:
@@ -122,29 +122,28 @@ def test_pq_by_hand(truth, guess, of_truth, of_guess, first, second):
 
 def test_a_prediction_of_another_class_on_a_crowd_is_a_false_positive():
     scores = PanopticQuality(NUM_CLASSES, THINGS)
-    scores.add(_maps("33321111", {"1": A, "2": B, "3": CROWD}), _maps("99998888", {"9": B, "8": A}))
+    scores.add(_maps("33321111", {"1": A, "2": B, "3": CROWD}), _maps("99998888", {"9": B, "8": A})[:, :2])
     assert scores.sums()[1:].view(-1, 4)[B].tolist() == [0, 0, 1, 1]
 
 
 def test_stuff_of_a_class_is_one_segment_and_things_are_not():
     for kind, expected in ((4, 1.0), (A, 0.0)):
         scores = PanopticQuality(NUM_CLASSES, THINGS)
-        scores.add(_maps("11111111", {"1": kind}), _maps("99998888", {"9": kind, "8": kind}))
+        scores.add(_maps("11111111", {"1": kind}), _maps("99998888", {"9": kind, "8": kind})[:, :2])
         assert scores.from_sums(scores.sums())["pq"] == expected
 
 
 def _random_maps(draw, truth):
-    """(2, 12, 15) classes and instances in patches, with void and, in the truth, crowds."""
+    """(3, 12, 15) classes, instances and crowds in patches, with void; crowds in the truth alone."""
     coarse = draw.integers(0, 7, (4, 5)).repeat(3, 0).repeat(3, 1)
     kinds = np.append(0, draw.integers(1, NUM_CLASSES + 1, 6))[coarse]
     instances = coarse.copy()
-    if truth:
-        for kind in (1, 4):
-            instances[(kinds == kind) & (coarse % 2 == 0)] = -1
-    else:
+    crowds = truth & np.isin(kinds, (1, 4)) & (coarse % 2 == 0)
+    instances[crowds] = 9
+    if not truth:
         noise = draw.random(coarse.shape) < 0.15
         kinds[noise], instances[noise] = draw.integers(0, NUM_CLASSES + 1, noise.sum()), 7
-    return np.stack([kinds, instances])
+    return np.stack([kinds, instances, crowds])
 
 
 def _slowly(pairs):
@@ -153,17 +152,17 @@ def _slowly(pairs):
     for truth, guess in pairs:
         true, predicted, void = {}, {}, set()
         for pixel in np.ndindex(truth.shape[1:]):
-            kind, number = (int(x[pixel]) for x in truth)
+            kind, number, crowd = (int(x[pixel]) for x in truth)
             if kind == 0:
                 void.add(pixel)
             else:
-                true.setdefault((kind, number), set()).add(pixel)
-            kind, number = (int(x[pixel]) for x in guess)
+                true.setdefault((kind, "crowd" if crowd else number), set()).add(pixel)
+            kind, number = (int(x[pixel]) for x in guess[:2])
             if kind:
                 predicted.setdefault((kind, number if kind in THINGS else 0), set()).add(pixel)
         met = set()
         for (kind, number), pixels in true.items():
-            if number < 0:
+            if number == "crowd":
                 continue
             hits = 0
             for segment, others in predicted.items():
@@ -175,7 +174,7 @@ def _slowly(pairs):
             assert hits < 2
             sums[kind][1 if hits else 3] += 1
         for segment, pixels in predicted.items():
-            excused = pixels & (void | true.get((segment[0], -1), set()))
+            excused = pixels & (void | true.get((segment[0], "crowd"), set()))
             if segment not in met and 2 * len(excused) <= len(pixels):
                 sums[segment[0]][2] += 1
     qualities = {}
@@ -197,7 +196,7 @@ def _pairs(count=40):
     pairs = []
     for _ in range(count):
         truth, other = _random_maps(draw, True), _random_maps(draw, False)
-        guess, edge = np.where(truth[1] < 0, [truth[0], 9 + 0 * truth[1]], truth), draw.integers(2, 15)
+        guess, edge = truth.copy(), draw.integers(2, 15)
         guess[:, :, edge:] = other[:, :, edge:]
         pairs.append((truth, guess))
     return pairs
@@ -206,7 +205,7 @@ def _pairs(count=40):
 def _quality(pairs):
     scores = PanopticQuality(NUM_CLASSES, THINGS)
     truths, guesses = (torch.from_numpy(np.stack([pair[side] for pair in pairs])).float() for side in (0, 1))
-    scores.add(torch.cat([torch.zeros(len(pairs), 3, 12, 15), truths], 1), guesses)
+    scores.add(torch.cat([torch.zeros(len(pairs), 3, 12, 15), truths], 1), guesses[:, :2])
     return scores
 
 
@@ -216,16 +215,16 @@ def test_pq_is_that_of_the_rules_written_out_on_maps_with_void_and_crowds():
     assert 0.1 < expected["pq_stuff"] < expected["sq"] < 1
     assert 0.1 < expected["pq_things"] < 1
     assert scores.from_sums(scores.sums()) == pytest.approx(expected, rel=0, abs=1e-12)
-    excused = [pair for pair in pairs if (pair[0][1] < 0).any()]
+    excused = [pair for pair in pairs if pair[0][2].any()]
     assert len(excused) > 10
 
 
 def test_nothing_seen_is_not_a_number_and_unknown_classes_are_refused():
     scores = PanopticQuality(NUM_CLASSES, THINGS)
-    scores.add(torch.zeros(0, 5, 4, 4), torch.zeros(0, 2, 4, 4))
+    scores.add(torch.zeros(0, 6, 4, 4), torch.zeros(0, 2, 4, 4))
     assert math.isnan(scores.from_sums(scores.sums())["pq"])
     with pytest.raises(ValueError, match="a prediction has the classes 6 to 6, and there are 0 to 5"):
-        scores.add(torch.zeros(1, 5, 1, 1), torch.full((1, 2, 1, 1), 6.0))
+        scores.add(torch.zeros(1, 6, 1, 1), torch.full((1, 2, 1, 1), 6.0))
     with pytest.raises(ValueError, match=r"things \[6\] are none of 1 to 5"):
         PanopticQuality(NUM_CLASSES, [1, 6])
 
@@ -275,7 +274,7 @@ def test_ids_are_three_bytes_of_a_pixel():
 def test_what_is_written_is_what_the_official_evaluator_reads(tmp_path):
     """Read back as it does: ids from the PNG, categories from the JSON, the two naming the same ids."""
     kinds = np.array([[1, 1, 1, 4, 4, 0], [1, 2, 4, 4, 5, 0]])
-    instances = np.array([[1, 1, 2, 3, 5, 9], [1, 3, 8, 3, -1, 0]])
+    instances = np.array([[1, 1, 2, 3, 5, 9], [1, 3, 8, 3, 4, 0]])
     folder = tmp_path / "panoptic_val"
     rows = [panoptic_files.write_map(folder, 42, *panoptic_files.described(kinds, instances, CATEGORIES))]
     panoptic_files.write_json(tmp_path / "panoptic_val.json", rows * 2, CATEGORIES)
@@ -292,6 +291,6 @@ def test_what_is_written_is_what_the_official_evaluator_reads(tmp_path):
     assert sorted(seen.values()) == [7, 7, 9, 100, 200], "stuff is one segment of its class, things are as they were"
     assert {ids[0, 0], ids[1, 0]} == {ids[0, 1]} != {ids[0, 2]}
     wall = info[ids[1, 4]]
-    assert (wall["iscrowd"], wall["area"], wall["bbox"]) == (1, 1, [4, 1, 1, 1])
+    assert (wall["area"], wall["bbox"]) == (1, [4, 1, 1, 1])
     floor = info[ids[0, 3]]
     assert (floor["iscrowd"], floor["area"], floor["bbox"]) == (0, 4, [2, 0, 3, 2])

@@ -253,3 +253,16 @@ def test_shapes_by_the_command_line_and_help_without_torch(tmp_path: Path, capsy
     )
     assert done.returncode == 0, done.stderr
     assert "--shard-size" in done.stdout
+
+
+def test_what_a_plan_states_of_the_set_is_told_once_and_not_contradicted(tmp_path: Path) -> None:
+    def plan(unit: float, number: int = 1) -> make.Plan:
+        facts = {"source": "x", "number": number, "classes": []}
+        return make.Plan(1, facts, lambda n: {"__key__": f"{n}", "png": b"x"}, {"depth": {"unit_m": unit}})
+
+    make.write(plan(0.001), [tmp_path / "train-0.tar"], "train")
+    make.write(plan(0.001), [tmp_path / "val-0.tar"], "val")
+    info = json.loads((tmp_path / "_info.json").read_text())
+    assert (info["depth"], set(info["splits"])) == ({"unit_m": 0.001}, {"train", "val"})
+    with pytest.raises(ValueError, match=r"says depth = \{'unit_m': 0.001\}, but of the test shards it is depth = "):
+        make.write(plan(0.002), [tmp_path / "test-0.tar"], "test")

@@ -2,8 +2,8 @@
 sums over a data set on many ranks.
 
 A panoptic map is, per pixel, a class (1 .. num_classes, 0 is void) and the number of an instance in it; a segment is
-the pixels of one class and number. In the truth an instance below 0 marks a crowd, at most one per class and image:
-pixels in which members are not told apart. Files that COCO's own evaluator reads are panoptic_files.py's.
+the pixels of one class and number. In the truth a segment may be a crowd, whose members are not told apart. Files that
+COCO's own evaluator reads are panoptic_files.py's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SPACE = 1 << 32  # a segment is class * _SPACE + instance, so that a crowd, below 0, is still of its class
+_SPACE = 1 << 32  # a segment's number is class * _SPACE + instance
 _QUALITIES = ("pq", "sq", "rq")
 
 
@@ -28,13 +28,17 @@ class Segments(NamedTuple):
     crowd: NDArray[np.bool_]  # (n,)
 
 
-def segments(classes: NDArray[np.integer], instances: NDArray[np.integer]) -> Segments:
-    """The segments of (H, W) classes and instances."""
+def segments(
+    classes: NDArray[np.integer], instances: NDArray[np.integer], crowd: NDArray[np.bool_] | None = None
+) -> Segments:
+    """The segments of (H, W) classes and instances from 0 on, and whether each is a crowd; None where none is."""
     kind = classes.astype(np.int64).ravel()
     number = np.where(kind > 0, kind * _SPACE + instances.astype(np.int64).ravel(), 0)
     known, of_pixel = np.unique(np.append(number, 0), return_inverse=True)
-    found = (known + _SPACE // 2) // _SPACE  # rounding, as a crowd's instance is below 0
-    return Segments(of_pixel[:-1], found, known < found * _SPACE)
+    is_crowd = np.zeros(len(known), bool)
+    if crowd is not None:
+        is_crowd[of_pixel[:-1][crowd.ravel()]] = True
+    return Segments(of_pixel[:-1], known // _SPACE, is_crowd & (known > 0))
 
 
 def counts(truth: Segments, predicted: Segments, num_classes: int) -> NDArray[np.float64]:
@@ -89,20 +93,20 @@ class PanopticQuality:
         self._sums = torch.zeros(1 + 4 * (num_classes + 1), dtype=torch.float64, device=device)
 
     def add(self, samples: Tensor, predicted: Tensor) -> None:
-        """Count (B, C, H, W) samples and predictions; the last two channels of each are classes and instances.
-
-        ValueError for a class above num_classes.
+        """Count samples (B, 6, H, W), of the medium panoptic: image, class, instance, 1 in a crowd; and predictions (B,
+        2, H, W), class and instance. ValueError for a class above num_classes.
         """
-        maps = [x[:, -2:].round().long().cpu().numpy() for x in (samples, predicted)]
+        maps = [x.round().long().cpu().numpy() for x in (samples[:, -3:], predicted)]
         for name, found in zip(("truth", "prediction"), maps, strict=True):
             if found[:, 0].size and not 0 <= found[:, 0].min() <= found[:, 0].max() <= self.num_classes:
                 raise ValueError(
                     f"a {name} has the classes {found[:, 0].min()} to {found[:, 0].max()}, and there are 0 to "
                     f"{self.num_classes}, 0 void: give labels and categories of one data set"
                 )
-        for (kind, number), (its_kind, its_number) in zip(*maps, strict=True):
+        for (kind, number, crowd), (its_kind, its_number) in zip(*maps, strict=True):
+            truth = segments(kind, number, crowd > 0)
             guess = segments(its_kind, merge_stuff(its_kind, its_number, self.things))
-            self._sums[1:] += self._moved(counts(segments(kind, number), guess, self.num_classes))
+            self._sums[1:] += self._moved(counts(truth, guess, self.num_classes))
         self._sums[0] += len(samples)
 
     def _moved(self, counted: NDArray[np.float64]) -> Tensor:

@@ -31,12 +31,10 @@ def rgb_to_id(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.int64]:
 def described(
     classes_HW: NDArray[np.integer], instances_HW: NDArray[np.integer], categories: Sequence[Mapping[str, Any]]
 ) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
-    """(ids (H, W), segments_info) of one map. `categories` have id and isthing, as in COCO's list; class c is the one
-    at place c - 1. The segments of one stuff class become one."""
+    """(ids (H, W), segments_info) of a prediction. `categories` have id and isthing, as in COCO's list; class c is the
+    one at place c - 1. The segments of one stuff class become one."""
     things = [place for place, category in enumerate(categories, 1) if category["isthing"]]
-    found = segments(
-        classes_HW, np.where(instances_HW < 0, instances_HW, merge_stuff(classes_HW, instances_HW, things))
-    )
+    found = segments(classes_HW, merge_stuff(classes_HW, instances_HW, things))
     is_segment = found.classes > 0
     ids = np.where(is_segment, np.cumsum(is_segment), 0)[found.of_pixel].reshape(classes_HW.shape)
     pixels = np.bincount(found.of_pixel, minlength=len(found.classes))
@@ -45,7 +43,7 @@ def described(
         {
             "id": number,
             "category_id": categories[found.classes[place] - 1]["id"],
-            "iscrowd": int(found.crowd[place]),
+            "iscrowd": 0,
             "area": int(pixels[place]),
             "bbox": _box(ids == number),
         }

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -40,6 +40,8 @@ class Plan:
     num_samples: int
     facts: Mapping[str, Any]
     sample: Callable[[int], Sample]
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    """what `_info.json` says of the set for whoever reads it, such as the unit of depth"""
 
 
 def shapes(config: ShapesConfig) -> Plan:
@@ -126,7 +128,7 @@ def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
                     _write_shard(plan, shard, range(begin, end), bar)
                 bar.update(end - bar.n)
         lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        _record(place, split, wanted, lengths)
+        _record(place, split, wanted, lengths, plan.stated)
         note.unlink()
 
 
@@ -161,12 +163,18 @@ def is_made(plan: Plan, shards: Sequence[Path], split: str) -> bool:
     `write`, and nothing is written.
     """
     place, wanted = shards[0].parent, _wanted(plan, shards)
-    made = _read(place / "_info.json").get("splits", {}).get(split, {}).get("made")
+    info = _read(place / "_info.json")
+    made = info.get("splits", {}).get(split, {}).get("made")
     if made is not None and made != wanted:
         differing = [key for key in {**made, **wanted} if made.get(key) != wanted.get(key)]
         raise ValueError(
             f"the {split} shards in {place} were made with {_show(made, differing)}, but now asked for is "
             f"{_show(wanted, differing)}: take another folder, or delete the old shards and _info.json"
+        )
+    if differing := [key for key in plan.stated if info.get(key, plan.stated[key]) != plan.stated[key]]:
+        raise ValueError(
+            f"_info.json in {place} says {_show(info, differing)}, but of the {split} shards it is "
+            f"{_show(plan.stated, differing)}: take another folder for what differs"
         )
     there = [shard for shard in shards if shard.exists()]
     started = (place / f".{split}.making.json").exists()
@@ -205,9 +213,11 @@ def _write_shard(plan: Plan, shard: Path, numbers: range, bar: tqdm[Any]) -> Non
             bar.update()
 
 
-def _record(place: Path, split: str, made: Mapping[str, Any], lengths: Sequence[int]) -> None:
+def _record(
+    place: Path, split: str, made: Mapping[str, Any], lengths: Sequence[int], stated: Mapping[str, Any]
+) -> None:
     """Add the split to _info.json, and write the names of the classes."""
-    info = _read(place / "_info.json")
+    info = {**_read(place / "_info.json"), **stated}
     entry = {"name": split, "num_samples": sum(lengths), "filenames": made["shards"], "shard_lengths": lengths}
     info["name"] = info.get("name", place.name)
     info["splits"] = {**info.get("splits", {}), split: {**entry, "made": made}}
