@@ -1,8 +1,8 @@
 """What a source of samples, or of their ids, is asked for, without torch: the configs of data/samples.py and
 data/tokens/stream.py, and which media there are. Read before anything heavy is imported.
 
-A medium is what lies in the shards and how its bytes become samples (images: pixels.py). To add one: its settings, a
-ShardsConfig with a class that reads, and its line in MEDIA.
+A medium is what lies in the shards and how its bytes become samples (images: pixels.py; sounds: config_sounds.py and
+sounds.py). To add one: its settings, a ShardsConfig with a class that reads, and its line in MEDIA.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from vqscale.config import Free, OneOf
 
 # One line for each medium: its name in a config, and where its settings are.
-MEDIA = {"images": "vqscale.data.config:ImagesConfig"}
+MEDIA = {"images": "vqscale.data.config:ImagesConfig", "sounds": "vqscale.data.config_sounds:SoundsConfig"}
 
 Interpolation = Literal["bicubic", "bilinear", "sampled"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear", "sampled")

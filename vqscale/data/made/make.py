@@ -1,6 +1,6 @@
-"""Making WebDataset shards: from drawn shapes, from a folder of image files, or from whatever else gives a Plan
-(photographs.py). Shards appear by a rename when they are whole, so an interrupted making goes on where it stopped;
-`_info.json` (timm's layout) is written last and says what the shards were made of.
+"""Making WebDataset shards: from drawn shapes, from a folder of images or recordings, or from whatever else gives a
+Plan (photographs.py, sounds.py). Shards appear by a rename when they are whole, so an interrupted making goes on where
+it stopped; `_info.json` (timm's layout) is written last and says what the shards were made of.
 
 It makes shards for this package or any other that reads WebDataset; nothing here reads them.
 """
@@ -23,11 +23,14 @@ from webdataset import TarWriter
 
 from vqscale.config import load_class
 from vqscale.data.config import ImagesConfig, MediumConfig, ShapesConfig
+from vqscale.data.config_sounds import SoundsConfig
 from vqscale.data.made.shapes import CLASS_NAMES, draw
 from vqscale.data.order import permutation
 from vqscale.data.shards.patterns import expand, is_local
+from vqscale.data.sounds import opened
 from vqscale.disk import files
 from vqscale.disk.lock import hold
+from vqscale.errors import ExplainedError
 from vqscale.seed import derive
 
 Sample = dict[str, Any]  # what TarWriter takes
@@ -60,21 +63,11 @@ def shapes(config: ShapesConfig) -> Plan:
 
 
 def folder(root: Path, seed: int = 0) -> Plan:
-    """The image files under `root`, unchanged; the folders directly below it are the classes, in the order of their
-    names. The order of the files is mixed by `seed`, so that a shard holds many classes. ValueError if there is none.
+    """The image files under `root`, or where there are none the recordings, unchanged; the folders directly below it
+    are the classes, in the order of their names. The order of the files is mixed by `seed`, so that a shard holds many
+    classes. ValueError if there is none.
     """
-    if not root.is_dir():
-        raise ValueError(
-            f"{root} is not a folder: --source takes `shapes`, or a folder of images, one folder for each class"
-        )
-    found = sorted(
-        path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in ImagesConfig.suffixes and path.is_file()
-    )
-    if not found:
-        raise ValueError(
-            f"no image in {root}: files that end in {', '.join(ImagesConfig.suffixes)} are looked for, in all folders "
-            "below; give the folder that holds the class folders"
-        )
+    found, check = _files(root)
     paths = [path.relative_to(root) for path in found]
     classes = classes_of(paths)
     order = permutation(len(found), derive("make", seed))
@@ -86,13 +79,43 @@ def folder(root: Path, seed: int = 0) -> Plan:
         chosen = int(order[number])
         name, data = paths[chosen], found[chosen].read_bytes()
         try:
-            Image.open(io.BytesIO(data)).verify()
-        except Exception as error:  # Pillow raises many kinds on bytes that are no image
-            raise ValueError(f"{found[chosen]} is not a whole image ({error}): repair it or take it out") from error
+            check(data)
+        except ExplainedError:  # not about this file
+            raise
+        except Exception as error:  # decoders raise many kinds on bytes that are not theirs
+            raise ValueError(f"{found[chosen]} is not whole ({error}): repair it or take it out") from error
         return {"__key__": f"{chosen:08d}", name.suffix.lower().lstrip("."): data, **labelled(name, classes)}
 
     facts = {"source": "folder", "listing": listing.hexdigest(), "seed": seed, "classes": list(classes)}
     return Plan(len(found), facts, sample)
+
+
+def _files(root: Path) -> tuple[list[Path], Callable[[bytes], None]]:
+    """(files of the first medium that has some below root, what raises on bytes that are none of its)."""
+    if not root.is_dir():
+        raise ValueError(
+            f"{root} is not a folder: --source takes `shapes`, or a folder of images or recordings, one folder for "
+            "each class"
+        )
+    there = [(path, path.suffix.lower().lstrip(".")) for path in sorted(root.rglob("*"))]
+    for suffixes, check in ((ImagesConfig.suffixes, _image), (SoundsConfig.suffixes, _recording)):
+        found = [path for path, suffix in there if suffix in suffixes and path.is_file()]
+        if found:
+            return found, check
+    raise ValueError(
+        f"no image and no recording in {root}: files that end in {', '.join(ImagesConfig.suffixes)} or "
+        f"{', '.join(SoundsConfig.suffixes)} are looked for, in all folders below; give the folder that holds the "
+        "class folders"
+    )
+
+
+def _image(data: bytes) -> None:
+    Image.open(io.BytesIO(data)).verify()
+
+
+def _recording(data: bytes) -> None:
+    with opened(data):
+        pass
 
 
 def classes_of(paths: Sequence[PurePath]) -> dict[str, int]:
@@ -122,7 +145,7 @@ def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
         _clear(note, wanted)
         _write(note, json.dumps(wanted))
         ends = [plan.num_samples * (number + 1) // len(shards) for number in range(len(shards))]
-        with tqdm(total=plan.num_samples, desc=f"making {split}", unit="image", disable=None) as bar:
+        with tqdm(total=plan.num_samples, desc=f"making {split}", unit="sample", disable=None) as bar:
             for shard, begin, end in zip(shards, [0, *ends], ends, strict=False):
                 if not shard.exists():
                     _write_shard(plan, shard, range(begin, end), bar)

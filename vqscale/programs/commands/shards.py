@@ -1,13 +1,15 @@
-"""Make WebDataset shards: from drawn shapes, from a folder of images as they are, or from squares of photographs.
+"""Make WebDataset shards: of drawn shapes, of images or recordings as they are, or of squares of photographs.
 
     vqscale shards --source shapes --num 4096 --size 64 --out data/shapes
     vqscale shards --source /data/ImageNet/train --out data/imagenet --name train
+    vqscale shards --source /data/LibriTTS/train-clean-100 --out data/speech
     vqscale shards --source /data/photographs --crops 16 --size 64 --scales 64,256 --held-out 0.1 --out data/squares
 
-Folders directly below --source are classes; the label is their place in the order of names. Without --crops image files
-go into the shards unchanged. With it each photograph, of any format that Pillow reads, gives that many squares as PNG,
-and all squares of a photograph that is held out are in the shards val-0000.tar and on; files without a whole picture
-are left out and named. An interrupted making goes on where it stopped when the same command is given again.
+Folders directly below --source are classes; the label is their place in the order of names. Without --crops files go
+into the shards unchanged: images, or where there are none recordings (wav, flac, mp3, ogg, opus). With it each
+photograph, of any format that Pillow reads, gives that many squares as PNG, and all squares of a photograph that is
+held out are in the shards val-0000.tar and on; files without a whole picture are left out and named. An interrupted
+making goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def _make(args: argparse.Namespace) -> int:
     for name, plan in plans:
         make.write(plan, shards[name], name)
         first, last = (path.stem.rsplit("-", 1)[1] for path in (shards[name][0], shards[name][-1]))
-        print(f"{plan.num_samples} images in {len(shards[name])} shards; in a config:")
+        print(f"{plan.num_samples} samples in {len(shards[name])} shards; in a config:")
         print(f"shards: {args.out}/{name}-{{{first}..{last}}}.tar")
     return 0
 
@@ -112,10 +114,12 @@ def _sides(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = words.parser(__doc__)
-    parser.add_argument("--source", required=True, help="`shapes`, or a folder of images, one folder for each class")
+    parser.add_argument(
+        "--source", required=True, help="`shapes`, or a folder of images or recordings, one folder for each class"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that the shards are put into")
     parser.add_argument("--name", default="train", help="what the names of the shards begin with (default: train)")
-    parser.add_argument("--shard-size", type=words.count, default=1000, help="most images of a shard (default: 1000)")
+    parser.add_argument("--shard-size", type=words.count, default=1000, help="most samples of a shard (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="which shapes or squares, and their order (default: 0)")
     parser.add_argument("--size", type=words.count, default=64, help="shapes, squares: pixels of a side (default: 64)")
     parser.add_argument("--num", type=words.count, default=4096, help="shapes: how many (default: 4096)")
