@@ -11,7 +11,7 @@ from torch import nn
 
 from vqscale import config as configuration
 from vqscale import nets
-from vqscale.nets.config import MagvitConfig
+from vqscale.nets.config import MagvitConfig, grid
 from vqscale.nets.magvit import Residual, Upsample
 from vqscale.tokenizer.config import TokenizerConfig
 
@@ -62,13 +62,14 @@ def test_checkpointing_changes_nothing(monkeypatch):
 def test_every_network_has_its_line_and_its_settings():
     for name in nets.NETS:
         config = configuration.parse(TokenizerConfig, {"net": {"name": name}})
-        dim, channels = getattr(config.net, "z_channels", 5), config.net.in_channels
-        sides = [4 * stride for stride in config.net.strides]
+        net, dim = config.net, getattr(config.net, "z_channels", 5)
+        sides = net.only_sides or tuple(4 * stride for stride in net.strides)
         with torch.device("meta"):
-            parts = nets.build(config.net, dim)
-            latents = parts.quant_conv(parts.encoder(torch.empty(1, channels, *sides)))
-        assert latents.shape == (1, dim, *[4 for _ in sides])
-        assert parts.decoder(parts.post_quant_conv(latents)).shape == (1, channels, *sides)
+            parts, context = nets.build(net, dim), [torch.empty(1, net.context_channels, *sides)] * net.takes_context
+            samples = torch.empty(1, net.in_channels, *sides)
+        latents = parts.quant_conv(parts.encoder(samples, *context))
+        assert latents.shape == (1, dim, *grid(net, sides))
+        assert parts.decoder(parts.post_quant_conv(latents), *context).shape[2:] == sides
         assert parts.decoder.get_parameter(parts.last_weight).ndim > 1
 
 

@@ -17,6 +17,7 @@ NETS = {
     "conv": "vqscale.nets.config:ConvConfig",
     "magvit": "vqscale.nets.config:MagvitConfig",
     "wave": "vqscale.nets.config_wave:WaveConfig",
+    "vit": "vqscale.nets.config_vit:VitConfig",
 }
 
 
@@ -30,8 +31,15 @@ class NetSettings:
     """whether encoder and decoder are given a context beside what they encode and decode"""
     rounds_up: ClassVar[bool] = False
     """whether a side may be any length, what is left at its end being a latent too; else strides divide sides"""
+    context_channels: int = 0
+    """of a context with the sides of a sample; 0 where there is none, or one of another form"""
     in_channels: int
-    """channels of a sample, as it comes in and goes out"""
+    """channels of a sample, as it comes in, and mostly as it goes out"""
+
+    @property
+    def only_sides(self) -> tuple[int, ...] | None:
+        """The sides that samples must have, where the net was made for these; None: any that its strides divide."""
+        return None
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -185,12 +193,23 @@ def grid(net: NetConfig, sides: Sequence[int]) -> tuple[int, ...]:
             f"the net {net.name} takes samples of {len(net.strides)} sides, and these have {len(sides)} "
             f"({by(sides)}): change tokenizer.net, or give it the samples that it is for"
         )
+    if net.only_sides not in (None, tuple(sides)):
+        raise ValueError(
+            f"the net {net.name} of this config has learned positions for samples of {by(net.only_sides)} (net."
+            f"image_size), and these are {by(sides)}: change the size of the samples or the net"
+        )
     if not net.rounds_up and any(side % stride for side, stride in zip(sides, net.strides, strict=True)):
         raise ValueError(
             f"samples of {by(sides)} cannot be cut into tokens of {by(net.strides)}, the stride of the "
             f"{net.strides_from}: change the size of the samples or the net"
         )
     return tuple(-(-side // stride) for side, stride in zip(sides, net.strides, strict=True))
+
+
+def example(net: NetConfig, sides: Sequence[int], count: int = 1) -> list[tuple[int, ...]]:
+    """The shapes of what the encoder is given of so many samples with these sides: samples, and a context or none."""
+    context = [(count, net.context_channels, *sides)] if net.takes_context else []
+    return [(count, net.in_channels, *sides), *context]
 
 
 def by(numbers: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from vqscale import nets, quantizers
 from vqscale.codes import tally
 from vqscale.nets import discriminators
-from vqscale.nets.config import NetConfig, grid
+from vqscale.nets.config import NetConfig, example, grid
 from vqscale.nets.discriminators import Answer
 from vqscale.nets.lpips import LPIPS
 from vqscale.parallel.mesh import Mesh
@@ -87,10 +87,11 @@ def network(config: NetConfig, sides: Sequence[int], dim: int, loss: LossConfig 
     places = grid(config, sides)
     with torch.device("meta"):
         parts = nets.build(config, dim)
-        images = torch.empty(1, config.in_channels, *sides)
+        images, *context = (torch.empty(shape) for shape in example(config, sides))
         latents = torch.empty(1, dim, *places, requires_grad=True)
     with KernelCounter() as counter:
-        first, second = parts.quant_conv(parts.encoder(images)), parts.decoder(parts.post_quant_conv(latents))
+        first = parts.quant_conv(parts.encoder(images, *context))
+        second = parts.decoder(parts.post_quant_conv(latents), *context)
         forward = counter.operations
         torch.autograd.backward([first, second], [torch.empty_like(first), torch.empty_like(second)])
     return Network(

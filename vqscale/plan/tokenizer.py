@@ -18,7 +18,7 @@ from torch import nn
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
 from vqscale.config import to_dict
-from vqscale.nets.config import grid
+from vqscale.nets.config import example, grid
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.auxiliary import auxiliary
@@ -180,9 +180,10 @@ def _rows_bytes(tables: dict[str, Table]) -> int:
 
 def _activations(tokenizer: Tokenizer, images: int, config: TokenizerRun) -> int:
     net, sides = config.tokenizer.net, config.data.train.sides
-    kept = activation_bytes(tokenizer.encoder, torch.empty(images, net.in_channels, *sides, device="meta"))
+    samples, *context = (torch.empty(shape, device="meta") for shape in example(net, sides, images))
+    kept = activation_bytes(tokenizer.encoder, samples, *context)
     z_BDg = torch.empty(images, tokenizer.quantizer.dim, *grid(net, sides), device="meta")
-    kept += activation_bytes(tokenizer.decoder, tokenizer.post_quant_conv(z_BDg).detach())
+    kept += activation_bytes(tokenizer.decoder, tokenizer.post_quant_conv(z_BDg).detach(), *context)
     return kept // 2 if config.engine.precision == "bf16" else kept
 
 
