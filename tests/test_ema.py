@@ -135,3 +135,46 @@ def test_a_revived_row_is_not_pulled_back_by_its_old_average(ranks, grid):
     assert torch.equal(sums[8:], before[8:])
     # one step later, each lies where it was put: its tokens came from beside it
     assert float((after - before).norm(dim=1).max()) < 0.05
+
+
+def _split_by_the_book(counts, sums, below):
+    """UViM's loop over whole tables, without its noise."""
+    while counts.min() < below and counts.max() / 2 >= below:
+        least, most = int(counts.argmin()), int(counts.argmax())
+        counts[[least, most]] = counts[most] / 2
+        sums[[least, most]] = sums[most] / 2
+    return counts, sums
+
+
+def _split(data, codes, steps):
+    mesh = Mesh(data, codes)
+    quantizer = ema(mesh, decay=0.5, split_below=0.2, unit_norm=True, similarity="dot")
+    quantizer.begin()
+    before = None
+    for step in range(steps):
+        x = normal(1, DIM, seed=5) + 0.3 * normal(TOKENS, DIM, seed=20 + step)  # near one direction, so few codes win
+        quantizer(mine(x, mesh))
+        if step == steps - 1:
+            averages, (new_k, new_kD) = quantizer.averages, quantizer._new
+            before = averages.counts_k.lerp(new_k, 0.5), averages.sums_kD.lerp(new_kD, 0.5)
+        quantizer.update()
+    return *before, averages.counts_k, averages.sums_kD, quantizer.codebook.rows.detach()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_rare_codes_are_split_off_from_the_most_used_as_uvim_does(ranks, grid):
+    results = ranks(grid[0] * grid[1], _split, *grid, 4)  # after as many halvings 1 is below 0.1
+    counts, sums, found_counts, found_sums, rows = (table([result[i] for result in results], grid[1]) for i in range(5))
+    assert (counts < 0.1).sum() >= 3  # 0.2 (1 - decay)
+    wanted_counts, wanted_sums = _split_by_the_book(counts.clone(), sums.clone(), 0.1)
+    close(found_counts, wanted_counts)
+    torch.testing.assert_close(found_sums, wanted_sums, rtol=1.01e-3, atol=1e-12)
+    changed = (counts < 0.1).nonzero()[:, 0]
+    assert not (found_sums[changed] == wanted_sums[changed]).any()  # two codes at one place would never part
+    close(rows.norm(dim=1), torch.ones(K, dtype=torch.float64))
+    close(rows, found_sums / found_sums.norm(dim=1, keepdim=True))
+
+
+def test_a_code_is_either_split_off_or_revived():
+    with pytest.raises(ValueError, match="either split off from another or revived"):
+        ema(split_below=0.1, revive_every=1)

@@ -3,7 +3,8 @@
     N <- decay N + (1 - decay) n,   m <- decay m + (1 - decay) s,   c = m / ((N + eps) / (sum N + K eps) sum N)
 
 n and s are counts and sums over all tokens of all ranks since the last optimiser step. z = sg(c) + x - sg(x), and the
-only loss is commitment_weight |x - sg(c)|^2.
+only loss is commitment_weight |x - sg(c)|^2. UViM's form has c / |c| (unit_norm), and rare codes split off from the
+most used (split_below; its counts are N / (1 - decay)).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from vqscale.codes import tally
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table
+from vqscale.codes.splitting import split
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, Renewed, TableQuantizer, full, table_stats
 from vqscale.quantizers.config.tables import EMAConfig
 from vqscale.quantizers.gradients import ESTIMATORS
+from vqscale.seed import derive
 
 
 class Averages(Table):
@@ -37,6 +40,7 @@ class EMA(TableQuantizer):
     def __init__(self, config: EMAConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.similarity, mesh, seed=seed, learned=False)
         self.config = config
+        self._normalise()
         self.averages = Averages(self.codebook)
         self._new: tuple[Tensor, Tensor] | None = None
 
@@ -69,6 +73,7 @@ class EMA(TableQuantizer):
         if self._new is not None and stepped:
             counts_k.lerp_(self._new[0].to(counts_k.dtype), 1.0 - decay)
             sums_kD.lerp_(self._new[1].to(sums_kD.dtype), 1.0 - decay)
+            self._split()
             total = ops.sum_over(counts_k.sum(), self.codebook.axis)
             smooth_k = (counts_k + self.config.eps) / (total + self.num_codes * self.config.eps) * total
             self.codebook.rows.copy_(sums_kD / smooth_k[:, None])
@@ -77,4 +82,19 @@ class EMA(TableQuantizer):
         # A renewed row begins again as one token at its new place, or the old average would pull it back.
         counts_k[changed] = 1.0
         sums_kD[changed] = self.codebook.rows[changed]
+        self._normalise()
         return []
+
+    def _split(self) -> None:
+        """Halve the averages of the most used codes for rare ones, once codes are in use."""
+        if not self.config.split_below or self.passing:
+            return
+        layout, axis = self.codebook.layout, self.codebook.axis
+        below = self.config.split_below * (1.0 - self.config.decay)
+        seed = derive(self.upkeep.seed, "split", int(self.upkeep.steps))
+        self.upkeep.window.restart(split(self.averages.counts_k, self.averages.sums_kD, layout, axis, below, seed))
+
+    @torch.no_grad()
+    def _normalise(self) -> None:
+        if self.config.unit_norm:
+            self.codebook.rows.copy_(F.normalize(self.codebook.rows, dim=1))

@@ -47,11 +47,24 @@ class EMAConfig(TableConfig, QuantizerSettings):
     """decay per step of the averages of counts and sums"""
     eps: float = 1e-5
     """smoothing of the counts that sums are divided by"""
+    unit_norm: bool = False
+    """codes are the averages divided by their norm, as UViM's are; for latents of one norm (latent_norm: layer)"""
+    split_below: float = 0.0
+    """a code that has less than this of its fading hits (each step's, times decay for every step since) takes half of
+    the one with the most, as UViM's (0.1) do in place of revival; 0 never"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
         if not 0 <= self.decay < 1:
             yield "decay", f"decay is {self.decay}: use a number from 0 to below 1"
+        if self.split_below < 0:
+            yield "split_below", f"split_below is {self.split_below}, a number of hits: use 0 (never) or more"
+        if self.split_below and self.revive_every:
+            yield (
+                "revive_every",
+                f"split_below is {self.split_below} and revive_every {self.revive_every}, and a rare code is either "
+                "split off from another or revived with a token: use revive_every: 0, or split_below: 0.0",
+            )
 
 
 @dataclass(frozen=True)
