@@ -77,11 +77,11 @@ def test_names_that_stand_for_nothing_are_errors(
 def contents(path: Path) -> list[tuple[str, int, bytes]]:
     """(key, label, image bytes) of our reading."""
     with open(path, "rb") as file:
-        found = read_contents(file.fileno(), ImagesConfig.suffixes)
+        found = read_contents(file.fileno(), [ImagesConfig.suffixes])
         assert found.damage == ()
         begins = [0, *found.key_ends[:-1].tolist()]
         keys = [found.key_bytes[a:b].tobytes().decode() for a, b in zip(begins, found.key_ends, strict=True)]
-        rows = zip(found.offsets.tolist(), found.sizes.tolist(), strict=True)
+        rows = zip(found.offsets[:, 0].tolist(), found.sizes[:, 0].tolist(), strict=True)
         images = [os.pread(file.fileno(), size, offset) for offset, size in rows]
     return list(zip(keys, found.labels.tolist(), images, strict=True))
 

@@ -63,7 +63,8 @@ class Waves:
     def __init__(self, config):
         self.config = config
 
-    def sample(self, data, seed, out):
+    def sample(self, members, seed, out):
+        (data,) = members
         if len(data) < self.config.length:
             raise ValueError("the wave is too short")
         wave = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -71,8 +72,8 @@ class Waves:
         out.copy_(wave[None, start : start + self.config.length] / 127.5 - 1)
         return False
 
-    def views(self, data, kind, out):
-        return self.sample(data, None, out[0])
+    def views(self, members, kind, out):
+        return self.sample(members, None, out[0])
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def read(data, asked=None, seed=None):
 
     asked = asked or config()
     out = torch.empty(asked.shape)
-    small = Sounds(asked).sample(data, seed, out)
+    small = Sounds(asked).sample([data], seed, out)
     return out[0].numpy(), small
 
 

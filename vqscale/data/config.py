@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from vqscale.config import Free, OneOf
 
 # One line for each medium: its name in a config, and where its settings are.
-MEDIA = {"images": "vqscale.data.config:ImagesConfig", "sounds": "vqscale.data.config_sounds:SoundsConfig"}
+MEDIA = {
+    "images": "vqscale.data.config:ImagesConfig",
+    "depth": "vqscale.data.config_dense:DepthConfig",
+    "panoptic": "vqscale.data.config_dense:PanopticConfig",
+    "sounds": "vqscale.data.config_sounds:SoundsConfig",
+}
 
 Interpolation = Literal["bicubic", "bilinear", "sampled"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear", "sampled")
@@ -65,14 +70,16 @@ class ShapesConfig(DrawnConfig):
 
 @dataclass(frozen=True)
 class ShardsConfig:
-    """WebDataset tar shards of any medium, as they are: a member with a sample, and `key.cls` or `key.json` for its
-    label.
+    """WebDataset tar shards of any medium, as they are: a member with a sample, further ones where it takes several,
+    and `key.cls` or `key.json` for its label.
     """
 
     module: ClassVar[str]
     """what reads, as `module:Class`: see data/samples.py"""
     suffixes: ClassVar[tuple[str, ...]]
     """of the member that is read, the first of these that is there"""
+    labels: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """of the members that a sample needs beside it, for each the suffixes that it may have"""
     kind: ClassVar[str]
     """what the samples are called in messages"""
 
@@ -90,6 +97,11 @@ class ShardsConfig:
     "most gigabytes of such shards to keep; the least recently used go first"
     index_dir: Free[str | None] = None
     "where the list of samples is kept (a shared disk saves every machine the reading); null = cache_dir"
+
+    @property
+    def members(self) -> tuple[tuple[str, ...], ...]:
+        """The members that are read, for each the suffixes that it may have: the first of these that is there."""
+        return self.suffixes, *self.labels
 
     @property
     def shape(self) -> tuple[int, ...]:

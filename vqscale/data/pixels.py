@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,13 @@ class Pictures:
     def __init__(self, config: ImagesConfig) -> None:
         self.config = config
 
-    def sample(self, data: bytes, seed: int | None, out: Tensor) -> bool:
-        image = decode(data)
+    def sample(self, members: Sequence[bytes], seed: int | None, out: Tensor) -> bool:
+        image = decode(*members)
         normalise(augment(image, self.config, seed), out)
         return min(image.size) < self.config.short_side
 
-    def views(self, data: bytes, kind: Views, out: Tensor) -> bool:
-        image = decode(data)
+    def views(self, members: Sequence[bytes], kind: Views, out: Tensor) -> bool:
+        image = decode(*members)
         for view, picture in zip(out, views(image, self.config, kind), strict=True):
             normalise(picture, view)
         return min(image.size) < self.config.short_side
@@ -89,7 +90,7 @@ def augment(image: Image.Image, config: ImagesConfig, seed: int | None) -> NDArr
     elif config.crop == "random":
         image = _random_crop(image, config.short_side, size, how, draw)
     else:
-        image = _resize(image, (size, size), how, _some_box(image.size, config.min_area, draw))
+        image = resize(image, (size, size), how, _some_or_widest_box(image.size, config.min_area, draw))
     if seed is not None and config.flip and draw.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image)  # which can be written, as torch asks of what it reads
@@ -129,7 +130,7 @@ def _random_crop(image: Image.Image, short: int, size: int, how: Interpolation, 
         return image.crop((left, top, left + size, top + size))
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    return _resize(image, (size, size), how, box)
+    return resize(image, (size, size), how, box)
 
 
 def _resized(size: tuple[int, int], short: int) -> tuple[int, int]:
@@ -143,10 +144,10 @@ def _resized(size: tuple[int, int], short: int) -> tuple[int, int]:
 def resize_short(image: Image.Image, short: int, how: Interpolation) -> Image.Image:
     """The whole image with its short side at `short` pixels."""
     size = _resized(image.size, short)
-    return image if size == image.size else _resize(image, size, how, (0, 0, *image.size))
+    return image if size == image.size else resize(image, size, how, (0, 0, *image.size))
 
 
-def _resize(image: Image.Image, size: tuple[int, int], how: Interpolation, box: Box) -> Image.Image:
+def resize(image: Image.Image, size: tuple[int, int], how: Interpolation, box: Box) -> Image.Image:
     """The box (left, top, right, bottom) of an image at another size."""
     if how != "sampled":
         return image.resize(size, _FILTERS[how], box=box)
@@ -173,15 +174,27 @@ def _between(low: float, high: float, count: int, size: int) -> tuple[Places, Pl
     return before, np.minimum(before + 1, size - 1), (places - before).astype(np.float32)
 
 
-def _some_box(size: tuple[int, int], min_area: float, draw: random.Random) -> tuple[int, int, int, int]:
-    """A box of random area and aspect in [3/4, 4/3]; after ten misses the largest centred box of such an aspect."""
+def _some_or_widest_box(size: tuple[int, int], min_area: float, draw: random.Random) -> tuple[int, int, int, int]:
+    """A box of random area and aspect; after ten misses the largest centred box with an aspect in [3/4, 4/3]."""
+    if box := some_box(size, min_area, draw, tries=10):
+        return box
     width, height = size
-    for _ in range(10):
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h
+
+
+def some_box(
+    size: tuple[int, int], min_area: float, draw: random.Random, tries: int
+) -> tuple[int, int, int, int] | None:
+    """A box with a share of the area of at least min_area and an aspect in [3/4, 4/3], both random; None where none of
+    so many tries lay inside.
+    """
+    width, height = size
+    for _ in range(tries):
         area = width * height * (min_area + (1 - min_area) * draw.random())
         aspect = math.exp(math.log(4 / 3) * (2 * draw.random() - 1))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(draw.random() * (width - w + 1)), int(draw.random() * (height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h
+    return None

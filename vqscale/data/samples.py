@@ -8,7 +8,7 @@ communicates; the training loop sums what is broken over the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -50,10 +50,11 @@ class Reads(Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
-    def sample(self, data: bytes, seed: int | None, out: Tensor) -> bool:
-        """Put a sample into out (C, *sides), augmented by the seed, or not (None); whether it had to be enlarged."""
+    def sample(self, members: Sequence[bytes], seed: int | None, out: Tensor) -> bool:
+        """Put a sample into out (C, *sides), augmented by the seed, or not (None); whether it had to be enlarged.
+        `members` are those of config.members, in their order."""
 
-    def views(self, data: bytes, kind: Any, out: Tensor) -> bool:
+    def views(self, members: Sequence[bytes], kind: Any, out: Tensor) -> bool:
         """Put the views that config.views has under `kind` into out (V, C, *sides); whether it had to be enlarged."""
 
 

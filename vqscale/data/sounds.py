@@ -11,7 +11,7 @@ import io
 import math
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -55,13 +55,13 @@ class Sounds:
         packages()  # here, or each sample would count as a broken one
         self.config = config
 
-    def sample(self, data: bytes, seed: int | None, out: Tensor) -> bool:
-        with opened(data) as file:
+    def sample(self, members: Sequence[bytes], seed: int | None, out: Tensor) -> bool:
+        with opened(*members) as file:
             out[0].copy_(torch.from_numpy(window(file, self.config, seed)))
             return resampled_length(file, self.config.sample_rate) < self.config.length
 
-    def views(self, data: bytes, kind: Any, out: Tensor) -> bool:
-        return self.sample(data, None, out[0])
+    def views(self, members: Sequence[bytes], kind: Any, out: Tensor) -> bool:
+        return self.sample(members, None, out[0])
 
 
 @contextmanager

@@ -84,15 +84,15 @@ class _Views(Dataset[ViewBatch]):
             if number < 0:
                 continue
             try:
-                data = self.reader.read(number)
-            except ValueError as error:  # the sample has no such member
+                members = self.reader.read(number)
+            except ValueError as error:  # the sample lacks a member
                 batch.broken.append((number, self.index.key(number), str(error)))
                 continue
             except OSError as error:
                 batch.failure = f"{self.reader.describe(number)}: {error}"
                 return batch
             try:
-                batch.enlarged += self.medium.views(data, self.source.kind, batch.samples[row])
+                batch.enlarged += self.medium.views(members, self.source.kind, batch.samples[row])
             except MemoryError:
                 raise
             except Exception as error:  # a decoder may raise anything on damaged data

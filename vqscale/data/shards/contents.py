@@ -1,8 +1,8 @@
-"""The samples of one shard: its members grouped as the webdataset library groups them, where the member lies that
-is asked for (an image), its key and its label.
+"""The samples of one shard: its members grouped as the webdataset library groups them, where the members lie that
+are asked for (an image, or an image and its depth), its key and its label.
 
 A name splits at the first dot of its last part, consecutive members of one key are one sample, names like `__meta__`
-are skipped. A sample without such a member stays in the list, so that it is met, reported and replaced like any other
+are skipped. A sample that lacks one of them stays in the list, so that it is met, reported and replaced like any other
 broken one.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,10 +27,10 @@ _NO_MEMBER = (0, 0)
 
 @dataclass(frozen=True)
 class Contents:
-    """The n whole samples of one shard in file order, as arrays, and a line for each damage."""
+    """The n whole samples of one shard in file order, m members each, as arrays, and a line for each damage."""
 
-    offsets: NDArray[np.int64]  # (n,) first byte of the member in the shard
-    sizes: NDArray[np.uint32]  # (n,) bytes of the member; 0 = the sample has none
+    offsets: NDArray[np.int64]  # (n, m) first byte of each member in the shard
+    sizes: NDArray[np.uint32]  # (n, m) bytes of each member; 0 = the sample has none
     labels: NDArray[np.int32]  # (n,) -1 = unknown
     key_ends: NDArray[np.int64]  # (n,) where each key ends in key_bytes
     key_bytes: NDArray[np.uint8]
@@ -44,23 +44,29 @@ class _Sample:
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def read_contents(descriptor: int, suffixes: tuple[str, ...]) -> Contents:
-    """Walk an open shard for members with these suffixes. Damage is reported, not raised; OSError if the file cannot be
-    read."""
+def read_contents(descriptor: int, wanted: Sequence[tuple[str, ...]]) -> Contents:
+    """Walk an open shard for members, each with one of its suffixes. Damage is reported, not raised; OSError if the
+    file cannot be read."""
     samples, damage, suspicion = _group(members(descriptor))
     kept = _whole(samples)
     if suspicion and (not kept or kept[-1] is not samples[-1]):
         damage.append(suspicion)
-    found = [next((s.members[key] for key in suffixes if key in s.members), _NO_MEMBER) for s in kept]
+    places = np.array([[_place(s, suffixes) for suffixes in wanted] for s in kept], dtype=np.int64)
+    places = places.reshape(len(kept), len(wanted), 2)
     keys = [sample.key.encode("utf-8", "surrogateescape") for sample in kept]
     return Contents(
-        np.array([offset for offset, _ in found], dtype=np.int64),
-        np.array([size for _, size in found], dtype=np.uint32),
+        places[:, :, 0],
+        places[:, :, 1].astype(np.uint32),
         np.array([_label(descriptor, sample.members) for sample in kept], dtype=np.int32),
         np.cumsum([len(key) for key in keys], dtype=np.int64),
         np.frombuffer(b"".join(keys), dtype=np.uint8),
         tuple(damage),
     )
+
+
+def _place(sample: _Sample, suffixes: tuple[str, ...]) -> tuple[int, int]:
+    """(offset, size) of the member with the first of these suffixes that is there."""
+    return next((sample.members[suffix] for suffix in suffixes if suffix in sample.members), _NO_MEMBER)
 
 
 def _group(found: Iterable[Member | Damage]) -> tuple[list[_Sample], list[str], str]:

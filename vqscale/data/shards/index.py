@@ -1,5 +1,5 @@
-"""The list of all samples of a data set: where each image lies, its key and its label. Made once from the headers
-of the shards, kept in a folder, and made again for the shards whose size or time changed.
+"""The list of all samples of a data set: where the members of each lie, its key and its label. Made once from the
+headers of the shards, kept in a folder, and made again for the shards whose size or time changed.
 
 It reads no image, and does not know the order of training.
 """
@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from vqscale.disk.lock import hold
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # of the file; another one is made again
+_VERSION = 3  # of the file; another one is made again
 _SAVE_EVERY_S = 60.0
 _THREADS = 8  # reading headers waits for the disk more than it computes
 _ARRAYS = ("offsets", "sizes", "labels", "key_ends", "key_bytes")
@@ -87,7 +87,7 @@ def build(config: MediumConfig) -> Index:
     """
     shards = expand(config.patterns)
     # what an index of images was called before there were others
-    more = [] if config.suffixes == ImagesConfig.suffixes else [",".join(config.suffixes)]
+    more = [] if config.members == (ImagesConfig.suffixes,) else [",".join(names) for names in config.members]
     name = hashlib.blake2b("\n".join([*map(_address, shards), *more]).encode(), digest_size=12).hexdigest()
     file = Path(config.index_dir or cache_folder(config)).expanduser() / f"index-{name}.npz"
     parts = _load(file, shards)
@@ -102,10 +102,11 @@ def build(config: MediumConfig) -> Index:
     index = _assemble(shards, parts)
     damage = (*index.samples.damage, *_shortfalls(index))
     index = replace(index, samples=replace(index.samples, damage=damage))
-    if not np.any(index.samples.sizes):
+    if not np.any(np.all(index.samples.sizes, axis=1)):
+        wanted = " and a member ".join(map(", ".join, config.members))
         raise ValueError(
             f"no {config.kind} in {len(shards)} shards from {shards[0]} on ({len(index)} samples, of which none has a "
-            f"member {', '.join(config.suffixes)}{'; ' + '; '.join(damage[:3]) if damage else ''}): "
+            f"member {wanted}{'; ' + '; '.join(damage[:3]) if damage else ''}): "
             "change `shards`, or make the shards again"
         )
     return index
@@ -143,7 +144,7 @@ def _read_missing(config: MediumConfig, shards: list[str], parts: dict[str, _Par
         ThreadPoolExecutor(_THREADS) as pool,
         tqdm(total=len(missing), desc="index", unit="shard", disable=None, leave=False) as bar,
     ):
-        jobs = {pool.submit(_read_part, cache, shard, config.suffixes): shard for shard in missing}
+        jobs = {pool.submit(_read_part, cache, shard, config.members): shard for shard in missing}
         try:
             for job in as_completed(jobs):
                 parts[jobs[job]] = job.result()
@@ -158,12 +159,12 @@ def _read_missing(config: MediumConfig, shards: list[str], parts: dict[str, _Par
         _save(file, shards, parts)
 
 
-def _read_part(cache: ShardCache, shard: str, suffixes: tuple[str, ...]) -> _Part:
+def _read_part(cache: ShardCache, shard: str, wanted: Sequence[tuple[str, ...]]) -> _Part:
     stamp = _stamp(shard)
     descriptor = cache.open(shard)
     try:
         size, mtime_ns = stamp or (os.fstat(descriptor).st_size, 0)
-        return _Part(size, mtime_ns, is_direct(shard), read_contents(descriptor, suffixes))
+        return _Part(size, mtime_ns, is_direct(shard), read_contents(descriptor, wanted))
     finally:
         os.close(descriptor)
 

@@ -27,7 +27,7 @@ class Reader:
     """Reads the samples of an index; shards that must be fetched are fetched a window ahead."""
 
     def __init__(self, config: MediumConfig, index: Index) -> None:
-        self.kind, self.index = config.kind, index
+        self.kind, self.members, self.index = config.kind, config.members, index
         self.cache = ShardCache(cache_folder(config), int(config.cache_gb * 1e9))
         self.ends = np.cumsum(index.counts)
         self.fetched = {shard for shard, direct in enumerate(index.direct) if not direct}
@@ -36,15 +36,19 @@ class Reader:
         self._failed: dict[int, tuple[float, str]] = {}
         self._ahead: threading.Thread | None = None
 
-    def read(self, sample: int) -> bytes:
-        """The file of a sample, an image. OSError or ValueError if it cannot be had."""
-        size, offset = int(self.index.samples.sizes[sample]), int(self.index.samples.offsets[sample])
-        if size == 0:
-            raise ValueError(f"no {self.kind} among its members")
-        data = os.pread(self._descriptor(self.shard(sample)), size, offset)
-        if len(data) < size:
-            raise OSError(f"the shard ends before byte {offset + size}")
-        return data
+    def read(self, sample: int) -> list[bytes]:
+        """The files of a sample, one for each of config.members; of images the image alone. ValueError if one is not
+        there, OSError if one cannot be had.
+        """
+        sizes, offsets = self.index.samples.sizes[sample].tolist(), self.index.samples.offsets[sample].tolist()
+        if lacking := ["/".join(names) for names, size in zip(self.members, sizes, strict=True) if size == 0]:
+            raise ValueError(f"no {' and no '.join(lacking)} among its members, which {self.kind} need")
+        descriptor = self._descriptor(self.shard(sample))
+        found = [os.pread(descriptor, size, offset) for size, offset in zip(sizes, offsets, strict=True)]
+        for data, size, offset in zip(found, sizes, offsets, strict=True):
+            if len(data) < size:
+                raise OSError(f"the shard ends before byte {offset + size}")
+        return found
 
     def shard(self, sample: int) -> int:
         return int(np.searchsorted(self.ends, sample, side="right"))
