@@ -6,6 +6,7 @@ They are made from what the caller has gathered and know neither ranks nor Tenso
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,32 +29,31 @@ def grid(originals: Tensor, reconstructions: Tensor, columns: int = 8, scale: in
 
     Every pixel becomes scale x scale pixels, so that small images can be looked at.
     """
-    x, y = (to_bytes(images.detach()).permute(0, 2, 3, 1).cpu().numpy() for images in (originals, reconstructions))
-    if x.shape != y.shape or not len(x):
+    if originals.shape != reconstructions.shape or not len(originals):
         raise ValueError(
             f"a grid shows one reconstruction of the same shape below each original, but got {tuple(originals.shape)} "
             f"and {tuple(reconstructions.shape)}: pass two batches of one shape, of at least one image"
         )
-    columns = min(columns, len(x))
-    rows = -(-len(x) // columns)
-    height, width = x.shape[1:3]
-    picture = np.zeros((rows, 2, height, columns, width, 3), dtype=np.uint8)
-    for index in range(len(x)):
-        picture[index // columns, 0, :, index % columns] = x[index]
-        picture[index // columns, 1, :, index % columns] = y[index]
-    return picture.reshape(rows * 2 * height, columns * width, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+    return stacked([to_bytes(images.detach()) for images in (originals, reconstructions)], columns, scale)
 
 
 def tiles(images: Tensor, columns: int = 8, scale: int = 1) -> Picture:
     """uint8 (B, 3, H, W) -> one picture of rows of `columns` images."""
-    x = images.permute(0, 2, 3, 1).cpu().numpy()
+    return stacked([images], columns, scale)
+
+
+def stacked(sets: Sequence[Tensor], columns: int = 8, scale: int = 1) -> Picture:
+    """Sets of uint8 (B, 3, H, W) -> one picture: rows of `columns` images of the first, below each that of the others.
+
+    Every pixel becomes scale x scale pixels.
+    """
+    x = np.stack([images.permute(0, 2, 3, 1).cpu().numpy() for images in sets], axis=1)
     columns = min(columns, len(x))
-    rows = -(-len(x) // columns)
-    height, width = x.shape[1:3]
-    picture = np.zeros((rows, height, columns, width, 3), dtype=np.uint8)
-    for index, image in enumerate(x):
-        picture[index // columns, :, index % columns] = image
-    return picture.reshape(rows * height, columns * width, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+    rows, (count, height, width) = -(-len(x) // columns), x.shape[1:4]
+    picture = np.zeros((rows, count, height, columns, width, 3), dtype=np.uint8)
+    for index, images in enumerate(x):
+        picture[index // columns, :, :, index % columns] = images
+    return picture.reshape(rows * count * height, columns * width, 3).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def scale(height: int, width: int) -> int:

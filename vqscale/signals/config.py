@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vqscale.config import Free, OneOf
 from vqscale.data.config import MediumConfig
+from vqscale.nets.config import NetConfig
 
 # One line for each signal: its name in a config, and where its settings are.
-SIGNALS = {"images": "vqscale.signals.config:ImagesSignal"}
+SIGNALS = {
+    "images": "vqscale.signals.config:ImagesSignal",
+    "depth": "vqscale.signals.config_dense:DepthSignal",
+    "color": "vqscale.signals.config_dense:ColorSignal",
+    "panoptic": "vqscale.signals.config_dense:PanopticSignal",
+}
 
 LEAST_PERCEPTUAL = 16  # pixels of a side, which LPIPS halves four times
 
@@ -77,6 +83,25 @@ class SignalSettings:
     """names for loss.reconstruction"""
     perceptual: ClassVar[bool] = False
     """whether LPIPS can say how near two of it are"""
+    returns_samples: ClassVar[bool] = True
+    """whether the decoder gives back what entered in its form, so that a discriminator can tell the two apart"""
+
+    @property
+    def labels(self) -> tuple[int, ...] | None:
+        """Of each channel that enters the encoder the number of its classes, 1 for values, where the net has a map of
+        its own for each (net.labels); None where it has not."""
+        return None
+
+    def net_misfits(self, net: NetConfig) -> Iterable[tuple[str, str]]:
+        """(key of a tokenizer, message) of what in its net is not for this signal."""
+        labels = getattr(net, "labels", None)
+        if labels != self.labels:
+            wants = "a net without labels" if self.labels is None else f"one with labels {list(self.labels)}"
+            yield (
+                "net",
+                f"signal {self.name} is for {wants}, and the net {net.name} has "
+                f"{'none' if labels is None else list(labels)}: change net or signal",
+            )
 
     def misfits(self, medium: MediumConfig, loss: DistanceConfig) -> Iterable[tuple[str, str]]:
         """(key of a run, message) of what in a run's data and losses is not for this signal."""

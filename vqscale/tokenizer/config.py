@@ -5,6 +5,7 @@ Not here: what it is trained for and with (vqscale.train.config).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,3 +27,6 @@ class TokenizerConfig:
     """what turns latents into ids; its codebook is sharded over mesh.codes"""
     latent_norm: Literal["none", "rms", "layer"] = "rms"
     """norm of each latent before the quantizer, without parameters; keeps the scale of latents from drifting"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from self.signal.net_misfits(self.net)

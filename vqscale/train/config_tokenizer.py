@@ -77,6 +77,13 @@ class TokenizerRun:
         adversarial = self.loss.adversarial
         if adversarial is None:
             return
+        if not self.tokenizer.signal.returns_samples:
+            yield (
+                "loss.adversarial",
+                f"a discriminator tells samples and reconstructions apart, and tokenizer.signal "
+                f"{self.tokenizer.signal.name} gives logits of classes back: use adversarial: null",
+            )
+            return
         if size < adversarial.net.least_side:
             yield (
                 "loss.adversarial.net",

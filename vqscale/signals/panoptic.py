@@ -1,0 +1,74 @@
+"""The signal panoptic: the class and the instance of each pixel enter as two numbers, and the logits of both come out;
+the image is the context.
+
+Losses are plain means over all pixels of this rank's images. Void is trained as class 0 and instance 0; an instance
+beyond the numbers that the signal has is a vector of zeros where it enters, and is asked for nothing (big_vision's
+uvim). How much that is stands with the losses, and with the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqscale.parallel.mesh import Mesh
+from vqscale.show import labels, pictures
+from vqscale.signals import Distance, Distances, Signal, Sums
+from vqscale.signals.config import DistanceConfig
+from vqscale.signals.config_dense import PanopticSignal
+from vqscale.signals.summed import Agreement, Summed
+
+
+class Panoptic(Signal):
+    """Segments by their class and their number in the image."""
+
+    config: PanopticSignal
+
+    def enter(self, samples: Tensor) -> tuple[Tensor, ...]:
+        return samples[:, 3:5], samples[:, :3]
+
+    def distances(self, config: DistanceConfig, mesh: Mesh) -> Distances:
+        weights = (
+            config.reconstruction_weight * w for w in (self.config.semantics_weight, self.config.instances_weight)
+        )
+        semantics_weight, instances_weight = weights
+
+        def of(output: Tensor, samples: Tensor, autocast: Callable[[], Any]) -> dict[str, Distance]:
+            classes, instances = samples[:, 3:5].long().unbind(1)
+            semantic, instance = output.float().split(self.config.labels, 1)
+            beyond = instances >= self.config.num_instances
+            told = F.cross_entropy(instance, instances.masked_fill(beyond, -1), ignore_index=-1, reduction="sum")
+            return {
+                "semantics": Distance(semantics_weight, F.cross_entropy(semantic, classes)),
+                "instances": Distance(instances_weight, told / instances.numel()),
+                "beyond_instances": Distance(0.0, beyond.float().mean()),
+            }
+
+        return of
+
+    def predict(self, output: Tensor) -> Tensor:
+        """(B, 2, H, W): class and instance; all pixels of an instance take the class of their largest sum of logits."""
+        semantic, instance = output.float().split(self.config.labels, 1)
+        number_BP = instance.argmax(1).flatten(1)
+        logits_BCP = semantic.flatten(2)
+        sums_BCI = logits_BCP.new_zeros(*logits_BCP.shape[:2], self.config.num_instances)
+        sums_BCI.scatter_add_(2, number_BP[:, None].expand_as(logits_BCP), logits_BCP)
+        counts_BI = F.one_hot(number_BP, self.config.num_instances).sum(1)
+        large_BP = counts_BI.gather(1, number_BP) > self.config.min_fraction * number_BP.shape[1]
+        class_BP = sums_BCI.argmax(1).gather(1, number_BP)
+        found = torch.stack([class_BP, number_BP], 1) * large_BP[:, None]
+        return found.unflatten(2, output.shape[2:]).float()
+
+    def sums(self, mesh: Mesh, measures: Any = None) -> Sums:
+        metric = Agreement(mesh.device)
+        return Summed(mesh, metric, lambda samples, predicted: metric.add(samples[:, 3], predicted[:, 0]))
+
+    def picture(self, samples: Tensor, predicted: Tensor) -> pictures.Picture:
+        """Images, below each its segments and those predicted, in a colour each, with their borders; black is void."""
+        shown = (labels.segments(*maps.long().unbind(1)) for maps in (samples[:, 3:5], predicted))
+        picture = [pictures.to_bytes(samples[:, :3]), *shown]
+        return pictures.stacked(picture, scale=pictures.scale(*samples.shape[2:]))
