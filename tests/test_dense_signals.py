@@ -11,6 +11,7 @@ import dense_files
 import dense_net
 import pytest
 import torch
+from shard_files import write_tar
 from test_dense_data import depth, segments
 
 from vqscale import config as configuration
@@ -124,6 +125,22 @@ def test_void_is_a_class_and_an_instance_beyond_the_numbers_is_asked_for_nothing
     }
     entered, context = signals.build(config).enter(samples)
     assert (entered.shape, context.shape) == ((1, 2, 1, 4), (1, 3, 1, 4))
+
+
+def test_segments_without_a_number_are_counted(tmp_path):
+    ids = torch.arange(1, 17).view(4, 4).numpy()
+    listed = [dense_files.segment(number, 3) for number in range(1, 17)]
+    crowded = dense_files.panoptic_sample("0", dense_files.image(4, 4), ids, listed)
+    path = write_tar(
+        tmp_path / "a.tar", [*crowded, *dense_files.panoptic_sample("1", dense_files.image(4, 4), ids * 0, [])]
+    )
+    samples = next(SampleStream(segments(path, side=4), 2, train=False).batches()).samples
+    assert samples[0, 4].unique().tolist() == list(range(1, 17))
+    sums = signals.build(PanopticSignal(**SMALL)).sums(Mesh())
+    sums.add(samples, samples[:, 3:5])
+    found = sums.numbers()
+    assert found["beyond_instances"] == 16 - 2
+    assert (found["images"], found["pq"], found["pq_things"]) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("min_fraction", [0.0, 0.2])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqscale.metrics.reconstruction import Reconstruction
+from vqscale.metrics.chroma import Colors
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import pictures
 from vqscale.signals import Distance, Distances, Signal, Sums
@@ -45,8 +45,7 @@ class Color(Signal):
         return output.float().clamp(-1, 1)
 
     def sums(self, mesh: Mesh, measures: Any = None) -> Sums:
-        metric = Reconstruction(mesh.device)
-        return Summed(mesh, metric, metric.add)
+        return Summed(Colors(mesh.device), mesh)
 
     def picture(self, samples: Tensor, predicted: Tensor) -> pictures.Picture:
         """Luminances, below each the image and what was predicted of it."""

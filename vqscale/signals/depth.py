@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqscale.metrics.depth import DepthErrors
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import labels, pictures
 from vqscale.signals import Distance, Distances, Signal, Sums
 from vqscale.signals.config import DistanceConfig
 from vqscale.signals.config_dense import DepthSignal
-from vqscale.signals.summed import DepthError, Summed
+from vqscale.signals.summed import Summed
 
 
 def split(samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,8 +63,7 @@ class Depth(Signal):
         return torch.einsum("bkhw,k->bhw", output.float().softmax(1), centres)[:, None]
 
     def sums(self, mesh: Mesh, measures: Any = None) -> Sums:
-        metric = DepthError(mesh.device)
-        return Summed(mesh, metric, lambda samples, predicted: metric.add(split(samples)[1], predicted[:, 0]))
+        return Summed(DepthErrors(mesh.device), mesh)
 
     def picture(self, samples: Tensor, predicted: Tensor) -> pictures.Picture:
         """Images, below each its depth and what was predicted, near is bright; black is missing."""

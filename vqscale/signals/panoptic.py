@@ -15,12 +15,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqscale.metrics.panoptic import PanopticQuality
+from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import labels, pictures
 from vqscale.signals import Distance, Distances, Signal, Sums
 from vqscale.signals.config import DistanceConfig
 from vqscale.signals.config_dense import PanopticSignal
-from vqscale.signals.summed import Agreement, Summed
+from vqscale.signals.summed import Summed
+
+
+class PanopticSums(Summed):
+    """PQ, and the segments of the samples that have no instance number."""
+
+    def __init__(self, config: PanopticSignal, mesh: Mesh) -> None:
+        things = range(1, 1 + config.num_things)
+        super().__init__(PanopticQuality(config.num_things + config.num_stuff, things, mesh.device), mesh)
+        self._last = config.num_instances - 1
+        self._beyond = torch.zeros((), dtype=torch.int64, device=mesh.device)
+
+    def add(self, samples: Tensor, predicted: Tensor) -> None:
+        super().add(samples, predicted)
+        if len(samples):  # the numbers of a sample have no gaps
+            self._beyond += (samples[:, 4].flatten(1).amax(1).long() - self._last).clamp(min=0).sum()
+
+    def numbers(self) -> dict[str, float]:
+        return super().numbers() | {"beyond_instances": float(ops.sum_over(self._beyond, self.mesh.world))}
 
 
 class Panoptic(Signal):
@@ -64,8 +84,7 @@ class Panoptic(Signal):
         return found.unflatten(2, output.shape[2:]).float()
 
     def sums(self, mesh: Mesh, measures: Any = None) -> Sums:
-        metric = Agreement(mesh.device)
-        return Summed(mesh, metric, lambda samples, predicted: metric.add(samples[:, 3], predicted[:, 0]))
+        return PanopticSums(self.config, mesh)
 
     def picture(self, samples: Tensor, predicted: Tensor) -> pictures.Picture:
         """Images, below each its segments and those predicted, in a colour each, with their borders; black is void."""
