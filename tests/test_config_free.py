@@ -24,7 +24,8 @@ FREE = {
     + """
     data.train.shards data.train.num_workers data.train.max_broken data.train.cache_dir data.train.cache_gb
     data.train.index_dir data.val.shards data.val.medium data.val.image_size data.val.resize data.val.crop
-    data.val.min_area
+    data.val.min_area data.val.clip data.val.peak_db data.val.sample_rate data.val.seconds data.val.short
+    data.val.make.num_sounds data.val.make.sample_rate data.val.make.seconds
     data.val.flip data.val.interpolation data.val.window_shards data.val.num_workers data.val.max_broken
     data.val.cache_dir data.val.cache_gb data.val.index_dir data.val.make.num_images data.val.make.size
     data.val.make.first_index data.val.make.seed data.val.make.far data.val.unit_m data.val.evaluation_crop
