@@ -71,9 +71,6 @@ def folder(root: Path, seed: int = 0) -> Plan:
     paths = [path.relative_to(root) for path in found]
     classes = classes_of(paths)
     order = permutation(len(found), derive("make", seed))
-    listing = hashlib.blake2b(digest_size=16)
-    for name, path in zip(paths, found, strict=True):
-        listing.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
 
     def sample(number: int) -> Sample:
         chosen = int(order[number])
@@ -86,7 +83,7 @@ def folder(root: Path, seed: int = 0) -> Plan:
             raise ValueError(f"{found[chosen]} is not whole ({error}): repair it or take it out") from error
         return {"__key__": f"{chosen:08d}", name.suffix.lower().lstrip("."): data, **labelled(name, classes)}
 
-    facts = {"source": "folder", "listing": listing.hexdigest(), "seed": seed, "classes": list(classes)}
+    facts = {"source": "folder", "listing": listing(root, found), "seed": seed, "classes": list(classes)}
     return Plan(len(found), facts, sample)
 
 
@@ -118,6 +115,14 @@ def _recording(data: bytes) -> None:
         pass
 
 
+def listing(root: Path, paths: Sequence[Path]) -> str:
+    """A digest of the names below `root` and the sizes of files, which says whether they are still the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def classes_of(paths: Sequence[PurePath]) -> dict[str, int]:
     """The folders directly below the root, which are the classes, in the order of their names, and their labels."""
     return {name: label for label, name in enumerate(sorted({path.parts[0] for path in paths if len(path.parts) > 1}))}
@@ -128,6 +133,17 @@ def labelled(name: PurePath, classes: Mapping[str, int], **more: Any) -> Sample:
     label = classes[name.parts[0]] if len(name.parts) > 1 else -1
     facts = {"label": label, "class": name.parts[0] if label >= 0 else None, "file": str(name), **more}
     return {"json": json.dumps(facts).encode()} | ({"cls": str(label).encode()} if label >= 0 else {})
+
+
+def write_all(plans: Sequence[tuple[str, Plan]], place: Path, shard_size: int) -> list[str]:
+    """`write` of several sets into one folder, each under its name; the pattern of the shards of each."""
+    shards = {name: names(place.expanduser(), name, plan.num_samples, shard_size) for name, plan in plans}
+    for name, plan in plans:
+        is_made(plan, shards[name], name)  # what is in the way of any is said before the first is written
+    for name, plan in plans:
+        write(plan, shards[name], name)
+    ends = [(name, *(path.stem.rsplit("-", 1)[1] for path in (made[0], made[-1]))) for name, made in shards.items()]
+    return [f"{place}/{name}-{{{first}..{last}}}.tar" for name, first, last in ends]
 
 
 def write(plan: Plan, shards: Sequence[Path], split: str) -> None:

@@ -17,6 +17,7 @@ COMMANDS = {  # name: (file, what it does)
     "study": ("study", "run every combination of a study's dials"),
     "plan": ("plan", "predict a training step on 1 to 1024 GPUs"),
     "shards": ("shards", "make WebDataset shards of images or drawn shapes"),
+    "convert": ("convert", "make WebDataset shards of NYU Depth v2, COCO panoptic, images with labels"),
     "import": ("import_checkpoint", "make a published tokenizer a saved one"),
     "page": ("page", "tell a run from images to samples on one page"),
     "plot": ("plot", "draw curves of one or several runs"),

@@ -62,14 +62,8 @@ def _make(args: argparse.Namespace) -> int:
     from vqscale.data.made import make  # after the arguments: it brings the webdataset library, and that brings torch
 
     plans = _plans(args)
-    shards = {name: make.names(args.out.expanduser(), name, plan.num_samples, args.shard_size) for name, plan in plans}
-    for name, plan in plans:
-        make.is_made(plan, shards[name], name)  # what is in the way of any is said before the first is written
-    for name, plan in plans:
-        make.write(plan, shards[name], name)
-        first, last = (path.stem.rsplit("-", 1)[1] for path in (shards[name][0], shards[name][-1]))
-        print(f"{plan.num_samples} samples in {len(shards[name])} shards; in a config:")
-        print(f"shards: {args.out}/{name}-{{{first}..{last}}}.tar")
+    for (_, plan), pattern in zip(plans, make.write_all(plans, args.out, args.shard_size), strict=True):
+        print(f"{plan.num_samples} samples; in a config:\nshards: {pattern}")
     return 0
 
 
