@@ -11,9 +11,8 @@ from torch import nn
 
 from vqscale import config as configuration
 from vqscale import nets
-from vqscale.nets.config import MagvitConfig, grid
+from vqscale.nets.config import MagvitConfig, NetConfig, grid
 from vqscale.nets.magvit import Residual, Upsample
-from vqscale.tokenizer.config import TokenizerConfig
 
 SMALL = MagvitConfig(channels=8, multipliers=(1, 2), num_blocks=2, z_channels=4, num_groups=4)
 
@@ -61,8 +60,8 @@ def test_checkpointing_changes_nothing(monkeypatch):
 
 def test_every_network_has_its_line_and_its_settings():
     for name in nets.NETS:
-        config = configuration.parse(TokenizerConfig, {"net": {"name": name}})
-        net, dim = config.net, getattr(config.net, "z_channels", 5)
+        net = configuration.parse(NetConfig, {"name": name})
+        dim = getattr(net, "z_channels", 5)
         sides = net.only_sides or tuple(4 * stride for stride in net.strides)
         with torch.device("meta"):
             parts, context = nets.build(net, dim), [torch.empty(1, net.context_channels, *sides)] * net.takes_context

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vqscale import config as configuration
 from vqscale import nets
 from vqscale.nets import vit
+from vqscale.nets.config import NetConfig
 from vqscale.nets.config_vit import VitConfig
 from vqscale.plan.count import network
 from vqscale.tokenizer.config import TokenizerConfig
@@ -145,8 +146,9 @@ def test_checkpointing_changes_nothing():
 
 
 def test_a_tokenizer_of_labels_refuses_what_is_not_of_its_size():
-    asked = {"net": {**configuration.to_dict(SMALL), "labels": [5]}, "quantizer": {"name": "fsq", "levels": [3, 3]}}
-    tokenizer = Tokenizer.from_config(configuration.parse(TokenizerConfig, {**asked, "latent_norm": "none"}))
+    asked = {"signal": {"name": "depth", "num_bins": 5}, "quantizer": {"name": "fsq", "levels": [3, 3]}}
+    asked |= {"net": {**configuration.to_dict(SMALL), "labels": [5]}, "latent_norm": "none"}
+    tokenizer = Tokenizer.from_config(configuration.parse(TokenizerConfig, asked))
     labels, context = torch.randint(5, (2, 1, 16, 16)).float(), torch.randn(2, 3, 16, 16)
     ids = tokenizer.encode(labels, context)
     assert (ids.shape, tokenizer.decode(ids, context).shape) == ((2, 2, 2), (2, 5, 16, 16))
@@ -171,7 +173,7 @@ def test_a_tokenizer_of_labels_refuses_what_is_not_of_its_size():
 def test_what_no_network_can_be_built_from_is_refused(change, says):
     asked = configuration.to_dict(dataclasses.replace(SMALL, **change))
     with pytest.raises(configuration.ConfigError, match=says):
-        configuration.parse(TokenizerConfig, {"net": asked})
+        configuration.parse(NetConfig, asked)
 
 
 def test_a_plan_counts_both_sides_with_their_context():

@@ -65,6 +65,11 @@ def _uniform_(bits: Tensor, dtype: torch.dtype) -> Tensor:
     return low.to(dtype).mul_(2.0**-63).add_(2.0**-64).clamp_(max=1.0 - torch.finfo(dtype).eps / 2)
 
 
+def lowest(value_BT: Tensor, count_B: Tensor) -> Tensor:
+    """Which values are among the count lowest of their row; the first of equal ones."""
+    return value_BT.argsort(dim=1, stable=True).argsort(1) < count_B[:, None]
+
+
 def gumbel(keys_N: Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel numbers -log(-log(1 - v)): the high ones, which decide, come from small v and are precise."""
     return _gumbel_(uniform(keys_N, start, stop, dtype))

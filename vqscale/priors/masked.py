@@ -114,7 +114,8 @@ def training_masks(keys_B: Tensor, config: MaskedConfig) -> Tensor:
     """masked_BT of images in training: a number of ids by the config's law, any of them."""
     num = config.num_tokens
     uniform_BV = noise.uniform(noise.keys(MASKS, keys_B), 0, 1 + num)
-    return _lowest(uniform_BV[:, 1:], training_counts(config.mask_law, config.least_masked, uniform_BV[:, 0], num))
+    count_B = training_counts(config.mask_law, config.least_masked, uniform_BV[:, 0], num)
+    return noise.lowest(uniform_BV[:, 1:], count_B)
 
 
 def bound_masks(keys_B: Tensor, config: MaskedConfig, number: int) -> Tensor:
@@ -122,12 +123,7 @@ def bound_masks(keys_B: Tensor, config: MaskedConfig, number: int) -> Tensor:
     num = config.num_tokens
     first_B1 = noise.uniform(noise.keys(MASKS, keys_B), 0, 1, torch.float64)
     count_B = ((first_B1[:, 0] + number / config.bound_passes) % 1.0 * num).to(torch.int64).clamp(max=num - 1) + 1
-    return _lowest(noise.uniform(noise.keys(MASKS, keys_B, number), 0, num), count_B)
-
-
-def _lowest(value_BT: Tensor, count_B: Tensor) -> Tensor:
-    """Which values are among the count lowest of their image; the first of equal ones."""
-    return value_BT.argsort(dim=1, stable=True).argsort(1) < count_B[:, None]
+    return noise.lowest(noise.uniform(noise.keys(MASKS, keys_B, number), 0, num), count_B)
 
 
 def mean_of(passes: list[Modelled]) -> Modelled:

@@ -23,7 +23,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.signals.config import ImagesSignal
-from vqscale.tokenizer import export, saved
+from vqscale.tokenizer import code_dropout, export, saved
 from vqscale.tokenizer.config import TokenizerConfig
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vqscale.signals import Signal
 
 LatentNorm = Literal["none", "rms", "layer"]
+CodeDropout = Literal["none", "random"]
+NoCode = Literal["zero", "learned"]
 
 
 class Tokenizer(nn.Module):
@@ -50,14 +52,27 @@ class Tokenizer(nn.Module):
     "layer" first subtracts its mean, "none" leaves it. From quant_conv to the quantizer's answer everything is in the
     type of the parameters, float32, whatever the autocast; the nets follow the autocast.
 
+    With code_dropout the decoder is given a part of the codes in training (code_dropout.py), and `kept` (B, *grid) says
+    which, of reconstruct and decode, at any time. In place of the others it sees codes of zeros, or behind
+    post_quant_conv the learned vector no_code.
+
     `config` is None where a tokenizer was put together by hand: such a one cannot be saved. `card` has what is known of
     where the weights come from (origin, commit, image_size, metrics); it goes with them into a saved folder.
     """
 
-    def __init__(self, net: NetConfig, quantizer: Quantizer, latent_norm: LatentNorm = "none") -> None:
+    no_code: nn.Parameter | None
+
+    def __init__(
+        self,
+        net: NetConfig,
+        quantizer: Quantizer,
+        latent_norm: LatentNorm = "none",
+        code_dropout: CodeDropout = "none",
+        no_code: NoCode = "zero",
+    ) -> None:
         super().__init__()
         self.net = net
-        self.latent_norm = latent_norm
+        self.latent_norm, self.code_dropout = latent_norm, code_dropout
         self.config: TokenizerConfig | None = None
         self.card: dict[str, Any] = {}
         self.mesh: Mesh | None = None
@@ -66,6 +81,11 @@ class Tokenizer(nn.Module):
         self.quantizer = quantizer
         self.post_quant_conv, self.decoder = parts.post_quant_conv, parts.decoder
         self._last_weight = parts.last_weight
+        self.no_code = None
+        if no_code == "learned":
+            with torch.no_grad():
+                given = self.post_quant_conv(torch.zeros(1, quantizer.dim, *[1] * len(net.strides)))
+            self.no_code = nn.Parameter(torch.zeros_like(given.flatten()))
 
     @classmethod
     def from_config(cls, config: TokenizerConfig, mesh: Mesh | None = None, seed: int = 0) -> Tokenizer:
@@ -73,7 +93,8 @@ class Tokenizer(nn.Module):
         mesh = mesh or Mesh()
         torch.manual_seed(derive(seed, "model"))
         quantizer = quantizers.build(config.quantizer, mesh, seed=derive(seed, "codes"))
-        tokenizer = cls(config.net, quantizer, config.latent_norm).to(mesh.device)
+        dropout = (config.code_dropout, config.no_code)
+        tokenizer = cls(config.net, quantizer, config.latent_norm, *dropout).to(mesh.device)
         tokenizer.config, tokenizer.mesh = config, mesh
         return tokenizer
 
@@ -130,12 +151,23 @@ class Tokenizer(nn.Module):
         """The decoder's weight nearest to what comes out."""
         return self.decoder.get_parameter(self._last_weight)
 
-    def forward(self, samples: Tensor, context: Tensor | None = None) -> tuple[Tensor, Quantized]:
-        """Samples -> (what the decoder makes of them, not clamped; what the quantizer returned for x_ND)."""
+    def forward(
+        self, samples: Tensor, context: Tensor | None = None, keys_B: Tensor | None = None
+    ) -> tuple[Tensor, Quantized]:
+        """Samples -> (what the decoder makes of them, not clamped; what the quantizer returned for x_ND).
+
+        keys_B (noise.keys) decide which codes of an image are dropped in training, torch's generator without them.
+        """
         x_ND = self.latents(samples, context)
         with _no_autocast(x_ND):
             quantized = self.quantizer(x_ND)
-        recon = self.reconstruct(quantized.z, self.grid(samples), context)
+        batch, *places = self.grid(samples)
+        kept = None
+        if self.training and self.code_dropout != "none":
+            if keys_B is None:
+                keys_B = torch.randint(2**62, (batch,), device=samples.device)
+            kept = code_dropout.random_kept(keys_B, places)
+        recon = self.reconstruct(quantized.z, (batch, *places), context, kept)
         if self.net.rounds_up:
             for dim, side in enumerate(samples.shape[2:], start=2):
                 recon = recon.narrow(dim, 0, side)
@@ -154,10 +186,22 @@ class Tokenizer(nn.Module):
                 x_ND = F.layer_norm(x_ND, x_ND.shape[-1:], eps=1e-6)
             return x_ND
 
-    def reconstruct(self, z_ND: Tensor, grid: tuple[int, ...], context: Tensor | None = None) -> Tensor:
-        """Rows of codes for a grid of (B, *grid) tokens -> samples, never in half precision, not clamped."""
+    def reconstruct(
+        self, z_ND: Tensor, grid: tuple[int, ...], context: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Rows of codes for a grid of (B, *grid) tokens -> samples, never in half precision, not clamped.
+
+        `kept` (B, *grid), true where the decoder is given the code; None is everywhere.
+        """
         z_BDg = z_ND.unflatten(0, grid).movedim(-1, 1)
-        return self.decoder(self.post_quant_conv(z_BDg), *self._given(context)).to(self.dtype)
+        if kept is None:
+            latents = self.post_quant_conv(z_BDg)
+        else:
+            kept_B1g = kept.unsqueeze(1)
+            latents = self.post_quant_conv(torch.where(kept_B1g, z_BDg, 0.0))
+            if self.no_code is not None:
+                latents = torch.where(kept_B1g, latents, self.no_code.view(-1, *[1] * (latents.ndim - 2)))
+        return self.decoder(latents, *self._given(context)).to(self.dtype)
 
     def _given(self, context: Tensor | None) -> tuple[Tensor, ...]:
         """The context as the nets take it. ValueError where there is one for a net that takes none, or the reverse."""
@@ -191,9 +235,10 @@ class Tokenizer(nn.Module):
             return ids_N.view(*self.grid(samples), *ids_N.shape[1:])
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
+    def decode(self, ids: Tensor, context: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
         """Ids (B, *grid) -> samples (B, C, *sides), not clamped, without gradients and dropout in any training mode.
 
+        `kept` (B, *grid) is false where the decoder is to do without the code, though there is an id.
         ValueError for ids that are none of this tokenizer's, on all ranks of a split codebook if one has such.
         """
         self._check_ids(ids)
@@ -201,7 +246,7 @@ class Tokenizer(nn.Module):
             last = len(self.net.strides)
             with _no_autocast(ids):
                 z_ND = self.quantizer.decode(ids.flatten(0, last))
-            return self.reconstruct(z_ND, ids.shape[: last + 1], context)
+            return self.reconstruct(z_ND, ids.shape[: last + 1], context, kept)
 
     def _check_ids(self, ids: Tensor) -> None:
         """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vqscale import signals
-from vqscale.codes import products
+from vqscale.codes import noise, products
 from vqscale.codes.rows import set_aside
 from vqscale.data.samples import SampleStream
 from vqscale.engine.average import Average
@@ -64,6 +64,7 @@ def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
 
 def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     run, place = config.run, Path(config.run.folder)
+    mine = config.data.batch // config.engine.accumulation // mesh.world.size
 
     # open
     signal = signals.build(config.tokenizer.signal)
@@ -107,13 +108,16 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
         watch.begin(log)
         trace.begin()
         waited, broken, means = 0.0, 0, dict[str, Tensor]()
-        for _ in range(config.engine.accumulation):
+        for micro in range(config.engine.accumulation):
             batch, seconds = next(batches)
             waited, broken = waited + seconds, broken + len(batch.broken)
             recent.extend(batch.broken)
             samples = batch.samples.to(mesh.device, non_blocking=True)
             original, *context = signal.enter(samples)
-            recon, quantized = engine(original, *context)
+            # What is random per sample follows from its place in the batch of the step, however that is cut.
+            places = torch.arange(mine, device=mesh.device) + (micro * mesh.world.size + mesh.world.rank) * mine
+            keys = noise.keys(derive(run.seed, "codes dropped"), step, places)
+            recon, quantized = engine(original, context[0] if context else None, keys)
             active = discriminator if discriminator is not None and discriminator.trains(step) else None
             its_values = dict[str, Tensor]()
 
