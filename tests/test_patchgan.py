@@ -10,7 +10,7 @@ from torch import nn
 
 from vqscale import config as configuration
 from vqscale.nets import discriminators
-from vqscale.nets.config_discriminators import PatchGANConfig
+from vqscale.nets.config_discriminators import Objective, PatchGANConfig
 from vqscale.nets.discriminators import Answer, alone
 from vqscale.nets.patchgan import PatchGAN, SyncBatchNorm
 from vqscale.parallel import ops
@@ -126,6 +126,12 @@ REAL = [Answer(torch.tensor([[2.0, -1.0], [0.5, 0.5]]).view(2, 1, 1, 2))]
 FAKE = [Answer(torch.tensor([[-3.0, 1.0], [0.0, 2.0]]).view(2, 1, 1, 2))]
 
 
+def alike(kind, mean, count=1):
+    """The objectives of so many answers of the same weight."""
+    its = "nonsaturating" if kind == "clipped_hinge" else kind
+    return [Objective(its, kind, 1 / count, 1 / count, mean, mean)] * count
+
+
 def test_adversarial_losses_are_their_formulas():
     def soft(*values):
         return sum(torch.log1p(torch.exp(torch.tensor(x))).item() for x in values) / len(values)
@@ -135,14 +141,23 @@ def test_adversarial_losses_are_their_formulas():
         ("hinge", "before"): 0.5 * ((0.5 + 0.5) / 2 + (0 + 2) / 2),
         ("nonsaturating", "after"): 0.5 * (soft(-2.0, 1.0, -0.5, -0.5) + soft(-3.0, 1.0, 0.0, 2.0)),
         ("nonsaturating", "before"): 0.5 * (soft(-0.5, -0.5) + soft(-1.0, 1.0)),
+        ("least_squares", "after"): 0.5 * ((1 + 4 + 0.25 + 0.25) / 4 + (9 + 1 + 0 + 4) / 4),
     }
     for (kind, mean), value in expected.items():
-        assert losses.discriminator(REAL, FAKE, kind, mean).item() == pytest.approx(value)
-    assert losses.generator(FAKE, "hinge", "before").item() == pytest.approx(0.0)
-    assert losses.generator(FAKE, "hinge", "after").item() == pytest.approx(0.0)
-    assert losses.generator(FAKE, "nonsaturating", "after").item() == pytest.approx(soft(3.0, -1.0, 0.0, -2.0))
-    assert losses.generator(FAKE, "nonsaturating", "before").item() == pytest.approx(soft(1.0, -1.0))
-    assert losses.generator([Answer(FAKE[0].values.bfloat16())], "hinge", "after").dtype == torch.float32
+        assert losses.discriminator(REAL, FAKE, alike(kind, mean))[kind].item() == pytest.approx(value)
+    generated = {
+        ("hinge", "before"): 0.0,
+        ("hinge", "after"): 0.0,
+        ("nonsaturating", "after"): soft(3.0, -1.0, 0.0, -2.0),
+        ("nonsaturating", "before"): soft(1.0, -1.0),
+        ("clipped_hinge", "after"): (4 + 0 + 1 + 0) / 4,
+        ("least_squares", "after"): (16 + 0 + 1 + 1) / 4,
+        ("least_squares", "before"): (4 + 0) / 2,
+    }
+    for (kind, mean), value in generated.items():
+        assert losses.generator(FAKE, alike(kind, mean)).item() == pytest.approx(value)
+    half = [Answer(FAKE[0].values.bfloat16())]
+    assert losses.generator(half, alike("hinge", "after")).dtype == torch.float32
 
 
 def test_lecam_and_the_adaptive_ratio():
@@ -161,10 +176,11 @@ def test_losses_of_several_answers_are_the_means_of_theirs():
     real, fake = [*REAL, *other[0]], [*FAKE, *other[1]]
     for kind in ("hinge", "nonsaturating"):
         for mean in ("before", "after"):
-            each = [losses.discriminator(*pair, kind, mean) for pair in ((REAL, FAKE), other)]
-            assert losses.discriminator(real, fake, kind, mean).item() == pytest.approx(sum(each).item() / 2)
-            each = [losses.generator(answers, kind, mean) for answers in (FAKE, other[1])]
-            assert losses.generator(fake, kind, mean).item() == pytest.approx(sum(each).item() / 2)
+            each = [losses.discriminator(*pair, alike(kind, mean))[kind] for pair in ((REAL, FAKE), other)]
+            both = losses.discriminator(real, fake, alike(kind, mean, 2))
+            assert both[kind].item() == pytest.approx(sum(each).item() / 2)
+            each = [losses.generator(answers, alike(kind, mean)) for answers in (FAKE, other[1])]
+            assert losses.generator(fake, alike(kind, mean, 2)).item() == pytest.approx(sum(each).item() / 2)
     averages = torch.tensor([[0.6, 0.1], [-0.2, -0.5]])
     each = [losses.lecam(*pair, averages[:, [i]]) for i, pair in enumerate(((REAL, FAKE), other))]
     assert losses.lecam(real, fake, averages).item() == pytest.approx(sum(each).item() / 2)

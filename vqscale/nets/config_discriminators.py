@@ -9,7 +9,27 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from vqscale.config import OneOf
 
 # One line for each discriminator: its name in a config, and where its settings are.
-DISCRIMINATORS = {"patchgan": "vqscale.nets.config_discriminators:PatchGANConfig"}
+DISCRIMINATORS = {
+    "patchgan": "vqscale.nets.config_discriminators:PatchGANConfig",
+    "wave": "vqscale.nets.config_wave_discriminator:WaveDiscriminatorConfig",
+}
+
+PatchMean = Literal["before", "after"]
+DiscriminatorLoss = Literal["hinge", "nonsaturating", "least_squares"]
+GeneratorLoss = Literal["hinge", "clipped_hinge", "nonsaturating", "least_squares"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one answer is trained for, and the generator from it: the formulas are in train/adversarial_losses.py."""
+
+    discriminator: DiscriminatorLoss
+    generator: GeneratorLoss
+    weight: float
+    """of the generator's loss, and of matching features"""
+    discriminator_weight: float
+    discriminator_patch_mean: PatchMean = "after"
+    generator_patch_mean: PatchMean = "after"
 
 
 class DiscriminatorSettings:
@@ -18,8 +38,18 @@ class DiscriminatorSettings:
     name: str
     module: ClassVar[str]
     """the discriminator's class, as `module:Class`"""
-    num_answers: ClassVar[int] = 1
-    """parts, each of which gives an answer"""
+    shows_features: ClassVar[bool] = False
+    """whether its answers come with feature maps"""
+
+    @property
+    def num_answers(self) -> int:
+        """Parts, each of which gives an answer."""
+        return 1
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """Of each answer, where the discriminator says it itself; (): all are alike, as the losses of a run say."""
+        return ()
 
     @property
     def least_side(self) -> int:

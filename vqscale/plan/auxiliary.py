@@ -34,20 +34,22 @@ def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: i
     found = Auxiliary()
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     with torch.device("meta"):
-        pixels = torch.empty(images, 3, *config.data.train.sides)
+        samples = torch.empty(images, config.tokenizer.net.in_channels, *config.data.train.sides)
         if config.loss.adversarial is not None:
             net = discriminators.build(config.loss.adversarial.net)  # alone: nothing is sent here
             params = _count(net)
             found.parameters["discriminator"] = params
             found.memory["discriminator"] = split_bytes(params, stage, world)
-            found.memory[f"activations of the discriminator, {images} images twice"] = 2 * activation_bytes(net, pixels)
+            found.memory[f"activations of the discriminator, {images} images twice"] = 2 * activation_bytes(
+                net, samples
+            )
             found.sent["data axis and ZeRO: gradients of the discriminator"] = 8 * params * (world - 1) // world
         if config.loss.perceptual is not None:
             lpips = LPIPS()
             found.parameters["LPIPS (frozen)"] = _count(lpips)
             found.memory["LPIPS"] = 4 * _count(lpips)
-            recon = torch.empty_like(pixels).requires_grad_()
-            found.memory[f"activations of LPIPS, {images} images"] = activation_bytes(lpips, pixels, recon)
+            recon = torch.empty_like(samples).requires_grad_()
+            found.memory[f"activations of LPIPS, {images} images"] = activation_bytes(lpips, samples, recon)
     if config.engine.precision == "bf16":
         found.memory = {name: x // 2 if name.startswith("activations") else x for name, x in found.memory.items()}
     if config.average.decay:

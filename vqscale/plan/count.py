@@ -100,16 +100,16 @@ def network(config: NetConfig, sides: Sequence[int], dim: int, loss: LossConfig 
         tuple(counter.kernels),
         sum(p.numel() for part in parts[:4] for p in part.parameters()),
         math.prod(places),
-        () if loss is None else loss_kernels(loss, sides),
+        () if loss is None else loss_kernels(loss, config.in_channels, sides),
     )
 
 
-def loss_kernels(loss: LossConfig, sides: Sequence[int]) -> tuple[Kernel, ...]:
-    """The kernels of LPIPS and the discriminator on one image: the discriminator's own step on image and
-    reconstruction, then both on the reconstruction, forward and back to it. An adaptive weight's extra gradients do not
-    count."""
+def loss_kernels(loss: LossConfig, channels: int, sides: Sequence[int]) -> tuple[Kernel, ...]:
+    """The kernels of LPIPS and the discriminator on one sample: the discriminator's own step on sample and
+    reconstruction, then both on the reconstruction, forward and back to it, and for matching features the sample once
+    more. An adaptive weight's extra gradients do not count."""
     with torch.device("meta"):
-        image, recon = torch.empty(1, 3, *sides), torch.empty(1, 3, *sides, requires_grad=True)
+        image, recon = torch.empty(1, channels, *sides), torch.empty(1, channels, *sides, requires_grad=True)
         lpips = None if loss.perceptual is None else LPIPS()
         discriminator = None if loss.adversarial is None else discriminators.build(loss.adversarial.net)
     with KernelCounter() as counter:
@@ -119,6 +119,8 @@ def loss_kernels(loss: LossConfig, sides: Sequence[int]) -> tuple[Kernel, ...]:
             (_mean(discriminator(image)) + _mean(discriminator(recon.detach()))).backward()
             discriminator.requires_grad_(False)
             _mean(discriminator(recon)).backward()
+            if loss.adversarial is not None and loss.adversarial.feature_weight:
+                discriminator(image)
     return tuple(counter.kernels)
 
 

@@ -1,9 +1,11 @@
 """The loss of reconstructions that is a network with an engine of its own: a discriminator.
 
-The order of a step is that of the published tokenizers: one forward pass of the tokenizer, then the discriminator steps
-on images and (detached) reconstructions, then the tokenizer steps, with the adversarial loss of the discriminator as it
-now is. With accumulation the discriminator steps with the last micro-batch, whose reconstructions alone meet the new
-one. The blocks themselves are in tokenizer.py.
+The order of a step is that of the published tokenizers of images: one forward pass of the tokenizer, then the
+discriminator steps on images and (detached) reconstructions, then the tokenizer steps, with the adversarial loss of the
+discriminator as it now is. With accumulation the discriminator steps with the last micro-batch, whose reconstructions
+alone meet the new one. `first: tokenizer` is the order of the published SimVQ tokenizers of speech: the tokenizer steps
+with the adversarial loss of the discriminator as it was, and the discriminator learns of the same reconstructions after
+it. The tokenizer's block is in tokenizer.py.
 
 The discriminator's weights are frozen but for its own block: a backward pass of the tokenizer that reached them would
 fill the buckets of the other engine.
@@ -54,13 +56,21 @@ class Discriminator:
         """Whether it learns, and the tokenizer from it, at this step, numbered from 1; the same on every rank."""
         return step > self.config.start_step
 
+    def learn(self, samples: Tensor, recon: Tensor) -> dict[str, Tensor]:
+        """Its own block, forward and backward pass and step, on samples and reconstructions; its losses by name, and
+        its mean answers `real` and `fake`, for the log. Collective."""
+        with self._learning():
+            real, fake = self.engine(samples), self.engine(recon.detach())
+            parts = self.losses(real, fake)
+            self.engine.backward(torch.stack([*parts.values()]).sum())
+            self.step(real, fake)
+        return {**parts, "real": losses.mean_values(real).mean(), "fake": losses.mean_values(fake).mean()}
+
     def losses(self, real: list[Answer], fake: list[Answer]) -> dict[str, Tensor]:
         """What it minimises, by name, already weighted, from its answers to images and to reconstructions."""
-        config = self.config
-        loss = losses.discriminator(real, fake, config.discriminator, config.discriminator_patch_mean)
-        found: dict[str, Tensor] = {config.discriminator: loss}
-        if config.lecam_weight:
-            found["lecam"] = config.lecam_weight * losses.lecam(real, fake, self.averages_2A)
+        found = losses.discriminator(real, fake, self.config.objectives)
+        if self.config.lecam_weight:
+            found["lecam"] = self.config.lecam_weight * losses.lecam(real, fake, self.averages_2A)
         return found
 
     def step(self, real: list[Answer], fake: list[Answer]) -> StepReport:
@@ -86,37 +96,47 @@ class Discriminator:
         return {"lr": self._report.lr, "grad_norm": self._report.grad_norm, "skipped": self.engine.skipped}
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Its own block: gradients reach its weights inside, and nowhere else."""
+    def _learning(self) -> Iterator[None]:
+        """Gradients reach its weights inside, and nowhere else."""
         self.engine.module.requires_grad_(True)
         yield
         self.engine.module.requires_grad_(False)
 
-    def generator_loss(self, recon: Tensor, main: Tensor, last: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """(weight, adversarial loss of the tokenizer): their product belongs in what the tokenizer minimises.
+    def distances(
+        self, samples: Tensor, recon: Tensor, main: Tensor, last: nn.Parameter
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What it makes the tokenizer minimise, beside `main`: (losses, their weights) by name.
 
-        With adaptive the weight follows the ratio of the gradients of `main` and of that loss at `last`, the weight of
-        the decoder's last layer; gradients are averaged over the ranks first, so that all have one ratio.
+        With adaptive the weight of the adversarial one follows the ratio of the gradients of `main` and of that loss at
+        `last`, the weight of the decoder's last layer; gradients are averaged over the ranks first, so that all have
+        one ratio.
         """
-        loss = losses.generator(self.engine(recon), self.config.generator, self.config.generator_patch_mean)
+        fake = self.engine(recon)
+        loss = losses.generator(fake, self.config.objectives)
         weight = torch.full((), self.config.weight, device=recon.device)
         if self.config.adaptive:
             both = torch.stack([torch.autograd.grad(each, last, retain_graph=True)[0] for each in (main, loss)])
             both = ops.sum_over(both.detach(), self._mesh.world) / self._mesh.world.size
             weight = weight * losses.adaptive_ratio(both[0], both[1], self.config.adaptive_limit)
-        return weight, loss
+        if not self.config.feature_weight:
+            return {"adversarial": loss}, {"adversarial": weight}
+        with torch.no_grad():
+            real = self.engine(samples)
+        matched = losses.features(real, fake, self.config.objectives)
+        weights = {"adversarial": weight, "features": torch.full_like(weight, self.config.feature_weight)}
+        return {"adversarial": loss, "features": matched}, weights
 
     def row_names(self) -> list[str]:
         return []
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(replicated, rows, facts) as an engine's; collective."""
-        with self.learning():  # ZeRO-3 has no moments to give for what is frozen
+        with self._learning():  # ZeRO-3 has no moments to give for what is frozen
             replicated, rows, facts = self.engine.state()
         return replicated | {"lecam": self.averages_2A.flatten().to("cpu", copy=True)}, rows, facts
 
     def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what `state` gave, on any number of ranks and at any stage; collective."""
         self.averages_2A = replicated["lecam"].to(self._mesh.device, copy=True).view(2, -1)
-        with self.learning():
+        with self._learning():
             self.engine.load({name: x for name, x in replicated.items() if name != "lecam"}, rows, facts)

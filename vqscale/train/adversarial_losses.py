@@ -1,7 +1,8 @@
 """What discriminator and tokenizer minimise beside each other, as functions with their formulas.
 
-They take answers (nets/discriminators.py) of this rank and talk to nobody: each is a mean over the parts of the
-discriminator of a mean over this rank's values, and the engine averages gradients over the ranks.
+They take answers (nets/discriminators.py) of this rank and talk to nobody: each is a sum over the parts of the
+discriminator, by the weights of their objectives, of a mean over this rank's values, and the engine averages gradients
+over the ranks.
 """
 
 from __future__ import annotations
@@ -12,41 +13,73 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqscale.nets.config_discriminators import DiscriminatorLoss, GeneratorLoss, Objective, PatchMean
 from vqscale.nets.discriminators import Answer
-from vqscale.train.config_losses import AdversarialLoss, PatchMean
 
 
-def discriminator(
-    real: Sequence[Answer], fake: Sequence[Answer], kind: AdversarialLoss, patch_mean: PatchMean
-) -> Tensor:
-    """What a discriminator minimises, from its answers D(x) to samples and D(y) to reconstructions.
+def discriminator(real: Sequence[Answer], fake: Sequence[Answer], objectives: Sequence[Objective]) -> dict[str, Tensor]:
+    """What a discriminator minimises by the names of its losses, from its answers D(x) to samples and D(y) to
+    reconstructions.
 
     hinge            (mean relu(1 - D(x)) + mean relu(1 + D(y))) / 2
     nonsaturating    (mean softplus(-D(x)) + mean softplus(D(y))) / 2
+    least_squares    (mean (1 - D(x))^2 + mean D(y)^2) / 2
 
     patch_mean "before" puts the mean over the patches of a sample in the place of D(x) and D(y).
     """
-    pairs = zip(*_patches((real, fake), patch_mean), strict=True)
-    return _mean(_discriminator(x, y, kind) for x, y in pairs)
+    found: dict[str, list[Tensor]] = {}
+    for x, y, each in zip(real, fake, objectives, strict=True):
+        its_real, its_fake = (_values(answer, each.discriminator_patch_mean) for answer in (x, y))
+        loss = each.discriminator_weight * _discriminator(its_real, its_fake, each.discriminator)
+        found.setdefault(each.discriminator, []).append(loss)
+    return {kind: torch.stack(losses).sum() for kind, losses in found.items()}
 
 
-def _discriminator(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Tensor:
+def _discriminator(real: Tensor, fake: Tensor, kind: DiscriminatorLoss) -> Tensor:
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    if kind == "least_squares":
+        return 0.5 * ((1 - real).square().mean() + fake.square().mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def generator(fake: Sequence[Answer], kind: AdversarialLoss, patch_mean: PatchMean) -> Tensor:
-    """What a generator minimises, from the answers D(y) to what it made: hinge mean -D(y), nonsaturating mean
-    softplus(-D(y)); patch_mean as for `discriminator`."""
-    (answers,) = _patches((fake,), patch_mean)
-    return _mean(-values.mean() if kind == "hinge" else F.softplus(-values).mean() for values in answers)
+def generator(fake: Sequence[Answer], objectives: Sequence[Objective]) -> Tensor:
+    """What a generator minimises, from the answers D(y) to what it made; patch_mean as for `discriminator`.
+
+    hinge mean -D(y), clipped_hinge mean relu(1 - D(y)), nonsaturating mean softplus(-D(y)),
+    least_squares mean (1 - D(y))^2
+    """
+    pairs = zip(fake, objectives, strict=True)
+    losses = [each.weight * _generator(_values(y, each.generator_patch_mean), each.generator) for y, each in pairs]
+    return torch.stack(losses).sum()
 
 
-def _patches(each: Iterable[Sequence[Answer]], patch_mean: PatchMean) -> list[list[Tensor]]:
-    """The values of answers in float32, with patch_mean "before" their means over the patches of each sample."""
-    found = [[answer.values.float() for answer in answers] for answers in each]
-    return [[x.flatten(1).mean(1) for x in values] for values in found] if patch_mean == "before" else found
+def _generator(fake: Tensor, kind: GeneratorLoss) -> Tensor:
+    if kind == "hinge":
+        return -fake.mean()
+    if kind == "clipped_hinge":
+        return F.relu(1 - fake).mean()
+    return (1 - fake).square().mean() if kind == "least_squares" else F.softplus(-fake).mean()
+
+
+def features(real: Sequence[Answer], fake: Sequence[Answer], objectives: Sequence[Objective]) -> Tensor:
+    """How far the maps of reconstructions are from those of their samples: the sum of mean |f(x) - f(y)| over the maps
+    of an answer, and over answers by their weights; no gradient goes to f(x)."""
+    losses = [
+        each.weight * torch.stack([_difference(f, g) for f, g in zip(x.features, y.features, strict=True)]).sum()
+        for x, y, each in zip(real, fake, objectives, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _difference(real: Tensor, fake: Tensor) -> Tensor:
+    return (real.detach().float() - fake.float()).abs().mean()
+
+
+def _values(answer: Answer, patch_mean: PatchMean) -> Tensor:
+    """In float32; with patch_mean "before" their means over the patches of each sample."""
+    values = answer.values.float()
+    return values.flatten(1).mean(1) if patch_mean == "before" else values
 
 
 def _mean(losses: Iterable[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """What a tokenizer is trained for, as frozen dataclasses that mirror the YAML. No torch here.
 
-Distances are in vqscale/signals, formulas of the game in train/adversarial_losses.py, the networks in vqscale/nets, the
+Distances are in vqscale/signals, adversarial formulas in train/adversarial_losses.py, the networks in vqscale/nets, the
 order of the two steps in train/adversarial.py. The defaults of the adversarial loss are those of the published IBQ and
 SimVQ tokenizers.
 """
@@ -12,29 +12,42 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.engine.config import OptimConfig
-from vqscale.nets.config_discriminators import DiscriminatorConfig, PatchGANConfig
+from vqscale.nets.config_discriminators import (
+    DiscriminatorConfig,
+    DiscriminatorLoss,
+    GeneratorLoss,
+    Objective,
+    PatchGANConfig,
+    PatchMean,
+)
 from vqscale.signals.config import DistanceConfig
-
-PatchMean = Literal["before", "after"]
-AdversarialLoss = Literal["hinge", "nonsaturating"]
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """A discriminator of patches, its loss and the tokenizer's. It steps first, then the tokenizer."""
+    """A discriminator, its loss and the tokenizer's, and which of the two steps first.
+
+    The four keys of losses and means over patches are for discriminators whose answers are all alike; that of waves
+    says itself what each of its parts is trained for.
+    """
 
     net: DiscriminatorConfig = field(default_factory=PatchGANConfig)
     """the discriminator"""
-    generator: AdversarialLoss = "nonsaturating"
-    """the tokenizer's loss: nonsaturating is softplus(-D(recon)), hinge is -D(recon)"""
-    discriminator: AdversarialLoss = "hinge"
-    """the discriminator's loss: half of relu(1 - D(images)) + relu(1 + D(recon)), or of two softplus"""
+    first: Literal["discriminator", "tokenizer"] = "discriminator"
+    """who steps first; then the other steps against it as it now is, on the same reconstructions"""
+    generator: GeneratorLoss = "nonsaturating"
+    """the tokenizer's loss: nonsaturating is softplus(-D(recon)), hinge is -D(recon), clipped_hinge is
+    relu(1 - D(recon)), least_squares is (1 - D(recon))^2"""
+    discriminator: DiscriminatorLoss = "hinge"
+    """the discriminator's loss: half of relu(1 - D(images)) + relu(1 + D(recon)), or of two softplus, or squares"""
     generator_patch_mean: PatchMean = "before"
     """patches of an image are averaged before or after the non-linearity of the tokenizer's loss"""
     discriminator_patch_mean: PatchMean = "after"
     """patches of an image are averaged before or after the non-linearity of the discriminator's loss"""
     weight: float = 0.1
     """weight of the tokenizer's loss"""
+    feature_weight: float = 0.0
+    """weight of how far the discriminator's maps of a reconstruction are from those of its sample; 0 is off"""
     adaptive: bool = False
     """multiply weight by the ratio of gradient norms (reconstruction / adversarial) at the decoder's last layer"""
     adaptive_limit: float = 1e4
@@ -52,11 +65,42 @@ class AdversarialConfig:
         for key in ("weight", "adaptive_limit"):
             if getattr(self, key) <= 0:
                 yield key, f"{key} is {getattr(self, key)}: use a positive number, or adversarial: null for none"
-        for key in ("start_step", "lecam_weight"):
+        for key in ("start_step", "lecam_weight", "feature_weight"):
             if getattr(self, key) < 0:
                 yield key, f"{key} is {getattr(self, key)}: use 0 or more"
+        if self.feature_weight and not self.net.shows_features:
+            yield (
+                "feature_weight",
+                f"feature_weight is {self.feature_weight}, and the discriminator {self.net.name} shows no maps: use 0, "
+                "or another net",
+            )
+        if self.net.objectives:
+            yield from self._overruled()
         if not 0 <= self.lecam_decay < 1:
             yield "lecam_decay", f"a decay lies in [0, 1), but lecam_decay is {self.lecam_decay}: use 0.999, say"
+
+    def _overruled(self) -> Iterable[tuple[str, str]]:
+        for key in ("generator", "discriminator", "generator_patch_mean", "discriminator_patch_mean"):
+            if getattr(self, key) != getattr(AdversarialConfig, key):
+                yield (
+                    key,
+                    f"{key} is {getattr(self, key)}, and the parts of the discriminator {self.net.name} say themselves "
+                    "what they are trained for: leave it out, and change the loss of a part in net",
+                )
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """Of each answer of the discriminator: its own, or else a mean over answers that are all alike."""
+        count = self.net.num_answers
+        alike = Objective(
+            self.discriminator,
+            self.generator,
+            1 / count,
+            1 / count,
+            self.discriminator_patch_mean,
+            self.generator_patch_mean,
+        )
+        return self.net.objectives or (alike,) * count
 
 
 @dataclass(frozen=True)

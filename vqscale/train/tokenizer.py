@@ -32,7 +32,6 @@ from vqscale.show.progress import Progress
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import loop
 from vqscale.train.adversarial import Discriminator
-from vqscale.train.adversarial_losses import mean_values
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
 
@@ -121,25 +120,25 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             active = discriminator if discriminator is not None and discriminator.trains(step) else None
             its_values = dict[str, Tensor]()
 
-            # the discriminator, which steps first
-            if active is not None:
-                with active.learning():
-                    real, fake = active.engine(original), active.engine(recon.detach())
-                    its_parts = active.losses(real, fake)
-                    active.engine.backward(torch.stack([*its_parts.values()]).sum())
-                    active.step(real, fake)
-                its_values = {**its_parts, "real": mean_values(real).mean(), "fake": mean_values(fake).mean()}
+            # the discriminator, where it steps first
+            if active is not None and active.config.first == "discriminator":
+                its_values = active.learn(original, recon)
 
             # the tokenizer
             found = distances(recon, samples, engine.autocast)
             parts = {name: distance.value for name, distance in found.items()}
             loss = torch.stack([distance.weight * distance.value for distance in found.values()]).sum()
             if active is not None:
-                its_values["weight"], parts["adversarial"] = active.generator_loss(recon, loss, last_weight)
-                loss = loss + its_values["weight"] * parts["adversarial"]
+                theirs, weights = active.distances(original, recon, loss, last_weight)
+                loss = loss + torch.stack([weights[name] * value for name, value in theirs.items()]).sum()
+                parts, its_values["weight"] = {**parts, **theirs}, weights["adversarial"]
             loss = loss + config.loss.quantizer_weight * sum(quantized.losses.values())
             engine.backward(loss)
             report = engine.step()
+
+            # the discriminator, where it steps second
+            if active is not None and active.config.first == "tokenizer":
+                its_values |= active.learn(original, recon)
 
             if log:
                 values = {"loss": loss, **loop.under("loss", {**parts, **quantized.losses})}
