@@ -16,6 +16,7 @@ SIGNALS = {
     "depth": "vqscale.signals.config_dense:DepthSignal",
     "color": "vqscale.signals.config_dense:ColorSignal",
     "panoptic": "vqscale.signals.config_dense:PanopticSignal",
+    "sounds": "vqscale.signals.config_sounds:SoundsSignal",
 }
 
 LEAST_PERCEPTUAL = 16  # pixels of a side, which LPIPS halves four times
@@ -56,7 +57,7 @@ class DistanceConfig:
     """How far a reconstruction is from its sample: what the signal knows of what a tokenizer is trained for."""
 
     reconstruction: str = "l2"
-    """distance of samples, by a name that the signal has: l1 or l2 of images"""
+    """distance of samples, by a name that the signal has: l1 or l2 of images, mel of sounds"""
     reconstruction_weight: float = 1.0
     """its weight"""
     perceptual: PerceptualConfig | None = None

@@ -1,0 +1,158 @@
+"""The signal sounds and its measures: published values by hand, slow twins, the packages' own numbers, and ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqscale import config as configuration
+from vqscale import signals
+from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance, si_sdr, stft_distance
+from vqscale.metrics.spectra import log_mel, magnitudes, mel_filters
+from vqscale.parallel.mesh import Mesh
+from vqscale.signals.config import DistanceConfig
+from vqscale.signals.config_sounds import SoundsSignal
+from vqscale.train.config import Run
+
+PUBLISHED = MelBands(24000, 1024, 256, 100)
+SPEECH = Path("/usr/share/pocketsphinx/test/data/librivox")  # of Debian's pocketsphinx-testdata
+TONE = (0.5 * torch.sin(2 * math.pi * 440 * (torch.arange(24000) / 24000)))[None]
+
+
+def noise(*shape, seed=0):
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_mel_distance_has_the_values_of_the_published_one():
+    assert PUBLISHED(TONE).shape == (1, 100, 94)
+    assert mel_distance(TONE, TONE / 2, PUBLISHED).item() == pytest.approx(math.log(2), abs=1e-5)
+    assert mel_distance(TONE, 0 * TONE, PUBLISHED).item() == pytest.approx(10.7254, abs=1e-4)
+    assert PUBLISHED(TONE).mean().item() == pytest.approx(-5.3927, abs=1e-4)
+    assert PUBLISHED(0 * TONE).unique().tolist() == pytest.approx([math.log(1e-7)])
+
+
+def test_spectra_and_filters_are_those_written_out():
+    wave = noise(1, 700).double()
+    padded = np.pad(wave[0].numpy(), 128, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(256) / 256)
+    slow = [np.abs(np.fft.rfft(padded[begin : begin + 256] * window)) for begin in range(0, 701, 64)]
+    assert np.allclose(magnitudes(wave, 256, 64)[0].numpy().T, slow, atol=1e-10)
+    filters = mel_filters(16000, 512, 40)
+    to_mel, to_hertz = lambda f: 2595 * math.log10(1 + f / 700), lambda m: 700 * (10 ** (m / 2595) - 1)
+    for band in (0, 17, 39):
+        low, top, high = (to_hertz(to_mel(8000) * (band + n) / 41) for n in range(3))
+        for number in range(0, 257, 3):
+            f = number * 8000 / 256
+            height = max(0.0, min((f - low) / (top - low), (high - f) / (high - top)))
+            assert filters[band, number].item() == pytest.approx(height, abs=1e-6)
+    with pytest.raises(ValueError, match="500 mel bands up to 8000 Hz are too many for a window of 512"):
+        mel_filters(16000, 512, 500)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silence_has_finite_gradients_and_autocast_changes_nothing(dtype):
+    signal = signals.build(SoundsSignal())
+    of = signal.distances(DistanceConfig("mel", 45.0), Mesh())
+    for samples, output in ((TONE, 0 * TONE), (0 * TONE, TONE), (0 * TONE, 0 * TONE), (TONE, 1e-30 * TONE)):
+        output = output[None].to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = of(output, samples[None], torch.no_grad)["mel"]
+        assert found.weight == 45.0
+        assert found.value.dtype == torch.float32
+        found.value.backward()
+        assert output.grad.isfinite().all()
+        exact = mel_distance(samples, output[0].detach().float(), PUBLISHED).mean()
+        assert torch.equal(found.value.detach(), exact)
+    with pytest.raises(ValueError, match="multiple of the hop"):
+        of(noise(1, 1, 24320), TONE[None], torch.no_grad)
+
+
+def test_si_sdr_and_the_distance_of_transforms_against_slow_forms():
+    x, y = noise(3, 4000), noise(3, 4000, seed=1) + 0.4
+    for row in range(3):
+        a, b = (v[row].double().numpy() - v[row].double().numpy().mean() for v in (x, y))
+        p = (a @ b) / (a @ a) * a
+        assert si_sdr(x, y)[row].item() == pytest.approx(10 * math.log10((p @ p) / ((b - p) @ (b - p))), abs=1e-9)
+        slow = []
+        for size in (2048, 1024, 512):
+            both = [np.log10(np.maximum(magnitudes(v[row : row + 1], size, size // 4).numpy(), 1e-5)) for v in (x, y)]
+            slow.append(np.abs(both[0] - both[1]).mean())
+        assert stft_distance(x, y)[row].item() == pytest.approx(np.mean(slow), rel=1e-5)
+    assert si_sdr(x, 3 * x + 1).tolist() == [100.0] * 3
+    assert si_sdr(x, 0 * x).tolist() == [-100.0] * 3
+    assert si_sdr(0 * x + 1, x).isnan().all()
+
+
+def test_sums_of_clips_of_any_length_add_and_what_has_no_value_is_counted():
+    def few(x, y, rate):
+        if len(x) < 1000:
+            raise ValueError("too short")
+        return float(np.abs(x - y).mean()) * rate
+
+    speech = SpeechMeasures({"few": few}, ())
+    clips = [(noise(1, 1, n, seed=n), noise(1, 1, n + 50, seed=n + 1)) for n in (30, 900, 2000, 3100)]
+    clips.append((torch.zeros(1, 1, 1500), noise(1, 1, 1500)))
+    whole, parts = SoundScores(PUBLISHED, speech), [SoundScores(PUBLISHED, speech) for _ in range(2)]
+    for number, clip in enumerate(clips):
+        whole.add(*clip)
+        parts[number % 2].add(*clip)
+    parts[0].add(noise(0, 1, 10), noise(0, 1, 10))
+    found = whole.from_sums(whole.sums())
+    assert found == pytest.approx(whole.from_sums(parts[0].sums() + parts[1].sums()), rel=1e-9)
+    cut = [(x[0], y[0, :, : x.shape[-1]]) for x, y in clips]
+    assert found["mel"] == pytest.approx(np.mean([mel_distance(x, y, PUBLISHED).item() for x, y in cut]), rel=1e-6)
+    assert found["si_sdr"] == pytest.approx(np.mean([si_sdr(x, y).item() for x, y in cut[:-1]]), rel=1e-9)
+    assert found["few"] == pytest.approx(np.mean([few(*(v[0].numpy() for v in clip), 24000) for clip in cut[2:]]))
+    assert (found["few_without"], found["images"]) == (2, 5)
+    assert math.isnan(SoundScores(PUBLISHED).from_sums(SoundScores(PUBLISHED).sums())["mel"])
+
+
+def test_speech_has_the_packages_own_numbers():
+    pytest.importorskip("pystoi")
+    pytest.importorskip("pesq")
+    soundfile = pytest.importorskip("soundfile")
+    speech = SpeechMeasures.installed()
+    assert speech.left_out == ()
+    pesq, stoi = speech.measures["pesq"], speech.measures["stoi"]
+    for wave in (np.zeros(16000, np.float32), noise(2000).numpy()):  # silent, short
+        with pytest.raises(ValueError):
+            pesq(wave, wave, 16000)
+    with pytest.raises(ValueError):
+        stoi(noise(2000).numpy(), noise(2000).numpy(), 16000)
+    if not SPEECH.exists():
+        pytest.skip("pocketsphinx-testdata is not installed")
+    wave, rate = soundfile.read(SPEECH / "sense_and_sensibility_01_austen_64kb-0880.wav", dtype="float32")
+    for bits, wanted in ((10, (3.2382, 0.9999)), (6, (1.1187, 0.9618))):
+        coarse = np.round(wave * 2 ** (bits - 1)) / 2 ** (bits - 1)
+        assert (pesq(wave, coarse, rate), stoi(wave, coarse, rate)) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_pictures_show_loud_above_quiet_and_predictions_stay_in_range():
+    signal = signals.build(SoundsSignal())
+    waves = torch.stack([TONE, 0 * TONE])
+    picture = signal.picture(waves, waves.flip(0))
+    assert picture.shape == (200, 188, 3)
+    tone, silence = picture[:100, :94], picture[:100, 94:]
+    assert silence.max() < 20
+    assert tone[80:, 20:70].max() > 150  # 440 Hz is near the bottom
+    assert np.array_equal(picture[100:, :94], silence)
+    assert signal.predict(torch.tensor([3.0, -2.0], dtype=torch.bfloat16)).tolist() == [1.0, -1.0]
+    assert torch.equal(log_mel(TONE[:, :50], 24000, 1024, 256, 100).isfinite(), torch.ones(1, 100, 3, dtype=torch.bool))
+
+
+def test_a_config_of_sounds_is_checked_against_its_data():
+    asked = {"task": "tokenizer", "run": {"folder": "x"}, "loss": {"reconstruction": "l2"}}
+    asked["data"] = {"train": {"medium": "sounds", "shards": "x.tar", "sample_rate": 16000, "seconds": 0.02}}
+    asked["tokenizer"] = {"signal": {"name": "sounds"}, "net": {"name": "wave"}, "latent_norm": "none"}
+    with pytest.raises(configuration.ConfigError) as error:
+        configuration.parse(Run, asked)
+    for part in (
+        "expected mel, the distances of tokenizer.signal sounds, found l2",
+        "sounds come at 16000 samples per second, and tokenizer.signal.sample_rate is 24000",
+        "a window of 320 samples is not longer than half of tokenizer.signal.mel_window 1024",
+    ):
+        assert part in str(error.value)

@@ -1,0 +1,56 @@
+"""Spectra of waves: the magnitudes of a short-time Fourier transform, and the logarithm of their mel bands.
+
+In float32 or better whatever the autocast. Gradients are finite for silence: that of a magnitude is 0 at 0, and below
+the floor the logarithm has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def magnitudes(wave_BT: Tensor, n_fft: int, hop: int) -> Tensor:
+    """|STFT| under a periodic Hann window, centred, with mirrored ends: (B, T) -> (B, n_fft / 2 + 1, T // hop + 1).
+
+    A wave too short to be mirrored is padded with zeros at its end.
+    """
+    wave_BT = wave_BT if wave_BT.dtype == torch.float64 else wave_BT.float()
+    wave_BT = F.pad(wave_BT, (0, max(0, n_fft // 2 + 1 - wave_BT.shape[-1])))
+    window = torch.hann_window(n_fft, dtype=wave_BT.dtype, device=wave_BT.device)
+    return torch.stft(wave_BT, n_fft, hop, window=window, return_complex=True).abs()
+
+
+def mel(hertz: float) -> float:
+    """The mel scale as HTK has it."""
+    return 2595 * math.log10(1 + hertz / 700)
+
+
+@functools.lru_cache(maxsize=16)
+def mel_filters(rate: int, n_fft: int, count: int) -> Tensor:
+    """(count, n_fft / 2 + 1): triangles from 0 to rate / 2 whose corners lie evenly on the mel scale, their tops at 1.
+
+    ValueError where a triangle meets no bin of the transform.
+    """
+    highest = mel(rate / 2)
+    corners = torch.tensor([700 * (10 ** (highest * n / (count + 1) / 2595) - 1) for n in range(count + 2)]).double()
+    bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    low, top, high = (corners[n : n + count, None] for n in range(3))
+    filters = torch.minimum((bins - low) / (top - low), (high - bins) / (high - top)).clamp_min(0)
+    if not filters.any(1).all():
+        raise ValueError(
+            f"{count} mel bands up to {rate // 2} Hz are too many for a window of {n_fft} samples, some meet no "
+            "frequency of it: lower num_mels or raise mel_window"
+        )
+    return filters.float()
+
+
+def log_mel(wave_BT: Tensor, rate: int, n_fft: int, hop: int, count: int, floor: float = 1e-7) -> Tensor:
+    """Natural logarithm of the mel bands of magnitudes, not below log(floor): (B, T) -> (B, count, T // hop + 1)."""
+    found = magnitudes(wave_BT, n_fft, hop)
+    with torch.autocast(found.device.type, enabled=False):
+        return (mel_filters(rate, n_fft, count).to(found) @ found).clamp_min(floor).log()

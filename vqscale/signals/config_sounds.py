@@ -1,0 +1,50 @@
+"""The settings of the signal sounds. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vqscale.data.config import MediumConfig
+from vqscale.signals.config import DistanceConfig, SignalSettings
+
+
+@dataclass(frozen=True)
+class SoundsSignal(SignalSettings):
+    """Sounds that become sounds again: an autoencoder of waves of one rate, without context."""
+
+    module: ClassVar[str] = "vqscale.signals.sounds:Sounds"
+    media: ClassVar[tuple[str, ...]] = ("sounds",)
+    distances: ClassVar[tuple[str, ...]] = ("mel",)
+    name: Literal["sounds"] = "sounds"
+    """which signal"""
+    sample_rate: int = 24000
+    """samples per second"""
+    mel_window: int = 1024
+    """samples of the transform under the mel bands of the distance mel"""
+    mel_hop: int = 256
+    """samples from one transform to the next"""
+    num_mels: int = 100
+    """mel bands, from 0 to half the rate"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for key in ("sample_rate", "mel_window", "mel_hop", "num_mels"):
+            if getattr(self, key) < 1:
+                yield key, f"{key} is {getattr(self, key)}: use a positive number"
+
+    def misfits(self, medium: MediumConfig, loss: DistanceConfig) -> Iterable[tuple[str, str]]:
+        yield from super().misfits(medium, loss)
+        rate = getattr(medium, "sample_rate", self.sample_rate)
+        if rate != self.sample_rate:
+            yield (
+                "data.train.sample_rate",
+                f"sounds come at {rate} samples per second, and tokenizer.signal.sample_rate is {self.sample_rate}: "
+                "make them equal; recordings are resampled to data.train.sample_rate",
+            )
+        if medium.kind in self.media and medium.sides[0] <= self.mel_window // 2:
+            yield (
+                "data.train.seconds",
+                f"a window of {medium.sides[0]} samples is not longer than half of tokenizer.signal.mel_window "
+                f"{self.mel_window}: raise data.train.seconds, or lower mel_window",
+            )

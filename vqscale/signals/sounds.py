@@ -1,0 +1,73 @@
+"""The signal sounds: what is encoded is what comes out, (B, 1, T) with values about [-1, 1], and there is no context.
+
+The distance is of mel spectra, as the published SimVQ tokenizers of speech have it: the mean over this rank's values of
+|log max(M x, 1e-7) - log max(M y, 1e-7)|, M x the mel bands of magnitudes. It is in float32 whatever the autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance
+from vqscale.parallel import ops
+from vqscale.parallel.mesh import Mesh
+from vqscale.show import spectrograms
+from vqscale.show.pictures import Picture
+from vqscale.signals import Distance, Distances, Signal, Sums
+from vqscale.signals.config import DistanceConfig
+from vqscale.signals.config_sounds import SoundsSignal
+
+
+def bands(config: SoundsSignal) -> MelBands:
+    """The mel bands of a config."""
+    return MelBands(config.sample_rate, config.mel_window, config.mel_hop, config.num_mels)
+
+
+class SoundSums(Sums):
+    """Distances of spectra and SI-SDR; with measures PESQ and STOI."""
+
+    def __init__(self, mesh: Mesh, bands: MelBands, speech: SpeechMeasures | None) -> None:
+        self.mesh, self._scores = mesh, SoundScores(bands, speech, mesh.device)
+
+    def add(self, samples: Tensor, predicted: Tensor) -> None:
+        self._scores.add(samples, predicted)
+
+    def numbers(self) -> dict[str, float]:
+        return self._scores.from_sums(ops.sum_over(self._scores.sums(), self.mesh.world))
+
+
+class Sounds(Signal):
+    """Sounds without context."""
+
+    def enter(self, samples: Tensor) -> tuple[Tensor, ...]:
+        return (samples,)
+
+    def distances(self, config: DistanceConfig, mesh: Mesh) -> Distances:
+        mel = bands(self.config)
+
+        def of(
+            output: Tensor, samples: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+        ) -> dict[str, Distance]:
+            if output.shape != samples.shape:  # a longer wave would be compared with nothing
+                raise ValueError(
+                    f"sounds are {tuple(samples.shape)} and their reconstructions {tuple(output.shape)}: train on "
+                    "windows whose length is a multiple of the hop of the net"
+                )
+            distance = mel_distance(samples.flatten(0, 1), output.flatten(0, 1), mel).mean()
+            return {"mel": Distance(config.reconstruction_weight, distance)}
+
+        return of
+
+    def predict(self, output: Tensor) -> Tensor:
+        return output.float().clamp(-1, 1)
+
+    def sums(self, mesh: Mesh, measures: SpeechMeasures | None = None) -> SoundSums:
+        return SoundSums(mesh, bands(self.config), measures)
+
+    def picture(self, samples: Tensor, predicted: Tensor) -> Picture:
+        """Mel spectra of originals, below each its reconstruction's."""
+        return spectrograms.grid(*(bands(self.config)(waves.flatten(0, 1)) for waves in (samples, predicted)))
