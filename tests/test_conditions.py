@@ -18,7 +18,8 @@ from vqscale.codes import noise
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.priors.base import SampleWarning
 from vqscale.priors.conditions import Classes, Condition
-from vqscale.priors.config import CONDITIONS, AutoregressiveConfig
+from vqscale.priors.config import CONDITIONS
+from vqscale.priors.config_autoregressive import AutoregressiveConfig
 
 PARITY = {"name": "parity", "dropout": 0.25}
 

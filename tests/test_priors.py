@@ -20,12 +20,14 @@ from vqscale.codes.heads import dense
 from vqscale.codes.rows import Table, set_aside
 from vqscale.config import load_class
 from vqscale.config.schema import doc_lines
-from vqscale.nets.transformer import Transformer
+from vqscale.nets.decoding import OneToken
+from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS
 from vqscale.priors.autoregressive import Incremental
 from vqscale.priors.base import SampleWarning
-from vqscale.priors.config import AutoregressiveSampleConfig, SampleConfig
+from vqscale.priors.config import SampleConfig
+from vqscale.priors.config_autoregressive import AutoregressiveSampleConfig
 from vqscale.priors.guidance import guidance_scales
 from vqscale.seed import derive
 
@@ -240,7 +242,7 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(net):
     halves = [prior.prefix(labels), prior.prefix(labels, null=True)]
     logits = {}
     for cached in (True, False):
-        sequence = Incremental(prior, halves, cached)
+        sequence = Incremental(prior, halves, AutoregressiveSampleConfig(cached=cached))
         steps = [sequence.advance(), *(sequence.advance(one) for one in ids.flatten(1).t()[:-1])]
         logits[cached] = torch.stack(steps, 1) @ prior.head.rows.t()
     torch.testing.assert_close(logits[True], logits[False], rtol=1e-5, atol=1e-5)
@@ -250,12 +252,62 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(net):
     assert float(prior(ids, labels).loss) == pytest.approx(float(nats), rel=1e-5)
 
 
-@pytest.mark.parametrize(("cached", "tokens"), [(True, [1] * 12), (False, list(range(1, 13)))])
-def test_without_the_cache_every_position_is_computed_from_the_beginning(cached, tokens):
-    prior, seen = priors.build(config_of("autoregressive")), []
+@pytest.mark.parametrize(
+    ("how", "tokens", "single"),
+    [({}, [1], 11), ({"cached": False}, list(range(1, 13)), 0), ({"packed": False}, [1] * 12, 0)],
+    ids=str,
+)
+def test_without_the_cache_every_position_is_computed_from_the_beginning(how, tokens, single, monkeypatch):
+    prior, seen, steps = priors.build(config_of("autoregressive")), [], []
+    call = OneToken.__call__
+    monkeypatch.setattr(OneToken, "__call__", lambda self, x_BD: steps.append(len(x_BD)) or call(self, x_BD))
     prior.net.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    prior.sample(torch.arange(2), numbers_B=torch.arange(2), settings={"cached": cached})
+    prior.sample(torch.arange(2), numbers_B=torch.arange(2), settings=how)
     assert seen == tokens
+    assert steps == [2] * single
+
+
+@torch.no_grad()
+def test_unpacked_a_token_passes_through_the_network_to_the_bit():
+    """The arithmetic of samples that were begun before there was another."""
+    prior = lively(priors.build(config_of("autoregressive", net=NET | STILL))).eval()
+    ids, labels = batch()
+    prefix_BPD = prior.prefix(labels)
+    sequence = Incremental(prior, [prefix_BPD], AutoregressiveSampleConfig(packed=False))
+    net, turns = prior.config.net, rotary(prior.config.net, prior.grid)
+    cache, adapt = KVCache(net, BATCH, len(turns), prefix_BPD), prior.net.adapt(prefix_BPD[:, 0])
+    given, x_BTD = None, prefix_BPD
+    for one in [*ids.flatten(1).t()[:-1], None]:
+        first = cache.filled
+        h_BTD = prior.net(x_BTD, turns[first : first + x_BTD.shape[1]], adapt, cache=cache)
+        assert torch.equal(sequence.advance(given), h_BTD[:, -1])
+        given, x_BTD = one, one if one is None else prior.head.embed(one)[:, None]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@torch.no_grad()
+def test_bf16_rounds_the_transformer_and_not_the_head(cached):
+    prior = lively(priors.build(config_of("autoregressive", net=NET | STILL))).eval()
+    ids, labels = batch()
+    found = {}
+    for precision in ("fp32", "bf16"):
+        how = AutoregressiveSampleConfig(cached=cached, precision=precision)
+        sequence = Incremental(prior, [prior.prefix(labels)], how)
+        found[precision] = torch.stack(
+            [sequence.advance(), *(sequence.advance(one) for one in ids.flatten(1).t()[:-1])]
+        )
+    assert found["bf16"].dtype == torch.float32
+    distance = (found["bf16"] - found["fp32"]).norm() / found["fp32"].norm()
+    assert 1e-5 < distance < 2e-2
+    assert not torch.is_autocast_enabled("cpu")
+    numbers, kinds = torch.arange(BATCH), []
+    sample = prior.head.sample
+    prior.head.sample = lambda h, *a, **b: (
+        kinds.append((h.dtype, torch.is_autocast_enabled("cpu"))) or sample(h, *a, **b)
+    )
+    there = prior.sample(labels, {"cached": cached, "precision": "bf16"}, numbers_B=numbers)
+    assert set(kinds) == {(torch.float32, False)}
+    assert torch.equal(prior.sample(labels, {"cached": cached, "precision": "bf16"}, numbers_B=numbers), there)
 
 
 def test_no_guidance_costs_nothing_and_guidance_0_is_the_null_class(monkeypatch):

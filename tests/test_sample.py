@@ -23,7 +23,8 @@ from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError
 from vqscale.priors.base import Prior
-from vqscale.priors.config import AutoregressiveConfig, AutoregressiveSampleConfig, GuidedSampleConfig
+from vqscale.priors.config import GuidedSampleConfig
+from vqscale.priors.config_autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
 from vqscale.programs import sample_folder
 from vqscale.programs.sample import check, sample, summary
 from vqscale.programs.sample_request import SampleRequest, parse_classes
@@ -275,5 +276,23 @@ def test_samples_that_were_begun_before_priors_had_their_own_settings_go_on(whol
     facts["settings"] |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3, "batch": 4, "resize": None}
     facts["settings"] |= {"cached": True}
     (tmp_path / "sample.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r'settings.precision is "bf16", and was "fp32"'):
+        draw(tmp_path, precision="bf16")
     assert draw(tmp_path).images == 23 - 3 * 4
     assert (tmp_path / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+
+
+def test_a_setting_that_is_younger_than_the_samples_is_what_it_was_before(tmp_path, monkeypatch):
+    """Drawing had one arithmetic before there was `packed`, and samples of then go on with it."""
+    asked, ids = [], Rule.sample
+    monkeypatch.setattr(Rule, "sample", lambda self, c, how, **rest: asked.append(how) or ids(self, c, how, **rest))
+    draw(tmp_path, before=partial(at, MAKE, 3, 0, lambda: (tmp_path / "STOP").touch()))
+    facts = json.loads((tmp_path / "sample.json").read_text())
+    assert facts["settings"].pop("packed") is True
+    (tmp_path / "sample.json").write_text(json.dumps(facts))
+    begun = len(asked)
+    assert draw(tmp_path).state == "sampled"
+    assert {how.packed for how in asked[:begun]} == {True}
+    assert {how.packed for how in asked[begun:]} == {False}
+    assert json.loads((tmp_path / "sample.json").read_text())["settings"]["packed"] is False
+    assert draw(tmp_path).state == draw(tmp_path, packed=False).state == "already"

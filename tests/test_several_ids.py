@@ -22,7 +22,7 @@ from vqscale.data.tokens.stream import Cache
 from vqscale.metrics import unigram
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS, Prior
-from vqscale.priors.config import AutoregressiveConfig
+from vqscale.priors.config_autoregressive import AutoregressiveConfig
 from vqscale.programs import sample
 from vqscale.programs.sample_request import SampleRequest
 from vqscale.train import nulls

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,8 @@ from test_sample import MAKE, Rule, at
 from vqscale.metrics import generation
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.config import AutoregressiveSampleConfig, SampleConfig
+from vqscale.priors.config import SampleConfig
+from vqscale.priors.config_autoregressive import AutoregressiveSampleConfig
 from vqscale.programs import sweep
 from vqscale.programs.sample_request import SampleRequest, combinations
 from vqscale.run import folder as run_folder
@@ -287,8 +288,20 @@ def test_what_was_measured_before_there_was_a_dial_had_its_default(tmp_path):
     assert [row["top_k"] for row in run(tmp_path, {"top_k": [0, 5]})[0]] == [0, 5]
 
 
+def test_a_sweep_that_is_older_than_a_setting_goes_on_as_it_began(tmp_path):
+    rows, _ = run(tmp_path, {"guidance": [1.0]})
+    path = tmp_path / "out" / "guidance1" / "result.json"
+    result = json.loads(path.read_text())
+    del result["facts"]["settings"]["packed"]
+    path.write_text(json.dumps(result))
+    assert run(tmp_path, {"guidance": [1.0]}) == (rows, 0)
+    assert len(run(tmp_path, {"guidance": [1.0, 2.0]})[0]) == 2
+    other = json.loads((tmp_path / "out" / "guidance2" / "result.json").read_text())
+    assert other["facts"]["settings"]["packed"] is False
+
+
 def test_curves_go_over_guidance_one_for_each_of_the_others():
-    usual = {"guidance": 1.0, "schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    usual = asdict(AutoregressiveSampleConfig())
     rows = [{**usual, "guidance": g, "temperature": t, "fid": g * t} for g in (2.0, 1.0) for t in (0.9, 1.0)]
     x, lines = Table(USUAL, rows).curves("fid")
     assert (x, lines) == (

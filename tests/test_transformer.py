@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vqscale import config as configuration
 from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.decoding import Matrix, OneToken
 from vqscale.nets.transformer import KVCache, Transformer, rotary, rotate
 
 SMALL = {"width": 24, "num_layers": 2, "num_heads": 3, "ffn_multiple": 8}
@@ -101,6 +102,35 @@ def test_the_cache_changes_nothing(name):
     for t in range(first, len(turns)):
         parts.append(net(x_BTD[:, t : t + 1], turns[t : t + 1], adapt, cache=cache))
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("name", DESIGNS)
+@torch.no_grad()
+def test_one_token_at_a_time_is_what_the_network_says(name, low):
+    net = made(name)
+    x_BTD, turns, c_BD = inputs(net)
+    first = net.config.num_prefix
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        adapt = net.adapt(c_BD)
+        cache = KVCache(net.config, 2, len(turns), x_BTD)
+        one = OneToken(net, turns, adapt, cache)
+        parts = [net(x_BTD[:, :first], turns[:first], adapt, cache=cache)]
+        parts += [one(x_BTD[:, t])[:, None] for t in range(first, len(turns))]
+    assert cache.filled == len(turns)
+    whole = net(x_BTD, turns, net.adapt(c_BD))
+    if low:  # rounded, and really so
+        assert 1e-5 < (torch.cat(parts, 1) - whole).abs().mean() < 0.05 * whole.abs().mean()
+    else:
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_matrix_for_few_rows_is_the_product(dtype):
+    weight, x = torch.randn(24, 40, dtype=dtype), torch.randn(3, 40, dtype=dtype)
+    got, exact = Matrix(weight)(x), x.double() @ weight.double().t()
+    assert got.dtype == dtype
+    assert (got - exact).abs().max() < {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.2}[dtype]
 
 
 def test_scores_know_the_distance_of_tokens_and_not_their_place():

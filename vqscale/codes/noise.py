@@ -72,13 +72,18 @@ def lowest(value_BT: Tensor, count_B: Tensor) -> Tensor:
 
 def gumbel(keys_N: Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel numbers -log(-log(1 - v)): the high ones, which decide, come from small v and are precise."""
-    return _gumbel_(uniform(keys_N, start, stop, dtype))
+    return negative_gumbel(keys_N, start, stop, dtype).neg_()
+
+
+def negative_gumbel(keys_N: Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """-gumbel: who subtracts it passes over the numbers once less."""
+    return _negative_gumbel_(uniform(keys_N, start, stop, dtype))
 
 
 def gumbel_at(keys_N: Tensor, numbers_NS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `gumbel`, of numbers of each key that are not in a row: numbers_NS[n, s] of key n."""
-    return _gumbel_(_uniform_(_mix_(keys_N[:, None] + (numbers_NS + 1) * GOLDEN), dtype))
+    return _negative_gumbel_(_uniform_(_mix_(keys_N[:, None] + (numbers_NS + 1) * GOLDEN), dtype)).neg_()
 
 
-def _gumbel_(u: Tensor) -> Tensor:
-    return u.neg_().log1p_().neg_().log_().neg_()
+def _negative_gumbel_(u: Tensor) -> Tensor:
+    return u.neg_().log1p_().neg_().log_()

@@ -9,6 +9,9 @@ log-sum-exp of its members'. As p(cluster) = p(id) / p(id | cluster), the second
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,10 +20,11 @@ from vqscale.codes.clusters import Clusters
 from vqscale.codes.heads import within
 from vqscale.codes.heads.base import Losses
 from vqscale.codes.heads.flat import Head
+from vqscale.nets.decoding import OneToken
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import NOBODY, Modelled, Prior
-from vqscale.priors.config import AutoregressiveConfig, AutoregressiveSampleConfig
+from vqscale.priors.config_autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
 from vqscale.priors.guidance import guidance_scales
 from vqscale.seed import derive
 
@@ -66,18 +70,21 @@ class Autoregressive(Prior):
         scales = guidance_scales(settings.guidance, settings.schedule, self.config.num_tokens)
         guided = any(scale != 1 for scale in scales)
         prefixes = [self.prefix(condition), *([self.prefix(condition, null=True)] if guided else [])]
-        sequence, drawn = Incremental(self, prefixes, settings.cached), list[Tensor]()
-        for position, scale in enumerate(scales):
+        sequence, drawn = Incremental(self, prefixes, settings), list[Tensor]()
+        positions = torch.arange(len(scales), device=numbers_B.device)
+        keys_TB = noise.keys(derive(seed, "sample"), numbers_B, positions[:, None])
+        for keys_B, scale in zip(keys_TB, scales, strict=True):
             h_BD, *null_BD = sequence.advance(drawn[-1] if drawn else None).chunk(1 + guided)
             drawn.append(
                 self.head.sample(
                     h_BD,
-                    noise.keys(derive(seed, "sample"), numbers_B, position),
+                    keys_B,
                     temperature=settings.temperature,
                     top_k=settings.top_k,
                     top_p=settings.top_p,
                     unguided_ND=null_BD[0] if guided else None,
                     guidance=scale,
+                    rows_first=settings.packed,
                 )
             )
         return torch.stack(drawn, 1).unflatten(1, self.grid)
@@ -86,18 +93,28 @@ class Autoregressive(Prior):
 class Incremental:
     """The vectors that predict the next id, id by id, after each of several prefixes of the same images.
 
-    With `cached` the keys and values of the tokens so far are kept; without, all tokens are computed again: the
-    definition, equal to rounding.
+    Where settings are `cached` the keys and values of the tokens so far are kept, and where they are `packed` too, what
+    follows the prefix is nets/decoding.py's. Not cached, all tokens are computed again: the definition, equal to
+    rounding. `precision` bf16 is autocast's over the transformer; fp32 leaves the caller's as it is.
     """
 
-    def __init__(self, prior: Autoregressive, prefixes: list[Tensor], cached: bool = True) -> None:
-        self._prior, self._times = prior, len(prefixes)
-        self._next_BTD = torch.cat(prefixes)
-        self._adapt = prior.net.adapt(self._next_BTD[:, 0])
-        net = prior.config.net
-        self._turns = rotary(net, prior.grid, self._next_BTD.device)
-        length = net.num_prefix + prior.config.num_tokens - 1
-        self._cache = KVCache(net, len(self._next_BTD), length, self._next_BTD) if cached else None
+    def __init__(self, prior: Autoregressive, prefixes: list[Tensor], settings: AutoregressiveSampleConfig) -> None:
+        self._prior, self._times, self._precision = prior, len(prefixes), settings.precision
+        self._tokens_BTD = torch.cat(prefixes)
+        net, config = prior.net, prior.config.net
+        self._turns = rotary(config, prior.grid, self._tokens_BTD.device)
+        self._cache = self._one = None
+        with self._rounding():
+            self._adapt = net.adapt(self._tokens_BTD[:, 0])
+            if settings.cached:
+                length = config.num_prefix + prior.config.num_tokens - 1
+                self._cache = KVCache(config, len(self._tokens_BTD), length, self._tokens_BTD)
+            if self._cache and settings.packed:
+                self._one = OneToken(net, self._turns, self._adapt, self._cache)
+
+    def _rounding(self) -> AbstractContextManager[Any]:
+        device = self._tokens_BTD.device.type
+        return nullcontext() if self._precision == "fp32" else torch.autocast(device, torch.bfloat16)
 
     def advance(self, ids_B: Tensor | None = None) -> Tensor:
         """Give the id that was drawn (None at first); returns h of the next, the prefixes one after the other.
@@ -106,7 +123,10 @@ class Incremental:
         """
         if ids_B is not None:
             new_BTD = self._prior.head.embed(ids_B)[:, None].repeat(self._times, 1, 1)
-            self._next_BTD = new_BTD if self._cache else torch.cat([self._next_BTD, new_BTD], 1)
+            self._tokens_BTD = new_BTD if self._cache else torch.cat([self._tokens_BTD, new_BTD], 1)
         first = self._cache.filled if self._cache else 0
-        turns = self._turns[first : first + self._next_BTD.shape[1]]
-        return self._prior.net(self._next_BTD, turns, self._adapt, cache=self._cache)[:, -1]
+        with self._rounding():
+            if self._one is not None and first:
+                return self._one(self._tokens_BTD[:, 0])
+            turns = self._turns[first : first + self._tokens_BTD.shape[1]]
+            return self._prior.net(self._tokens_BTD, turns, self._adapt, cache=self._cache)[:, -1]

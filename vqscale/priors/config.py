@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.config import Free, OneOf
+from vqscale.config.schema import fields_of
 from vqscale.nets.config_transformer import TransformerConfig
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Ramp = Literal["constant", "linear", "cosine"]
 
 PRIORS = {
-    "autoregressive": "vqscale.priors.config:AutoregressiveConfig",
+    "autoregressive": "vqscale.priors.config_autoregressive:AutoregressiveConfig",
     "masked": "vqscale.priors.config_masked:MaskedConfig",
     "coarse_to_fine": "vqscale.priors.config_coarse_to_fine:CoarseToFineConfig",
 }
@@ -56,8 +57,21 @@ class SampleConfig:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Self:
-        """What is said of samples, among other facts; a field that is not there has its default."""
-        return cls(**{one.name: facts[one.name] for one in fields(cls) if one.name in facts})
+        """What is said of samples, among other facts; a field that is not there is what it was before it was one."""
+        return cls(**{key: facts.get(key, before) for key, before in cls.before().items()})
+
+    @classmethod
+    def before(cls) -> dict[str, Any]:
+        """What each field means for samples that are older than it: its default, or what config.Before says."""
+        kind: Any = cls
+        return {key: one.before for key, one in fields_of(kind).items()}
+
+    def as_begun(self, facts: Mapping[str, Any]) -> Self:
+        """These settings, for samples that were begun with others, perhaps older than a field: where that is at its
+        default here, and theirs is what it was before it was a field, it stays so."""
+        usual = asdict(type(self)())
+        kept = {key: was for key, was in self.before().items() if usual[key] == getattr(self, key)}
+        return replace(self, **{key: was for key, was in kept.items() if facts.get(key, was) == was})
 
     @classmethod
     def dials(cls) -> tuple[str, ...]:
@@ -81,28 +95,7 @@ class GuidedSampleConfig(SampleConfig):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.guidance >= 0:
-            yield (
-                "guidance",
-                f"guidance is {self.guidance}: use 0 (the null condition), 1 (no guidance) or more",
-            )
-
-
-@dataclass(frozen=True)
-class AutoregressiveSampleConfig(GuidedSampleConfig):
-    """Drawing id by id: guidance, then temperature, top-k, top-p."""
-
-    temperature: float = 1.0
-    """of the logits; 0 takes the likeliest id"""
-    top_k: int = 0
-    """draw from so many likeliest ids; 0 is all"""
-    top_p: float = 1.0
-    """draw from the likeliest ids that have this share together"""
-    cached: bool = switch(off="uncached")
-    """keep keys and values of the tokens so far; without, all is computed again: slow, and the definition"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        yield from super().problems()
-        yield from check_drawing(self.temperature, self.top_k, self.top_p)
+            yield "guidance", f"guidance is {self.guidance}: use 0 (the null condition), 1 (no guidance) or more"
 
 
 def check_drawing(temperature: float, top_k: int, top_p: float, prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -262,39 +255,8 @@ class ClusteredConfig(IdsConfig):
             )
 
 
-@dataclass(frozen=True)
-class AutoregressiveConfig(ClusteredConfig):
-    """One id after the other, row by row, as LlamaGen and IBQ do."""
-
-    module: ClassVar[str] = "vqscale.priors.autoregressive:Autoregressive"
-    sampling: ClassVar[type[SampleConfig]] = AutoregressiveSampleConfig
-    without_name: ClassVar[bool] = True
-    name: Literal["autoregressive"] = "autoregressive"
-    """which prior"""
-    net: TransformerConfig = field(default_factory=TransformerConfig)
-    """the transformer"""
-    cluster_weight: float = 0.0
-    """weight of -log p(cluster of the id) in the loss, in training only (IAR); 0 looks at no clusters"""
-
-    @property
-    def wants_clusters(self) -> bool:
-        return self.cluster_weight > 0
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        yield from super().problems()
-        yield from unturned(self.net, self.grid)
-        if self.cluster_weight < 0:
-            yield "cluster_weight", f"cluster_weight is {self.cluster_weight}, a weight: use 0 or more"
-        if self.cluster_weight and (not isinstance(self.head, FlatConfig) or self.head.neighbours):
-            yield (
-                "cluster_weight",
-                f"cluster_weight is {self.cluster_weight}, and is of a flat head whose targets are not shared: use 0, "
-                "or head {name: flat, neighbours: 0}",
-            )
-
-
 # The prior of a run is one of these.
 if TYPE_CHECKING:
-    PriorConfig = AutoregressiveConfig
+    from vqscale.priors.config_autoregressive import AutoregressiveConfig as PriorConfig
 else:
     PriorConfig = OneOf(PRIORS)

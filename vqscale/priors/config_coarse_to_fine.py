@@ -8,14 +8,8 @@ from typing import ClassVar, Literal
 
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.nets.config_transformer import TransformerConfig
-from vqscale.priors.config import (
-    AutoregressiveConfig,
-    AutoregressiveSampleConfig,
-    ClusteredConfig,
-    SampleConfig,
-    check_drawing,
-    unturned,
-)
+from vqscale.priors.config import ClusteredConfig, SampleConfig, check_drawing, unturned
+from vqscale.priors.config_autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
 
 STAGES: Mapping[str, tuple[str, ...]] = {  # the dials of each
     "coarse": ("guidance", "schedule", "temperature", "top_k", "top_p"),

@@ -117,12 +117,14 @@ def sample(
 
     `about` is added to sample.json: paths, say. `stop` is the caller's, who does more than this and clears it; without
     one this function looks for signals, and for a file STOP in the folder. ValueError for what the user has to change,
-    RunError for what went wrong, on all ranks. An OSError (a full disk) is raised on the rank that met it.
+    RunError for what went wrong, on all ranks. An OSError (a full disk) is raised on the rank that met it. Samples that
+    were begun before a setting existed go on as they began (SampleConfig.as_begun).
     """
     check(prior, tokenizer, request)
+    request = processes.first(lambda: request.as_begun(sample_folder.settings(folder)), mesh)
     facts = _facts(prior, tokenizer, request, about or {})
     with ExitStack() as held:
-        missing = processes.first(lambda: _begin(folder, facts, overwrite, held), mesh)
+        missing = processes.first(lambda: _begin(folder, facts, request, overwrite, held), mesh)
         if missing is None:
             return Outcome("already")
         asked_to_stop = stop or StopRequest(folder, mesh)
@@ -136,13 +138,15 @@ def sample(
         return outcome
 
 
-def _begin(folder: Path, facts: Mapping[str, Any], overwrite: bool, held: ExitStack) -> list[int] | None:
+def _begin(
+    folder: Path, facts: Mapping[str, Any], request: SampleRequest, overwrite: bool, held: ExitStack
+) -> list[int] | None:
     folder.mkdir(parents=True, exist_ok=True)
     if not held.enter_context(hold(folder / ".lock", wait=False)):
         raise ValueError(
             f"another process is writing samples to {folder}: wait until it has ended, or give another folder"
         )
-    return sample_folder.begin(folder, facts, overwrite)
+    return sample_folder.begin(folder, facts, overwrite, request.how.before())
 
 
 def _facts(prior: Prior, tokenizer: Tokenizer, request: SampleRequest, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,13 +31,18 @@ GRID_ROWS, GRID_COLUMNS = 16, 8
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal samples are equal files, whenever they are written
 
 
-def begin(folder: Path, facts: Mapping[str, Any], overwrite: bool = False) -> list[int] | None:
+def begin(
+    folder: Path, facts: Mapping[str, Any], overwrite: bool = False, before: Mapping[str, Any] | None = None
+) -> list[int] | None:
     """Batches that are missing in the folder; None where all is done. ValueError if it holds other samples, unless they
     may be overwritten.
 
-    facts["settings"], facts["prior"] and facts["tokenizer"] say what the samples follow from.
+    facts["settings"], facts["prior"] and facts["tokenizer"] say what the samples follow from; settings that are not
+    among those of the folder, for it is older than they are, were as `before` says.
     """
     old = read(folder)
+    if old is not None:
+        old = {**old, "settings": {**(before or {}), **old.get("settings", {})}}
     if overwrite and (old is None or differences(old, facts)):
         for path in (folder / FACTS, folder / FILE, folder / GRID):
             path.unlink(missing_ok=True)
@@ -93,6 +98,12 @@ def read(folder: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove the folder, or give another") from None
+
+
+def settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of samples that were begun in the folder, as they were written; None without any."""
+    found = read(folder)
+    return None if found is None else dict(found.get("settings", {}))
 
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -36,6 +36,11 @@ class SampleRequest:
         own = {key: getattr(self, key) for key in ("num_images", "seed", "batch", "resize")}
         return {**own, "classes": list(self.classes), **asdict(self.how)}
 
+    def as_begun(self, settings: Mapping[str, Any] | None) -> SampleRequest:
+        """What goes on with samples that were begun with these settings (`facts`), perhaps older than some of today's;
+        None: there are none."""
+        return self if settings is None else replace(self, how=self.how.as_begun(settings))
+
     def problems(self) -> list[str]:
         """What cannot be drawn whatever the weights of the prior are."""
         found = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,7 @@ def sweep(
     }
     stop = StopRequest(folder, mesh)
     kind = type(every[0].how)
+    every = processes.first(lambda: _as_begun(folder, every), mesh)
     facts = {name(one.how): {**made_from, "settings": json.loads(json.dumps(one.facts()))} for one in every}
 
     def tabled() -> Table:
@@ -113,15 +114,24 @@ def sweep(
     return table, len(missing)
 
 
+def _as_begun(folder: Path, every: Sequence[SampleRequest]) -> list[SampleRequest]:
+    """The requests as the oldest samples and results of the folder were begun."""
+    begun = [sample_folder.settings(path.parent) for path in sorted(folder.glob(f"*/{sample_folder.FACTS}"))]
+    begun += [_result(path)[1]["settings"] for path in sorted(folder.glob(f"*/{RESULT}"))]
+    for settings in begun:
+        every = [one.as_begun(settings) for one in every]
+    return list(every)
+
+
 def _results(folder: Path, kind: type[SampleConfig]) -> dict[Path, tuple[Row, Mapping[str, Any]]]:
     """(row, facts) of all settings that were measured in the folder, by their own folders, whatever their names. A
-    field that came into being later had its default.
+    field that came into being later was what it was before (config.Before).
     """
-    found, usual = dict[Path, tuple[Row, Mapping[str, Any]]](), asdict(kind())
+    found, before = dict[Path, tuple[Row, Mapping[str, Any]]](), kind.before()
     for path in sorted(folder.glob(f"*/{RESULT}")):
         row, facts = _result(path)
-        row = {**{dial: usual[dial] for dial in kind.dials()}, **row}
-        found[path.parent] = row, {**facts, "settings": {**usual, **facts["settings"]}}
+        row = {**{dial: before[dial] for dial in kind.dials()}, **row}
+        found[path.parent] = row, {**facts, "settings": {**before, **facts["settings"]}}
     return found
 
 

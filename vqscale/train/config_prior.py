@@ -10,7 +10,8 @@ from vqscale.config import Free, FreeToChange
 from vqscale.data.config import TokensConfig
 from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, check_whole
 from vqscale.parallel.config import MeshConfig
-from vqscale.priors.config import AutoregressiveConfig, PriorConfig
+from vqscale.priors.config import PriorConfig
+from vqscale.priors.config_autoregressive import AutoregressiveConfig
 from vqscale.train.config_run import RunConfig, check_batch, check_compile
 
 

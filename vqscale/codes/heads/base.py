@@ -108,15 +108,16 @@ class Vocabulary(nn.Module, ABC):
         top_p: float = 1.0,
         unguided_ND: Tensor | None = None,
         guidance: float | Tensor = 1.0,
+        rows_first: bool = False,
     ) -> Tensor:
         """ids_N drawn from p(. | h): guidance, then temperature (0 is the likeliest), top-k, top-p; no gradient.
 
         keys_N (noise.keys) decide the random numbers: the same key and h give the same ids on any number of ranks and
         in any batch, but where two candidates are within rounding. Guidance s, a number or one per position, leads away
-        from what h would be without condition, `unguided_ND`: logits u + s (c - u). FloatingPointError on all ranks of
-        the code group where logits are not finite.
+        from what h would be without condition, `unguided_ND`: logits u + s (c - u). `rows_first` is draw.Rule's.
+        FloatingPointError on all ranks of the code group where logits are not finite.
         """
-        rule = draw.Rule(temperature, top_k, top_p)
+        rule = draw.Rule(temperature, top_k, top_p, rows_first)
         return self.drawn(h_ND, keys_N, rule, unguided_ND, guidance, scored=False).ids_N
 
     @torch.no_grad()
