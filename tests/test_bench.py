@@ -220,7 +220,10 @@ def test_peak_bytes_of_a_known_allocation(tool):
         (["codes", "--scan-mib", "0"], "it comes from --scan-mib"),
         (["codes", "--max-dense-gib", "nan"], "the limit of the dense form is nan GiB"),
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
-        (["code"], "there is no subcommand 'code', the first argument: use codes, data, head, kernels, memory"),
+        (
+            ["code"],
+            "there is no subcommand 'code', the first argument: use codes, data, head, kernels, memory, sample, upkeep",
+        ),
     ],
 )
 def test_wrong_arguments(tool, capsys, words, message):

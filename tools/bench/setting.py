@@ -50,3 +50,31 @@ class HeadSetting:
     scan_mib: int = 64
     losses: tuple[str, ...] = LOSSES
     samples: tuple[str, ...] = SAMPLES
+
+
+@dataclass(frozen=True)
+class SampleSetting:
+    """Of drawing from a prior over side x side ids."""
+
+    batch: int
+    side: int
+    codes: int
+    width: int
+    layers: int
+    heads: int
+    greedy: bool = False
+    repeats: int = 3
+    device: str = "cpu"
+    threads: int = 1
+
+    @property
+    def length(self) -> int:
+        """Ids of an image."""
+        return self.side**2
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden numbers of the feed-forward part, as TransformerConfig has them."""
+        from vqscale.nets.config_transformer import TransformerConfig
+
+        return TransformerConfig(width=self.width).ffn_width
