@@ -28,8 +28,9 @@ FREE = {
     data.val.make.num_sounds data.val.make.sample_rate data.val.make.seconds
     data.val.flip data.val.interpolation data.val.window_shards data.val.num_workers data.val.max_broken
     data.val.cache_dir data.val.cache_gb data.val.index_dir data.val.make.num_images data.val.make.size
-    data.val.make.first_index data.val.make.seed data.val.make.far data.val.unit_m data.val.evaluation_crop
-    data.val.categories tokenizer.signal.predict tokenizer.signal.min_fraction tokenizer.net.checkpointing
+    data.val.make.first_index data.val.make.seed data.val.make.far data.val.make.source
+    data.val.unit_m data.val.evaluation_crop data.val.categories
+    tokenizer.signal.predict tokenizer.signal.min_fraction tokenizer.net.checkpointing
     tokenizer.quantizer.scan_mib tokenizer.quantizer.inner.scan_mib loss.perceptual.vgg loss.perceptual.heads
     """,
     PriorRun: EVERY_RUN

@@ -46,11 +46,21 @@ class DrawnConfig:
     """what makes them, as `module:function`: of these settings a made.make.Plan"""
 
 
+# One line for each drawn source of pictures: its name in a config, and where its settings are.
+DRAWN = {"shapes": "vqscale.data.config:ShapesConfig", "scenes": "vqscale.data.config_dense:ScenesConfig"}
+
+if TYPE_CHECKING:
+    PicturesMade = DrawnConfig
+else:
+    PicturesMade = OneOf(DRAWN)
+
+
 @dataclass(frozen=True)
 class ShapesConfig(DrawnConfig):
     """Pictures made by arithmetic, written to the shards that `shards` names when they do not exist."""
 
     plan: ClassVar[str] = "vqscale.data.made.make:shapes"
+    without_name: ClassVar[bool] = True  # configs from before there were others
 
     num_images: int = 4096
     "pictures in all, spread evenly over the shards"
@@ -60,6 +70,8 @@ class ShapesConfig(DrawnConfig):
     "number of the first picture; a held-out set begins where the training set ends"
     seed: int = 0
     "which endless set of pictures"
+    source: Literal["shapes"] = "shapes"
+    "what is drawn"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that cannot be made."""
@@ -180,7 +192,7 @@ class ImagesConfig(ShardsConfig):
     "mirror half of the training images; false is the published augmentation"
     interpolation: Interpolation = "bicubic"
     "of the resize: a filter, with antialiasing; sampled = bilinear between the nearest pixels, without (OpenCV's)"
-    make: ShapesConfig | None = None
+    make: PicturesMade | None = None
     "if the shards do not exist, make them with these drawn pictures"
 
     @property
@@ -188,7 +200,7 @@ class ImagesConfig(ShardsConfig):
         return 3, self.image_size, self.image_size
 
     @property
-    def drawn(self) -> ShapesConfig | None:
+    def drawn(self) -> DrawnConfig | None:
         return self.make
 
     @property

@@ -90,7 +90,7 @@ class ScenesConfig(DrawnConfig):
     """Drawn scenes with the depth and the segments of every pixel, written to the shards that `shards` names when they
     do not exist."""
 
-    plan: ClassVar[str] = "vqscale.data.made.make_scenes:scenes"
+    plan: ClassVar[str] = "vqscale.data.made.scenes:scenes"
     categories: ClassVar[tuple[CategoryConfig, ...]] = tuple(
         CategoryConfig(number, name, isthing=number <= 5)
         for number, name in enumerate(
@@ -109,6 +109,8 @@ class ScenesConfig(DrawnConfig):
     "which endless set of scenes"
     far: float = 3.8
     "metres to the farthest thing; small pictures show little of what is farther"
+    source: Literal["scenes"] = "scenes"
+    "what is drawn"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that cannot be made."""

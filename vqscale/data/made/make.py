@@ -59,7 +59,7 @@ def shapes(config: ShapesConfig) -> Plan:
         made = {"png": file.getvalue(), "cls": str(label).encode(), "json": facts.encode()}
         return {"__key__": f"{index:08d}", **made}
 
-    return Plan(config.num_images, {"source": "shapes", **asdict(config), "classes": list(CLASS_NAMES)}, sample)
+    return Plan(config.num_images, {**asdict(config), "classes": list(CLASS_NAMES)}, sample)
 
 
 def folder(root: Path, seed: int = 0) -> Plan:
