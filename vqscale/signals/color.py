@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vqscale.metrics.chroma import Colors
 from vqscale.parallel.mesh import Mesh
-from vqscale.show import pictures
-from vqscale.signals import Distance, Distances, Signal, Sums
+from vqscale.show.pictures import to_bytes
+from vqscale.signals import Distance, Distances, Sums
 from vqscale.signals.config import DistanceConfig
 from vqscale.signals.images import reconstruction
+from vqscale.signals.labelled import Labelled
 from vqscale.signals.summed import Summed
 
 LUMINANCE = (0.2989, 0.587, 0.114)
@@ -28,7 +29,7 @@ def luminance(images: Tensor) -> Tensor:
     return gray[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-class Color(Signal):
+class Color(Labelled):
     """Images of which the luminance is known."""
 
     def enter(self, samples: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +48,14 @@ class Color(Signal):
     def sums(self, mesh: Mesh, measures: Any = None) -> Sums:
         return Summed(Colors(mesh.device), mesh)
 
-    def picture(self, samples: Tensor, predicted: Tensor) -> pictures.Picture:
-        """Luminances, below each the image and what was predicted of it."""
-        shown = (pictures.to_bytes(images) for images in (luminance(samples), samples, predicted))
-        return pictures.stacked([*shown], scale=pictures.scale(*samples.shape[2:]))
+    def label_sums(self, samples: Tensor) -> Tensor:
+        """Sums of what each channel has above the luminance, and pixels: the constant is the luminance and their means,
+        the one tint of all images."""
+        above = (samples - luminance(samples)).double().sum((0, 2, 3))
+        return torch.cat([above, above.new_tensor([samples[:, 0].numel()])])
+
+    def constant(self, sums: Tensor, samples: Tensor) -> Tensor:
+        return (luminance(samples) + (sums[:3] / sums[3]).to(samples.dtype)[:, None, None]).clamp(-1, 1)
+
+    def shown(self, samples: Tensor, *predicted: Tensor) -> list[Tensor]:
+        return [to_bytes(images) for images in (luminance(samples), samples, *predicted)]

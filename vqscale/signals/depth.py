@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqscale.metrics.depth import DepthErrors
+from vqscale.metrics.depth import DepthErrors, is_valid
 from vqscale.parallel.mesh import Mesh
-from vqscale.show import labels, pictures
-from vqscale.signals import Distance, Distances, Signal, Sums
+from vqscale.show import labels
+from vqscale.show.pictures import to_bytes
+from vqscale.signals import Distance, Distances, Sums
 from vqscale.signals.config import DistanceConfig
 from vqscale.signals.config_dense import DepthSignal
+from vqscale.signals.labelled import Labelled
 from vqscale.signals.summed import Summed
 
 
@@ -28,7 +30,7 @@ def split(samples: Tensor) -> tuple[Tensor, Tensor]:
     return samples[:, :3], samples[:, 3]
 
 
-class Depth(Signal):
+class Depth(Labelled):
     """Depth by bins."""
 
     config: DepthSignal
@@ -65,8 +67,17 @@ class Depth(Signal):
     def sums(self, mesh: Mesh, measures: Any = None) -> Sums:
         return Summed(DepthErrors(mesh.device), mesh)
 
-    def picture(self, samples: Tensor, predicted: Tensor) -> pictures.Picture:
-        """Images, below each its depth and what was predicted, near is bright; black is missing."""
+    def label_sums(self, samples: Tensor) -> Tensor:
+        """Metres and pixels where depth is valid: the constant is their mean."""
+        _, metres = split(samples)
+        valid = is_valid(metres)
+        return torch.stack([torch.where(valid, metres.double(), 0.0).sum(), valid.sum().double()])
+
+    def constant(self, sums: Tensor, samples: Tensor) -> Tensor:
+        return (sums[0] / sums[1]).to(samples.dtype).expand(len(samples), 1, *samples.shape[2:])
+
+    def shown(self, samples: Tensor, *predicted: Tensor) -> list[Tensor]:
+        """Near is bright; black is missing."""
         images, metres = split(samples)
-        shown = (labels.depth(depth, self.config.far_m) for depth in (metres, predicted[:, 0]))
-        return pictures.stacked([pictures.to_bytes(images), *shown], scale=pictures.scale(*samples.shape[2:]))
+        depths = (metres, *(found[:, 0] for found in predicted))
+        return [to_bytes(images), *(labels.depth(depth, self.config.far_m) for depth in depths)]

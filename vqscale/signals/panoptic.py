@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from vqscale.metrics.panoptic import PanopticQuality
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.show import labels, pictures
-from vqscale.signals import Distance, Distances, Signal, Sums
+from vqscale.show import labels
+from vqscale.show.pictures import to_bytes
+from vqscale.signals import Distance, Distances, Sums
 from vqscale.signals.config import DistanceConfig
 from vqscale.signals.config_dense import PanopticSignal
+from vqscale.signals.labelled import Labelled
 from vqscale.signals.summed import Summed
 
 
@@ -43,7 +45,7 @@ class PanopticSums(Summed):
         return super().numbers() | {"beyond_instances": float(ops.sum_over(self._beyond, self.mesh.world))}
 
 
-class Panoptic(Signal):
+class Panoptic(Labelled):
     """Segments by their class and their number in the image."""
 
     config: PanopticSignal
@@ -86,8 +88,15 @@ class Panoptic(Signal):
     def sums(self, mesh: Mesh, measures: Any = None) -> Sums:
         return PanopticSums(self.config, mesh)
 
-    def picture(self, samples: Tensor, predicted: Tensor) -> pictures.Picture:
-        """Images, below each its segments and those predicted, in a colour each, with their borders; black is void."""
-        shown = (labels.segments(*maps.long().unbind(1)) for maps in (samples[:, 3:5], predicted))
-        picture = [pictures.to_bytes(samples[:, :3]), *shown]
-        return pictures.stacked(picture, scale=pictures.scale(*samples.shape[2:]))
+    def label_sums(self, samples: Tensor) -> Tensor:
+        """Pixels of each class: the constant is one segment of the most frequent, void left out."""
+        return torch.bincount(samples[:, 3].long().flatten(), minlength=self.config.num_classes).double()
+
+    def constant(self, sums: Tensor, samples: Tensor) -> Tensor:
+        segment = torch.stack([1 + sums[1:].argmax(), torch.ones((), device=sums.device)]).to(samples.dtype)
+        return segment[:, None, None].expand(len(samples), 2, *samples.shape[2:])
+
+    def shown(self, samples: Tensor, *predicted: Tensor) -> list[Tensor]:
+        """Segments in a colour each, with their borders; black is void."""
+        maps = (samples[:, 3:5], *predicted)
+        return [to_bytes(samples[:, :3]), *(labels.segments(*found.long().unbind(1)) for found in maps)]

@@ -4,12 +4,14 @@
     vqscale evaluate statistics OUT.npz --shards 'train-{000..999}.tar' --inception FILE.pth
     vqscale evaluate samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
     torchrun --nproc_per_node=8 -m vqscale evaluate prior PRIOR --cache caches/imagenet-val
+    vqscale evaluate dense RUN --out runs/depth-measured
 
 tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
 statistics   mean and covariance of Inception's features, and the features of some images: a --reference
 samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout); of drawn
              shapes, with --classifier, how many are recognised as their class, which needs no download
 prior        nats, perplexity and accuracy of held-out ids, the first view of every image of a token cache
+dense        depth, color, panoptic: metrics with all codes, a part, none, another image's, and of a constant
 
 Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
 """
@@ -23,7 +25,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vqscale.data.config import ImagesConfig, TokensConfig, as_trained
-from vqscale.programs.commands import evaluate_options, words
+from vqscale.programs.commands import evaluate_dense, evaluate_options, words
 from vqscale.run import processes
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 
 def _evaluate(args: argparse.Namespace) -> int:
     commands = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples, "prior": _prior}
-    told = commands[args.command](args)
+    told = (commands | {"dense": evaluate_dense.told})[args.command](args)
     if told:
         print(told)
     return 0

@@ -9,6 +9,7 @@ from vqscale.programs.commands import words
 
 WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
+CONSTANT = "of the training set, for the constant that codes are compared with; 0 is none (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
@@ -39,6 +40,14 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     prior.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
     prior.add_argument("--codes", type=int, default=1, help="processes that share the vocabulary (default: 1)")
     prior.add_argument("--images", type=int, default=0, help="the first so many, in whole batches; 0 is all (default)")
+    dense = commands.add_parser("dense", help="what the codes of labels tell beside the image that a decoder sees")
+    dense.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
+    dense.add_argument("--config", help="YAML that has data.val and data.train (default: run.yaml of the run)")
+    dense.add_argument("--shards", help="held-out shards in place of those of data.val")
+    dense.add_argument("--training-images", type=int, default=1000, help=CONSTANT)
+    dense.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
+    dense.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    dense.add_argument("--json", action="store_true", help="print everything as JSON in place of the table")
     for images in (tokenizer, statistics):
         images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
         images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
@@ -47,10 +56,10 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     for command in (tokenizer, statistics, samples):
         command.add_argument("--inception", required=command is statistics, help="weights of FID's Inception, a path")
         command.add_argument("--inception-sha256", default="6726825d", help=ANY)
-    for command in (tokenizer, statistics, samples, prior):
+    for command in (tokenizer, statistics, samples, prior, dense):
         command.add_argument("--batch", type=int, default=64, help="images of a step and process (default: 64)")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    for command in (tokenizer, samples, prior):
+    for command in (tokenizer, samples, prior, dense):
         command.add_argument("--out", help="folder for result.json and a page")
     return out
 
@@ -78,6 +87,8 @@ def check(args: argparse.Namespace) -> None:
             )
     elif args.command == "statistics" and args.images and args.images < 4:
         wrong.append(f"--images is {args.images}, and a third neighbour takes 4: give at least 4, or 0 to keep none")
+    elif args.command == "dense" and args.training_images < 0:
+        wrong.append(f"--training-images is {args.training_images}: give 0 (no constant) or more")
     elif args.command == "prior" and args.images < 0:
         wrong.append(f"--images is {args.images}: give 0 (all) or more")
     if args.batch < 1:

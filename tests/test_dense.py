@@ -1,0 +1,202 @@
+"""Measuring guiding codes: every row of the table against decoding image by image, on any number of processes, and the
+command with its page.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from dense_files import CATEGORIES, depth_shard, panoptic_shard
+
+from vqscale import config as configuration
+from vqscale.data.config import ImagesConfig
+from vqscale.data.config_dense import DepthConfig, PanopticConfig
+from vqscale.data.samples import SampleStream
+from vqscale.parallel.mesh import Mesh
+from vqscale.programs import dense
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.model import Tokenizer
+
+COUNT, SIDE = 5, 8
+NET = {"name": "vit", "image_size": SIDE, "patch": 2, "bottleneck": 1, "width": 16, "encoder_layers": 1}
+NET |= {"decoder_layers": 1, "num_heads": 2, "mlp_width": 16}
+LABELS = {"depth": [256], "color": [1, 1, 1], "panoptic": [5, 8]}
+SIGNALS = {
+    "depth": {"name": "depth"},
+    "color": {"name": "color"},
+    "panoptic": {"name": "panoptic", "num_things": 2, "num_stuff": 2, "num_instances": 8},
+}
+
+
+def config(task):
+    return {
+        "signal": SIGNALS[task],
+        "net": {**NET, "labels": LABELS[task]},
+        "quantizer": {"name": "fsq", "levels": [7, 5, 5]},
+        "latent_norm": "none",
+        "code_dropout": "random",
+    }
+
+
+def tokenizer_of(task, mesh=None):
+    """A tokenizer whose decoder listens: what begins at zero, as of a new one, is drawn."""
+    found = Tokenizer.from_config(configuration.parse(TokenizerConfig, config(task)), mesh, seed=1).eval()
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in found.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=draw))
+    return found
+
+
+def medium(task, folder):
+    """The held-out shards of a task, one sample of them broken."""
+    folder = Path(folder)
+    given = {"image_size": SIDE, "num_workers": 0, "index_dir": str(folder)}
+    if task == "depth":
+        return DepthConfig(depth_shard(folder / "depth.tar", COUNT), unit_m=0.001, **given)
+    (folder / "categories.json").write_text(json.dumps(CATEGORIES))
+    categories = {"categories": str(folder / "categories.json")} if task == "panoptic" else {}
+    kind = PanopticConfig if task == "panoptic" else ImagesConfig
+    return kind(panoptic_shard(folder / f"{task}.tar", COUNT), **given, **categories)
+
+
+def measured(task, held_out, batch, world=1):
+    mesh = Mesh(world)
+    part = (batch, mesh.world.rank, mesh.world.size)
+    tokenizer = tokenizer_of(task, mesh)
+    sums = dense.label_sums(dense.labelled(tokenizer), SampleStream(held_out, *part, train=False), mesh, COUNT - 1)
+
+    def backwards(context, numbers):
+        assert context.shape == (batch // mesh.world.size, 3, SIDE, SIDE)
+        return (numbers[:, None] + torch.arange(16)).view(-1, 4, 4)
+
+    stream = SampleStream(held_out, *part, train=False)
+    return dense.measure(tokenizer, stream, mesh, constant=sums, draws={"drawn": backwards})
+
+
+def slowly(task, held_out):
+    """The same table, image by image, by the words of its rows."""
+    tokenizer, mesh = tokenizer_of(task), Mesh()
+    signal = tokenizer.signal
+    batches = list(SampleStream(held_out, 1, train=False).batches())
+    ids = [tokenizer.encode(*signal.enter(batch.samples)) for batch in batches]
+    sums = {}
+    for number, batch in enumerate(batches):
+        _, context = signal.enter(batch.samples)
+        masks = {share: dense.kept(torch.tensor([number]), (4, 4), share) for share in (0.5, 0.25, 0.125)}
+        outputs = {
+            "true codes": tokenizer.decode(ids[number], context),
+            "no code": tokenizer.decode(ids[number], context, torch.zeros(1, 4, 4, dtype=torch.bool)),
+            "codes of another image": tokenizer.decode(ids[(number + 1) % COUNT], context),
+            "drawn": tokenizer.decode((number + torch.arange(16)).view(1, 4, 4), context),
+            **{
+                f"1/{int(1 / s)} of the codes": tokenizer.decode(ids[number], context, mask)
+                for s, mask in masks.items()
+            },
+        }
+        for name, output in outputs.items():
+            sums.setdefault(name, signal.sums(mesh)).add(batch.samples, signal.predict(output))
+    return {name: found.numbers() for name, found in sums.items()}
+
+
+@pytest.mark.parametrize("task", list(SIGNALS))
+def test_every_row_is_what_its_name_says(task, tmp_path):
+    held_out = medium(task, tmp_path)
+    found = measured(task, held_out, 2)
+    constant = found.rows.pop("constant")
+    expected = slowly(task, held_out)
+    assert list(found.rows) == [*dense.KEPT, "codes of another image", "drawn"]
+    assert found.rows.keys() == expected.keys()
+    for name, numbers in expected.items():
+        assert found.rows[name] == pytest.approx(numbers, rel=1e-5, nan_ok=True), name
+        assert numbers["images"] == COUNT
+    first = {"depth": "rmse", "color": "psnr", "panoptic": "pq"}[task]
+    assert constant[first] >= 0
+    if task != "panoptic":
+        assert len({round(numbers[first], 6) for numbers in found.rows.values()}) == len(found.rows)
+    assert all(len(shown) == 2 for shown in found.predicted.values())
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_processes_find_the_same(ranks, tmp_path):
+    held_out = medium("depth", tmp_path)
+    alone = measured("depth", held_out, 2)
+    for world, batch in ((2, 4), (4, 8)):
+        for found in ranks(world, measured, "depth", held_out, batch, world):
+            for name, numbers in alone.rows.items():
+                assert found.rows[name] == pytest.approx(numbers, rel=1e-6), name
+
+
+def test_places_that_are_kept_grow_with_the_share():
+    numbers = torch.arange(50)
+    masks = [dense.kept(numbers, (4, 4), share) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1)]
+    assert [mask.flatten(1).sum(1).unique().tolist() for mask in masks] == [[0], [2], [4], [8], [16]]
+    for smaller, larger in itertools.pairwise(masks):
+        assert not (smaller & ~larger).any()
+    assert masks[2].float().mean(0).min() > 0, "every place is kept in some image"
+
+
+def test_the_next_image_that_is_there():
+    assert dense.following(torch.tensor([True, False, True, True, False])).tolist() == [2, 2, 3, 0, 0]
+
+
+def test_constants_are_the_best_of_their_kind(tmp_path):
+    """Depth: the mean of what is valid. Colour: one tint above the luminance. Panoptic: the most frequent class."""
+    for task, check in (
+        ("depth", lambda samples, made: (made - samples[:, 3][samples[:, 3] > 1e-3].mean()).abs().max() < 1e-5),
+        ("color", lambda samples, made: (made - samples).mean((0, 2, 3)).abs().max() < 1e-2),
+        ("panoptic", lambda samples, made: made.flatten(2).unique(dim=2).tolist() == [[[3], [1]]] * COUNT),
+    ):
+        signal = tokenizer_of(task).signal
+        (batch,) = SampleStream(medium(task, tmp_path), COUNT, train=False).batches()
+        made = signal.constant(signal.label_sums(batch.samples), batch.samples)
+        assert check(batch.samples, made), task
+
+
+def test_a_tokenizer_without_a_context_is_refused():
+    shapes = Tokenizer.from_config(configuration.parse(TokenizerConfig, {"quantizer": {"name": "fsq"}}))
+    with pytest.raises(ValueError, match=r"the signal images .* use `vqscale evaluate tokenizer`"):
+        dense.labelled(shapes)
+
+
+def run_yaml(folder, held_out):
+    path = str(held_out.shards)
+    data = {"medium": "depth", "shards": path, "image_size": SIDE, "unit_m": 0.001, "num_workers": 0}
+    whole = {
+        "task": "tokenizer",
+        "run": {"folder": str(folder), "steps": 1},
+        "data": {"batch": 2, "train": data, "val": data},
+        "tokenizer": config("depth"),
+        "loss": {"reconstruction": "cross_entropy"},
+    }
+    (folder / "config.yaml").write_text(json.dumps(whole))
+    return folder / "config.yaml"
+
+
+def test_the_command_prints_a_table_and_writes_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    main = runpy.run_path(str(Path(__file__).parent.parent / "tools/evaluate.py"))["main"]
+    held_out = medium("depth", tmp_path)
+    saved, wanted = tokenizer_of("depth").save(tmp_path / "saved"), run_yaml(tmp_path, held_out)
+    words = ["dense", saved, "--config", wanted, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].split()[:3] == ["rmse", "abs_rel", "log10"]
+    assert [line.split("  ")[0] for line in told[1:8]] == [*dense.KEPT, "codes of another image", "constant"]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert f"{result['rows']['no code']['rmse']:.4f}" in told[5].split()
+    page = (tmp_path / "out/index.html").read_text()
+    assert "from left to right: the image, the truth, true codes, no code" in page
+    assert page.count("data:image/png;base64,") == 1
+    assert main([*map(str, words), "--json", "--training-images", "0"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert "constant" not in again["rows"]
+    assert again["rows"]["no code"] == pytest.approx(result["rows"]["no code"])
+    assert main(["dense", str(saved)]) == 2
+    assert "has no run.yaml that says on which samples" in capsys.readouterr().err

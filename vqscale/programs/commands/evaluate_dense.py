@@ -1,0 +1,104 @@
+"""`vqscale evaluate dense`: one table of what guiding codes tell a decoder that sees the image too, and a page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqscale import config as configuration
+from vqscale.programs.commands import words
+from vqscale.run import processes
+
+if TYPE_CHECKING:
+    from vqscale.data.config import MediumConfig
+    from vqscale.train.config_tokenizer import TokenizerRun
+
+Rows = Mapping[str, Mapping[str, float]]
+
+
+def told(args: argparse.Namespace) -> str:
+    """The lines for a terminal, on rank 0 alone; writes the folder of --out. Collective."""
+    run = _run(args)
+    held_out = _held_out(args, run)
+    from vqscale.data import samples
+    from vqscale.data.samples import SampleStream
+    from vqscale.programs import dense
+    from vqscale.show import dense_page
+    from vqscale.show.progress import Progress
+    from vqscale.tokenizer.model import Tokenizer
+
+    samples.prepare(held_out)
+    if args.training_images:
+        samples.prepare(run.data.train)
+    with processes.joined(args.device, processes.divide(args.codes), agreed=()) as mesh:
+        tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
+        signal, world, constant = dense.labelled(tokenizer), mesh.world, None
+
+        def stream(medium: MediumConfig) -> SampleStream:
+            return SampleStream(medium, args.batch * world.size, world.rank, world.size, train=False)
+
+        if args.training_images:
+            constant = dense.label_sums(signal, stream(run.data.train), mesh, args.training_images)
+        seen = stream(held_out)
+        progress = Progress(-(-2 * seen.num_samples // seen.batch), rank=world.rank, stream=sys.stderr)
+        found = dense.measure(tokenizer, seen, mesh, constant=constant, advance=progress.advance)
+        progress.close()
+        fingerprint = tokenizer.fingerprint  # collective
+    if world.rank:
+        return ""
+    result = {
+        "rows": found.rows,
+        "tokenizer": {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card},
+        "data": {"shards": list(held_out.patterns), "fingerprint": seen.fingerprint, **held_out.card},
+        "protocol": {
+            "codes of another image": "those of the next image of the set",
+            "a part of the codes": "at places drawn anew for each image, a smaller part among those of a larger",
+            "constant": f"from the first {args.training_images} images of {', '.join(run.data.train.patterns)}",
+        },
+        "notes": [f"{len(found.broken)} images or more could not be read: {found.broken[0]}"] if found.broken else [],
+        "command": words.command("evaluate", sys.argv[1:]),
+        "processes": world.size,
+    }
+    return dense_page.tell(result, args.out, args.json, f"Guiding codes of {args.path}", _picture(signal, found))
+
+
+def _picture(signal: Any, found: Any) -> Any:
+    """Image, truth, and what was predicted with all codes, with those of each prior, and with none."""
+    from vqscale.programs.dense import ANOTHER, CEILING, CONSTANT, KEPT, NO_CODE
+
+    drawn = [name for name in found.predicted if name not in {*KEPT, ANOTHER, CONSTANT}]
+    names = [CEILING, *drawn, NO_CODE]
+    few = 8
+    picture = signal.beside(found.samples[:few], *(found.predicted[name][:few] for name in names))
+    return ", ".join(["the image", "the truth", *names]), picture
+
+
+def _run(args: argparse.Namespace) -> TokenizerRun:
+    from vqscale.train.config import Run
+    from vqscale.train.config_tokenizer import TokenizerRun
+
+    path = Path(args.path).absolute()
+    beside = (path / "run.yaml", path.parent.parent / "run.yaml")
+    file = args.config or next((str(file) for file in beside if file.is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"{args.path} has no run.yaml that says on which samples it is measured: give --config, a YAML with "
+            "data.val, such as the one that it was trained with"
+        )
+    run: Any = configuration.load(Run, file)
+    if not isinstance(run, TokenizerRun):
+        raise ValueError(f"{file} is of a {run.task}: give the run of a tokenizer")
+    return run
+
+
+def _held_out(args: argparse.Namespace, run: TokenizerRun) -> MediumConfig:
+    if args.shards:
+        given: Any = {"shards": args.shards, "make": None}  # every medium of a context has both
+        return replace(run.data.val or run.data.train, **given)
+    if run.data.val is None:
+        raise ValueError(f"the config of {args.path} has data.val: null, so nothing is held out: give --shards")
+    return run.data.val

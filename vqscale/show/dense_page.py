@@ -1,0 +1,62 @@
+"""The evaluation of guiding codes as a table for a terminal, and as a folder: result.json, and a page with the table
+and a picture of images, truths and predictions side by side.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vqscale.disk import files
+from vqscale.show import page, pictures, report
+
+
+def tell(
+    result: Mapping[str, Any], folder: str | None, as_json: bool, title: str, shown: tuple[str, pictures.Picture]
+) -> str:
+    """The table, or all as JSON; writes the folder too, if one is given. `result` has its table under "rows", and
+    "notes"; `shown` is (names of the columns, the picture)."""
+    told = [report.text(result)] if as_json else [*lines(result["rows"]), *(f"note: {x}" for x in result["notes"])]
+    if folder:
+        at = write(Path(folder), title, result, shown)
+        told += [] if as_json else [f"page: {at}, numbers: {at.with_name('result.json')}"]
+    return "\n".join(told)
+
+
+def lines(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The table as text: a line for each way, a column for each metric."""
+    table = [["", *columns(rows)], *([name, *cells(numbers, columns(rows))] for name, numbers in rows.items())]
+    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(n) for x, n in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in table
+    ]
+
+
+def columns(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
+
+
+def cells(numbers: Mapping[str, float], names: list[str]) -> list[str]:
+    return [dict(report.lines({name: numbers[name]}))[name] if name in numbers else "" for name in names]
+
+
+def write(folder: Path, title: str, result: Mapping[str, Any], shown: tuple[str, pictures.Picture]) -> Path:
+    """Write the folder; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write(folder / "result.json", report.text(result) + "\n")
+    path, names = pictures.save(folder / "beside.png", shown[1]), columns(result["rows"])
+    rows = [
+        {"": name, **dict(zip(names, cells(numbers, names), strict=True))} for name, numbers in result["rows"].items()
+    ]
+    notes = "".join(f"<p class=failed>{html.escape(note)}</p>" for note in result["notes"])
+    rest = {key: value for key, value in result.items() if key not in ("rows", "notes")}
+    parts = [
+        ("What the codes tell", page.table(rows, dict.fromkeys(["", *names], "{}")) + notes),
+        ("Side by side", page.picture(path, f"from left to right: {shown[0]}")),
+        ("How", f"<pre>{html.escape(report.text(rest))}</pre>"),
+    ]
+    files.write(folder / "index.html", page.page(title, parts))
+    return folder / "index.html"
