@@ -18,14 +18,14 @@ from vqscale.codes import noise
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.priors.base import SampleWarning
 from vqscale.priors.conditions import Classes, Condition
-from vqscale.priors.config import CONDITIONS
 from vqscale.priors.config_autoregressive import AutoregressiveConfig
+from vqscale.priors.config_conditions import CONDITIONS, ConditionSettings
 
 PARITY = {"name": "parity", "dropout": 0.25}
 
 
 @dataclass(frozen=True)
-class ParityConfig:
+class ParityConfig(ConditionSettings):
     module: ClassVar[str] = f"{__name__}:Parity"
     name: Literal["parity"] = "parity"
     """which condition"""

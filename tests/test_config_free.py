@@ -37,7 +37,7 @@ FREE = {
     + """
     data.train.path data.val.path data.val.views data.val.window_shards data.val.tokenizer tokenizer
     prior.head.scan_mib prior.coarse_head.scan_mib prior.net.checkpointing prior.fine_net.checkpointing prior.clusters
-    engine.accumulation
+    prior.condition.checkpointing engine.accumulation
     """,
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 from vqscale import config as configuration
 from vqscale.config import ConfigError
 from vqscale.engine import optimisers
-from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.config import EngineConfig, LrFactor, OptimConfig
 from vqscale.engine.engine import Engine
 from vqscale.parallel.mesh import Mesh
 from vqscale.train.config import Run
@@ -23,6 +23,7 @@ LR, DECAY, MOMENTUM, STEPS = 0.02, 0.1, 0.9, 4
 OPTIM = OptimConfig(
     name="muon", lr=LR, eps=1e-4, weight_decay=DECAY, rows_weight_decay=0.3, momentum=MOMENTUM, schedule="constant"
 )
+SLOW = LrFactor("tall", 0.25)
 
 
 class Net(nn.Module):
@@ -97,6 +98,18 @@ def test_an_update_turns_a_matrix_by_as_much_in_all_directions():
     take_step(made, 0)
     singular = torch.linalg.svdvals(made.module.tall.weight.detach() - before) / (LR * 0.2 * 20**0.5)
     assert 0.5 < singular.min() < singular.max() < 1.3
+
+
+def test_a_part_of_the_model_learns_at_another_rate():
+    with pytest.raises(ValueError, match=r"has the part tal, .* its parts are kinds, tall, wide, conv, and what is in"):
+        engine(optim=replace(OPTIM, lr_factors=(LrFactor("tal", 0.25),)))
+    made, plain = engine(optim=replace(OPTIM, lr_factors=(SLOW,))), engine()
+    before = {name: p.detach().clone() for name, p in made.module.named_parameters()}
+    for each in (made, plain):
+        take_step(each, 0)
+    for (name, slow), (_, fast) in zip(made.module.named_parameters(), plain.module.named_parameters(), strict=True):
+        factor = 0.25 if name.startswith("tall.") else 1.0
+        torch.testing.assert_close(slow - before[name], factor * (fast - before[name]), rtol=1e-4, atol=1e-7)
 
 
 def test_a_resumed_run_goes_on_to_the_bit():

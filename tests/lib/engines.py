@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vqscale.engine.config import EngineConfig, OptimConfig
+from vqscale.engine.config import EngineConfig, LrFactor, OptimConfig
 from vqscale.engine.engine import Engine
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -23,6 +23,7 @@ from vqscale.parallel.mesh import Mesh
 K, DIM, STEPS = 12, 5, 5
 # eps keeps Adam from blowing the rounding of near-zero gradients up to whole steps
 OPTIM = {"lr": 1e-2, "eps": 1e-4, "schedule": "cosine", "warmup_steps": 2, "rows_lr_factor": 3.0}
+FACTORS = (LrFactor("deep", 0.1), LrFactor("deep.bias", 2.0))
 DECAYS = {"weight_decay": 0.1, "rows_weight_decay": 0.3, "final_weight_decay": 0.5}
 
 
@@ -76,10 +77,13 @@ def reference(world, accumulation=1, clip=0.5, steps=STEPS, skip=(), decays=DECA
     learned = {n: p for n, p in named.items() if p.requires_grad}
     buffers = [{n: b.clone() for n, b in net.named_buffers()} for _ in range(world)]
     groups = [
-        {"params": [p for n, p in learned.items() if p.ndim > 1 and n != "kinds.weight"], "first": "weight_decay"},
-        {"params": [p for p in learned.values() if p.ndim == 1]},
+        {"params": [p for n, p in learned.items() if p.ndim > 1 and n[:4] not in ("kind", "deep")]}
+        | {"first": "weight_decay"},
+        {"params": [learned["deep.weight"]], "first": "weight_decay", "factor": 0.1},
+        {"params": [p for n, p in learned.items() if p.ndim == 1 and n != "deep.bias"]},
+        {"params": [learned["deep.bias"]], "factor": 2.0},
         {"params": [learned["kinds.weight"]], "first": "rows_weight_decay"},
-        {"params": [rows], "rows": 3.0, "first": "rows_weight_decay"},
+        {"params": [rows], "factor": 3.0, "first": "rows_weight_decay"},
     ]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.0)
     history = []
@@ -94,7 +98,7 @@ def reference(world, accumulation=1, clip=0.5, steps=STEPS, skip=(), decays=DECA
         warm = step - 2
         lr = 1e-2 * (step + 1) / 3 if warm < 0 else 1e-2 * (1 + math.cos(math.pi * warm / (STEPS - 3))) / 2
         for group in adam.param_groups:
-            group["lr"] = lr * group.get("rows", 1.0)
+            group["lr"] = lr * group.get("factor", 1.0)
             first = decays.get(group.get("first"), 0.0)
             final = decays.get("final_weight_decay", first) if first else 0.0
             group["weight_decay"] = final + (first - final) * (1 + math.cos(math.pi * step / (STEPS - 1))) / 2
@@ -142,7 +146,7 @@ def make(
         rows.data += mesh.data.rank
         for p in net.parameters():
             p.data += 1
-    return Engine(net, {"codes": rows}, config, OptimConfig(**OPTIM, **decays), mesh, STEPS)
+    return Engine(net, {"codes": rows}, config, OptimConfig(**OPTIM, lr_factors=FACTORS, **decays), mesh, STEPS)
 
 
 def take_step(engine, step, accumulation=1, poison=False):

@@ -48,6 +48,22 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class LrFactor:
+    """Another learning rate for some of the replicated parameters."""
+
+    part: str
+    """a part of the model, by the name or names, dots between them, that its parameters have somewhere in theirs"""
+    factor: float
+    """they learn, and decay, at lr times this"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if not self.part:
+            yield "part", "part is empty: name a part of the model, such as image_encoder"
+        if self.factor < 0:
+            yield "factor", f"factor must not be negative, but it is {self.factor}: use 0 or more"
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW or, for matrices, Muon; the learning rate, and the weight decay, which biases and norms never have."""
 
@@ -83,6 +99,9 @@ class OptimConfig:
     """for schedule linear: so large a share of the steps after the warm-up still has lr"""
     rows_lr_factor: float = 1.0
     """codebook rows learn at lr times this"""
+    lr_factors: tuple[LrFactor, ...] = ()
+    """parts of the model that learn at another rate, e.g. [{part: image_encoder, factor: 0.1}]; of several that fit a
+    parameter the last is taken"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         for key in ("lr", "eps", "drop_factor"):

@@ -50,7 +50,7 @@ class AdamW(torch.optim.AdamW):
     def set_rates(self, lr: float, decay_share: float) -> None:
         """The learning rate, and how far every decay that is not 0 has gone to its final value."""
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
             first = group["initial_weight_decay"]
             if first and self._final_weight_decay is not None:
                 group["weight_decay"] = first + (self._final_weight_decay - first) * decay_share
@@ -67,7 +67,7 @@ class MuonAdamW(AdamW):
     Every rank makes all orthogonal updates itself: they are in bfloat16, and equal where the ranks' machines are.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+    def __init__(self, matrices: list[dict[str, Any]], groups: list[dict[str, Any]], optim: OptimConfig) -> None:
         super().__init__(groups, optim)
         self._matrices = torch.optim.Muon(
             matrices,
@@ -98,7 +98,7 @@ class MuonAdamW(AdamW):
     def set_rates(self, lr: float, decay_share: float) -> None:
         super().set_rates(lr, decay_share)
         for group in self._matrices.param_groups:
-            group["lr"], first = lr, self._first_weight_decay
+            group["lr"], first = lr * group["lr_factor"], self._first_weight_decay
             if first and self._final_weight_decay is not None:
                 group["weight_decay"] = first + (self._final_weight_decay - first) * decay_share
 
@@ -109,10 +109,11 @@ def build(module: nn.Module, optim: OptimConfig) -> AdamW:
     if optim.name == "adamw":
         return AdamW(split, optim)
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    matrices = [p for group in split for p in group["params"] if p.ndim == 2 and id(p) not in tables]
-    taken = {id(p) for p in matrices}
-    rest = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in split]
-    rest = [group for group in rest if group["params"]]
+    taken = {id(p) for group in split for p in group["params"] if p.ndim == 2 and id(p) not in tables}
+    matrices, rest = (
+        [group | {"params": members} for group in split if (members := [p for p in group["params"] if wanted(id(p))])]
+        for wanted in (taken.__contains__, lambda number: number not in taken)
+    )
     if not matrices or not rest:
         lacks = "no matrix, which muon is for" if rest else "nothing but matrices, and AdamW beside muon has nothing"
         raise ValueError(f"optim.name is muon, and this network has {lacks}: use optim.name=adamw")
@@ -120,7 +121,8 @@ def build(module: nn.Module, optim: OptimConfig) -> AdamW:
 
 
 def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of a module by how they decay: matrices, embeddings, and the rest, which does not.
+    """The trainable parameters of a module by how they decay: matrices, embeddings, and the rest, which does not; each
+    of these by the factor of its learning rate.
 
     An embedding is a row per thing and no matrix: a row that a batch does not have decays all the same.
     """
@@ -128,8 +130,29 @@ def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     matrices = {id(p) for p in trainable if p.ndim >= 2} - tables
     split = [
-        {"params": [p for p in trainable if id(p) in matrices], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trainable if id(p) in tables], "weight_decay": optim.rows_weight_decay},
-        {"params": [p for p in trainable if id(p) not in matrices | tables], "weight_decay": 0.0},
+        ([p for p in trainable if id(p) in matrices], optim.weight_decay),
+        ([p for p in trainable if id(p) in tables], optim.rows_weight_decay),
+        ([p for p in trainable if id(p) not in matrices | tables], 0.0),
     ]
-    return [group for group in split if group["params"]]
+    factors = lr_factors(module, optim)
+    return [
+        {"params": members, "weight_decay": decay, "lr_factor": factor}
+        for every, decay in split
+        for factor in dict.fromkeys(factors.values())
+        if (members := [p for p in every if factors[id(p)] == factor])
+    ]
+
+
+def lr_factors(module: nn.Module, optim: OptimConfig) -> dict[int, float]:
+    """The factor of each trainable parameter's learning rate, by its id()."""
+    found = {id(p): 1.0 for p in module.parameters() if p.requires_grad}
+    for asked in optim.lr_factors:
+        named = [p for name, p in module.named_parameters() if p.requires_grad and f".{asked.part}." in f".{name}."]
+        if not named:
+            parts = ", ".join(name for name, child in module.named_children() if any(True for _ in child.parameters()))
+            raise ValueError(
+                f"optim.lr_factors has the part {asked.part}, and no parameter of this model has that in its name: its "
+                f"parts are {parts}, and what is in these; change the part, or leave it out"
+            )
+        found |= {id(p): asked.factor for p in named}
+    return found

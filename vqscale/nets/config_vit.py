@@ -1,4 +1,6 @@
-"""The settings of the vision transformers of UViM: of the net vit, which tokenizes dense labels. No torch here."""
+"""The settings of the vision transformers of UViM: of the net vit, which tokenizes dense labels, and of the image
+encoder of its stage 2. No torch here.
+"""
 
 from __future__ import annotations
 
@@ -85,6 +87,44 @@ class VitConfig(NetSettings):
         counts = ("patch", "bottleneck", "encoder_layers", "decoder_layers", "context_channels")
         yield from too_few(self, (*counts, *VIT_COUNTS))
         yield from uneven(self, self.patch * self.bottleneck, f"patch {self.patch} x bottleneck {self.bottleneck}")
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """A vision transformer over images of one size, by default that of UViM's "large" design."""
+
+    channels: int = 3
+    """channels of an image"""
+    image_size: int = 512
+    """pixels of both sides, for positions are learned"""
+    patch: int = 16
+    """squares of patch x patch pixels are tokens"""
+    pool: int = 1
+    """tokens per vector that comes out, along each side: their mean"""
+    width: int = 1024
+    """numbers per token"""
+    num_layers: int = 24
+    """blocks of attention and MLP"""
+    num_heads: int = 16
+    """heads of every attention; must divide width"""
+    mlp_width: int = 4096
+    """hidden numbers of the MLP of every block"""
+    checkpointing: Free[bool] = False
+    """recompute every block in the backward pass: less memory, one more forward pass of time"""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def num_vectors(self) -> int:
+        """Of an image, that come out."""
+        return (self.image_size // (self.patch * self.pool)) ** 2
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from too_few(self, ("channels", "patch", "pool", "num_layers", *VIT_COUNTS))
+        yield from uneven(self, self.patch * self.pool, f"patch {self.patch} x pool {self.pool}")
 
 
 VIT_COUNTS = ("image_size", "width", "num_heads", "mlp_width")

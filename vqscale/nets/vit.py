@@ -1,4 +1,5 @@
-"""The vision transformers of UViM (2205.10337): encoder and decoder of its stage 1, to the published parameters.
+"""The vision transformers of UViM (2205.10337): encoder and decoder of its stage 1, to the published parameters,
+and the image encoder of its stage 2.
 
     x = E(patches of the labels, one-hot) + S(patches of the context);  Enc(x + positions), shrunk to the grid of ids
     y = z, enlarged to the grid of patches, + S'(patches of the context);  Dec(y + positions), a dense map per output
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.nets import Parts
-from vqscale.nets.config_vit import VitConfig
+from vqscale.nets.config_vit import ImageEncoderConfig, VitConfig
 from vqscale.nets.transformer import at_least_float32
 
 NORM_EPS = 1e-6
@@ -128,6 +129,23 @@ class ClassPatches(nn.Module):
         row_NP = torch.where(known_NP, class_NP * self.patch**2 + pixel_P, 0)
         sum_ND = F.embedding_bag(row_NP, self.weight, mode="sum", per_sample_weights=known_NP.to(self.weight.dtype))
         return (sum_ND + self.bias).unflatten(0, (len(classes), -1))
+
+
+class ImageEncoder(nn.Module):
+    """An image (B, C, H, W) -> vectors (B, T / pool^2, D): a vision transformer; each is the mean of pool^2 tokens."""
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        self.side, self.pool = config.image_size // config.patch, config.pool
+        self.patches = ValuePatches(config.channels, config.image_size, config.patch, config.width)
+        sizes = (config.width, config.num_heads, config.mlp_width)
+        self.blocks = Blocks(self.side**2, config.num_layers, *sizes, checkpointing=config.checkpointing)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x_BTD: Tensor = self.blocks(self.patches(images))
+        if self.pool == 1:
+            return x_BTD
+        return F.avg_pool2d(_on_grid(x_BTD, self.side), self.pool).flatten(2).transpose(1, 2)
 
 
 class Encoder(nn.Module):

@@ -53,7 +53,7 @@ def plan(config: PriorRun, world: int) -> Costs:
             f"transformer, classes ({engine})": split_bytes(dense, stage, world),
             "rows, their gradients and moments": sum(held),
             **({"average of the weights": average} if config.average.decay else {}),
-            f"activations of {images} images": _activations(config, prior.grid, images),
+            f"activations of {images} images": _activations(config, prior, images),
             f"gathered tokens of {codes} processes": 3 * tokens * codes * sum(widths) * FP32,
             **_head_activations(config, prior, tokens),
             "blocks of the scan": config.prior.head.scan_mib * MIB,
@@ -80,7 +80,9 @@ def operations(prior: Prior, tables: Mapping[str, Codebook]) -> dict[str, int]:
     if any(key == "steps" for key, _ in prior.config.against(settings)):
         settings = replace(settings, steps=prior.config.num_tokens)
     trained, sampled = prior.training_passes(), prior.sampling_passes(settings)
+    looked = _condition_operations(prior)
     return {
+        **({"training: image encoder": 3 * looked, "sampling: image encoder": looked} if looked else {}),
         "training: transformer": round(3 * forward * trained.network),
         "training: head": round((4 * each + 3 * network) * trained.asked),
         f"sampling, {_words(sampled.network)}: transformer": round(forward * sampled.network),
@@ -104,6 +106,15 @@ def _forward_of(net: TransformerConfig, grid: tuple[int, ...]) -> int:
         adapt = transformer.adapt(torch.empty(1, net.width))
         with KernelCounter() as counter, torch.no_grad():
             transformer(torch.empty(1, len(turns), net.width), turns, adapt, causal=False)
+    return counter.operations
+
+
+def _condition_operations(prior: Prior) -> int:
+    """Of making the vectors of a condition that takes a network for it."""
+    with torch.device("meta"), KernelCounter() as counter, torch.no_grad():
+        example = prior.condition.example(1)
+        if example is not None:
+            prior.condition(example)
     return counter.operations
 
 
@@ -132,9 +143,12 @@ def _head_activations(config: PriorRun, prior: Prior, tokens: int) -> dict[str, 
     return {f"activations of the head's network, {tokens} tokens": kept} if kept else {}
 
 
-def _activations(config: PriorRun, grid: tuple[int, ...], images: int) -> int:
+def _activations(config: PriorRun, prior: Prior, images: int) -> int:
     """Bytes that autograd keeps of the transformers for one micro-batch, counted on meta tensors."""
-    kept = sum(_activations_of(net, grid, images) for net in config.prior.transformers.values())
+    kept = sum(_activations_of(net, prior.grid, images) for net in config.prior.transformers.values())
+    with torch.device("meta"):
+        example = prior.condition.example(images)
+        kept += 0 if example is None else activation_bytes(prior.condition, example)
     return kept // 2 if config.engine.precision == "bf16" else kept
 
 

@@ -48,7 +48,7 @@ class Autoregressive(Prior):
         """h_BTD, the vectors that predict each of the T ids from those before it and the prefix."""
         x_BTD = torch.cat([prefix_BPD, self.head.embed(self.in_a_row(ids_Bhw)[:, :-1])], 1)
         turns = rotary(self.config.net, self.grid, x_BTD.device)[: x_BTD.shape[1]]
-        h_BTD = self.net(x_BTD, turns, self.net.adapt(prefix_BPD[:, 0]))
+        h_BTD = self.net(x_BTD, turns, self.net.adapt(self.condition.summary(prefix_BPD)))
         return h_BTD[:, self.config.net.num_prefix - 1 :]
 
     def loss(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
@@ -105,7 +105,7 @@ class Incremental:
         self._turns = rotary(config, prior.grid, self._tokens_BTD.device)
         self._cache = self._one = None
         with self._rounding():
-            self._adapt = net.adapt(self._tokens_BTD[:, 0])
+            self._adapt = net.adapt(prior.condition.summary(self._tokens_BTD))
             if settings.cached:
                 length = config.num_prefix + prior.config.num_tokens - 1
                 self._cache = KVCache(config, len(self._tokens_BTD), length, self._tokens_BTD)

@@ -128,7 +128,7 @@ class CoarseToFine(Prior):
         x_BTD = self.inputs.lookup(coarse_BT.flatten()).unflatten(0, coarse_BT.shape)
         x_BTD = torch.cat([prefix_BPD, self.places(x_BTD)], 1)
         turns = rotary(self.config.fine_net, self.grid, x_BTD.device)
-        h_BTD = self.net(x_BTD, turns, self.net.adapt(prefix_BPD[:, 0]), causal=False)
+        h_BTD = self.net(x_BTD, turns, self.net.adapt(self.condition.summary(prefix_BPD)), causal=False)
         return h_BTD[:, self.config.fine_net.num_prefix :]
 
     @property

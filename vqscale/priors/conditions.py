@@ -1,6 +1,7 @@
 """What the ids of an image are given: vectors before the first id, made of something known about the image.
 
-To add one: a class here, its config and its line in CONDITIONS (config.py). Not here: what a prior does with vectors.
+To add one: a class in a file here, its config and its line in CONDITIONS (config_conditions.py). Not here: what a
+prior does with vectors.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ class Condition(nn.Module, ABC):
     @abstractmethod
     def forward(self, condition: Tensor, null_B: Tensor | None = None) -> Tensor:
         """(B, P, D); of the images of null_B the null condition."""
+
+    def summary(self, prefix_BPD: Tensor) -> Tensor:
+        """Of the P vectors of each image the one (B, D) that adaln adapts to."""
+        return prefix_BPD[:, 0]
+
+    def example(self, count: int) -> Tensor | None:
+        """The conditions of so many images, for plans; None where making vectors of them costs next to nothing."""
+        return None
 
     def dropped(self, condition: Tensor, keys_B: Tensor | None = None) -> Tensor | None:
         """null_B of images in training, None where there are none; keys (noise.keys) or torch's generator decide."""

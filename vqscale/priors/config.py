@@ -2,7 +2,8 @@
 stays instant.
 
 A prior has two dataclasses, and names both: what it is (its config, with the key `name`) and how it is sampled (its
-SampleConfig), from which the programs that draw take their options. PRIORS and CONDITIONS are open sets of configs.
+SampleConfig), from which the programs that draw take their options. PRIORS is an open set of configs, and so are the
+conditions (config_conditions.py).
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.config import Free, OneOf
 from vqscale.config.schema import fields_of
 from vqscale.nets.config_transformer import TransformerConfig
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from vqscale.priors.config_conditions import ClassesConfig, ConditionConfig
 
 Ramp = Literal["constant", "linear", "cosine"]
 
@@ -27,7 +26,6 @@ PRIORS = {
     "masked": "vqscale.priors.config_masked:MaskedConfig",
     "coarse_to_fine": "vqscale.priors.config_coarse_to_fine:CoarseToFineConfig",
 }
-CONDITIONS = {"classes": "vqscale.priors.config:ClassesConfig"}
 
 
 class Passes(NamedTuple):
@@ -109,41 +107,6 @@ def check_drawing(temperature: float, top_k: int, top_p: float, prefix: str = ""
 
 
 @dataclass(frozen=True)
-class ClassesConfig:
-    """The class of an image, one of num_classes; a share class_dropout of the images are trained without."""
-
-    module: ClassVar[str] = "vqscale.priors.conditions:Classes"
-    name: Literal["classes"] = "classes"
-    """which condition"""
-
-    def check_labels(self, labels: NDArray[Any], path: str, num_classes: int) -> list[str]:
-        """What there is to say of the labels of the cache at a path. ValueError where the prior cannot learn them."""
-        known, most = int((labels >= 0).sum()), int(labels.max(initial=-1))
-        if not num_classes:
-            return [f"prior.num_classes is 0: the labels of {known} images in {path} are left aside"] if known else []
-        if not known:
-            raise ValueError(
-                f"the token cache in {path} has the label of none of its {len(labels)} images, and prior.num_classes "
-                f"is {num_classes}: a prior learns its classes from labels; encode shards that have them (cls beside "
-                "every image), or use prior.num_classes=0"
-            )
-        if most >= num_classes:
-            raise ValueError(
-                f"the token cache in {path} has labels up to {most}, and prior.num_classes is {num_classes}: use at "
-                f"least prior.num_classes={most + 1}"
-            )
-        unknown = len(labels) - known
-        note = f"{unknown} of the {len(labels)} images in {path} have no label: they count as the null class"
-        return [note] if unknown else []
-
-
-if TYPE_CHECKING:  # which knows today's
-    ConditionConfig = ClassesConfig
-else:
-    ConditionConfig = OneOf(CONDITIONS)
-
-
-@dataclass(frozen=True)
 class IdsConfig:
     """What every prior over a grid of ids has."""
 
@@ -218,6 +181,7 @@ class IdsConfig:
                 f"feature_dim is {self.feature_dim}, and this head takes no vectors of codes: use null, "
                 "or head.embedding: codebook",
             )
+        yield from self.condition.misfits(self)
         if self.num_codes and self.num_ids:
             yield from ((f"head.{key}", text) for key, text in self.head.misfits(self.num_codes, self.num_ids))
 

@@ -46,7 +46,7 @@ class Masked(Prior):
         x_BTD = self.places(self.head.embed(ids_BT), masked_draw.hidden(ids_BT))
         x_BTD = torch.cat([prefix_BPD, x_BTD], 1)
         turns = rotary(self.config.net, self.grid, x_BTD.device)
-        h_BTD = self.net(x_BTD, turns, self.net.adapt(prefix_BPD[:, 0]), causal=False)
+        h_BTD = self.net(x_BTD, turns, self.net.adapt(self.condition.summary(prefix_BPD)), causal=False)
         return h_BTD[:, self.config.net.num_prefix :]
 
     def loss(self, ids_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None = None) -> Modelled:
