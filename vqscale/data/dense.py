@@ -91,4 +91,4 @@ def nearest(maps: Map, box: Box, side: int) -> Map:
         low + ((np.arange(side) + 0.5) * ((high - low) / side)).astype(np.intp)
         for low, high in ((top, bottom), (left, right))
     )
-    return maps[:, rows[:, None], columns]
+    return maps.take(rows, axis=1).take(columns, axis=2)

@@ -44,4 +44,4 @@ def steps(data: bytes) -> Map:
             f"its depth.png has the mode {image.mode}, of 8 bits and {len(image.getbands())} channels, but depth is "
             "gray of 16 bits: 256 steps are too few, write it again from the measurement"
         )
-    return np.asarray(image).astype(np.int64)
+    return np.asarray(image).astype(np.int32)

@@ -46,51 +46,57 @@ def segment_ids(data: bytes) -> Map:
             f"its panoptic.png has the mode {image.mode}, but ids of segments are in RGB, R + 256 G + 65536 B: write "
             "it as COCO's panoptic files are"
         )
-    red, green, blue = np.asarray(image).astype(np.int64).transpose(2, 0, 1)
-    return red + 256 * green + 65536 * blue
+    pixels = np.asarray(image)
+    return pixels[..., 0] + (pixels[..., 1].astype(np.int32) << 8) + (pixels[..., 2].astype(np.int32) << 16)
 
 
 def looked_up(ids: Map, segments: Sequence[dict[str, int]], classes: dict[int, int]) -> Map:
     """(H, W) ids of segments -> (3, H, W): class, place in `segments` + 1, crowd; all 0 where the id is 0. ValueError
     where ids and segments differ, an id comes twice, or a category has no class.
     """
-    listed = [int(segment["id"]) for segment in segments]
-    painted, places = np.unique(ids, return_inverse=True)
-    _check_ids(set(painted.tolist()) - {0}, listed)
     if unknown := sorted({int(segment["category_id"]) for segment in segments} - classes.keys()):
         raise ValueError(
             f"its panoptic.json names the categories {unknown[:5]}, which are none of the {len(classes)} of "
             "data.train.categories (val.): give the list that the labels were made with"
         )
-    facts = {
-        number: (classes[int(segment["category_id"])], place, int(segment.get("iscrowd", 0)))
-        for place, (number, segment) in enumerate(zip(listed, segments, strict=True), 1)
-    }
-    table = np.array([facts.get(number, (0, 0, 0)) for number in painted.tolist()])
-    return table.T[:, places.reshape(ids.shape)]
+    listed = [(0, 0, 0, 0)] + [
+        (int(segment["id"]), classes[int(segment["category_id"])], place, int(segment.get("iscrowd", 0)))
+        for place, segment in enumerate(segments, 1)
+    ]
+    table = np.array(sorted(listed), dtype=np.int32)
+    rows = np.searchsorted(table[:, 0], ids)
+    _check_ids(ids, table[:, 0], rows.clip(max=len(table) - 1))
+    return table.T[1:].take(rows, axis=1)
 
 
-def _check_ids(painted: set[int], listed: Sequence[int]) -> None:
+def _check_ids(painted: Map, listed: Map, rows: Map) -> None:
+    """`rows` are the places of the painted ids among the listed, which are in order, and have the 0 of void."""
+    lacking = painted[listed[rows] != painted]
     differing = {
-        "its panoptic.png has segments that its panoptic.json lacks": painted - set(listed),
-        "its panoptic.json has segments that its panoptic.png lacks": set(listed) - painted,
-        "its panoptic.json lists segments twice": {number for number in listed if listed.count(number) > 1},
+        "its panoptic.json lists segments twice": listed[1:][listed[1:] == listed[:-1]],
+        "its panoptic.png has segments that its panoptic.json lacks": np.unique(lacking),
+        "its panoptic.json has segments that its panoptic.png lacks": _unseen(listed, rows),
     }
     for what, numbers in differing.items():
-        if numbers:
-            raise ValueError(f"{what}: {sorted(numbers)[:5]} of {len(listed)} listed; make the two from one labelling")
+        if len(numbers):
+            few = sorted({int(number) for number in numbers})[:5]
+            raise ValueError(f"{what}: {few} of {len(listed) - 1} listed; make the two from one labelling")
+
+
+def _unseen(listed: Map, rows: Map) -> Map:
+    """The ids, but void, that no pixel has."""
+    return listed[(np.bincount(rows.ravel(), minlength=len(listed)) == 0) & (listed != 0)]
 
 
 def canonical(instances: Map) -> Map:
     """Instance numbers (H, W) to 1..n of those that are there, in the order of column + H row of their mean pixel: top
     to bottom, and left to right where rows differ by less than columns / H. 0 stays 0.
     """
-    found, places, counts = np.unique(instances, return_inverse=True, return_counts=True)
-    places = places.reshape(instances.shape)
     height, width = instances.shape
-    rows = np.bincount(places.ravel(), np.repeat(np.arange(height), width)) / counts
-    columns = np.bincount(places.ravel(), np.tile(np.arange(width), height)) / counts
-    order = np.argsort(np.where(found == 0, -1.0, columns + height * rows), kind="stable")
-    numbers = np.empty(len(found), dtype=np.int64)
-    numbers[order] = np.arange(len(found)) + (0 if (found == 0).any() else 1)
-    return numbers[places]
+    counts = np.bincount(instances.ravel())
+    of_pixel = np.add.outer(height * np.arange(height), np.arange(width))
+    places = np.bincount(instances.ravel(), of_pixel.ravel()) / counts.clip(min=1)
+    seen = np.flatnonzero(counts[1:]) + 1
+    numbers = np.zeros(len(counts), dtype=np.int32)
+    numbers[seen[np.argsort(places[seen], kind="stable")]] = np.arange(1, len(seen) + 1)
+    return numbers[instances]
