@@ -16,7 +16,8 @@ from shard_files import png, write_tar
 from vqscale.data import samples
 from vqscale.data.config_sounds import DrawnSoundsConfig, SoundsConfig
 from vqscale.data.made import make
-from vqscale.data.made.sounds import CLASS_NAMES, draw, wav
+from vqscale.data.made.sounds import CLASS_NAMES, draw
+from vqscale.disk import wav
 
 RATE = 8000
 NEEDS = "the extra audio is not installed"
@@ -150,7 +151,7 @@ def test_a_stream_replaces_the_broken_and_stops_at_the_bound(soundfile, tmp_path
 def test_without_the_packages_the_extra_is_named_and_no_sample_is_blamed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     asked = config(
-        write_tar(tmp_path / "s.tar", [("1.wav", wav(np.zeros(999, np.int16), RATE))]), index_dir=str(tmp_path)
+        write_tar(tmp_path / "s.tar", [("1.wav", wav.encoded(np.zeros(999, np.int16), RATE))]), index_dir=str(tmp_path)
     )
     with pytest.raises(RuntimeError, match=r"pip install 'vqscale\[audio\]'"):
         samples.SampleStream(asked, 1)
@@ -163,7 +164,7 @@ def test_drawn_sounds_are_made_once_and_are_functions_of_their_number(tmp_path):
     with tarfile.open(tmp_path / "train-01.tar") as tar:
         held = {info.name: tar.extractfile(info).read() for info in tar}
     values, label = draw(47, 4000, RATE, 2)
-    assert held["00000047.wav"] == wav(values, RATE)
+    assert held["00000047.wav"] == wav.encoded(values, RATE)
     assert held["00000047.cls"] == b"7" == str(label).encode()
     assert json.loads(held["00000047.json"]) == {"label": 7, "class": CLASS_NAMES[7]}
     every = [draw(n, 4000, RATE, 2)[0].astype(float) / 32768 for n in range(40)]

@@ -106,3 +106,12 @@ class SoundsConfig(ShardsConfig):
 
 
 READING = ("sample_rate", "seconds", "short", "peak_db", "clip")
+
+
+def as_trained(card: Mapping[str, Any], sample_rate: int, seconds: float | None = None) -> dict[str, Any]:
+    """The keys of READING as the card of a tokenizer of this rate says, or their defaults; seconds as asked for, if
+    they are."""
+    known = {key: card[key] for key in READING if key in card}
+    if known.get("peak_db"):
+        known["peak_db"] = tuple(known["peak_db"])
+    return known | {"sample_rate": sample_rate} | ({} if seconds is None else {"seconds": seconds})

@@ -121,16 +121,23 @@ def window(file: Any, config: SoundsConfig, seed: int | None) -> Wave:
     room = max(0, total - length)
     start = room // 2 if seed is None else int(draw.random() * (room + 1))
     wave = _fill(stretch(file, config.sample_rate, start, min(length, total)), length, config.short)
+    return _brought(wave, file, config, draw if seed is not None else None)
+
+
+def whole(file: Any, config: SoundsConfig, most: int) -> tuple[Wave, bool]:
+    """(the recording at the config's rate as in evaluation, cut after `most` samples; whether it was cut). ValueError
+    for values that are no numbers."""
+    total = resampled_length(file, config.sample_rate)
+    return _brought(stretch(file, config.sample_rate, 0, min(total, most)), file, config, None), total > most
+
+
+def _brought(wave: Wave, file: Any, config: SoundsConfig, draw: random.Random | None) -> Wave:
+    """At the peak and in the range that the config asks for."""
     if config.peak_db is not None:
         low, high = config.peak_db
-        wanted = (low + high) / 2 if seed is None else low + (high - low) * draw.random()
+        wanted = (low + high) / 2 if draw is None else low + (high - low) * draw.random()
         wave = wave * np.float32(10 ** (wanted / 20) / max(_peak(file), 1e-8))
     return wave.clip(-1, 1) if config.clip else wave
-
-
-def whole(file: Any, rate: int) -> Wave:
-    """All of a recording at this rate. ValueError for values that are no numbers."""
-    return stretch(file, rate, 0, resampled_length(file, rate))
 
 
 def stretch(file: Any, rate: int, start: int, length: int) -> Wave:

@@ -29,11 +29,23 @@ FORMS = {
     "broken": "{:.0f}",
     "enlarged": "{:.0f}",
     "dead": "{:,.0f}",
+    "seconds": "{:,.1f}",
+    "tokens_per_s": "{:.2f}",
+    "cut": "{:.0f}",
+    "pesq_without": "{:.0f}",
+    "stoi_without": "{:.0f}",
 }
 
 
-def write(folder: Path | str, title: str, result: Mapping[str, Any], shown: Mapping[str, pictures.Picture]) -> Path:
-    """Write the folder from a result, whose numbers are under "numbers", and pictures by name; returns the page."""
+def write(
+    folder: Path | str,
+    title: str,
+    result: Mapping[str, Any],
+    shown: Mapping[str, pictures.Picture],
+    more: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Write the folder from a result, whose numbers are under "numbers", pictures by name, and further parts of the
+    page (heading, HTML); returns the page."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / "result.json", text(result) + "\n")
@@ -46,6 +58,7 @@ def write(folder: Path | str, title: str, result: Mapping[str, Any], shown: Mapp
     rows = [{"": name, "value": line} for name, line in lines(result["numbers"])]
     parts = [
         ("Numbers", page.table(rows, {"": "{}", "value": "{}"}) + notes),
+        *more,
         *figures,
         ("How", f"<pre>{html.escape(text(rest))}</pre>"),
     ]
@@ -53,12 +66,18 @@ def write(folder: Path | str, title: str, result: Mapping[str, Any], shown: Mapp
     return folder / "index.html"
 
 
-def tell(result: Mapping[str, Any], folder: str | None, title: str, shown: Mapping[str, pictures.Picture]) -> str:
+def tell(
+    result: Mapping[str, Any],
+    folder: str | None,
+    title: str,
+    shown: Mapping[str, pictures.Picture],
+    more: Sequence[tuple[str, str]] = (),
+) -> str:
     """The lines for a terminal; writes the folder too, if one is given."""
     told = [f"{name} {value}" for name, value in lines(result["numbers"])]
     told += [f"note: {note}" for note in result["notes"]]
     if folder:
-        at = write(folder, title, result, shown)
+        at = write(folder, title, result, shown, more)
         told.append(f"page: {at}, numbers: {at.with_name('result.json')}")
     return "\n".join(told)
 

@@ -1,11 +1,19 @@
-"""Spectra of sounds as pictures: time to the right, frequency upwards, the brighter the louder."""
+"""Sounds on a page: spectra as pictures (time to the right, frequency upwards, brighter is louder), and players."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from vqscale.disk import wav
+from vqscale.metrics.sound import MelBands
 from vqscale.show import pictures
 
 _QUIET, _LOUD = -9.0, 3.0  # logarithms that are black and white
@@ -24,3 +32,22 @@ def coloured(log_mel_BMF: Tensor) -> Tensor:
 def grid(originals_BMF: Tensor, predicted_BMF: Tensor) -> pictures.Picture:
     """Rows of originals, below each what was made of it."""
     return pictures.grid(coloured(originals_BMF), coloured(predicted_BMF), columns=_COLUMNS)
+
+
+def player(wave: NDArray[np.floating], rate: int, caption: str) -> str:
+    """An HTML player that carries the wave."""
+    data = base64.b64encode(wav.encoded(wave, rate)).decode()
+    text = html.escape(caption)
+    return f'<figcaption>{text}</figcaption><audio controls src="data:audio/wav;base64,{data}"></audio>'
+
+
+def heard(name: str, wave: NDArray[np.floating], recon: NDArray[np.floating], bands: MelBands) -> str:
+    """A recording above what was made of it, to look at and to listen to."""
+    spectra = (bands(torch.from_numpy(x)[None]) for x in (wave, recon))
+    picture = io.BytesIO()
+    Image.fromarray(grid(*spectra)).save(picture, "PNG")
+    data, text = base64.b64encode(picture.getvalue()).decode(), html.escape(name)
+    shown = f'<img alt="{text}, original above reconstruction" src="data:image/png;base64,{data}">'
+    return f"<h3>{text}</h3><figure>{shown}{player(wave, bands.rate, 'original')}" + (
+        f"{player(recon, bands.rate, 'reconstruction')}</figure>"
+    )

@@ -16,9 +16,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqscale.config import load_class
+from vqscale.data.config import MediumConfig
 from vqscale.signals.config import SIGNALS, DistanceConfig, SignalConfig
 
-__all__ = ["SIGNALS", "Distance", "Distances", "Signal", "Sums", "build"]
+__all__ = ["SIGNALS", "Distance", "Distances", "Signal", "Sums", "build", "check_reads"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +80,14 @@ class Signal(ABC):
     @abstractmethod
     def picture(self, samples: Tensor, predicted: Tensor) -> Picture:
         """Samples and what was predicted of them, for people to look at."""
+
+
+def check_reads(config: SignalConfig, medium: MediumConfig) -> None:
+    """ValueError for samples of a medium that are not this signal's."""
+    loss = DistanceConfig(config.distances[0])
+    problems = [message for _, message in config.misfits(medium, loss)]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def build(config: SignalConfig) -> Signal:

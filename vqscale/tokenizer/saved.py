@@ -230,6 +230,10 @@ def _run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
     return dict(asked)
 
 
+# settings of a medium, of images and of sounds, that ids depend on
+_SEEN = ("image_size", "resize", "interpolation", "sample_rate", "seconds", "short", "peak_db", "clip")
+
+
 def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """What the run folder says about the weights of a checkpoint; what it does not say is left out."""
     data = asked.get("data") or {}
@@ -237,7 +241,7 @@ def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: We
     kept = (asked.get("average") or {}).get("decay") != 0
     taken = weights if kept else "parameters"
     facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}"}
-    facts |= {key: seen[key] for key in ("image_size", "resize", "interpolation") if seen.get(key)}
+    facts |= {key: seen[key] for key in _SEEN if seen.get(key)}
     commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
     if tokens.is_file():  # of a prior: the tokenizer that its ids are of, by fingerprint
         facts |= json.loads(tokens.read_text())

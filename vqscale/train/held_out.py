@@ -37,11 +37,12 @@ class Pass:
 
     def add(self, samples: Tensor, predicted: Tensor, ids: Tensor, valid: Tensor) -> None:
         """Count samples (B, C, *sides), what was predicted of them, and the ids of their tokens; what is not valid is
-        padding."""
+        padding, and so is an id of -1."""
         per_sample = ids.reshape(len(samples), -1, len(self.columns))
-        self._tokens += valid.sum() * per_sample.shape[1]
+        per_sample = torch.where(valid[:, None, None], per_sample, -1)  # padding counts for no code
+        self._tokens += (per_sample[:, :, 0] >= 0).sum()
         for column, hits in enumerate(self.columns):
-            hits.add(torch.where(valid[:, None], per_sample[:, :, column], -1).flatten())  # padding counts for no code
+            hits.add(per_sample[:, :, column].flatten())
         self.sums.add(samples[valid], predicted[valid])
 
     def numbers(self) -> dict[str, float]:

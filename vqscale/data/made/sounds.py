@@ -7,10 +7,8 @@ in it for many codes to pay. It is no benchmark of speech.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import wave
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from vqscale.data.config_sounds import DrawnSoundsConfig
 from vqscale.data.made.make import Plan, Sample
+from vqscale.disk import wav
 from vqscale.seed import derive
 
 CLASS_NAMES = ("tone", "chord", "chirp", "vibrato", "clicks", "noise", "ah", "ee", "oo", "speech")
@@ -223,17 +222,6 @@ def draw(index: int, length: int, rate: int, seed: int) -> tuple[NDArray[np.int1
     return np.rint(sound * loud * 32767).astype(np.int16), label
 
 
-def wav(values: NDArray[np.int16], rate: int) -> bytes:
-    """A WAV file of one channel."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(rate)
-        out.writeframes(values.astype("<i2").tobytes())
-    return file.getvalue()
-
-
 def plan(config: DrawnSoundsConfig) -> Plan:
     """Drawn sounds as WAV, with their class."""
     length = round(config.seconds * config.sample_rate)
@@ -242,7 +230,7 @@ def plan(config: DrawnSoundsConfig) -> Plan:
         index = config.first_index + number
         values, label = draw(index, length, config.sample_rate, config.seed)
         facts = json.dumps({"label": label, "class": CLASS_NAMES[label]})
-        made = {"wav": wav(values, config.sample_rate), "cls": str(label).encode(), "json": facts.encode()}
+        made = {"wav": wav.encoded(values, config.sample_rate), "cls": str(label).encode(), "json": facts.encode()}
         return {"__key__": f"{index:08d}", **made}
 
     return Plan(config.num_sounds, {"source": "sounds", **asdict(config), "classes": list(CLASS_NAMES)}, sample)

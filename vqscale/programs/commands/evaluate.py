@@ -5,6 +5,7 @@
     vqscale evaluate samples SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth
     torchrun --nproc_per_node=8 -m vqscale evaluate prior PRIOR --cache caches/imagenet-val
     vqscale evaluate dense RUN --out runs/depth-measured
+    torchrun --nproc_per_node=8 -m vqscale evaluate sounds RUN --shards 'test-{00..03}.tar' --out results/speech
 
 tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads
 statistics   mean and covariance of Inception's features, and the features of some images: a --reference
@@ -12,6 +13,7 @@ samples      FID, sFID, Inception score, precision and recall of an npz with uin
              shapes, with --classifier, how many are recognised as their class, which needs no download
 prior        nats, perplexity and accuracy of held-out ids, the first view of every image of a token cache
 dense        depth, color, panoptic: metrics with all codes, a part, none, another image's, and of a constant
+sounds       whole recordings: distances of spectra, SI-SDR, PESQ, STOI, bits per second, and a page to listen to
 
 Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
 """
@@ -25,7 +27,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vqscale.data.config import ImagesConfig, TokensConfig, as_trained
-from vqscale.programs.commands import evaluate_dense, evaluate_options, words
+from vqscale.programs.commands import evaluate_dense, evaluate_options, evaluate_sounds, words
 from vqscale.run import processes
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 
 def _evaluate(args: argparse.Namespace) -> int:
     commands = {"tokenizer": _tokenizer, "statistics": _statistics, "samples": _samples, "prior": _prior}
-    told = (commands | {"dense": evaluate_dense.told})[args.command](args)
+    more = {"dense": evaluate_dense.told, "sounds": evaluate_sounds.told}
+    told = (commands | more)[args.command](args)
     if told:
         print(told)
     return 0
@@ -289,11 +292,5 @@ def _data(config: ImagesConfig, stream: SampleStream) -> dict[str, Any]:
 
 def _result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], **what: Any) -> dict[str, Any]:
     """What is written: numbers, what they are of, how they were measured, by which code, on how many processes."""
-    from vqscale.run import folder
-
-    code = {
-        "commit": folder.commit(),
-        "versions": folder.versions(),
-        "command": words.command("evaluate", sys.argv[1:]),
-    }
+    code = words.made_by("evaluate")
     return {"numbers": numbers, **what, "protocol": protocol, **code, "processes": mesh.world.size}

@@ -10,6 +10,7 @@ from vqscale.programs.commands import words
 WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
 CONSTANT = "of the training set, for the constant that codes are compared with; 0 is none (default: %(default)s)"
+MOST = "of a longer recording the beginning alone is looked at: memory grows with its square (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
@@ -48,6 +49,15 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     dense.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
     dense.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
     dense.add_argument("--json", action="store_true", help="print everything as JSON in place of the table")
+    sounds = commands.add_parser("sounds", help="whole recordings through a tokenizer of sounds, and a page of them")
+    sounds.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
+    sounds.add_argument("--shards", required=True, help="WebDataset shards of recordings: paths, braces, URLs")
+    sounds.add_argument("--most-seconds", type=float, default=60.0, help=MOST)
+    sounds.add_argument("--speech", action=argparse.BooleanOptionalAction, default=True, help="PESQ and STOI")
+    sounds.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
+    sounds.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    sounds.add_argument("--json", action="store_true", help="print everything as JSON in place of the lines")
+    sounds.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     for images in (tokenizer, statistics):
         images.add_argument("--shards", required=True, help="WebDataset shards: paths, braces, *, URLs, pipe:")
         images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
@@ -59,7 +69,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     for command in (tokenizer, statistics, samples, prior, dense):
         command.add_argument("--batch", type=int, default=64, help="images of a step and process (default: 64)")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    for command in (tokenizer, samples, prior, dense):
+    for command in (tokenizer, samples, prior, dense, sounds):
         command.add_argument("--out", help="folder for result.json and a page")
     return out
 
@@ -91,7 +101,9 @@ def check(args: argparse.Namespace) -> None:
         wrong.append(f"--training-images is {args.training_images}: give 0 (no constant) or more")
     elif args.command == "prior" and args.images < 0:
         wrong.append(f"--images is {args.images}: give 0 (all) or more")
-    if args.batch < 1:
+    elif args.command == "sounds" and not args.most_seconds > 0:
+        wrong.append(f"--most-seconds is {args.most_seconds}: give more than 0")
+    if args.command != "sounds" and args.batch < 1:
         wrong.append(f"--batch is {args.batch}: give at least 1")
     if wrong:
         raise ValueError("; ".join(wrong))

@@ -50,3 +50,10 @@ def count(text: str) -> int:
 def command(name: str, words: Sequence[str]) -> str:
     """The command that a file tells: `vqscale NAME` is the same program however it was started."""
     return shlex.join(["vqscale", name, *words])
+
+
+def made_by(name: str) -> dict[str, object]:
+    """Which code a result was made by, and by which command."""
+    from vqscale.run import folder
+
+    return {"commit": folder.commit(), "versions": folder.versions(), "command": command(name, sys.argv[1:])}

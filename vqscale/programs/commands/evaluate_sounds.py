@@ -1,0 +1,79 @@
+"""`vqscale evaluate sounds`: whole recordings through a tokenizer of sounds, their numbers, and a page to listen to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from vqscale.data.config_sounds import SoundsConfig, as_trained
+from vqscale.programs.commands import words
+from vqscale.run import processes
+
+PROTOCOL = {
+    "recordings": "whole, one at a time, at the tokenizer's rate, by way of their ids; reconstructions within [-1, 1]",
+    "mel": "mean |difference| of natural logarithms of mel bands, not below 1e-7: the distance that is trained",
+    "stft": "mean |difference| of log10 magnitudes, not below 1e-5; windows of 2048, 1024, 512 samples, means of them",
+    "si_sdr": "dB, means taken off, projection; of recordings that are not constant",
+    "pesq": "wide band, at 16 kHz; pesq_without are recordings that it has no value for, which are in no mean",
+    "stoi": "not extended; stoi_without as above",
+    "usage": "share of the codes that these recordings hit at least once",
+    "ceiling": "usage of as many tokens if every code were as likely, 1 - exp(-tokens / codes)",
+    "kbps": "tokens_per_s times log2 of the codes; kbps_entropy: times id_bits, the entropy of the ids of a token",
+    "left out": "F1 of voicing and UTMOS, whose networks are not part of this package",
+}
+
+
+def told(args: argparse.Namespace) -> str:
+    """The lines for a terminal, on rank 0 alone; writes the folder of --out. Collective."""
+    from vqscale.data import samples
+    from vqscale.data.recordings import Recordings
+    from vqscale.metrics.sound import SpeechMeasures
+    from vqscale.programs import recordings
+    from vqscale.show import pictures, report, spectrograms
+    from vqscale.show.progress import Progress
+    from vqscale.signals.sounds import Sounds, bands
+    from vqscale.tokenizer.model import Tokenizer
+
+    samples.prepare(SoundsConfig(args.shards))
+    with processes.joined(args.device, processes.divide(args.codes), agreed=()) as mesh:
+        tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
+        if not isinstance(tokenizer.signal, Sounds):
+            raise ValueError(
+                f"{args.path} is a tokenizer of {tokenizer.signal.config.name}: give one of sounds, or measure it with "
+                "`vqscale evaluate tokenizer`"
+            )
+        mel = bands(tokenizer.signal.config)
+        source = Recordings(SoundsConfig(args.shards, **as_trained(tokenizer.card, mel.rate)), args.most_seconds)
+        speech = SpeechMeasures.installed() if args.speech else SpeechMeasures({}, ())
+        progress = Progress(-(-len(source) // mesh.world.size), rank=mesh.world.rank, stream=sys.stderr)
+        found = recordings.score(tokenizer, source, mesh, speech, progress.advance)
+        progress.close()
+        fingerprint = tokenizer.fingerprint  # collective
+    if mesh.world.rank:
+        return ""
+    result = {
+        "numbers": found.numbers,
+        "tokenizer": {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card},
+        "data": {"shards": list(source.config.patterns), "fingerprint": source.index.fingerprint()},
+        "protocol": PROTOCOL | {"most seconds of a recording": args.most_seconds},
+        "notes": [*speech.left_out, *_notes(found.numbers, found.broken, args.most_seconds)],
+        **words.made_by("evaluate"),
+        "processes": mesh.world.size,
+    }
+    players = "".join(spectrograms.heard(one.key, one.wave, one.recon, mel) for one in found.heard)
+    shown = {"usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes)}
+    lines = report.tell(result, args.out, f"Tokenizer {args.path}", shown, [("Listen", players)])
+    return report.text(result) if args.json else lines
+
+
+def _notes(numbers: dict[str, Any], broken: list[str], most: float) -> list[str]:
+    """What a reader must know before comparing the numbers with others'."""
+    found = []
+    if numbers["broken"]:
+        found.append(f"{numbers['broken']:.0f} recordings could not be read and are in no number: {'; '.join(broken)}")
+    if numbers["cut"]:
+        found.append(
+            f"{numbers['cut']:.0f} recordings were longer than {most:g} s, of which the rest was not looked at"
+        )
+    return found
