@@ -110,6 +110,7 @@ def test_the_numbers_are_those_of_one_recording_after_the_other(shards, quantize
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "grids"), [(2, [(2, 1), (1, 2)]), (4, [(2, 2)])])
 def test_any_number_of_processes_finds_the_same(ranks, shards, world, grids):
     alone = scored(1, 1, shards)
