@@ -6,10 +6,14 @@ a mixture reads on the host which of its blocks are sparse: there the graph brea
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from vqscale import quantizers
+from vqscale.codes.constant import constant_result
 from vqscale.codes.softmax import forward
 from vqscale.parallel.clock import clock
 
@@ -54,6 +58,16 @@ def test_on_a_cpu_a_mixture_breaks_the_graph_and_says_the_same(case):
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=r"(?i)data-dependent"):
         _compare(case, training=True, fullgraph=True)
     torch._dynamo.reset()
+
+
+def test_the_mark_of_a_constant_is_that_of_the_compiler_and_is_given_without_it():
+    def ours(): ...
+
+    def theirs(): ...
+
+    assert vars(constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+    code = "import sys, vqscale.train.tokenizer; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def _compare(case, training, fullgraph):

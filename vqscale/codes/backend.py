@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqscale.codes import scan
 from vqscale.codes.config import Products
+from vqscale.codes.constant import constant_result
 from vqscale.codes.softmax import backward, forward
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
@@ -63,6 +64,6 @@ def _has_kernels(x: Tensor) -> bool:
     return _capability(x.device) >= LEAST_CAPABILITY
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

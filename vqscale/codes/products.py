@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vqscale.codes.config import Products
+from vqscale.codes.constant import constant_result
 from vqscale.codes.scan import Buffer
 
 LOW = torch.bfloat16
@@ -39,7 +40,7 @@ def precision(matmul: Literal["highest", "high", "medium"]) -> Iterator[None]:
         _asked.reset(asked)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def wanted(device_type: str, dtype: torch.dtype) -> Products:
     """bf16 where it is asked for, the numbers are not float64 and the device multiplies it faster, else fp32."""
     low = _asked.get() == "bf16" and dtype != torch.float64
