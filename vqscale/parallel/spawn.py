@@ -1,8 +1,9 @@
 """Run a function on n CPU processes that talk over gloo: for tests and tools, not for training.
 
-Processes are kept in a pool between calls (importing torch costs more than most tests). Each call meets by a file
-of its own, so that calls cannot mix. The first exception of any rank is raised here with its traceback, the processes
-of the call are killed, and a call that does not end within `timeout_s` is an error that names the ranks still running.
+Importing torch costs more than most calls, so it is done once, by a server that all processes are forked from, and they
+are kept in a pool between calls. Each call meets by a file of its own, so that calls cannot mix. The first exception of
+any rank is raised here with its traceback, the processes of the call are killed, and a call that does not end within
+`timeout_s` is an error that names the ranks still running.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_forks = mp.get_context("forkserver")
+_forks.set_forkserver_preload([__name__])
 
 
 class RankError(RuntimeError):
@@ -62,9 +66,8 @@ def _serve(pipe: Connection) -> None:
 
 class _Worker:
     def __init__(self) -> None:
-        context = mp.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.pipe, theirs = _forks.Pipe()
+        self.process = _forks.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 
