@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import torch.distributed as dist
+from begun import in_a_begun_process
 
 from vqscale.parallel.spawn import run
 from vqscale.run.folder import STOP_SIGNALS
@@ -37,7 +38,7 @@ def _hear_signals():
 @pytest.fixture
 def ranks():
     """ranks(n, function, *args) runs the function on n gloo processes and returns the results in rank order."""
-    return lambda n, function, *args, timeout_s=60.0: run(function, n, *args, timeout_s=timeout_s)
+    return lambda n, function, *args, timeout_s=60.0: run(in_a_begun_process, n, function, *args, timeout_s=timeout_s)
 
 
 @pytest.fixture(scope="session")

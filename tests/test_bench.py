@@ -6,10 +6,10 @@ import importlib
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import forks
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,8 +34,9 @@ def tool(monkeypatch: pytest.MonkeyPatch):
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / "bench"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = forks.program("tools/bench", *words)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 LOW = ("bf16",) if products.fast_on_cpu() else ()  # a step in bfloat16 products

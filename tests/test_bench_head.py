@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -28,8 +28,8 @@ def tool(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_from_the_command_line():
-    command = [sys.executable, str(TOOLS / "bench"), "head", *SMALL, "--processes", "2", "--codes", "99"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=200, check=True)
+    done = forks.program("tools/bench", "head", *SMALL, "--processes", 2, "--codes", 99, "--json")
+    assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report) == {"head", "left_out", "machine", "commit", "command", "config"}
     assert set(report["head"]) == {"99"}

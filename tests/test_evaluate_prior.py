@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import jobs
 import prior_runs
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +24,7 @@ def run(tmp_path_factory, caches):
 
 
 def evaluate(*words, world=1):
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-    command += ["tools/evaluate.py", "prior", "--device", "cpu", "--batch", "4", *map(str, words)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return forks.program("tools/evaluate.py", "prior", "--device", "cpu", "--batch", 4, *words, world=world)
 
 
 def numbers(folder):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,6 +125,31 @@ def test_the_first_exception_wins_and_the_pool_recovers(ranks, which):
     with pytest.raises(RankError, match=rf"rank {which} of 2 failed: KeyError: 'a reason of its own'"):
         ranks(2, _fail, which)
     assert len(ranks(2, _grid, 1, 2)) == 2
+
+
+def _state():
+    switches = (torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision())
+    flags = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.distributed.is_initialized())
+    environment = {key: os.environ[key] for key in os.environ if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    drawn = (torch.rand(1).item(), np.random.rand(), random.random())
+    return os.getpid(), (switches, flags, environment, os.getcwd(), drawn)
+
+
+def _untidy():
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(3)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    os.environ["LEFT"] = "behind"
+    os.chdir("/")
+    return os.getpid()
+
+
+def test_a_call_leaves_nothing_to_the_next_one_in_its_process(ranks):
+    ((process, before),) = ranks(1, _state)
+    assert ranks(1, _untidy) == [process]
+    assert ranks(1, _state) == [(process, before)]
 
 
 def _hang():

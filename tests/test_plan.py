@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -150,8 +149,8 @@ def test_what_is_refused_says_why(plan, capsys, words, message):
 @pytest.mark.slow
 def test_the_check_finds_bytes_and_operations_equal():
     words = ["--check", "--codes", "128", "--dim", "8", "--tokens", "16", "--gpus", "1,2", "--json"]
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = forks.program("tools/plan.py", *words)
+    assert done.returncode == 0, done.stderr
     alone, two = json.loads(done.stdout)
     assert two["gflop_counted"] == alone["gflop_counted"] / 2
     assert two["bytes_counted"] == two["bytes_predicted"] > 0 == alone["bytes_counted"]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -57,12 +58,21 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
+def _run(words):
+    """The quickstart is started as a shell starts it, torchrun and all; the others are forked, with the same words."""
+    first, *others = words
+    if first == "bash":
+        return subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=600)
+    world = int(others.pop(0).removeprefix("--nproc_per_node=")) if first == "torchrun" else 1
+    return forks.program(*others, world=world, env=_environment(), timeout_s=600)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN, ids=lambda command: command[:60])
 def test_a_command_of_the_readme_works(command, tmp_path):
     added = next(added for begin, added in SHORTER.items() if command.startswith(begin))
     words = shlex.split(command) + shlex.split(added.format(tmp=tmp_path))
-    done = subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=600)
+    done = _run(words)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     if command.startswith("bash launch/quickstart.sh"):
         assert "PSNR on held-out images" in done.stdout
@@ -75,8 +85,7 @@ def test_a_command_of_the_readme_works(command, tmp_path):
 @pytest.mark.parametrize("processes", [1, 8])
 def test_the_default_run_on_other_numbers_of_processes(processes, tmp_path):
     added = shlex.split(SHORT_RUN.format(tmp=tmp_path))
-    words = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "launch/train.py", *added]
-    done = subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=600)
+    done = forks.program("launch/train.py", *added, world=processes, env=_environment(), timeout_s=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "run" / "summary.json").exists()
 

@@ -1,7 +1,7 @@
 """Whole runs for tests: tiny shards and a tiny config, launch/train.py on n processes, and what a run folder holds.
 
-`start` runs launch/train.py's `main` in processes forked from a server that has imported torch already, so that a run
-costs a fraction of a second. They have torchrun's environment and its manners: when one fails, the others are killed.
+`start` runs launch/train.py's `main` in processes that forks.py forks, with torchrun's environment and its manners:
+when one fails, the others are killed.
 `torchrun` is the real command, for what only it can show. What differs between two starts of one run (times) is left
 out by `rows`; `tensors` puts the rows of a checkpoint together, whatever number of processes wrote it.
 """
@@ -16,7 +16,6 @@ import json
 import multiprocessing as mp
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import forks
 import torch
 import yaml
 import zarr
@@ -37,17 +37,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch" / "train.py"
 STOPPED = run_folder.EXIT_STOPPED
 NUM_TRAIN, NUM_VAL, SIDE = 24, 10, 16  # a training epoch is three batches
-_forks = mp.get_context("forkserver")
-_forks.set_forkserver_preload(
-    [
-        "vqscale.train.tokenizer",
-        "vqscale.train.prior",
-        "torch._dynamo",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-    ]
-)
 
 
 def write_shards(folder: Path) -> Path:
@@ -118,12 +107,10 @@ class Job:
     def __init__(self, folder: Path, argv: list[str], world: int, before: Callable[[int], None] | None, env: dict):
         self.log = folder / "log.txt"
         self.log.write_text("")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port), **env}
+        shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(forks.free_port())}
         self.processes = [
-            _forks.Process(target=_rank, args=(rank, shared, argv, str(self.log), before)) for rank in range(world)
+            forks.context.Process(target=_rank, args=(rank, shared | env, argv, self.log, before))
+            for rank in range(world)
         ]
         for process in self.processes:
             process.start()
@@ -134,31 +121,19 @@ class Job:
 
     def wait(self, timeout_s: float = 60.0) -> list[int]:
         """The exit codes, -9 for what was killed; once a process has failed the others are given two seconds."""
-        deadline, failed = time.monotonic() + timeout_s, False
-        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
-            if not failed and any(process.exitcode for process in self.processes):
-                deadline, failed = time.monotonic() + 2.0, True
-            time.sleep(0.01)
-        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for rank in late:
-            self.processes[rank].kill()
-        for process in self.processes:
-            process.join()
-        assert failed or not late, f"ranks {late} did not end within {timeout_s} s:\n{self.output}"
-        return [process.exitcode for process in self.processes]
+        codes = forks.join(self.processes, timeout_s)
+        assert codes is not None, f"a rank did not end within {timeout_s} s:\n{self.output}"
+        return codes
 
     @property
     def output(self) -> str:
         return self.log.read_text()
 
 
-def _rank(rank: int, shared: dict, argv: list[str], log: str, before: Callable[[int], None] | None) -> None:
+def _rank(rank: int, shared: dict, argv: list[str], log: Path, before: Callable[[int], None] | None) -> None:
     """One process of a job: what `torchrun launch/train.py ARGV` would start."""
     os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout.reconfigure(line_buffering=True)
+    forks.write_to(log, log)
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # as in a process of its own; here it would be that of the server
     if before is not None:
