@@ -13,7 +13,7 @@ import torch
 from vqscale.nets.config import ConvConfig, MagvitConfig
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.tokenizer.published import FAMILIES, convert
+from vqscale.tokenizer.published import convert
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "import_checkpoint.py"
 FROZEN = {"ibq": (), "simvq": ("quantize.embedding.weight",)}
@@ -32,7 +32,7 @@ def run_tool(*argv) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NETS)
 def test_an_imported_checkpoint_computes_what_was_published(family, tmp_path, capsys):
     state = published.made(SHAPES[family](K[family]))
     torch.save(published.checkpoint(state, FROZEN[family]), tmp_path / "last.ckpt")
@@ -117,7 +117,7 @@ def test_what_is_not_there_or_not_theirs(small, tmp_path, capsys):
     _, state = small
     with pytest.raises(ValueError, match=r"no averaged weights \(model_ema\.\*\): take the others with --weights raw"):
         convert(state, "ibq")
-    with pytest.raises(ValueError, match="named 'vqgan': there are ibq, simvq"):
+    with pytest.raises(ValueError, match="named 'vqgan': there are ibq, simvq, simvq_audio, wavtokenizer"):
         convert(state, "vqgan")
     with pytest.raises(ValueError, match=r"missing: .*decoder\.mid_block.* unknown: "):
         convert(checkpoint_of(state), "simvq")

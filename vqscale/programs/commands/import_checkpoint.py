@@ -1,6 +1,6 @@
 """Make a published tokenizer ours: a folder with model.safetensors and card.json that Tokenizer.load reads.
 
-    vqscale import --from ibq|simvq FILE OUT [--weights average|raw]
+    vqscale import --from ibq|simvq|simvq_audio|wavtokenizer FILE OUT [--weights average|raw]
 
 FILE is a .ckpt, .pt, .pth, .bin or .safetensors that you fetched; nothing is downloaded, and nothing in it is executed.
 Every key is accounted for: what is missing, unknown or of another shape is listed, and then nothing is written.
@@ -44,8 +44,7 @@ def _import(args: argparse.Namespace) -> int:
     with args.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = f"{args.family}: {args.file.name} (sha256 {digest}), {args.weights} weights"
-    images = {"image_size": family.image_size, "interpolation": family.interpolation}
-    tokenizer.save(args.out, {"origin": origin, **images})
+    tokenizer.save(args.out, {"origin": origin, **family.card})
     card = json.loads((args.out / "card.json").read_text())
     print(json.dumps(card, indent=1))
     print(f"{args.out}: {tokenizer.quantizer.num_codes} codes, fingerprint {card['fingerprint']}")
