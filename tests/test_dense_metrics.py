@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vqscale import signals
 from vqscale.metrics import depth, panoptic_files
 from vqscale.metrics.chroma import Colors, chroma
 from vqscale.metrics.depth import DepthErrors
 from vqscale.metrics.panoptic import PanopticQuality, per_class
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
+from vqscale.signals.config_dense import ColorSignal, DepthSignal, PanopticSignal
 
 NUM_CLASSES, THINGS = 5, (1, 2, 3)
 
@@ -242,7 +244,28 @@ def _divided(world, count=11):
     colors.add(truth[first:last, :3] / 6 - 1, guess[first:last, :3] / 6 - 1)
     quality = _quality(_pairs(count)[first:last])
     found = [scores.from_sums(ops.sum_over(scores.sums(), mesh.world)) for scores in (depths, colors, quality)]
-    return {name: value for numbers in found for name, value in numbers.items()}
+    return {name: value for numbers in found for name, value in numbers.items()} | _of_signals(mesh)
+
+
+def _of_signals(mesh, count=3):
+    """Those of each signal over this rank's share of the samples, which of four ranks one has not."""
+    draw = torch.Generator().manual_seed(2)
+    mine = slice(count * mesh.world.rank // mesh.world.size, count * (mesh.world.rank + 1) // mesh.world.size)
+    images, metres = torch.rand(count, 3, 6, 6, generator=draw) * 2 - 1, torch.rand(count, 1, 6, 6, generator=draw) * 11
+    classes, instances = torch.arange(36) % 5, torch.arange(36) % 5 * torch.arange(1, 4)[:, None]
+    maps = [x.expand(count, 36).view(count, 1, 6, 6) for x in (classes, instances, 0 * classes)]
+    samples = {
+        DepthSignal(): torch.cat([images, metres], 1),
+        ColorSignal(): images,
+        PanopticSignal(num_things=2, num_stuff=2, num_instances=3): torch.cat([images, *maps], 1),
+    }
+    found = {}
+    for config, truth in samples.items():
+        signal = signals.build(config)
+        sums, output = signal.sums(mesh), torch.randn(count, sum(config.labels), 6, 6, generator=draw)
+        sums.add(truth[mine], signal.predict(output[mine]))
+        found |= {f"{config.name}/{name}": value for name, value in sums.numbers().items()}
+    return found
 
 
 @pytest.mark.dist
@@ -250,6 +273,7 @@ def _divided(world, count=11):
 def test_ranks_find_the_same_numbers(ranks):
     alone = _divided(1)
     assert not any(math.isnan(value) for value in alone.values())
+    assert alone["panoptic/beyond_instances"] == (4 - 2) + (8 - 2) + (12 - 2)
     for world in (2, 4):
         for found in ranks(world, _divided, world):
             assert found == pytest.approx(alone, rel=1e-12)

@@ -1,8 +1,9 @@
 """What a source of samples, or of their ids, is asked for, without torch: the configs of data/samples.py and
 data/tokens/stream.py, and which media there are. Read before anything heavy is imported.
 
-A medium is what lies in the shards and how its bytes become samples (images: pixels.py; sounds: config_sounds.py and
-sounds.py). To add one: its settings, a ShardsConfig with a class that reads, and its line in MEDIA.
+A medium is what lies in the shards and how its bytes become samples (images: pixels.py; depth and segments:
+config_dense.py and dense.py; sounds: config_sounds.py and sounds.py). To add one: its settings, a ShardsConfig with
+a class that reads, and its line in MEDIA.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
 """

@@ -250,7 +250,9 @@ def summary(outcome: Outcome, folder: Path, world: int) -> str:
     if outcome.state == "already":
         return f"{folder} is finished already: {what}{left_out}"
     if outcome.enlarged:
-        left_out += f"; {outcome.enlarged} images had a shorter side than {card.short_side} and were enlarged"
+        left_out += (
+            f"; {outcome.enlarged} images had a shorter side than {card.short_side or 'samples'} and were enlarged"
+        )
     rate = outcome.images / max(outcome.seconds, 1e-9)
     return (
         f"encoded {what} in {folder}; {outcome.images} images in {outcome.seconds:.1f} s with {world} processes, "

@@ -2,8 +2,8 @@
 
 A signal says what of a sample enters the encoder and what context encoder and decoder both see, what the tokenizer is
 trained for, what its output says, how that is measured and how it is shown. How bytes become samples is its medium's
-(data/config.py: MEDIA). Images without context are today's one entry, not a special case: the loop, evaluation and
-encoding speak to this interface and know no pictures.
+(data/config.py: MEDIA). Images without context are one entry, not a special case: the loop, evaluation and encoding
+speak to this interface and know no pictures.
 
 To add one: a file here, its settings, and its line in SIGNALS, both in config.py.
 """

@@ -1,1 +1,1 @@
-"""What shards are made of here: pictures drawn by arithmetic, files as they are, squares of photographs."""
+"""What shards are made of here: what is drawn by arithmetic, files as they are, squares of photographs."""
