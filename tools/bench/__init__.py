@@ -4,7 +4,7 @@
     vqscale bench data ...                                         the data stream
     vqscale bench head --codes 16384 65536 262144                  loss and sampling of a prior's head
     vqscale bench memory --codes 4096 65536 1048576                a training step's memory as K grows
-    vqscale bench sample --batch 8 --codes 16384                   drawing from a prior, beside transformers
+    vqscale bench sample --batch 8 --codes 16384                   drawing from every kind of prior, beside transformers
     vqscale bench kernels                                          what the fused kernels need of a GPU
     vqscale bench upkeep --codes 262144 --processes 2              what statistics and revival add to a step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vqscale import priors
+from vqscale.codes.heads.flat import Head
 
 from .setting import SampleSetting
 
@@ -53,29 +54,37 @@ def _seconds(form: Form, device: str) -> tuple[float, float]:
 
 def build(setting: SampleSetting, absent: str = "") -> dict[str, Form]:
     """The forms by name; `absent` says that transformers is not there."""
-    prior = prior_of(setting)
-    numbers_B = torch.arange(setting.batch, device=setting.device)
-    labels_B = torch.zeros_like(numbers_B)
-
-    def ours(precision: str) -> Form:
-        settings = {"temperature": 0.0 if setting.greedy else 1.0, "precision": precision}
-        return lambda: prior.sample(labels_B, settings, numbers_B=numbers_B)
-
-    forms = {"ours": ours("fp32"), "bf16": ours("bf16")}
+    net = {"width": setting.width, "num_layers": setting.layers, "num_heads": setting.heads}
+    one_by_one = prior_of(setting, {"name": "autoregressive", "net": net})
+    forms = {
+        "autoregressive": _drawn(setting, one_by_one),
+        "unpacked": _drawn(setting, one_by_one, packed=False),
+        "bf16": _drawn(setting, one_by_one, precision="bf16"),
+    }
     if not absent:
         forms["transformers"] = _transformers(setting)
-    return forms | {"products": _products(setting, prior)}
+    forms["products"] = _products(setting, one_by_one)
+    masked = prior_of(setting, {"name": "masked", "net": net})
+    forms |= {order: _drawn(setting, masked, order=order, steps=setting.steps) for order in ("confidence", "halton")}
+    stages = {"net": net, "fine_net": net, "num_clusters": setting.clusters}
+    two_stages = prior_of(setting, {"name": "coarse_to_fine", **stages})
+    return forms | {"coarse_to_fine": _drawn(setting, two_stages, fine_temperature=0.0 if setting.greedy else 1.0)}
 
 
-def prior_of(setting: SampleSetting) -> Any:
-    """An autoregressive prior of random weights, its logits of unit variance."""
-    net = {"width": setting.width, "num_layers": setting.layers, "num_heads": setting.heads}
+def prior_of(setting: SampleSetting, kind: Mapping[str, Any]) -> Any:
+    """A prior of random weights, its logits of unit variance."""
     sides = [setting.side, setting.side]
-    config = {"name": "autoregressive", "num_codes": setting.codes, "grid": sides, "num_classes": 1, "net": net}
-    prior: Any = priors.build(config).eval().to(setting.device)
-    with torch.no_grad():
-        prior.head.rows.normal_(0.0, setting.width**-0.5)
-    return prior
+    prior: Any = priors.build({**kind, "num_codes": setting.codes, "grid": sides, "num_classes": 1})
+    for part in prior.modules():
+        if isinstance(part, Head):
+            part.rows.data.normal_(0.0, setting.width**-0.5)
+    return prior.eval().to(setting.device)
+
+
+def _drawn(setting: SampleSetting, prior: Any, **how: Any) -> Form:
+    numbers_B = torch.arange(setting.batch, device=setting.device)
+    settings = {"temperature": 0.0 if setting.greedy else 1.0, **how}
+    return lambda: prior.sample(torch.zeros_like(numbers_B), settings, numbers_B=numbers_B)
 
 
 def _transformers(setting: SampleSetting) -> Form:
@@ -98,7 +107,7 @@ def _transformers(setting: SampleSetting) -> Form:
 
 
 def _products(setting: SampleSetting, prior: Any) -> Form:
-    """What every step multiplies, as torch does it unless told otherwise."""
+    """What every step of the autoregressive prior multiplies, as torch does it unless told otherwise."""
     weights = [part.weight for part in prior.net.modules() if isinstance(part, torch.nn.Linear)]
     weights.append(prior.head.rows)
     inputs = [torch.randn(setting.batch, weight.shape[1], device=setting.device) for weight in weights]

@@ -54,7 +54,7 @@ class HeadSetting:
 
 @dataclass(frozen=True)
 class SampleSetting:
-    """Of drawing from a prior over side x side ids."""
+    """Of drawing from priors over side x side ids."""
 
     batch: int
     side: int
@@ -62,6 +62,8 @@ class SampleSetting:
     width: int
     layers: int
     heads: int
+    steps: int = 12
+    clusters: int = 512
     greedy: bool = False
     repeats: int = 3
     device: str = "cpu"
