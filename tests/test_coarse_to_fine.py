@@ -59,6 +59,7 @@ def test_images_are_drawn_with_the_probability_that_is_stated(stages):
     prior = trained(priors.build(config_of(NAME, **SMALL, stages=stages)))
     _, p = enumerated(prior)
     assert float(p.sum()) == pytest.approx(1.0, abs=1e-5)
+    assert not prior.config.bound
     assert p.max() > 1.5 * p.min()
     assert fits(prior, p)
     assert not fits(prior, p.flip(0).roll(5))
@@ -75,6 +76,7 @@ def test_with_support_of_all_what_is_stated_is_of_coarse_and_fine_ids_together()
     mixed = sum(coarse_C[c] * torch.stack([fine_CTK[c, t, every[:, t]] for t in range(3)]).prod(0) for c in range(8))
     assert float(mixed.sum()) == pytest.approx(1.0, abs=1e-5)
     assert (p < mixed).all()
+    assert prior.config.bound == "each id counts with its own cluster, and others may give it too"
     own = torch.tensor([4 * a + 2 * b + c for a, b, c in (every * 2 // 3).tolist()])
     stated = coarse_C[own] * torch.stack([fine_CTK[own, t, every[:, t]] for t in range(3)]).prod(0)
     torch.testing.assert_close(p, stated, rtol=1e-4, atol=1e-7)

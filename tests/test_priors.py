@@ -171,7 +171,7 @@ def test_samples_are_the_same_on_two_processes(ranks, name):
         assert torch.equal(torch.cat(results), draws(name, range(BATCH), options, 1))
 
 
-@pytest.mark.parametrize("name", [name for name in PRIORS if not load_class(PRIORS[name]).bound])
+@pytest.mark.parametrize("name", [name for name in PRIORS if not load_class(PRIORS[name])().bound])
 def test_a_sample_has_its_probability(name):
     """All 3^2 images of two ids: the losses are those of a distribution, and images are drawn from it."""
     prior = priors.build(config_of(name, num_codes=3, grid=[1, 2]), seed=2).eval()

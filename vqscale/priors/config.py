@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.config import Free, OneOf
@@ -110,9 +110,6 @@ def check_drawing(temperature: float, top_k: int, top_p: float, prefix: str = ""
 class IdsConfig:
     """What every prior over a grid of ids has."""
 
-    bound: ClassVar[bool] = False
-    """whether the nats of held-out ids are an upper bound of what the prior's own distribution has"""
-
     num_codes: int | None = 16384
     """K, the number of codes of the tokenizer; null: as the token cache says"""
     num_ids: int | None = 1
@@ -141,6 +138,12 @@ class IdsConfig:
         """Ids of an image."""
         assert self.grid is not None, "grid is null: see nulls()"
         return math.prod(self.grid)
+
+    @property
+    def bound(self) -> str:
+        """Why the nats of held-out ids are an upper bound of what the prior's own distribution has; "": they are exact,
+        and all p(ids) add up to 1."""
+        return ""
 
     def nulls(self) -> list[str]:
         """The keys that are still to be looked up in a token cache or a tokenizer (train/nulls.py)."""

@@ -64,6 +64,10 @@ class CoarseToFineConfig(ClusteredConfig):
     """embedding of the coarse ids and logits over them"""
 
     @property
+    def bound(self) -> str:
+        return "each id counts with its own cluster, and others may give it too" if self.support == "all" else ""
+
+    @property
     def wants_clusters(self) -> bool:
         return True
 

@@ -55,7 +55,6 @@ class MaskedConfig(IdsConfig):
 
     module: ClassVar[str] = "vqscale.priors.masked:Masked"
     sampling: ClassVar[type[SampleConfig]] = MaskedSampleConfig
-    bound: ClassVar[bool] = True
     name: Literal["masked"] = "masked"
     """which prior"""
     net: TransformerConfig = field(default_factory=TransformerConfig)
@@ -70,6 +69,10 @@ class MaskedConfig(IdsConfig):
     ids alone, 1 is the loss on all (Halton-MaskGIT)"""
     bound_passes: int = 4
     """masks drawn for each held-out image, their numbers of masked ids spread evenly: the more, the less variance"""
+
+    @property
+    def bound(self) -> str:
+        return "means over random orders in which ids are predicted"
 
     def against(self, settings: SampleConfig) -> Iterable[tuple[str, str]]:
         steps = getattr(settings, "steps", 1)

@@ -271,7 +271,7 @@ def _prior(args: argparse.Namespace) -> str:
     if numbers["images"] < held_out.num_samples:
         notes.append(f"the first {numbers['images']:.0f} of {held_out.num_samples} images alone were looked at")
     if model.config.bound:
-        notes.append("loss and perplexity are upper bounds: means over random orders in which ids are predicted")
+        notes.append(f"loss and perplexity are upper bounds: {model.config.bound}")
     of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": model.card}
     data = {"cache": args.cache, "fingerprint": held_out.fingerprint, "tokenizer": held_out.tokenizer_fingerprint}
     protocol = {
@@ -279,7 +279,8 @@ def _prior(args: argparse.Namespace) -> str:
         "accuracy": "share of ids that are the most probable, the lowest id among equals",
         "unigram": "with add-one frequencies of storage shards spread over the cache of --training",
     }
-    result = {**_result(numbers, mesh, protocol, prior=of, data=data), "bound": model.config.bound, "notes": notes}
+    said = {"bound": bool(model.config.bound), "notes": notes}
+    result = {**_result(numbers, mesh, protocol, prior=of, data=data), **said}
     return report.tell(result, args.out, f"Prior {args.path}", {})
 
 
