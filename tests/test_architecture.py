@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "priors": BESIDE | {"disk", "codes", "quantizers", "nets", "signals", "tokenizer"},
     "run": BESIDE | {"disk"},
     "train": MODELS | {"engine", "data", "metrics", "show", "run"},
-    "plan": MODELS | {"train"},
+    "plan": MODELS | {"engine", "train"},
     "programs": MODELS | {"engine", "data", "metrics", "show", "run", "train", "plan"},
 }
 TOP = {"__init__", "__main__"}  # it may import everything

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vqscale import config as configuration
+from vqscale import priors
+from vqscale.codes.rows import set_aside
+from vqscale.engine import optimisers
 from vqscale.plan.prior import plan
 from vqscale.train.config import Run
 
@@ -62,6 +65,21 @@ def test_bits_cost_their_network_in_every_step_and_send_nothing():
     assert sampled(found) == T * 2 * each
     assert found.memory["rows, their gradients and moments"] == 0
     assert found.sent["tokens of the head (code axis)"] == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimiser_is_priced_by_what_it_remembers(name):
+    prior = {"num_codes": 50, "grid": [2, 2], "num_classes": 2, "net": NET}
+    config = configuration.parse(Run, {**CONFIG, "prior": prior, "optim": {"name": name}})
+    made = priors.build(config.prior)
+    set_aside(made)
+    dense = list(made.parameters())
+    optimiser = optimisers.build(made, config.optim)
+    optimiser.prepare(dense)
+    moments = sum(x.numel() for p in dense for x in optimiser.moments(p).values())
+    numbers = sum(p.numel() for p in dense)
+    assert plan(config, 1).memory["transformer, classes (torch)"] == 4 * (2 * numbers + moments)
+    assert moments == 2 * numbers if name == "adamw" else numbers < moments < 1.2 * numbers
 
 
 @pytest.mark.parametrize("codes", [1, 2])

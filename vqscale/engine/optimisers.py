@@ -108,8 +108,7 @@ def build(module: nn.Module, optim: OptimConfig) -> AdamW:
     split = groups(module, optim)
     if optim.name == "adamw":
         return AdamW(split, optim)
-    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    taken = {id(p) for group in split for p in group["params"] if p.ndim == 2 and id(p) not in tables}
+    taken = {id(p) for p in muon_matrices(module, optim)}
     matrices, rest = (
         [group | {"params": members} for group in split if (members := [p for p in group["params"] if wanted(id(p))])]
         for wanted in (taken.__contains__, lambda number: number not in taken)
@@ -118,6 +117,15 @@ def build(module: nn.Module, optim: OptimConfig) -> AdamW:
         lacks = "no matrix, which muon is for" if rest else "nothing but matrices, and AdamW beside muon has nothing"
         raise ValueError(f"optim.name is muon, and this network has {lacks}: use optim.name=adamw")
     return MuonAdamW(matrices, rest, optim)
+
+
+def muon_matrices(module: nn.Module, optim: OptimConfig) -> list[nn.Parameter]:
+    """What Muon steps of a module, with one moment each: trainable matrices that are no embedding; all else is AdamW's,
+    with two."""
+    if optim.name != "muon":
+        return []
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    return [p for p in module.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in tables]
 
 
 def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -7,11 +7,13 @@ to the reconstructions needs. The tokenizer's own graph waits for both.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from vqscale.engine.optimisers import muon_matrices
 from vqscale.nets import discriminators
 from vqscale.nets.lpips import LPIPS
 from vqscale.plan.activations import activation_bytes
@@ -37,17 +39,18 @@ def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: i
         samples = torch.empty(images, config.tokenizer.net.in_channels, *config.data.train.sides)
         if config.loss.adversarial is not None:
             net = discriminators.build(config.loss.adversarial.net)  # alone: nothing is sent here
-            params = _count(net)
+            params = _count(net.parameters())
             found.parameters["discriminator"] = params
-            found.memory["discriminator"] = split_bytes(params, stage, world)
+            muon = muon_matrices(net, config.loss.adversarial.optim or config.optim)
+            found.memory["discriminator"] = split_bytes(params, stage, world, _count(muon))
             found.memory[f"activations of the discriminator, {images} images twice"] = 2 * activation_bytes(
                 net, samples
             )
             found.sent["data axis and ZeRO: gradients of the discriminator"] = 8 * params * (world - 1) // world
         if config.loss.perceptual is not None:
             lpips = LPIPS()
-            found.parameters["LPIPS (frozen)"] = _count(lpips)
-            found.memory["LPIPS"] = 4 * _count(lpips)
+            found.parameters["LPIPS (frozen)"] = _count(lpips.parameters())
+            found.memory["LPIPS"] = 4 * _count(lpips.parameters())
             recon = torch.empty_like(samples).requires_grad_()
             found.memory[f"activations of LPIPS, {images} images"] = activation_bytes(lpips, samples, recon)
     if config.engine.precision == "bf16":
@@ -58,5 +61,5 @@ def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: i
     return found
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -27,13 +27,14 @@ def products(work: Work, grid: Grid, axis: CodeAxis) -> int:
     return axis.products * each * work.accumulation
 
 
-def split_bytes(parameters: int, stage: int, world: int) -> int:
-    """fp32 parameters, gradients and two moments on one rank at a ZeRO stage (0 for the plain engine)."""
+def split_bytes(parameters: int, stage: int, world: int, muon: int = 0) -> int:
+    """fp32 parameters, gradients and two moments on one rank at a ZeRO stage (0 for the plain engine). `muon` of the
+    parameters have one moment; the stages that split moments refuse them."""
     part = -(-parameters // world)
     moments = part if stage >= 1 else parameters
     gradients = part if stage >= 2 else parameters
     weights = part if stage >= 3 else parameters
-    return 4 * (weights + gradients + 2 * moments)
+    return 4 * (weights + gradients + 2 * moments - muon)
 
 
 def memory(work: Work, grid: Grid) -> dict[str, int]:
@@ -51,7 +52,7 @@ def memory(work: Work, grid: Grid) -> dict[str, int]:
         "gathered tokens, means and their gradients": 4 * 4 * work.tokens * grid.codes * work.dim,
         "tokens for dead codes": 2 * 4 * candidates(work, grid) * work.dim if work.revive_every else 0,
         "blocks of the scan": work.scan_mib * 2**20,
-        "replicated parameters, gradients, moments": split_bytes(work.parameters, stage, grid.world),
+        "replicated parameters, gradients, moments": split_bytes(work.parameters, stage, grid.world, work.muon),
         "activations": work.images * work.activations,
         "LPIPS, discriminator, average of the weights": work.beside + (table if work.averaged else 0),
     }
@@ -103,7 +104,8 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
         "code axis: elementwise": pairs * (4 * axis.passes / bandwidth + axis.exponentials / machine.exp_per_s),
         # norms, zeros, two gradients summed: about ten passes over the rows, twelve over the tokens of the group
         "code axis: rows": 4 * work.dim * work.accumulation * (10 * here + 12 * group) / bandwidth,
-        # AdamW reads and writes parameter and moments, reads the gradient; norm and clipping pass it thrice
+        # AdamW reads and writes parameter and moments, reads the gradient; norm and clipping pass it thrice. The
+        # products of Muon are not in it
         "optimiser": 40 * (dense + here * work.dim) / bandwidth,
     }
     for name in ("codes", "data", "world"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vqscale import priors
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import set_aside
+from vqscale.engine.optimisers import muon_matrices
 from vqscale.nets.config_transformer import TransformerConfig
 from vqscale.nets.transformer import Transformer, rotary
 from vqscale.plan.activations import activation_bytes
@@ -38,6 +39,7 @@ def plan(config: PriorRun, world: int) -> Costs:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.named_children()}
     parameters |= {name: p.numel() for name, p in prior.named_parameters(recurse=False)}
     dense = sum(parameters.values())
+    muon = sum(p.numel() for p in muon_matrices(prior, config.optim))
     parameters |= {name: table.num_codes * table.dim for name, table in tables.items()}
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     engine = config.engine.name if config.engine.name == "torch" else f"deepspeed, stage {stage}"
@@ -50,7 +52,7 @@ def plan(config: PriorRun, world: int) -> Costs:
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
         parameters,
         {
-            f"transformer, classes ({engine})": split_bytes(dense, stage, world),
+            f"transformer, classes ({engine})": split_bytes(dense, stage, world, muon),
             "rows, their gradients and moments": sum(held),
             **({"average of the weights": average} if config.average.decay else {}),
             f"activations of {images} images": _activations(config, prior, images),

@@ -18,6 +18,7 @@ from torch import nn
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
 from vqscale.config import to_dict
+from vqscale.engine.optimisers import muon_matrices
 from vqscale.nets.config import example, grid
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.plan.activations import activation_bytes
@@ -77,14 +78,14 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     dense = sum(parameters.values())
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
-    step = work(config, images, tokens, dim, dense)
+    step = replace(work(config, images, tokens, dim, dense), muon=_muon(tokenizer, config))
     others = auxiliary(config, images, world, dense, _learned(tables))
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
         parameters | others.parameters,
         {
-            f"encoder, decoder ({_engine(config)})": split_bytes(dense, stage, world),
+            f"encoder, decoder ({_engine(config)})": split_bytes(dense, stage, world, step.muon),
             "rows, their gradients and moments": _rows_bytes(tables),
             f"activations of {images} images": _activations(tokenizer, images, config),
             "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
@@ -117,6 +118,11 @@ def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: i
     )
 
 
+def _muon(tokenizer: Tokenizer, config: TokenizerRun) -> int:
+    """Numbers of the network in matrices that Muon steps."""
+    return sum(p.numel() for part in tokenizer.children() for p in muon_matrices(part, config.optim))
+
+
 def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis]:
     """(a step with `images` per rank and micro-batch, its network, its code axis) of a run with one learned table."""
     quantizer, net = config.tokenizer.quantizer, config.tokenizer.net
@@ -129,6 +135,7 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
     with torch.device("meta"):
         tokenizer = Tokenizer.from_config(config.tokenizer, planned_mesh(1, 1), config.run.seed)
     kept = _activations(tokenizer, 1, config)
+    set_aside(tokenizer)
     tokens = images * found.tokens
     axis = code_axis(to_dict(quantizer))
     others = auxiliary(config, 1, 1, found.parameters, 0).memory
@@ -138,6 +145,7 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
         activations=kept + graphs,
         beside=sum(others.values()) - graphs,
         averaged=config.average.decay > 0,
+        muon=_muon(tokenizer, config),
     )
     return step, found, axis
 

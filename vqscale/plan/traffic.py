@@ -66,6 +66,8 @@ class Work:
     """bytes that autograd keeps for one image, of the network, LPIPS and the discriminator"""
     beside: int = 0
     """bytes of LPIPS and the discriminator, and of the average of the replicated weights"""
+    muon: int = 0
+    """of the parameters: numbers in matrices that Muon steps, which have one moment"""
     averaged: bool = False
     """there is an average of the weights, and so of the rows"""
     precision: Literal["fp32", "bf16"] = "bf16"
