@@ -9,9 +9,11 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from dense_files import CATEGORIES, depth_shard, panoptic_shard
+from dense_files import CATEGORIES, depth_sample, depth_shard, image, panoptic_shard
+from shard_files import write_tar
 
 from vqscale import config as configuration
 from vqscale.data.config import ImagesConfig
@@ -19,6 +21,7 @@ from vqscale.data.config_dense import DepthConfig, PanopticConfig
 from vqscale.data.samples import SampleStream
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs import dense
+from vqscale.programs.dense_truth import Files
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
 
@@ -122,6 +125,34 @@ def test_every_row_is_what_its_name_says(task, tmp_path):
     assert all(len(shown) == 2 for shown in found.predicted.values())
 
 
+def test_predictions_are_measured_at_the_size_of_the_files(tmp_path):
+    """A file of 5 x 11 pixels, and one of 9 x 7: each pixel is compared with the prediction nearest to it."""
+    steps = [
+        np.random.default_rng(n).integers(0, 9000, size, dtype=np.uint16) for n, size in enumerate([(5, 11), (9, 7)])
+    ]
+    members = [m for n, x in enumerate(steps) for m in depth_sample(f"{n}", image(*x.shape, n), x)]
+    path = str(write_tar(tmp_path / "a.tar", members))
+    held_out = DepthConfig(path, unit_m=0.001, image_size=SIDE, num_workers=0, index_dir=str(tmp_path))
+    tokenizer, errors = tokenizer_of("depth"), []
+    for truth, batch in zip(steps, SampleStream(held_out, 1, train=False).batches(), strict=True):
+        labels, context = tokenizer.signal.enter(batch.samples)
+        predicted = tokenizer.signal.predict(tokenizer.decode(tokenizer.encode(labels, context), context))[0, 0]
+        height, width = truth.shape
+        square = [
+            (predicted[int((y + 0.5) * SIDE / height), int((x + 0.5) * SIDE / width)].item() - truth[y, x] / 1000) ** 2
+            for y in range(height)
+            for x in range(width)
+            if truth[y, x] > 1
+        ]
+        errors.append((sum(square) / len(square)) ** 0.5)
+    stream = SampleStream(held_out, 2, train=False)
+    found = dense.measure(tokenizer, stream, Mesh(), truth=Files(held_out)).rows["true codes"]
+    assert found["rmse"] == pytest.approx(sum(errors) / 2, rel=1e-5)
+    assert found["rmse"] != pytest.approx(dense.measure(tokenizer, stream, Mesh()).rows["true codes"]["rmse"], rel=1e-3)
+    with pytest.raises(ValueError, match="the shards hold images, whose samples have no labels"):
+        Files(ImagesConfig(path, image_size=SIDE))
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_processes_find_the_same(ranks, tmp_path):
@@ -194,8 +225,9 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path, capsys, monkeypa
     page = (tmp_path / "out/index.html").read_text()
     assert "from left to right: the image, the truth, true codes, no code" in page
     assert page.count("data:image/png;base64,") == 1
-    assert main([*map(str, words), "--json", "--training-images", "0"]) == 0
+    assert main([*map(str, words), "--json", "--training-images", "0", "--own-size"]) == 0
     again = json.loads(capsys.readouterr().out)
+    assert again["protocol"]["size"].startswith("of the files")
     assert "constant" not in again["rows"]
     assert again["rows"]["no code"] == pytest.approx(result["rows"]["no code"])
     assert main(["dense", str(saved)]) == 2

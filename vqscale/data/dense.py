@@ -56,6 +56,14 @@ class Dense(ABC):
             self._put(image, labels, self.evaluated(image.size), number == 1, view)
         return min(image.size) < self.config.image_size
 
+    def truth(self, members: Sequence[bytes]) -> Tensor:
+        """(C, h, w): what evaluation looks at, not stretched."""
+        image, labels = self._decoded(members)
+        left, top, right, bottom = box = self.evaluated(image.size)
+        out = torch.empty(self.config.channels, bottom - top, right - left)
+        self._fill(np.array(image.crop(box)), labels[:, top:bottom, left:right], out)
+        return out
+
     def _decoded(self, members: Sequence[bytes]) -> tuple[Image.Image, Map]:
         image, labels = decode(members[0]), self.labels(members[1:])
         if labels.shape[1:] != (image.height, image.width):
@@ -80,8 +88,11 @@ class Dense(ABC):
         found = nearest(labels, box, side)
         if mirrored:
             pixels, found = pixels[:, ::-1].copy(), found[..., ::-1]
+        self._fill(pixels, found, out)
+
+    def _fill(self, pixels: NDArray[np.uint8], labels: Map, out: Tensor) -> None:
         normalise(pixels, out[:3])
-        out[3:].copy_(torch.from_numpy(np.ascontiguousarray(self.settled(found))))
+        out[3:].copy_(torch.from_numpy(np.ascontiguousarray(self.settled(labels))))
 
 
 def nearest(maps: Map, box: Box, side: int) -> Map:

@@ -18,6 +18,7 @@ from vqscale.data.samples import SampleStream
 from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
+from vqscale.programs.dense_truth import Files, Samples
 from vqscale.programs.score import look_over
 from vqscale.seed import derive
 from vqscale.signals.labelled import Labelled
@@ -48,14 +49,16 @@ def measure(
     *,
     constant: Tensor | None = None,
     draws: Mapping[str, Draw] | None = None,
+    truth: Samples | Files | None = None,
     advance: Advance | None = None,
 ) -> Measured:
     """Look at an evaluation stream twice: for the codes of all, then for what is made of them. Collective.
 
-    `constant` is what `label_sums` says of a training set; `draws` become a row each, by their names. ValueError for a
-    signal without a context, or a quantizer whose ids do not say its codes.
+    `constant` is what `label_sums` says of a training set; `draws` become a row each, by their names; `truth` is what
+    predictions are compared with, or the samples. ValueError for a signal without a context, or a quantizer whose ids
+    do not say its codes.
     """
-    signal = labelled(tokenizer)
+    signal, truth = labelled(tokenizer), truth or Samples()
     with evaluating(tokenizer):
         ids, is_there = codes(tokenizer, stream, mesh, advance)
         ways = dict(_ways(tokenizer, ids, following(is_there), constant, draws or {}))
@@ -65,7 +68,7 @@ def measure(
             first = not shown
             for name, way in ways.items():
                 predicted = way(samples, numbers.clamp(min=0))
-                sums[name].add(samples[valid], predicted[valid])
+                truth.add(sums[name], samples[valid], predicted[valid], numbers[valid])
                 if first:
                     samples_shown, shown[name] = first_ones(samples, predicted, mesh)
                     firsts.append(samples_shown)

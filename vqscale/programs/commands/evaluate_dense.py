@@ -27,11 +27,13 @@ def told(args: argparse.Namespace) -> str:
     from vqscale.data import samples
     from vqscale.data.samples import SampleStream
     from vqscale.programs import dense
+    from vqscale.programs.dense_truth import Files
     from vqscale.show import dense_page
     from vqscale.show.progress import Progress
     from vqscale.tokenizer.model import Tokenizer
 
     samples.prepare(held_out)
+    truth = Files(held_out) if args.own_size else None
     if args.training_images:
         samples.prepare(run.data.train)
     with processes.joined(args.device, processes.divide(args.codes), agreed=()) as mesh:
@@ -45,7 +47,7 @@ def told(args: argparse.Namespace) -> str:
             constant = dense.label_sums(signal, stream(run.data.train), mesh, args.training_images)
         seen = stream(held_out)
         progress = Progress(-(-2 * seen.num_samples // seen.batch), rank=world.rank, stream=sys.stderr)
-        found = dense.measure(tokenizer, seen, mesh, constant=constant, advance=progress.advance)
+        found = dense.measure(tokenizer, seen, mesh, constant=constant, truth=truth, advance=progress.advance)
         progress.close()
         fingerprint = tokenizer.fingerprint  # collective
     if world.rank:
@@ -55,6 +57,7 @@ def told(args: argparse.Namespace) -> str:
         "tokenizer": {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card},
         "data": {"shards": list(held_out.patterns), "fingerprint": seen.fingerprint, **held_out.card},
         "protocol": {
+            "size": "of the files, predictions from the nearest pixel" if truth else "of the samples, as they entered",
             "codes of another image": "those of the next image of the set",
             "a part of the codes": "at places drawn anew for each image, a smaller part among those of a larger",
             "constant": f"from the first {args.training_images} images of {', '.join(run.data.train.patterns)}",

@@ -10,6 +10,7 @@ from vqscale.programs.commands import words
 WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
 CONSTANT = "of the training set, for the constant that codes are compared with; 0 is none (default: %(default)s)"
+OWN_SIZE = "measure at the size of the files, as published, in place of that of the samples"
 MOST = "of a longer recording the beginning alone is looked at: memory grows with its square (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
@@ -48,6 +49,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     dense.add_argument("--training-images", type=int, default=1000, help=CONSTANT)
     dense.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
     dense.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    dense.add_argument("--own-size", action="store_true", help=OWN_SIZE)
     dense.add_argument("--json", action="store_true", help="print everything as JSON in place of the table")
     sounds = commands.add_parser("sounds", help="whole recordings through a tokenizer of sounds, and a page of them")
     sounds.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
