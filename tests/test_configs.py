@@ -45,12 +45,18 @@ def test_a_shipped_config_is_a_run(path, tmp_path):
 IBQ_NET = {"encoder": 46_752_256, "decoder": 59_903_875, "quant_conv": 65_792, "post_quant_conv": 65_792}
 # Of the names and shapes in tests/lib/published.py, which test_magvit.py compares with the network.
 SIMVQ_NET = {"encoder": 24_282_496, "decoder": 39_851_907, "quant_conv": 0, "post_quant_conv": 0}
+# 71,952,898 trained in all, of the names and shapes in tests/lib/published_audio.py.
+WAVE_NET = {"encoder": 8_802_816, "decoder": 62_887_426, "quantizer": 512 * 512 + 512}
 SIZES = {
     **{f"ibq_imagenet256_{K}": IBQ_NET | {"codebook": K * 256} for K in (1024, 8192, 16384, 262144)},
     "ibq_imagenet256_262144_beyond": IBQ_NET | {"codebook": 2**18 * 256},
     **{
         f"simvq_imagenet128_{K}": SIMVQ_NET | {"codebook": K * 128, "quantizer": 128 * 128 + 128}
         for K in (1024, 8192, 65536, 262144)
+    },
+    **{
+        f"simvq_libritts_{name}": WAVE_NET | {"codebook": int(name.split("_")[0]) * 512}
+        for name in ("4096", "8192", "65536", "262144", "65536_beyond")
     },
     "vq_imagenet128": SIMVQ_NET | {"codebook": 65536 * 128},
     # six channels in place of 128 between encoder and decoder
