@@ -19,9 +19,7 @@ EVERY_RUN = """
     run.folder run.steps run.device run.log_every run.eval_every run.eval_images run.checkpoint_every run.keep
     run.profile_steps run.compile engine.name engine.zero_stage engine.max_skipped engine.timeout_s mesh.data mesh.codes
 """
-FREE = {
-    TokenizerRun: EVERY_RUN
-    + """
+SHARDS = """
     data.train.shards data.train.num_workers data.train.max_broken data.train.cache_dir data.train.cache_gb
     data.train.index_dir data.val.shards data.val.medium data.val.image_size data.val.resize data.val.crop
     data.val.min_area data.val.clip data.val.peak_db data.val.sample_rate data.val.seconds data.val.short
@@ -30,10 +28,16 @@ FREE = {
     data.val.cache_dir data.val.cache_gb data.val.index_dir data.val.make.num_images data.val.make.size
     data.val.make.first_index data.val.make.seed data.val.make.far data.val.make.source
     data.val.unit_m data.val.evaluation_crop data.val.categories
+"""
+FREE = {
+    TokenizerRun: EVERY_RUN
+    + SHARDS
+    + """
     tokenizer.signal.predict tokenizer.signal.min_fraction tokenizer.net.checkpointing
     tokenizer.quantizer.scan_mib tokenizer.quantizer.inner.scan_mib loss.perceptual.vgg loss.perceptual.heads
     """,
     PriorRun: EVERY_RUN
+    + SHARDS
     + """
     data.train.path data.val.path data.val.views data.val.window_shards data.val.tokenizer tokenizer
     prior.head.scan_mib prior.coarse_head.scan_mib prior.net.checkpointing prior.fine_net.checkpointing prior.clusters

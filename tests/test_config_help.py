@@ -135,4 +135,4 @@ def test_the_help_of_runs_names_every_key_in_lines_of_120():
     assert text.count("(keys as in data.train)") == 2  # of data.val, for each task
     both = config.describe(runs.Run, "data.train")
     assert both.startswith("task=tokenizer:\n  data.train: {medium: images | ")
-    assert "\ntask=prior:\n  data.train: {...} (required)" in both
+    assert "\ntask=prior:\n  data.train: {medium: tokens | images | " in both

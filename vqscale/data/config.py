@@ -10,6 +10,7 @@ Not here: the batch, the seed and the ranks (a run decides those), and anything 
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -252,6 +253,8 @@ def as_trained(
 class TokensConfig:
     """A token cache: ids of images that `vqscale encode` has encoded."""
 
+    without_name: ClassVar[bool] = True  # where ids are asked for, configs without a medium are of caches
+
     path: Free[str]
     "folder of the cache"
     views: Literal["all", "first"] = "all"
@@ -260,6 +263,8 @@ class TokensConfig:
     "storage shards whose samples are shuffled together; a rank holds its part of two windows in memory; 0 = all"
     tokenizer: str | None = None
     "fingerprint, or how it begins, that the tokenizer of the cache must have; null = not asked for"
+    medium: Literal["tokens"] = "tokens"
+    "ids that lie in a cache"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that cannot be read, as far as one can say without looking at the disk."""
@@ -270,3 +275,11 @@ class TokensConfig:
                 "window_shards",
                 f"window_shards is {self.window_shards}, but must be at least 0 (all): raise window_shards",
             )
+
+
+# Where ids come from: a cache of them, or a medium whose samples a tokenizer encodes.
+SOURCES = ChainMap(MEDIA, {"tokens": "vqscale.data.config:TokensConfig"})
+if TYPE_CHECKING:
+    SourceConfig = TokensConfig | ShardsConfig
+else:
+    SourceConfig = OneOf(SOURCES)

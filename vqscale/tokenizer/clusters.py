@@ -84,12 +84,13 @@ def read_card(path: str | Path) -> ClustersCard:
         ) from None
 
 
-def check(path: str | Path, made_by: str, num_codes: int | None, num_clusters: int | None) -> ClustersCard:
-    """The card of clusters for ids of this tokenizer. ValueError with all that does not fit, or is damaged."""
+def check(path: str | Path, made_by: str | None, num_codes: int | None, num_clusters: int | None) -> ClustersCard:
+    """The card of clusters for ids of this tokenizer, None where that is not known yet. ValueError with all that does
+    not fit, or is damaged."""
     card, cluster_K = read_card(path), _read(path, None)
     count_G = np.bincount(cluster_K.clip(0), minlength=card.num_clusters)
     faults = []
-    if card.tokenizer != made_by:
+    if made_by not in (None, card.tokenizer):
         faults.append(
             f"they are of the tokenizer with fingerprint {card.tokenizer} ({card.tokenizer_path}), and the ids of the "
             f"one with {made_by}"

@@ -25,12 +25,3 @@ def random_kept(keys_B: Tensor, grid: Sequence[int]) -> Tensor:
     importance_T = 1 - torch.arange(1, num + 1, device=keys_B.device) / (num + 1)
     count_B = (importance_T > uniform_BV[:, :1]).sum(1)
     return noise.lowest(uniform_BV[:, 1:], count_B).unflatten(1, tuple(grid))
-
-
-def share_kept(keys_B: Tensor, grid: Sequence[int], share: float) -> Tensor:
-    """kept (B, *grid): of each image the same share of the codes, rounded, and any of them; a larger share keeps those
-    of a smaller one too."""
-    num = torch.Size(grid).numel()
-    uniform_BT = noise.uniform(noise.keys(DROPS, keys_B), 1, 1 + num)
-    count_B = torch.full_like(keys_B, round(share * num))
-    return noise.lowest(uniform_BT, count_B).unflatten(1, tuple(grid))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vqscale.config import Free, FreeToChange
-from vqscale.data.config import TokensConfig
+from vqscale.data.config import SourceConfig, TokensConfig
 from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, check_whole
+from vqscale.nets.config import by
 from vqscale.parallel.config import MeshConfig
 from vqscale.priors.config import PriorConfig
 from vqscale.priors.config_autoregressive import AutoregressiveConfig
@@ -17,23 +18,31 @@ from vqscale.train.config_run import RunConfig, check_batch, check_compile
 
 @dataclass(frozen=True)
 class TokenDataConfig:
-    """The ids that are trained on and measured on."""
+    """The ids that are trained on and measured on: of a token cache, or of shards of a medium whose samples the
+    tokenizer encodes as they come, so that every crop has ids of its own."""
 
-    train: TokensConfig
-    """token cache of the training images"""
-    val: Free[TokensConfig | None] = None
-    """token cache of held-out images, of the same tokenizer; null measures nothing"""
+    train: SourceConfig
+    """token cache of the training images, or their shards"""
+    val: Free[SourceConfig | None] = None
+    """token cache of held-out images, of the same tokenizer, or their shards; null measures nothing"""
     batch: int = 256
     """images per optimiser step, over all processes and micro-batches"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.batch < 1:
             yield "batch", f"batch is {self.batch}: use at least 1"
+        train, val = _what(self.train), None if self.val is None else _what(self.val)
+        if val not in (None, train):
+            yield "val", f"val is {val}, and train {train}: measure on ids that come as those do that are trained on"
+
+
+def _what(source: SourceConfig) -> str:
+    return "a token cache" if isinstance(source, TokensConfig) else f"{source.kind} of {by(source.shape)} numbers"
 
 
 @dataclass(frozen=True)
 class PriorRun:
-    """Train a prior over the ids of a token cache."""
+    """Train a prior over the ids of a token cache, or of samples that are encoded as they come."""
 
     data: TokenDataConfig
     """ids"""
@@ -44,7 +53,8 @@ class PriorRun:
     prior: PriorConfig = field(default_factory=AutoregressiveConfig)
     """the model"""
     tokenizer: Free[str | None] = None
-    """folder of the tokenizer, with prior.head.embedding: codebook, whose frozen vectors embed the ids"""
+    """folder of the tokenizer, with shards, whose samples it encodes, or with prior.head.embedding: codebook, where the
+    vectors of its codes embed the ids; it is frozen"""
     average: AverageConfig = field(default_factory=AverageConfig)
     """moving average of the weights"""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -56,8 +66,20 @@ class PriorRun:
     """how the processes are laid out"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        wants = self.prior.head.wants_features
-        if (self.tokenizer is None) == wants:
+        wants, encodes = self.prior.head.wants_features, not isinstance(self.data.train, TokensConfig)
+        if encodes and self.tokenizer is None:
+            yield (
+                "tokenizer",
+                f"tokenizer is null, and data.train is {_what(self.data.train)}, which a tokenizer has to encode: give "
+                "its folder, or a token cache as data.train",
+            )
+        if self.prior.condition.wants_context and not encodes:
+            yield (
+                "data.train",
+                f"prior.condition is {self.prior.condition.name}, and data.train is a token cache, which has ids and "
+                "no contexts: give the shards that it was made of (medium, shards), and the folder of the tokenizer",
+            )
+        if not encodes and (self.tokenizer is None) == wants:
             takes = "takes" if wants else "takes no"
             yield (
                 "tokenizer",

@@ -1,16 +1,18 @@
-"""Keys of a prior's config that are null because others know them: num_codes, num_ids and grid the token cache,
-feature_dim the tokenizer, num_clusters the file of its clusters. They are filled before any process group is made, so
-that run.yaml says what was used, and a run that goes on is compared by it.
+"""Keys of a prior's config that are null because others know them: num_codes, num_ids and grid the token cache, or the
+tokenizer that encodes; feature_dim the tokenizer, num_clusters the file of its clusters. They are filled before any
+process group is made, so that run.yaml says what was used, and a run that goes on is compared by it.
 
-Not here: whether keys that were given agree with the cache (train/prior.py, when it is opened).
+Not here: whether keys that were given agree with these (prior_data.py, when they are opened).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqscale import config as configuration
+from vqscale.data.config import TokensConfig
+from vqscale.nets.config import NetConfig, grid
 from vqscale.tokenizer.clusters import read_card
 from vqscale.train.config_prior import PriorRun
 
@@ -24,8 +26,11 @@ def fill(config: PriorRun) -> PriorRun:
     keys = config.prior.nulls()
     found: dict[str, Any] = {}
     if of_cache := [key for key in keys if key in ("num_codes", "num_ids", "grid")]:
-        card = _card(config, of_cache)
-        found = {"num_codes": card.num_codes, "num_ids": card.num_ids, "grid": list(card.grid)}
+        if isinstance(config.data.train, TokensConfig):
+            card = _card(config.data.train.path, of_cache)
+            found = {"num_codes": card.num_codes, "num_ids": card.num_ids, "grid": list(card.grid)}
+        elif config.tokenizer is not None:
+            found = dict(of_tokenizer(config).ids)
     if "feature_dim" in keys and config.tokenizer is not None:
         found["feature_dim"] = _code_dim(config.tokenizer)
     if "num_clusters" in keys and config.prior.clusters is not None:
@@ -37,10 +42,39 @@ def fill(config: PriorRun) -> PriorRun:
     return configuration.parse(PriorRun, whole, source="with what the token cache and the tokenizer say")
 
 
-def _card(config: PriorRun, keys: list[str]) -> Card:
+class Made(NamedTuple):
+    """What a tokenizer makes of the samples of a run, by its config alone."""
+
+    ids: dict[str, Any]
+    """num_codes, num_ids, grid"""
+    takes_context: bool
+
+
+def of_tokenizer(config: PriorRun) -> Made:
+    """What the tokenizer of a run makes of the samples of data.train. ValueError where it can make nothing of them."""
+    from vqscale.tokenizer import saved
+
+    source, path = config.data.train, config.tokenizer
+    assert path is not None, "the config says that shards want a tokenizer"
+    assert not isinstance(source, TokensConfig), "a cache says itself what its ids are"
+    found = saved.config_of(path)
+    if source.kind not in found.signal.media:
+        raise ValueError(
+            f"the tokenizer in {path} is of {found.signal.name}, made of {' or '.join(found.signal.media)}, and "
+            f"data.train has shards of {source.kind}: change data.train.medium, or give another tokenizer"
+        )
+    return made_of(_quantizer(found), found.net, source.sides)
+
+
+def made_of(quantizer: Any, net: NetConfig, sides: tuple[int, ...]) -> Made:
+    """What a quantizer and a net make of samples with these sides."""
+    ids = {"num_codes": quantizer.num_codes, "num_ids": quantizer.num_ids, "grid": list(grid(net, sides))}
+    return Made(ids, net.takes_context)
+
+
+def _card(path: str, keys: list[str]) -> Card:
     from vqscale.data.tokens.format import read_card
 
-    path = config.data.train.path
     card = read_card(Path(path).expanduser())
     if card is None:
         names = " and ".join(f"prior.{key}" for key in keys)
@@ -53,10 +87,6 @@ def _card(config: PriorRun, keys: list[str]) -> Card:
 
 def _code_dim(path: str) -> int:
     """The dimension of the codes of the tokenizer in a folder."""
-    import torch
-
-    from vqscale import quantizers
-    from vqscale.parallel.mesh import Mesh
     from vqscale.tokenizer import saved
 
     try:
@@ -66,5 +96,15 @@ def _code_dim(path: str) -> int:
             f"prior.feature_dim is null, which is as the folder in the key tokenizer says: {error}; or give "
             "prior.feature_dim"
         ) from error
+    return int(_quantizer(config).dim)
+
+
+def _quantizer(config: Any) -> Any:
+    """The quantizer of a tokenizer's config, without its codes."""
+    import torch
+
+    from vqscale import quantizers
+    from vqscale.parallel.mesh import Mesh
+
     with torch.device("meta"):
-        return quantizers.build(config.quantizer, Mesh(device="meta")).dim
+        return quantizers.build(config.quantizer, Mesh(device="meta"))

@@ -1,4 +1,5 @@
-"""Train a prior over the ids of a token cache: open, build, resume, loop, close.
+"""Train a prior over ids, of a token cache or of samples that are encoded as they come (prior_data.py): open, build,
+resume, loop, close.
 
 Every rank runs these lines with its own images; the order of a step is that of tokenizer.py, without a discriminator.
 Numbers to compare a loss with, in nats per token (all its ids, where it has several): `uniform`, log K of each id, is
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from vqscale import priors
 from vqscale.codes import noise, products, tally
 from vqscale.codes.clusters import Clusters
 from vqscale.codes.rows import Rows, set_aside
-from vqscale.data.tokens.stream import Cache, TokenStream
+from vqscale.data.config import TokensConfig
 from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine
 from vqscale.metrics import unigram
@@ -30,7 +32,6 @@ from vqscale.parallel import ops
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Modelled, Prior
-from vqscale.priors.config import PriorConfig
 from vqscale.run import folder
 from vqscale.run.profile import Trace
 from vqscale.seed import derive
@@ -40,42 +41,9 @@ from vqscale.tokenizer import clusters
 from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import loop
 from vqscale.train.config_prior import PriorRun
+from vqscale.train.prior_data import IdStream, begin, check_labels, open_streams, seen, whose
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
-
-
-def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[TokenStream, TokenStream | None]:
-    """(training ids, held-out ids or None). ValueError where a cache cannot be read or is not what the prior is for."""
-    batch = config.data.batch // config.engine.accumulation
-    stream = TokenStream(config.data.train, batch, rank, world, seed=derive(config.run.seed, "data"))
-    held_out = None if config.data.val is None else TokenStream(config.data.val, batch, rank, world, train=False)
-    for each in (stream, held_out):
-        if each is None:
-            continue
-        made_by = None if each is stream else stream.tokenizer_fingerprint
-        expect(each.cache, made_by, config.prior)
-        check_labels(each, config.prior)
-    asked = config.prior
-    if asked.wants_clusters and asked.clusters is not None:
-        clusters.check(asked.clusters, stream.tokenizer_fingerprint, asked.num_codes, asked.num_clusters)
-    return stream, held_out
-
-
-def expect(cache: Cache, tokenizer: str | None, config: PriorConfig) -> None:
-    """ValueError where a cache is none of what a prior models; a tokenizer (fingerprint) of None is not asked for."""
-    there, here = cache.card.num_ids, config.num_ids
-    if there != here:
-        raise ValueError(
-            f"a token has {there} ids in the cache in {cache.path}, and {here} in the prior (prior.num_ids): give the "
-            f"prior prior.num_ids={there}"
-            + (" and a head of several ids, prior.head.name=factorised or bits" if there > 1 else "")
-        )
-    cache.expect(tokenizer, config.num_codes, config.grid, here)
-
-
-def check_labels(stream: TokenStream, config: PriorConfig) -> list[str]:
-    """What there is to say of a cache's labels, given to this prior. ValueError where they do not go together."""
-    return config.condition.check_labels(stream.cache.labels, stream.config.path, config.num_classes)
 
 
 def take_features(prior: Prior, path: str, made_by: str, mesh: Mesh) -> None:
@@ -94,20 +62,20 @@ def take_clusters(prior: Prior, path: str) -> None:
 def evaluate(
     model: Callable[..., Modelled],
     prior: Prior,
-    stream: TokenStream,
+    stream: IdStream,
     mesh: Mesh,
     most: int,
     seen_Ik: Tensor | None,
     seed: int,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Scores over a cache, each image once, the same on every rank: loss (mean nats of a token, given the class),
+    """Scores over held-out ids, each image once, the same on every rank: loss (mean nats of a token, given the class),
     perplexity, accuracy (share of tokens that were the most probable), and of the ids themselves unigram, uniform (see
     above) and usage (of several ids per token the mean). Collective.
 
     `model` is the prior, or the engine that holds it. `most` images at most are looked at, 0 is all; seen_Ik is how
     often each code occurs in training (unigram.count); without it unigram is not there. What is random in the loss of a
-    held-out image follows from (seed, its number in the cache).
+    held-out image follows from (seed, its number in the cache or the shards).
     """
     layout = Rows(prior.num_codes, mesh.codes.size, mesh.codes.rank)
     held_Ik = torch.zeros(prior.num_ids, layout.count, dtype=torch.int64, device=mesh.device)
@@ -153,12 +121,14 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
 
     # open
     stream, held_out = open_streams(config, mesh.world.rank, mesh.world.size)
+    streams = [each for each in (stream, held_out) if each is not None]
+    begin(streams, config, mesh)
     request = folder.StopRequest(place, mesh)
 
     # build
     prior = priors.build(config.prior, mesh, seed=derive(run.seed, "model"))
     tables = set_aside(prior)
-    if config.tokenizer is not None:
+    if config.prior.head.wants_features and config.tokenizer is not None:
         take_features(prior, config.tokenizer, stream.tokenizer_fingerprint, mesh)
     if config.prior.wants_clusters and config.prior.clusters is not None:
         take_clusters(prior, config.prior.clusters)
@@ -169,32 +139,35 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     average = Average(engine, config.average)
 
     # resume: nothing is written before it is known that the run goes on
-    source = ("data.train.path", "cache")
+    cached = isinstance(config.data.train, TokensConfig)
+    source = ("data.train.path", "cache") if cached else ("data.train.shards with tokenizer", "shards and tokenizer")
     done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, [average], source)
     progress = Progress(run.steps, done.step, mesh.world.rank)
     if ended := loop.finished(place, done, run.steps, mesh, progress):
         return ended
-    for each in filter(None, (stream, held_out)):
+    for each in streams:
         notes += check_labels(each, config.prior)
     for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
         progress.say(note)
-    folder.write_note(place, "tokens.json", whose(stream), mesh)
+    folder.write_note(place, "tokens.json", whose(stream, config), mesh)
     board = Board(place, mesh.world.rank, done.step)
-    seen_Ik = None if held_out is None else unigram.count(stream, mesh)
+    seen_Ik = None if held_out is None else seen(stream, mesh)
 
     # loop
-    watch, scores = loop.Watch(), dict[str, float]()
+    watch, recent, scores = loop.Watch(), deque[str](maxlen=5), dict[str, float]()
     batches = timed(stream.batches(done.consumed))
+    most_broken = getattr(config.data.train, "max_broken", 0)  # a cache has left them out
     trace = Trace(place, run.profile_steps, mesh)
     for step in range(done.step + 1, run.steps + 1):
         last, log = step == run.steps, step % run.log_every == 0 or step == run.steps
         loop.seed_step(run.seed, step, mesh)
         watch.begin(log)
         trace.begin()
-        waited, means = 0.0, dict[str, Tensor]()
+        waited, broken, means = 0.0, 0, dict[str, Tensor]()
         for micro in range(config.engine.accumulation):
             batch, seconds = next(batches)
-            waited += seconds
+            waited, broken = waited + seconds, broken + len(batch.broken)
+            recent.extend(batch.broken)
             ids, condition = batch.ids.to(mesh.device), prior.condition.of(batch).to(mesh.device)
             # What is random per image follows from its place in the batch of the step, however that is cut.
             places = torch.arange(mine, device=mesh.device) + (micro * mesh.world.size + mesh.world.rank) * mine
@@ -211,12 +184,14 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
             progress.say(note)
         progress.advance(batch_size, waited)
 
-        stop, _ = loop.agree(mesh, request.here(), 0)
-        done = done.after(step, batch_size, 0)
+        stop, broken = loop.agree(mesh, request.here(), broken)
+        done = done.after(step, batch_size, broken)
+        loop.check_broken(done.broken, recent, most_broken)
         if log:
             row = loop.mean_over_ranks(means, mesh)
             row |= {"perplexity": perplexity(row["loss/cross_entropy"]), "lr": report.lr}
             row |= {"grad_norm": report.grad_norm, "skipped": engine.skipped}
+            row |= {"broken": done.broken} if most_broken else {}
             rates = progress.rates()
             rates["tokens_per_s"] = rates["images_per_s"] * config.prior.num_tokens
             board.scalars(step, row | loop.under("time", rates | watch.logged()))
@@ -243,11 +218,3 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     summary |= {"bound": True} if config.prior.bound else {}  # of loss, perplexity
     folder.write_summary(place, summary, mesh)
     return loop.close(batches, trace, board, progress, summary)
-
-
-def whose(stream: TokenStream) -> dict[str, Any]:
-    """Which cache a prior was trained on, and the tokenizer of its ids, by fingerprint."""
-    card = stream.card
-    return {"tokenizer": card.tokenizer, "tokenizer_path": card.tokenizer_path} | {
-        "tokens": {"path": stream.config.path, "fingerprint": stream.fingerprint, "num_images": card.num_images}
-    }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class TokenBatch:
     valid: Tensor  # (b,) bool; false only in evaluation, past the last sample
     numbers: Tensor  # (b,) int64: number of the image in the cache; -1 past the last
     views: Tensor  # (b,) int64: which view of it
+    context: Tensor | None = None  # (b, ...) that the tokenizer was given beside each; a cache has none
+    broken: list[str] = field(default_factory=list)  # of samples that are encoded as they come: see data/samples.py
 
 
 class Cache:

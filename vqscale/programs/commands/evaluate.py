@@ -247,7 +247,7 @@ def _prior(args: argparse.Namespace) -> str:
     from vqscale.metrics import unigram
     from vqscale.priors.base import Prior
     from vqscale.show import report
-    from vqscale.train import prior
+    from vqscale.train import prior, prior_data
 
     TokenStream(TokensConfig(args.cache), args.batch, train=False)  # refused before processes meet
     with _joined(args) as mesh:
@@ -256,8 +256,8 @@ def _prior(args: argparse.Namespace) -> str:
         def stream(path: str, train: bool) -> TokenStream:
             world = mesh.world
             found = TokenStream(TokensConfig(path), args.batch * world.size, world.rank, world.size, train=train)
-            prior.expect(found.cache, model.card.get("tokenizer"), model.config)
-            notes.extend(prior.check_labels(found, model.config))
+            prior_data.expect(found.cache, model.card.get("tokenizer"), model.config)
+            notes.extend(prior_data.check_labels(found, model.config))
             return found
 
         held_out = stream(args.cache, train=False)

@@ -100,9 +100,9 @@ def _check_machine(config: Run) -> str:
     if config.run.compile:
         processes.check_compiler(device)
     if config.task == "prior":
-        from vqscale.train.prior import open_streams
+        from vqscale.train import prior_data
 
-        open_streams(config)
+        prior_data.check(config)
     else:
         _check_images(config)
     return device
