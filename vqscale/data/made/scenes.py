@@ -4,9 +4,9 @@ dense prediction that needs no download.
 Each scene is a pure function of (index, size, seed, far). A pinhole camera of focal length FOCAL, in picture sides,
 looks over a floor from a height that nobody tells; the horizon lies at a random row. A floor point at height c below
 the camera and row y below the horizon h is FOCAL c / (y - h) metres away, so a thing's row, its size, the texture of
-the floor and the fog all say the same depth. Things stand on the floor and are painted from far to near, which is exact
-occlusion. Some labels are not whole, as in data that was measured: depth is missing in the sky and beside jumps, a blob
-that nobody labelled stands in half of the scenes, and a crowd in a tenth.
+the floor and the fog all say the same depth. Things stand on the floor; of each pixel the nearest surface is seen, also
+where a ball bulges past a flat thing before its middle. Some labels are not whole, as in data that was measured: depth
+is missing in the sky and beside jumps, a blob that nobody labelled stands in half of the scenes, a crowd in a tenth.
 
 The two hues of a class of things have the same luminance, so that gray tells a class and not the hue.
 """
@@ -132,12 +132,12 @@ def _paint(painting: _Painting, one: Object) -> None:
     )
     part = rows, columns
     u, v = (painting.x[part] - one.centre[0]) / one.radius, (painting.y[part] - one.centre[1]) / one.radius
-    distance = one.distance(u, v)
-    inside = distance < 0
     bulge = np.sqrt((1 - u * u - v * v).clip(0)) if one.kind == "ball" else np.zeros_like(u)
     metres = one.metres - one.radius_m * bulge
+    distance, nearer = one.distance(u, v), metres < painting.metres[part]
+    inside = (distance < 0) & nearer
     shade = 0.7 + 0.3 * bulge if one.kind == "ball" else 0.95 - 0.15 * v
-    covered = (0.5 - distance * one.radius * size).clip(0, 1)[..., None]
+    covered = ((0.5 - distance * one.radius * size).clip(0, 1) * nearer)[..., None]
     colour = painting.fogged(one.colour * shade[..., None], metres)
     painting.colour[part] += covered * (colour - painting.colour[part])
     painting.metres[part] = np.where(inside, metres, painting.metres[part])
