@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.config import Free, OneOf
@@ -109,6 +109,9 @@ def check_drawing(temperature: float, top_k: int, top_p: float, prefix: str = ""
 @dataclass(frozen=True)
 class IdsConfig:
     """What every prior over a grid of ids has."""
+
+    any_order: ClassVar[bool] = False
+    """whether some ids can be given when the others are drawn"""
 
     num_codes: int | None = 16384
     """K, the number of codes of the tokenizer; null: as the token cache says"""

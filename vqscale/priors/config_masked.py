@@ -55,6 +55,7 @@ class MaskedConfig(IdsConfig):
 
     module: ClassVar[str] = "vqscale.priors.masked:Masked"
     sampling: ClassVar[type[SampleConfig]] = MaskedSampleConfig
+    any_order: ClassVar[bool] = True
     name: Literal["masked"] = "masked"
     """which prior"""
     net: TransformerConfig = field(default_factory=TransformerConfig)

@@ -71,8 +71,9 @@ def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
             f"the prior was trained on ids of the tokenizer with fingerprint {made_by}, and the one given has {mine}: "
             "its decoder does not know these ids; give that tokenizer, or train the prior on a cache of this one"
         )
-    # A prior without classes has the label -1 alone.
-    wrong = [c for c in request.classes if not (c == -1 or 0 <= c < prior.num_classes)]
+    # A prior without classes has the label -1 alone. Known ids bring the classes of their images.
+    asked = request.classes or (() if request.known is None else np.unique(request.known.labels).tolist())
+    wrong = [c for c in asked if not (c == -1 or 0 <= c < prior.num_classes)]
     if wrong:
         there = f"0 .. {prior.num_classes - 1}" if prior.num_classes else "none"
         faults.append(f"class {', '.join(map(str, wrong[:5]))} is none of the prior's ({there}): change --classes")
@@ -228,7 +229,9 @@ class _Work:
         labels = request.labels(first, count)
         numbers_B = torch.arange(first, first + count, device=device)
         condition_B = torch.from_numpy(labels).to(device)
-        ids = self.prior.sample(condition_B, request.how, numbers_B=numbers_B, seed=request.seed)
+        known = request.known
+        given = {} if known is None else {"known": torch.from_numpy(known.ids[known.turn(first, count)]).to(device)}
+        ids = self.prior.sample(condition_B, request.how, numbers_B=numbers_B, seed=request.seed, **given)
         images = self.tokenizer.decode(ids)
         if request.resize is not None:
             images = resize(images, request.resize)
@@ -248,6 +251,8 @@ def resize(images: Tensor, side: int) -> Tensor:
 def summary(outcome: Outcome, folder: Path, request: SampleRequest, world: int) -> str:
     """The closing line."""
     what = f"{request.num_images} images of {len(request.classes)} classes"
+    if request.known is not None:
+        what = f"{request.num_images} images with ids of {len(request.known)} known ones"
     if outcome.state == "stopped":
         return (
             f"stopped by {outcome.reason}: {outcome.missing} batches are missing in {folder}; the same command goes "

@@ -161,8 +161,9 @@ def _load(path: Path, key: str) -> NDArray[Any]:
 
 
 def grid(parts: list[Path], settings: Mapping[str, Any]) -> pictures.Picture:
-    """Rows by class: of the first classes in their order the first images; nothing is empty."""
-    classes, count = len(settings["classes"]), int(settings["num_images"])
+    """Rows by class: of the first classes in their order the first images; nothing is empty. Where known ids bring the
+    classes, rows by known image."""
+    classes, count = len(settings["classes"]) or int(settings["known"]["images"]), int(settings["num_images"])
     rows = min(classes, GRID_ROWS, count)
     columns = min(GRID_COLUMNS, (count - rows) // classes + 1)
     wanted = {column * classes + row: row * columns + column for row in range(rows) for column in range(columns)}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vqscale.config import ConfigError
 from vqscale.priors.config import SampleConfig
+from vqscale.programs.sample_known import Known
 from vqscale.run import processes
 
 
@@ -30,11 +31,13 @@ class SampleRequest:
     seed: int = 0
     batch: int = 64  # of a step and process
     resize: int | None = None  # pixels of the shorter side of what is written; None: as they are decoded
+    known: Known | None = None  # ids that are given; without `classes` their images' classes are
 
     def facts(self) -> dict[str, Any]:
         """Everything by name, in one dict."""
         own = {key: getattr(self, key) for key in ("num_images", "seed", "batch", "resize")}
-        return {**own, "classes": list(self.classes), **asdict(self.how)}
+        given = {} if self.known is None else {"known": self.known.facts()}
+        return {**own, **given, "classes": list(self.classes), **asdict(self.how)}
 
     def as_begun(self, settings: Mapping[str, Any] | None) -> SampleRequest:
         """What goes on with samples that were begun with these settings (`facts`), perhaps older than some of today's;
@@ -51,7 +54,7 @@ class SampleRequest:
             found.append(
                 f"resize is {self.resize}: use at least 1 pixel, or leave it out for images as they are decoded"
             )
-        if not self.classes:
+        if not self.classes and self.known is None:
             found.append("the list of classes is empty, so there is nothing to draw: give at least one class")
         twice = sorted({c for c in self.classes if self.classes.count(c) > 1}) if len(self.classes) < 10_000 else []
         if twice:
@@ -60,6 +63,8 @@ class SampleRequest:
 
     def labels(self, first: int, count: int) -> NDArray[np.int64]:
         """Classes of the images first, first + 1, ..."""
+        if self.known is not None and not self.classes:
+            return self.known.labels[self.known.turn(first, count)]
         return np.asarray(self.classes, dtype=np.int64)[np.arange(first, first + count) % len(self.classes)]
 
 
@@ -77,15 +82,21 @@ def combinations(base: SampleRequest, values: Mapping[str, Sequence[Any]]) -> li
 
 
 def parse_classes(text: str) -> tuple[int, ...]:
-    """`0,5,10-19` -> numbers in this order; ValueError for what is none."""
+    """The classes of --classes; ValueError where there are none."""
+    found = parse_numbers(text, "--classes")
+    if not found:
+        raise ValueError("--classes names no class: give numbers and ranges such as 0,5,10-19, or leave it out for all")
+    return found
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """`0,5,10-19` -> numbers in this order; ValueError for what is none, with the option that has it."""
     found: list[int] = []
     for word in filter(None, (word.strip() for word in text.split(","))):
         low, dash, high = word.partition("-")
         if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
-            raise ValueError(f"--classes has {word!r}: give numbers and ranges such as 0,5,10-19")
+            raise ValueError(f"{option} has {word!r}: give numbers and ranges such as 0,5,10-19")
         found += range(int(low), int(high) + 1) if dash else [int(low)]
-    if not found:
-        raise ValueError("--classes names no class: give numbers and ranges such as 0,5,10-19, or leave it out for all")
     return tuple(found)
 
 

@@ -2,13 +2,15 @@
 
     vqscale sample runs/quickstart-prior runs/quickstart samples/shapes --per-class 8 --guidance 2
     torchrun --nproc_per_node=8 -m vqscale sample PRIOR TOKENIZER OUT --num-images 50000
+    vqscale sample MASKED TOKENIZER OUT --known caches/val --draw-rows 4-11 --draw-columns 4-11
 
 PRIOR and TOKENIZER are run folders (the newest whole checkpoint), checkpoints, or exported folders. Of PRIOR the
 averaged weights are taken where there are any, unless --weights says otherwise; of TOKENIZER those that made the ids
 PRIOR was trained on. Image i has class classes[i mod number of classes], and its ids depend on the seed, on i and on
 its class only: any number of processes draws the same images. OUT gets samples.npz (arr_0 and arr_1 as ADM's evaluator
 reads them), grid.png and sample.json. The same command continues what was interrupted; TERM, USR1, USR2 or a file STOP
-in OUT end it with status 75, and batches that are finished are kept.
+in OUT end it with status 75, and batches that are finished are kept. With --known the ids of images are given, and
+those in some rows and columns alone are drawn; the others never change.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vqscale.programs.commands import drawing, words
 from vqscale.run import processes
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
     from vqscale.priors.config import SampleConfig
     from vqscale.programs.sample import Outcome
+    from vqscale.programs.sample_known import Region
     from vqscale.programs.sample_request import SampleRequest
 
 
@@ -51,12 +56,16 @@ def _sample(args: argparse.Namespace, command: str) -> int:
 
 
 def _draw(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[SampleRequest, Outcome]:
-    from vqscale.programs import sample, sample_options
+    from vqscale.programs import known_ids, sample, sample_options
 
     prior, tokenizer = sample.models(args, mesh)
-    request = _request(args, sample.classes_of(prior, args.classes), sample_options.sample_config(args))
+    given = () if args.known and args.classes is None else sample.classes_of(prior, args.classes)
+    request, paths = _request(args, given, sample_options.sample_config(args)), ["prior", "tokenizer"]
+    if args.known:
+        known = known_ids.read(args.known, _region(args), prior, tokenizer, mesh, request.num_images)
+        request, paths = replace(request, known=known), [*paths, "known"]
     sample.remark(prior.remarks(request.how), mesh)
-    about = {"paths": {"prior": str(args.prior), "tokenizer": str(args.tokenizer)}, "command": command}
+    about = {"paths": {name: str(getattr(args, name)) for name in paths}, "command": command}
     return request, sample.sample(prior, tokenizer, args.out, mesh, request, about=about, overwrite=args.overwrite)
 
 
@@ -69,7 +78,45 @@ def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
     found = _request(args, classes, SampleConfig()).problems()
     with noted(found):
         sample_options.sample_config(args)
+    with noted(found):
+        _check_known(args)
     return found
+
+
+def _check_known(args: argparse.Namespace) -> None:
+    """ValueError for what is wrong with the options of known ids, as far as can be seen without reading any."""
+    from vqscale.programs import sample_options
+
+    if args.known is None:
+        if args.draw_rows or args.draw_columns:
+            raise ValueError(
+                "--draw-rows and --draw-columns say which of the ids of --known are drawn anew, and there is no "
+                "--known: give one, or leave them out"
+            )
+        return
+    config = sample_options.prior_config(args.prior)
+    if not config.any_order:
+        raise ValueError(
+            f"--known gives ids, and {args.prior}, a prior of name {config.name}, draws all ids in an order of its "
+            "own: leave it out, or use a prior that predicts any ids from any others, such as masked"
+        )
+    if args.per_class is not None and args.classes is None:
+        raise ValueError(
+            "--per-class counts images of every class, and with --known images have the classes that theirs had: give "
+            "--num-images, or --classes"
+        )
+    region = _region(args)
+    if config.grid is not None:
+        region.of(config.grid)
+
+
+def _region(args: argparse.Namespace) -> Region:
+    """What is drawn of known ids. ValueError for what are no numbers."""
+    from vqscale.programs.sample_known import SIDES, Region
+    from vqscale.programs.sample_request import parse_numbers
+
+    chosen = {side: getattr(args, f"draw_{side}") for side in SIDES}
+    return Region(**{side: (text and parse_numbers(text, f"--draw-{side}")) or None for side, text in chosen.items()})
 
 
 def _request(args: argparse.Namespace, classes: tuple[int, ...], how: SampleConfig) -> SampleRequest:
@@ -84,6 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--num-images", type=int, default=100, help="images in all (default: 100)")
     number.add_argument("--per-class", type=int, help="images of every class, instead of --num-images")
+    known = parser.add_argument_group("known ids, of which a region is drawn anew (masked priors)")
+    add: Any = known.add_argument
+    sources = "a token cache, a folder of samples, or a picture: image i has the ids (and the class, unless --classes "
+    sources += "says another) of number i mod how many there are"
+    add("--known", type=Path, metavar="IDS", help=sources)
+    add("--draw-rows", metavar="ROWS", help="rows of ids that are drawn, such as 4-11 (default: all)")
+    add("--draw-columns", metavar="COLUMNS", help="and columns (default: all); what lies in both is drawn")
     overwrite = "throw away what is in OUT if it is not the same samples"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     return parser
