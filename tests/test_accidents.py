@@ -9,8 +9,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from functools import partial
 
@@ -223,6 +225,9 @@ def test_a_learning_rate_that_is_far_too_high(tmp_path, tiny_shards):
 @pytest.mark.slow
 def test_deepspeed_without_a_compiler(tmp_path, tiny_shards, whole):
     path = jobs.write_config(tmp_path, tiny_shards, "engine.name=deepspeed")
-    run = jobs.finish(path, PATH="/nowhere", CXX="/nowhere/c++")
+    # a process of its own, for DeepSpeed looks for compilers when it is imported
+    environment = {**os.environ, "PATH": "/nowhere", "CXX": "/nowhere/c++"}
+    subprocess.run([sys.executable, str(jobs.LAUNCH), str(path)], env=environment, check=True)
+    run = tmp_path / "run"
     jobs.same_numbers(whole, run)
     assert json.loads((run / "summary.json").read_text())["commit"] == "unknown"  # nor is there git

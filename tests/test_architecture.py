@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tokenize
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,18 @@ INSIDE = {
 }
 
 
+@cache
+def _tree(path):
+    return ast.parse(path.read_text())
+
+
 def _name(path):
     return path.relative_to(ROOT).as_posix()
 
 
 def _imports(path):
     """(line, dotted name) of everything that a file imports, also inside functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -128,7 +134,7 @@ def _module(path):
 def _at_the_top(path):
     """Dotted names that a module imports while it is imported itself, each with the module that it may lie in."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in _tree(path).body:
         if isinstance(node, ast.ImportFrom):
             above = _module(path.parent) if node.level else ""
             module = ".".join(filter(None, (above, node.module)))
@@ -143,8 +149,7 @@ def test_only_parallel_talks_and_only_the_engine_knows_deepspeed(path):
     """torch.distributed is in vqscale/parallel alone, deepspeed in vqscale/engine, imported or through torch."""
     home = {"parallel": "deepspeed.", "engine": "torch.distributed."}.get(path.parent.name)
     foreign = (home,) if home else ("torch.distributed.", "deepspeed.")
-    tree = ast.parse(path.read_text())
-    reached = {f"{_dotted(node)}." for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    reached = {f"{_dotted(node)}." for node in ast.walk(_tree(path)) if isinstance(node, ast.Attribute)}
     for name in {f"{name}." for _, name in _imports(path)} | reached:
         assert not name.startswith(foreign), f"{_name(path)} uses {name[:-1]}"
 
@@ -177,7 +182,7 @@ for name in {modules!r}:
 def test_files_stay_small_and_say_what_they_are_for(path):
     text = path.read_text()
     assert text.count("\n") <= 300, f"{_name(path)} has {text.count(chr(10))} lines, the limit is 300: split it"
-    assert ast.get_docstring(ast.parse(text)), f"{_name(path)} does not begin with what it is for"
+    assert ast.get_docstring(_tree(path)), f"{_name(path)} does not begin with what it is for"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)

@@ -124,6 +124,7 @@ def test_after_an_error_the_weights_are_their_own_again(error):
     assert all(torch.equal(x, before[name]) for name, x in _shown(engine).items())
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_and_saves_its_average(tmp_path, tiny_shards):
     """Averages of a run are those of its checkpoints' weights, and its scores are those of the averages."""
     more = ["average.decay=0.5", "run.checkpoint_every=1", "run.steps=3", "run.eval_every=3"]

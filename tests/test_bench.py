@@ -110,6 +110,7 @@ def test_no_faiss_on_other_numbers(tool, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_dense_form_over_the_limit_is_left_out(tool, capsys):
     codes, measure = tool("codes"), tool("measure")
     setting = codes.choose(codes.arguments([*SMALL, "--max-dense-gib", "0.0002"]))

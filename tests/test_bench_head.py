@@ -65,6 +65,7 @@ def test_the_forms_compute_the_same(tool):
         assert ids.max() < 127
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
 def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
     forms, measure = tool("head_forms"), tool("measure")

@@ -43,8 +43,17 @@ def _as_on_a_gpu(monkeypatch):
     torch._dynamo.reset()
 
 
+OTHERS = [(case, True) for case in CASES if case != "vq"]
+
+
 @pytest.mark.usefixtures("_as_on_a_gpu")
-@pytest.mark.parametrize(("case", "training"), [*((case, True) for case in CASES), ("vq", False), ("ema", False)])
+@pytest.mark.parametrize(
+    ("case", "training"),
+    [
+        ("vq", True),
+        *(pytest.param(*given, marks=pytest.mark.slow) for given in [*OTHERS, ("vq", False), ("ema", False)]),
+    ],
+)
 def test_one_graph(case, training):
     _compare(case, training, fullgraph=True)
 

@@ -22,6 +22,7 @@ TINY = ConvConfig(
 )
 
 
+@pytest.mark.slow
 def test_compiled_nets_have_the_same_names_values_and_gradients():
     plain = Tokenizer(TINY, quantizers.build({"name": "vq", "num_codes": 7, "dim": 4}), "rms")
     compiled = copy.deepcopy(plain)

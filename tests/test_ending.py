@@ -93,6 +93,7 @@ def test_every_error_of_ours_that_is_no_input_explains_itself():
     assert [line.rpartition(": ")[2] for line in found] == ["ExplainedError", "RankError"], found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -45,6 +45,7 @@ def _scored(codes):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", CODES)
 def test_log_p_is_that_of_the_dense_definition_and_the_ids_are_those_of_sample(ranks, codes):
     results = ranks(codes, _scored, codes)

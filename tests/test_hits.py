@@ -211,6 +211,7 @@ def _evaluated(data, codes, config):
     return scores, shown["hits"], torch.cat(ids), shown["usage"].shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(1, 1), pytest.param((2, 2), marks=pytest.mark.dist)])
 @pytest.mark.parametrize("config", [{"name": "fsq", "levels": [3, 3, 3]}, {"name": "lfq", "dim": 62, "group_bits": 8}])
 def test_an_evaluation_counts_any_number_of_codes(ranks, grid, config):

@@ -156,6 +156,7 @@ def test_the_layers_are_those_of_the_graph(made):
         torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_file_is_taken_by_its_checksum_and_marked(file, made, monkeypatch):
     path, digest = file
     with pytest.raises(ValueError, match=rf"sha256 of .* is {digest[:8]}.*6726825d.* is expected.*pytorch-fid"):

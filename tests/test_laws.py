@@ -175,6 +175,7 @@ def test_bits_are_those_that_are_stored_or_the_entropy_of_the_ids():
     assert scq["bits"] == 92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", TOKENIZER.figures)
 def test_every_figure_of_a_study_is_drawn_with_its_laws(key):
     figure = TOKENIZER.figures[key]
@@ -185,6 +186,7 @@ def test_every_figure_of_a_study_is_drawn_with_its_laws(key):
     assert (page.chart(figure, STUDY, key, DIALS, lines) != plain) == bool(lines)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_laws_and_says_how_many_runs_are_done_and_where_the_ceiling_is_low(tmp_path):
     low, dead = dict(STUDY[8]) | {"ceiling": 0.63}, {"run": "ibq-9-seed0", "quantizer": "ibq", "K": "512", "seed": "0"}
     lines = [*STUDY[:8], low, *STUDY[9:], dead | {"status": "failed", "error": "no memory"}]

@@ -494,7 +494,11 @@ DIGITS = {"head": {"name": "factorised", "factors": [4, 6]}, "num_codes": 24}
 BITS = {"head": {"name": "bits"}, "num_codes": 16}
 
 
-@pytest.mark.parametrize("more", [DIGITS, {**DIGITS, "num_ids": 2}, BITS], ids=["digits", "two ids per token", "bits"])
+@pytest.mark.parametrize(
+    "more",
+    [DIGITS, {**DIGITS, "num_ids": 2}, pytest.param(BITS, marks=pytest.mark.slow)],
+    ids=["digits", "two ids per token", "bits"],
+)
 def test_it_has_any_head_and_several_ids_per_token(more):
     prior = build(**more)
     ids = torch.randint(prior.num_codes, (3, *prior.ids_shape), generator=torch.Generator().manual_seed(2))

@@ -84,6 +84,7 @@ def test_the_settings_of_its_command_are_settings_of_the_prior(name):
     assert not (how.guidance != 1 and config.class_dropout == 0)
 
 
+@pytest.mark.slow
 def test_a_plan_prices_training_and_steps_of_sampling():
     config, prior = built(PRIORS / "maskgit_fsq_64000.yaml")
     tables = set_aside(prior)

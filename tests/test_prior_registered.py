@@ -107,6 +107,7 @@ def test_help_has_the_dials_of_every_prior_and_whose_they_are():
     assert "--top-k TOP_K" in said[said.index("how ids are drawn (autoregressive") :]
 
 
+@pytest.mark.slow
 def test_its_dials_are_swept_and_are_the_table(place):
     words = sweeping(place, place, "--rounds", "1,2", "--choice-temperature", "0,4.5")
     words[0] = place / "bag" / "run"

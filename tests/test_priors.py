@@ -117,6 +117,7 @@ def test_gradients_do_not_depend_on_how_the_head_is_split(ranks, name):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 def test_it_learns_one_batch_by_heart(name):
     prior = priors.build(config_of(name, class_dropout=0.0), seed=1)

@@ -116,7 +116,9 @@ def _step(data, codes, num_codes, cases):
 
 
 @pytest.mark.parametrize(
-    ("num_codes", "cases"), [(3, WITH_TABLE), (K, CASES), (200, WITH_TABLE)], ids=["3", "K", "200"]
+    ("num_codes", "cases"),
+    [pytest.param(3, WITH_TABLE, marks=pytest.mark.slow), (K, CASES), (200, WITH_TABLE)],
+    ids=["3", "K", "200"],
 )
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_fixed_global_batch_gives_the_same_on_every_grid(ranks, grid, num_codes, cases):

@@ -103,6 +103,7 @@ def test_the_page_says_what_the_runs_have_written(place, tmp_path):
     assert "vqscale train" in text.partition("To go on")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
 def test_the_page_tells_of_every_tokenizer_that_is_shipped(place, path, tmp_path):
     held_out = configuration.load(Run, place / "run" / "run.yaml").data.val
@@ -139,6 +140,7 @@ def test_samples_stand_beside_real_images_of_their_class(place, tmp_path):
         np.testing.assert_array_equal(real[::4, :64:4], picture)
 
 
+@pytest.mark.slow
 def test_the_page_tells_what_the_classifier_says_of_the_samples(place, tmp_path):
     config = ShapesClassifierConfig(image_size=SIDE, width=8, steps=1, batch=2, num_images=2, num_held_out=8)
     shapes_classifier.save(tmp_path / "judge", shapes_classifier.train(config, Mesh()), Mesh(), {})

@@ -87,6 +87,7 @@ def drawn(place, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_images_are_those_of_the_prior(place, drawn):
     prior, tokenizer = Prior.load(place / "prior" / "run"), Tokenizer.load(place / "tokenizer")
     labels = torch.tensor([4, 0, 1] * 3)
@@ -107,6 +108,7 @@ def test_the_images_are_those_of_the_prior(place, drawn):
     assert facts["commit"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", [1, 2])
 def test_two_processes_draw_the_same(place, drawn, tmp_path, ranks, codes):
     answers = ranks(2, draw, place, tmp_path / "out", *SETTINGS, "--codes", codes)
@@ -348,6 +350,7 @@ def sweep(*words: object) -> tuple[int, str]:
     return tool("sweep", *words, network=Small())
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(place, tmp_path):
     words = sweeping(place, tmp_path, "--guidance", "1,2", "--temperature", "0.9,1")
     (tmp_path / "out").mkdir()
@@ -370,6 +373,7 @@ def test_a_sweep_from_the_command_line(place, tmp_path):
     assert (status, "error: --top-k names no value" in said) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", [1, 2])
 def test_a_sweep_on_two_processes_draws_the_same(place, tmp_path, ranks, codes):
     alone, together = tmp_path / "alone", tmp_path / "together"

@@ -215,6 +215,7 @@ def on_ranks(folder, source):
     return made.fingerprint if run is None else run, print_, ids, loaded.decode(ids), sent["codes"]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_same_on_one_two_and_four_processes(ranks, tmp_path):
     tokenizer = small()

@@ -202,6 +202,7 @@ def draw(place, out, *words, prior="prior"):
     return tool("sample", *command)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_an_exported_prior_draws_what_its_run_draws(place, tmp_path, ranks):
     status, said = draw(place, tmp_path / "one")
@@ -219,6 +220,7 @@ def test_an_exported_prior_draws_what_its_run_draws(place, tmp_path, ranks):
     assert "10 images of 5 classes are in" in draw(place, tmp_path / "one", prior="run")[1]  # to the tools they are one
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_sweep_takes_an_exported_prior(place, two, tmp_path):
     np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8))
@@ -249,6 +251,7 @@ def found(path, prints):
     return taken, str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_of_a_runs_two_weights_those_that_made_the_ids_are_taken(two, ranks, tmp_path):
     run, (average, parameters) = two
@@ -261,6 +264,7 @@ def test_of_a_runs_two_weights_those_that_made_the_ids_are_taken(two, ranks, tmp
     assert f"has the fingerprint {average}, and" in found(exported, [average])[1]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_weights_are_those_of_the_prior_alone(place, two, tmp_path):
     """Ids that the tokenizer's parameters made are decoded by them, whichever weights of the prior are asked for."""

@@ -200,6 +200,7 @@ def _result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_tokenizer_from_the_command_line(held_out, trained, tmp_path, capsys):
     out, stats = tmp_path / "out", tmp_path / "stats.npz"
     options = _options(held_out, "--inception", "x", "--out", out, "--save-stats", stats)
@@ -283,6 +284,7 @@ def _on_two(argv):
     assert _run(argv) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_tokenizer_on_two_processes(ranks, held_out, trained, tmp_path):
     for name, world, more in (("one", 1, []), ("two", 2, ["--codes", 2])):

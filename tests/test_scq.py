@@ -357,6 +357,7 @@ def _large(codes, solver):
     return _status("VmHWM") - before, out.z.detach(), {key: float(value) for key, value in out.stats.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("codes", CODES[:2])

@@ -85,6 +85,7 @@ def test_pictures_are_varied_by_their_keys_alone():
     assert colours(once) == colours(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.dist)])
 def test_the_numbers_are_their_slow_forms(ranks, tmp_path, monkeypatch, world):
     labels = [1, 3, 3, 1, 7, 3, 1]
@@ -180,6 +181,7 @@ def test_a_classifier_of_other_classes_is_refused(place, tmp_path):
         shapes_classifier.load(tmp_path, Mesh())
 
 
+@pytest.mark.slow
 def test_evaluate_shows_it_and_calls_nothing_fid(place, tmp_path, capsys):
     words = ["samples", place / "samples.npz", "--classifier", place / "classifier", "--out", tmp_path / "out"]
     assert evaluate.main([str(word) for word in words]) == 0

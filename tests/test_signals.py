@@ -264,6 +264,7 @@ def _error(tokenizer, source):
     return sum(errors) / len(errors)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_discriminator_of_two_answers(shards, tmp_path):
     for folder, steps in (("whole", [3]), ("parts", [2, 3])):
         for last in steps:
