@@ -17,6 +17,7 @@ from jobs import at_call, hear
 from PIL import Image
 from saved_runs import small
 
+from vqscale import signals
 from vqscale.config.schema import fields_of
 from vqscale.disk.lock import hold
 from vqscale.metrics.sample_file import SampleFile
@@ -30,6 +31,7 @@ from vqscale.programs.sample import check, sample, summary
 from vqscale.programs.sample_request import SampleRequest, parse_classes
 from vqscale.run import folder as run_folder
 from vqscale.seed import derive
+from vqscale.signals.config import ImagesSignal
 
 CODES, GRID = 13, (4, 4)
 
@@ -150,7 +152,7 @@ def test_grids_of_few_images_have_no_holes(tmp_path, count, classes, shape):
         part = np.full((min(2, count - 2 * batch), 128, 128, 3), 200, np.uint8)
         sample_folder.write_part(tmp_path, batch, part, np.zeros(len(part), int), np.zeros((len(part), 1, 1), int))
     parts = [sample_folder.part(tmp_path, batch) for batch in range(-(-count // 2))]
-    picture = sample_folder.grid(parts, facts["settings"])
+    picture = sample_folder.grid(parts, facts["settings"], signals.build(ImagesSignal()))
     assert picture.shape == (128 * shape[0], 128 * shape[1], 3)
     assert (picture == 200).all()
 

@@ -108,10 +108,11 @@ class SoundsConfig(ShardsConfig):
 READING = ("sample_rate", "seconds", "short", "peak_db", "clip")
 
 
-def as_trained(card: Mapping[str, Any], sample_rate: int, seconds: float | None = None) -> dict[str, Any]:
-    """The keys of READING as the card of a tokenizer of this rate says, or their defaults; seconds as asked for, if
-    they are."""
+def as_trained(card: Mapping[str, Any], sample_rate: int | None, seconds: float | None = None) -> dict[str, Any]:
+    """The keys of READING as the card of a tokenizer says, or their defaults, at its rate (None: it is of no sounds);
+    seconds as asked for, if they are."""
     known = {key: card[key] for key in READING if key in card}
     if known.get("peak_db"):
         known["peak_db"] = tuple(known["peak_db"])
-    return known | {"sample_rate": sample_rate} | ({} if seconds is None else {"seconds": seconds})
+    asked = {"sample_rate": sample_rate, "seconds": seconds}
+    return known | {key: value for key, value in asked.items() if value is not None}

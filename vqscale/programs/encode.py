@@ -33,7 +33,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.run import processes
 from vqscale.run.folder import RunError, StopRequest, commit, own_signals
 from vqscale.show.progress import Progress
-from vqscale.signals import Signal
+from vqscale.signals import Signal, check_reads
 
 
 class Encodes(Protocol):
@@ -123,6 +123,7 @@ def _finish(
 def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> Card:
     """The card of a new cache of these images; one blank sample is encoded to learn the grid."""
     config, index = source.config, source.index
+    check_reads(tokenizer.signal.config, config)
     blank = torch.full((1, *config.shape), -1.0, device=mesh.device)
     shape, num_ids = tuple(tokenizer.encode(*tokenizer.signal.enter(blank)).shape[1:]), int(tokenizer.quantizer.num_ids)
     return Card(
@@ -250,11 +251,15 @@ def summary(outcome: Outcome, folder: Path, world: int) -> str:
     if outcome.state == "already":
         return f"{folder} is finished already: {what}{left_out}"
     if outcome.enlarged:
-        left_out += (
-            f"; {outcome.enlarged} images had a shorter side than {card.short_side or 'samples'} and were enlarged"
-        )
+        left_out += f"; {outcome.enlarged} {_smaller(card)}"
     rate = outcome.images / max(outcome.seconds, 1e-9)
     return (
         f"encoded {what} in {folder}; {outcome.images} images in {outcome.seconds:.1f} s with {world} processes, "
         f"{rate:.1f} images/s, {outcome.bytes / max(ids, 1):.2f} bytes per id{left_out}"
     )
+
+
+def _smaller(card: Card) -> str:
+    if card.short_side:
+        return f"images had a shorter side than {card.short_side} and were enlarged"
+    return "samples were smaller than was asked for and were filled up"

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqscale.disk.lock import hold
-from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior, SampleWarning
@@ -71,6 +70,8 @@ def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
             f"the prior was trained on ids of the tokenizer with fingerprint {made_by}, and the one given has {mine}: "
             "its decoder does not know these ids; give that tokenizer, or train the prior on a cache of this one"
         )
+    if request.resize is not None and len(tokenizer.net.strides) != 2:
+        faults.append(f"--resize is for images, and the tokenizer is of {tokenizer.signal.config.name}: leave it out")
     # A prior without classes has the label -1 alone. Known ids bring the classes of their images.
     asked = request.classes or (() if request.known is None else np.unique(request.known.labels).tolist())
     wrong = [c for c in asked if not (c == -1 or 0 <= c < prior.num_classes)]
@@ -135,7 +136,7 @@ def sample(
         made = {"images": outcome.images, "seconds": round(outcome.seconds, 3), "images_per_s": round(outcome.rate, 3)}
         facts["made"] = {**made, "processes": mesh.world.size, "device": mesh.device.type}
         if outcome.state == "sampled":
-            processes.first(lambda: sample_folder.finish(folder, facts), mesh)
+            processes.first(lambda: sample_folder.finish(folder, facts, tokenizer.signal), mesh)
         return outcome
 
 
@@ -223,8 +224,9 @@ class _Work:
         return count
 
     @torch.no_grad()
-    def draw(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
-        """(labels, ids as the prior's, images (b, height, width, 3)) of the images first, first + 1, ..."""
+    def draw(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
+        """(labels, ids as the prior's, images (b, height, width, 3) or what else the signal keeps) of the images first,
+        first + 1, ..."""
         request, device = self.request, self.mesh.device
         labels = request.labels(first, count)
         numbers_B = torch.arange(first, first + count, device=device)
@@ -235,8 +237,7 @@ class _Work:
         images = self.tokenizer.decode(ids)
         if request.resize is not None:
             images = resize(images, request.resize)
-        pictures = to_bytes(images).permute(0, 2, 3, 1)
-        return labels, ids.cpu().numpy(), pictures.contiguous().cpu().numpy()
+        return labels, ids.cpu().numpy(), self.tokenizer.signal.stored(images)
 
 
 def resize(images: Tensor, side: int) -> Tensor:

@@ -3,7 +3,9 @@
 OUT/sample.json       settings, prior, tokenizer, commit, speed; "state" is begun or done
 OUT/parts/000012.npz  images, labels and ids of batch 12, until all are there
 OUT/samples.npz       arr_0 uint8 (N, height, width, 3), arr_1 int64 labels (N,), as ADM's evaluator reads them; and ids
+                      (of sounds arr_0 is int16 (N, samples))
 OUT/grid.png          the first images of every class, a row each
+OUT/000012.wav        of sounds: each as a file
 
 Every file appears by a rename when it is on the disk (disk/files.py), so whatever is there is whole. Nothing here knows
 ranks or networks.
@@ -19,12 +21,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vqscale.disk import files
 from vqscale.run.folder import RunError
 from vqscale.show import pictures
+from vqscale.signals import Signal
 
 FACTS, FILE, GRID, PARTS = "sample.json", "samples.npz", "grid.png", "parts"
 GRID_ROWS, GRID_COLUMNS = 16, 8
@@ -44,7 +46,7 @@ def begin(
     if old is not None:
         old = {**old, "settings": {**(before or {}), **old.get("settings", {})}}
     if overwrite and (old is None or differences(old, facts)):
-        for path in (folder / FACTS, folder / FILE, folder / GRID):
+        for path in (folder / FACTS, folder / FILE, folder / GRID, *folder.glob("[0-9]*.wav")):
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / PARTS, ignore_errors=True)
         old = None
@@ -115,14 +117,14 @@ def part(folder: Path, batch: int) -> Path:
 
 
 def write_part(
-    folder: Path, batch: int, images: NDArray[np.uint8], labels: NDArray[np.int64], ids: NDArray[np.int64]
+    folder: Path, batch: int, images: NDArray[Any], labels: NDArray[np.int64], ids: NDArray[np.int64]
 ) -> None:
-    """Images (b, height, width, 3), labels (b,) and ids (b, *grid) of a batch."""
+    """Images (b, height, width, 3) or what else a signal keeps, labels (b,) and ids (b, *grid) of a batch."""
     with files.writing(part(folder, batch)) as file:
         np.savez(file, images=images, labels=labels, ids=ids)
 
 
-def finish(folder: Path, facts: Mapping[str, Any]) -> None:
+def finish(folder: Path, facts: Mapping[str, Any], signal: Signal) -> None:
     """Put the parts together, a part at a time, draw the grid, and remove them when the rest is durable."""
     count, batches = int(facts["settings"]["num_images"]), num_batches(facts["settings"])
     parts = [part(folder, batch) for batch in range(batches)]
@@ -130,9 +132,19 @@ def finish(folder: Path, facts: Mapping[str, Any]) -> None:
         for name, key in (("arr_0", "images"), ("arr_1", "labels"), ("ids", "ids")):
             with outer.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
                 _append(file, count, (_load(path, key) for path in parts))
-    pictures.save(folder / GRID, grid(parts, facts["settings"]))
+    pictures.save(folder / GRID, grid(parts, facts["settings"], signal))
+    _write_each(folder, (_load(path, "images") for path in parts), signal)
     write(folder, {"state": "done", **facts})
     shutil.rmtree(folder / PARTS)
+
+
+def _write_each(folder: Path, arrays: Iterator[NDArray[Any]], signal: Signal) -> None:
+    """A file for each sample, where the signal has such."""
+    for number, kept in enumerate(sample for array in arrays for sample in array):
+        found = signal.file(kept)
+        if found is None:
+            return
+        files.write(folder / f"{number:06d}.{found[0]}", found[1])
 
 
 def _append(file: IO[bytes], count: int, arrays: Iterator[NDArray[Any]]) -> None:
@@ -160,19 +172,19 @@ def _load(path: Path, key: str) -> NDArray[Any]:
         ) from error
 
 
-def grid(parts: list[Path], settings: Mapping[str, Any]) -> pictures.Picture:
+def grid(parts: list[Path], settings: Mapping[str, Any], signal: Signal) -> pictures.Picture:
     """Rows by class: of the first classes in their order the first images; nothing is empty. Where known ids bring the
     classes, rows by known image."""
     classes, count = len(settings["classes"]) or int(settings["known"]["images"]), int(settings["num_images"])
     rows = min(classes, GRID_ROWS, count)
     columns = min(GRID_COLUMNS, (count - rows) // classes + 1)
     wanted = {column * classes + row: row * columns + column for row in range(rows) for column in range(columns)}
-    found: dict[int, NDArray[np.uint8]] = {}
+    found: dict[int, NDArray[Any]] = {}
     for number, path in enumerate(parts):
         first = number * int(settings["batch"])
         here = [n for n in wanted if first <= n < first + int(settings["batch"])]
         if here:
             images = _load(path, "images")
             found |= {wanted[n]: images[n - first] for n in here}
-    stacked = torch.from_numpy(np.stack([found[place] for place in sorted(found)])).permute(0, 3, 1, 2)
+    stacked = signal.tiles(np.stack([found[place] for place in sorted(found)]))
     return pictures.tiles(stacked, columns, pictures.scale(*stacked.shape[2:]) if stacked.shape[2] < 128 else 1)

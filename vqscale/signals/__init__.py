@@ -22,6 +22,7 @@ from vqscale.signals.config import SIGNALS, DistanceConfig, SignalConfig
 __all__ = ["SIGNALS", "Distance", "Distances", "Signal", "Sums", "build", "check_reads"]
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from vqscale.parallel.mesh import Mesh
@@ -80,6 +81,24 @@ class Signal(ABC):
     @abstractmethod
     def picture(self, samples: Tensor, predicted: Tensor) -> Picture:
         """Samples and what was predicted of them, for people to look at."""
+
+    # what was drawn from a prior, in files: as images have it, unless a signal says otherwise
+
+    def stored(self, drawn: Tensor) -> NDArray[Any]:
+        """Outputs of the decoder as they are kept, sample by sample: uint8 (B, *sides, C)."""
+        from vqscale.metrics.reconstruction import to_bytes
+
+        return to_bytes(drawn).movedim(1, -1).contiguous().cpu().numpy()
+
+    def tiles(self, stored: NDArray[Any]) -> Tensor:
+        """What is kept as pictures, uint8 (B, 3, H, W)."""
+        import torch
+
+        return torch.from_numpy(stored).movedim(-1, 1)
+
+    def file(self, stored: NDArray[Any]) -> tuple[str, bytes] | None:
+        """(suffix, bytes) of a file for one kept sample alone; None where that is not usual."""
+        return None
 
 
 def check_reads(config: SignalConfig, medium: MediumConfig) -> None:

@@ -10,8 +10,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from vqscale.disk import wav
+from vqscale.metrics.reconstruction import to_bytes
 from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -71,3 +76,13 @@ class Sounds(Signal):
     def picture(self, samples: Tensor, predicted: Tensor) -> Picture:
         """Mel spectra of originals, below each its reconstruction's."""
         return spectrograms.grid(*(bands(self.config)(waves.flatten(0, 1)) for waves in (samples, predicted)))
+
+    def stored(self, drawn: Tensor) -> NDArray[np.int16]:
+        """int16 (B, T)."""
+        return (self.predict(drawn)[:, 0] * 32767).round().to(torch.int16).cpu().numpy()
+
+    def tiles(self, stored: NDArray[np.int16]) -> Tensor:
+        return to_bytes(spectrograms.coloured(bands(self.config)(torch.from_numpy(stored) / 32767)))
+
+    def file(self, stored: NDArray[np.int16]) -> tuple[str, bytes]:
+        return "wav", wav.encoded(stored, self.config.sample_rate)

@@ -1,11 +1,13 @@
-"""Encode the images of WebDataset shards into a token cache: the ids that a prior is trained on.
+"""Encode the images or sounds of WebDataset shards into a token cache: the ids that a prior is trained on.
 
     vqscale encode runs/quickstart caches/shapes --shards 'runs/shards/train-{0000..0003}.tar' --views flip
     torchrun --nproc_per_node=8 -m vqscale encode TOKENIZER OUT --shards '/data/imagenet1k-train-{0000..1023}.tar'
+    vqscale encode runs/sound caches/sounds --medium sounds --shards 'runs/shards/sounds16k-train-{000..007}.tar'
 
 TOKENIZER is a run folder (its newest whole checkpoint, averaged weights where there are any), one of its checkpoints,
-or an exported folder. The same command continues an interrupted encoding, on any number of processes. TERM, USR1, USR2
-or a file STOP in OUT end it with status 75; what the storage shards hold that are finished is kept.
+or an exported folder. Of a recording the middle window is encoded, as long as those of its training. The same command
+continues an interrupted encoding, on any number of processes. TERM, USR1, USR2 or a file STOP in OUT end it with status
+75; what the storage shards hold that are finished is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, as_trained
+from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, MediumConfig, as_trained
+from vqscale.data.config_sounds import SoundsConfig
+from vqscale.data.config_sounds import as_trained as as_heard
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
@@ -31,23 +35,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """The arguments, checked as far as no file is needed; ValueError for options that do not go together."""
     args = _parser().parse_args(given)
-    _images(args, args.image_size)
+    _sounds(args, {}) if args.medium == "sounds" else _images(args, args.image_size)
     return args
 
 
 def _encode(args: argparse.Namespace, command: str) -> int:
-    shards, grid = _images(args), processes.divide(args.codes)
+    sounds, grid = args.medium == "sounds", processes.divide(args.codes)
     from vqscale.data import samples
     from vqscale.data.views import Source
     from vqscale.programs import encode
     from vqscale.run.folder import EXIT_STOPPED
     from vqscale.tokenizer.model import Tokenizer
 
-    samples.prepare(shards)
+    samples.prepare(_sounds(args, {}) if sounds else _images(args))
     with processes.joined(args.device, grid, args.timeout_s) as mesh:
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
-        size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
-        source = Source(_images(args, size, tokenizer.card), args.views)
+        if sounds:
+            rate = getattr(tokenizer.signal.config, "sample_rate", None)
+            medium: MediumConfig = _sounds(args, as_heard(tokenizer.card, rate, args.seconds))
+        else:
+            size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
+            medium = _images(args, size, tokenizer.card)
+        source = Source(medium, args.views)
         options = encode.Options(args.batch, args.max_broken, args.storage, str(args.tokenizer), command)
         outcome = encode.encode(tokenizer, source, args.out, mesh, options)
     if mesh.world.rank == 0:
@@ -75,6 +84,22 @@ def _images(args: argparse.Namespace, size: int | None = None, card: Mapping[str
     return config
 
 
+def _sounds(args: argparse.Namespace, known: Mapping[str, Any]) -> SoundsConfig:
+    """The config of the recordings, of which only the shards count where nothing is known of a tokenizer. ValueError
+    for options that do not go together.
+    """
+    places = {"num_workers": args.workers, "index_dir": args.index_dir, "cache_dir": args.cache_dir}
+    config = SoundsConfig(tuple(args.shards), **places, **known)
+    problems = [message for _, message in config.problems()]
+    others = [f"--{key.replace('_', '-')}" for key in ("image_size", "resize", "interpolation") if getattr(args, key)]
+    others += [] if args.views == "center" else ["--views"]
+    if others:
+        problems.append(f"{', '.join(others)} is about images: leave it out with --medium sounds")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
 def _trained_size(path: Path, card: Mapping[str, Any]) -> int:
     """The size of the images that a tokenizer was trained with; ValueError where its card does not say it."""
     size = card.get("image_size")
@@ -89,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     add("tokenizer", type=Path, metavar="TOKENIZER", help="run folder, checkpoint, or exported folder")
     add("out", type=Path, metavar="OUT", help="folder of the cache: new, or begun by the same command")
     add("--shards", required=True, nargs="+", help="tar shards, as in data.train.shards of a config")
+    add("--medium", choices=["images", "sounds"], default="images", help="what lies in the shards (default: images)")
+    add("--seconds", type=float, help="sounds: length of what is encoded (default: what the run was trained with)")
     add("--image-size", type=words.count, help="pixels of a side (default: what the run was trained with)")
     add(
         "--resize", type=words.count, help="short side before the crop (default: as trained; ten_crop: 1.1 of the size)"
