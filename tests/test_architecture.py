@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "nets": GROUND,
     "metrics": BESIDE | {"disk", "codes", "data"},
     "show": GROUND | {"disk", "metrics"},
-    "signals": BESIDE | {"nets", "data", "metrics", "show"},
+    "signals": BESIDE | {"disk", "nets", "data", "metrics", "show"},
     "tokenizer": BESIDE | {"disk", "codes", "quantizers", "nets", "signals"},
     "priors": BESIDE | {"disk", "codes", "quantizers", "nets", "signals", "tokenizer"},
     "run": BESIDE | {"disk"},
