@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_priors import BATCH, CONFIGS, batch, config_of, lively, part
@@ -16,7 +18,9 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.plan import prior as planned
 from vqscale.priors import PRIORS
 from vqscale.priors.config import PriorConfig
+from vqscale.train.config import Run
 
+SHIPPED = Path(__file__).parents[1] / "configs"
 CONDITION = {"name": "context", "image_size": 8, "patch": 2, "pool": 2, "dropout": 0.5}
 CONDITION |= {"width": 12, "num_layers": 1, "num_heads": 2, "mlp_width": 16}
 GREEDY = {"autoregressive": {"temperature": 0.0}, "masked": {"temperature": 0.0, "steps": 4, "order_noise": 0.0}}
@@ -41,6 +45,15 @@ def test_the_published_counts_of_the_image_encoder():
         encoder = ImageEncoder(ImageEncoderConfig())
     count = {name: sum(p.numel() for p in child.parameters()) for name, child in encoder.named_children()}
     assert count == {"patches": 787_456, "blocks": 302_311_424 + 1_048_576}
+
+
+def test_the_config_of_uvims_second_stage_has_its_image_encoder():
+    config = configuration.load(Run, SHIPPED / "prior" / "uvim_depth_fsq.yaml")
+    with torch.device("meta"):
+        prior = priors.build(config.prior)
+    count = {name: sum(p.numel() for p in child.parameters()) for name, child in prior.named_children()}
+    assert count["context"] == 787_456 + 1_048_576 + 302_311_424 + 1024 * 1024  # and the learned prefix
+    assert count["net"] == 308_331_520
 
 
 def test_the_prefix_is_the_pooled_tokens_of_a_vision_transformer():
