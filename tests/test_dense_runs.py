@@ -11,13 +11,15 @@ import jobs
 import pytest
 import torch
 
+from vqscale import priors
 from vqscale.data.config import ImagesConfig
 from vqscale.data.samples import SampleStream
 from vqscale.data.tokens.format import open_ids
 from vqscale.data.views import Source
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
-from vqscale.programs import encode
+from vqscale.programs import dense, encode, predict, sample
+from vqscale.programs.sample_request import SampleRequest
 from vqscale.tokenizer.model import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -35,9 +37,12 @@ def stage_2(tmp_path_factory, tiny_shards, stage_1):
     return jobs.finish(dense_runs.prior(tmp_path_factory.mktemp("stage 2"), tiny_shards, stage_1))
 
 
+def val_of(shards):
+    return ImagesConfig(str(shards / "val.tar"), image_size=jobs.SIDE, num_workers=0, index_dir=str(shards))
+
+
 def held_out(shards):
-    config = ImagesConfig(str(shards / "val.tar"), image_size=jobs.SIDE, num_workers=0, index_dir=str(shards))
-    return next(SampleStream(config, jobs.NUM_VAL, train=False).batches())
+    return next(SampleStream(val_of(shards), jobs.NUM_VAL, train=False).batches())
 
 
 def test_a_tokenizer_with_a_context_trains_saves_loads_and_encodes(tmp_path, tiny_shards, stage_1):
@@ -77,6 +82,62 @@ def test_a_prior_learns_from_samples_that_are_encoded_as_they_come(tiny_shards, 
     with torch.no_grad():
         found = prior(tokenizer.encode(entered, context), context)
     assert found.loss.item() == pytest.approx(rows[-1]["val/loss"], abs=1e-6)  # of the average
+
+
+def drawn(stage_1, stage_2, shards, codes):
+    """(ids by each way of drawing, what was measured) of the held-out samples, on this many processes."""
+    mesh = Mesh(codes=codes)
+    tokenizer, prior = Tokenizer.load(stage_1, mesh=mesh), Prior.load(stage_2, mesh=mesh)
+    batch = held_out(shards)
+    context = tokenizer.signal.enter(batch.samples)[1]
+    draws = predict.draws(prior, tokenizer, seed=5)
+    mine = slice(mesh.world.rank * 5, mesh.world.rank * 5 + 10 // codes)
+    ids = {way: draw(context[mine], batch.numbers[mine]) for way, draw in draws.items()}
+    stream = SampleStream(val_of(shards), 2 * codes, mesh.world.rank, codes, train=False)
+    return ids, dense.measure(tokenizer, stream, mesh, draws=draws).rows
+
+
+def test_what_a_prior_predicts_is_measured_beside_true_codes_and_none(tiny_shards, stage_1, stage_2, ranks):
+    ids, rows = drawn(stage_1, stage_2, tiny_shards, 1)
+    assert list(ids) == [predict.GREEDY, predict.SAMPLED]  # it cannot draw all ids in one pass
+    tokenizer, prior, batch = Tokenizer.load(stage_1), Prior.load(stage_2), held_out(tiny_shards)
+    context = tokenizer.signal.enter(batch.samples)[1]
+    greedy = torch.zeros(10, 0, dtype=torch.int64)
+    with torch.no_grad():
+        for place in range(4):  # the likeliest id of each place, given those before it
+            before = torch.cat([greedy, torch.zeros(10, 4 - place, dtype=torch.int64)], 1).view(10, 2, 2)
+            logits = prior.states(before, prior.prefix(context))[:, place] @ prior.head.rows.T
+            greedy = torch.cat([greedy, logits.argmax(1, keepdim=True)], 1)
+    assert torch.equal(ids["greedy"].flatten(1), greedy)
+    error = (tokenizer.decode(ids["greedy"], context).clamp(-1, 1) - batch.samples).square().mean((1, 2, 3))
+    assert rows["greedy"]["psnr"] == pytest.approx((10 * (4 / error).log10()).mean().item(), rel=1e-4)
+    assert {dense.CEILING, dense.NO_CODE, "greedy", "sampled"} <= rows.keys()
+    results = ranks(2, drawn, stage_1, stage_2, tiny_shards, 2)
+    for way, expected in ids.items():
+        assert torch.equal(torch.cat([found[way] for found, _ in results]), expected)
+    assert results[0][1]["sampled"] == pytest.approx(rows["sampled"], rel=1e-5)
+
+
+def test_a_masked_prior_can_draw_all_ids_in_one_pass(tiny_shards, stage_1):
+    tokenizer, batch = Tokenizer.load(stage_1), held_out(tiny_shards)
+    asked = {"num_codes": dense_runs.CODES, "grid": list(dense_runs.GRID), "num_classes": 0}
+    asked |= {"name": "masked", "net": dense_runs.NET}
+    prior = priors.build(asked | {"condition": dense_runs.CONDITION})
+    context = tokenizer.signal.enter(batch.samples)[1]
+    calls = []
+    prior.net.register_forward_hook(lambda *_: calls.append(1))
+    steps = {}
+    for way, draw in predict.draws(prior, tokenizer).items():
+        assert draw(context, batch.numbers).shape == (10, *dense_runs.GRID)
+        steps[way], calls[:] = len(calls), []
+    assert steps == {"greedy": 4, "sampled": 4, "one pass": 1}
+    classes = priors.build(asked | {"num_codes": 30, "net": {"width": 16, "num_layers": 1, "num_heads": 2}})
+    with pytest.raises(ValueError, match=r"the prior has 30 codes and the tokenizer 27.*condition is classes"):
+        predict.draws(classes, tokenizer)
+    with pytest.raises(
+        ValueError, match=r"is context, an image, and classes are drawn here: .* vqscale evaluate dense"
+    ):
+        sample.check(prior, tokenizer, SampleRequest(4, (-1,), prior.sample_config({"steps": 4})))
 
 
 def test_stage_2_is_the_same_on_two_processes_and_when_it_goes_on_there(tmp_path, tiny_shards, stage_1, stage_2):

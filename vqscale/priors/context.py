@@ -2,9 +2,11 @@
 what is seen in it.
 
 The tokens of a vision transformer over the image, with blocks, positions and patches of the published design, are
-vectors before the first id. UViM's decoder attends to them across in each block and has another kind of block for it;
-here they are a prefix like any other, so that every prior takes them, with its cache of keys and values. Guidance leads
-away from a learned prefix; adaln adapts the blocks to the prefix's mean.
+vectors before the first id: of the published "large" 302,311,424 parameters of blocks, 1,048,576 of positions, 787,456
+of patches, and of "base" 85,056,000, 786,432 and 590,592. UViM's decoder attends to them across in each block and has
+another kind of block for it (402,925,568 in 24 blocks of 1024); here they are a prefix like any other, so that every
+prior takes them, with its cache of keys and values, and the blocks are the priors' (308,331,520 in as many, without
+adaln). Guidance leads away from a learned prefix; adaln adapts the blocks to the prefix's mean.
 """
 
 from __future__ import annotations

@@ -56,7 +56,27 @@ class Outcome:
 def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
     """ValueError with all that does not go together; the same on every rank. Collective."""
     prior.sample_config(request.how)
-    faults = request.problems()
+    faults = [*request.problems(), *misfits(prior, tokenizer)]
+    if prior.config.condition.wants_context:
+        faults.append(
+            f"the prior's condition is {prior.config.condition.name}, an image, and classes are drawn here: measure "
+            "what it predicts with vqscale evaluate dense"
+        )
+    if request.resize is not None and len(tokenizer.net.strides) != 2:
+        faults.append(f"--resize is for images, and the tokenizer is of {tokenizer.signal.config.name}: leave it out")
+    # A prior without classes has the label -1 alone. Known ids bring the classes of their images.
+    asked = request.classes or (() if request.known is None else np.unique(request.known.labels).tolist())
+    wrong = [c for c in asked if not (c == -1 or 0 <= c < prior.num_classes)]
+    if wrong:
+        there = f"0 .. {prior.num_classes - 1}" if prior.num_classes else "none"
+        faults.append(f"class {', '.join(map(str, wrong[:5]))} is none of the prior's ({there}): change --classes")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def misfits(prior: Prior, tokenizer: Tokenizer) -> list[str]:
+    """Why a tokenizer cannot decode the ids of a prior; the same on every rank. Collective."""
+    faults = list[str]()
     made_by, mine = prior.card.get("tokenizer"), tokenizer.fingerprint
     for what, key in (("codes", "num_codes"), ("ids per token", "num_ids")):
         ours, theirs = int(getattr(prior, key)), int(getattr(tokenizer.quantizer, key))
@@ -70,16 +90,7 @@ def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
             f"the prior was trained on ids of the tokenizer with fingerprint {made_by}, and the one given has {mine}: "
             "its decoder does not know these ids; give that tokenizer, or train the prior on a cache of this one"
         )
-    if request.resize is not None and len(tokenizer.net.strides) != 2:
-        faults.append(f"--resize is for images, and the tokenizer is of {tokenizer.signal.config.name}: leave it out")
-    # A prior without classes has the label -1 alone. Known ids bring the classes of their images.
-    asked = request.classes or (() if request.known is None else np.unique(request.known.labels).tolist())
-    wrong = [c for c in asked if not (c == -1 or 0 <= c < prior.num_classes)]
-    if wrong:
-        there = f"0 .. {prior.num_classes - 1}" if prior.num_classes else "none"
-        faults.append(f"class {', '.join(map(str, wrong[:5]))} is none of the prior's ({there}): change --classes")
-    if faults:
-        raise ValueError("; ".join(faults))
+    return faults
 
 
 def models(args: Any, mesh: Mesh) -> tuple[Prior, Tokenizer]:
