@@ -131,6 +131,12 @@ def test_priors_draw_sounds_of_every_class(trained, prior, capsys):
     assert (out / "grid.png").stat().st_size > 1000
     assert tool("sample", *given, "--resize", 8, "--overwrite") == 2
     assert "--resize is for images, and the tokenizer is of sounds" in capsys.readouterr().err
+    page = ("sounds", trained / "run", "--shards", trained / "train-00.tar", "--no-speech", "--out", trained / "page")
+    assert tool("evaluate", *page, "--samples", out) == 0
+    heard = (trained / "page/index.html").read_text()
+    assert heard.count("<audio controls src=") == 2 * 8 + 20
+    assert heard.count("<figcaption>class 3</figcaption>") == 2
+    assert tool("evaluate", *page, "--samples", trained / "cache") == 2
 
 
 def test_a_cache_of_another_tokenizer_is_refused_by_a_prior(trained, tmp_path):

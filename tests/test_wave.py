@@ -157,3 +157,16 @@ def test_a_normed_convolution_begins_as_the_plain_one_and_knows_no_scale_of_v(co
 def test_problems_of_a_config(change, key, says):
     assert list(SMALL.problems()) == []
     assert says in dict(dataclasses.replace(SMALL, **change).problems())[key]
+
+
+def test_an_encoder_that_begins_with_a_gain_keeps_what_differs_between_frames():
+    waves = torch.sin(torch.linspace(0, 900, 6400) ** 1.2)[None, None] * torch.linspace(0, 1, 6400)
+    spread = {}
+    for gain in (None, 1.8):
+        torch.manual_seed(1)
+        config = WaveConfig(channels=4, lstm_layers=0, encoder_gain=gain)
+        z_BDn = Encoder(config, 16)(waves)
+        spread[gain] = ((z_BDn - z_BDn.mean(-1, keepdim=True)).norm() / z_BDn.norm()).item()
+    assert spread[None] < 0.05
+    assert spread[1.8] > 0.3
+    assert [key for key, _ in WaveConfig(encoder_gain=0.0).problems()] == ["encoder_gain"]

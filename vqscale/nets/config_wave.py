@@ -38,6 +38,9 @@ class WaveConfig(NetSettings):
     causal: bool = True
     """the encoder pads on the left alone: a frame sees no later samples, but for the first, where the padding mirrors;
     the decoder sees all frames of a sample in any case"""
+    encoder_gain: float | None = None
+    """the encoder's convolutions begin with weights so many times torch's and without biases; 1.8 keeps what differs
+    between frames, of which torch's start (null, as published) leaves a hundredth beside what all have in common"""
     width: int = 768
     """numbers per frame in the decoder"""
     hidden: int = 2304
@@ -72,6 +75,8 @@ class WaveConfig(NetSettings):
         for key in (*counts, "num_groups", "in_channels"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}, but a network has at least 1 of them: raise {key}"
+        if self.encoder_gain is not None and self.encoder_gain <= 0:
+            yield "encoder_gain", f"encoder_gain is {self.encoder_gain}: use a positive number, or null"
         if self.lstm_layers < 0:
             yield "lstm_layers", f"lstm_layers is {self.lstm_layers}: use 0 or more"
         if not self.ratios or min(self.ratios) < 1 or self.hop % 2:

@@ -6,6 +6,7 @@ second `conv` that every name of a convolution has there.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,6 +86,16 @@ class Encoder(nn.Module):
             layers.append(LSTM(channels, config.lstm_layers))
         layers += [nn.ELU(), Conv(channels, dim, config.kernel, causal=causal)]
         self.model = nn.Sequential(*layers)
+        if config.encoder_gain is not None:
+            self._begin(config.encoder_gain)
+
+    @torch.no_grad()
+    def _begin(self, gain: float) -> None:
+        for layer in self.modules():
+            if isinstance(layer, NormedConv):
+                layer.weight_g.mul_(gain)
+                assert layer.bias is not None
+                layer.bias.zero_()
 
     def forward(self, waves: Tensor) -> Tensor:
         latents: Tensor = self.model(waves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def grid(originals_BMF: Tensor, predicted_BMF: Tensor) -> pictures.Picture:
     return pictures.grid(coloured(originals_BMF), coloured(predicted_BMF), columns=_COLUMNS)
 
 
-def player(wave: NDArray[np.floating], rate: int, caption: str) -> str:
+def player(wave: NDArray[Any], rate: int, caption: str) -> str:
     """An HTML player that carries the wave."""
     data = base64.b64encode(wav.encoded(wave, rate)).decode()
     text = html.escape(caption)

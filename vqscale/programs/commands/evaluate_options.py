@@ -54,6 +54,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     sounds = commands.add_parser("sounds", help="whole recordings through a tokenizer of sounds, and a page of them")
     sounds.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
     sounds.add_argument("--shards", required=True, help="WebDataset shards of recordings: paths, braces, URLs")
+    sounds.add_argument("--samples", help="folder of `vqscale sample`, whose sounds the page has too")
     sounds.add_argument("--most-seconds", type=float, default=60.0, help=MOST)
     sounds.add_argument("--speech", action=argparse.BooleanOptionalAction, default=True, help="PESQ and STOI")
     sounds.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from vqscale.data.config_sounds import SoundsConfig, as_trained
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
+MOST_DRAWN = 40  # sounds on the page
 PROTOCOL = {
     "recordings": "whole, one at a time, at the tokenizer's rate, by way of their ids; reconstructions within [-1, 1]",
     "mel": "mean |difference| of natural logarithms of mel bands, not below 1e-7: the distance that is trained",
@@ -63,8 +65,31 @@ def told(args: argparse.Namespace) -> str:
     }
     players = "".join(spectrograms.heard(one.key, one.wave, one.recon, mel) for one in found.heard)
     shown = {"usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes)}
-    lines = report.tell(result, args.out, f"Tokenizer {args.path}", shown, [("Listen", players)])
+    parts = [("Listen", players), *_drawn(args.samples, mel.rate)]
+    lines = report.tell(result, args.out, f"Tokenizer {args.path}", shown, parts)
     return report.text(result) if args.json else lines
+
+
+def _drawn(folder: str | None, rate: int) -> list[tuple[str, str]]:
+    """The sounds of a folder of samples, as a part of the page. ValueError where it has none."""
+    if folder is None:
+        return []
+    import numpy as np
+
+    from vqscale.programs import sample_folder
+    from vqscale.show import page, spectrograms
+
+    file = Path(folder) / sample_folder.FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {file.name}: give a finished folder of `vqscale sample`")
+    with np.load(file, allow_pickle=False) as arrays:
+        kept, labels = arrays["arr_0"], arrays["arr_1"].tolist()
+    if kept.dtype != np.int16 or kept.ndim != 2:
+        raise ValueError(f"{file} has {kept.dtype} of shape {kept.shape}, which are no sounds: give samples of sounds")
+    named = [f"class {label}" if label >= 0 else f"number {number}" for number, label in enumerate(labels)]
+    players = [spectrograms.player(wave, rate, name) for wave, name in zip(kept[:MOST_DRAWN], named, strict=False)]
+    picture = page.picture(Path(folder) / sample_folder.GRID, "mel spectra, a row for each class")
+    return [("Drawn from the prior", picture + "".join(players))]
 
 
 def _notes(numbers: dict[str, Any], broken: list[str], most: float) -> list[str]:

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# From nothing to a page that one can listen to: set up, make shards of sounds, train a tokenizer of sounds on two
+# processes with the codebook sharded over them, encode the shards, train a small prior over their ids, draw sounds,
+# measure whole held-out recordings, and put these above their reconstructions, and what was drawn, on one page. Run
+# again, each stage continues or says that it is done.
+#
+#   bash launch/sound.sh [key=value ...] [-- key=value ...]
+#   SOURCE=/data/my_recordings bash launch/sound.sh
+#
+# What stands before -- changes keys of configs/quickstart/sound.yaml, what stands after it those of
+# configs/quickstart/sound_prior.yaml. With SOURCE the sounds are the recordings (wav, flac, mp3, ogg, opus) in that
+# folder: folders directly below it are the classes, and a tenth of the files is held out; RUN (runs/sound) names the
+# folder of the tokenizer, beside which all others are.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+environment audio
+
+first=() second=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do first+=("$1"); shift; done
+[ $# -eq 0 ] || { shift; second=("$@"); }
+
+processes=$(python -c 'import torch; n = torch.cuda.device_count(); print(n if n > 1 else 1 if n else 2)')
+threads=$(($(nproc) / processes))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+stage() { printf '\n=== %s (%d:%02d since the start)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+start() { torchrun --standalone --nproc_per_node="$processes" "$@"; }
+
+run=${RUN:-runs/sound}
+own=()
+if [ -n "${SOURCE:-}" ]; then
+    stage "0 of 5: shards of $SOURCE"
+    count=$(find "$SOURCE" -type f | grep -ciE '\.(wav|flac|mp3|ogg|opus)$' || true)
+    if [ "$count" -lt 20 ]; then
+        echo "error: $SOURCE has $count recordings, and at least 20 are needed: give another folder" >&2
+        exit 2
+    fi
+    python tools/make_shards.py --source "$SOURCE" --out "$run-shards" --name all --shard-size $(((count + 9) / 10))
+    shards=("$run-shards"/all-*.tar)
+    last=$((${#shards[@]} - 1))
+    train=$(printf '"%s",' "${shards[@]:0:$last}")
+    own=("data.train.shards=[${train%,}]" data.train.make=null "data.val.shards=${shards[$last]}" data.val.make=null)
+    classes=0
+    [ ! -f "$run-shards/classes.txt" ] || classes=$(wc -l <"$run-shards/classes.txt")
+    second=("prior.num_classes=$classes" ${second[@]+"${second[@]}"})
+fi
+
+tokenizer=(configs/quickstart/sound.yaml "run.folder=$run" ${own[@]+"${own[@]}"} ${first[@]+"${first[@]}"})
+asked() { python tools/summary.py --key "$1" "${tokenizer[@]}"; } # a key of its config
+
+stage "1 of 5: the tokenizer"
+start launch/train.py "${tokenizer[@]}"
+
+encode() { # SPLIT
+    local shards
+    mapfile -t shards < <(python - "$(asked "data.$1.shards")" <<'LIST'
+import sys, yaml
+found = yaml.safe_load(sys.argv[1]) if sys.argv[1].startswith("[") else sys.argv[1]
+print("\n".join([found] if isinstance(found, str) else found))
+LIST
+    )
+    start tools/encode.py "$run" "$run-cache/$1" --medium sounds --shards "${shards[@]}" --workers 1
+}
+stage "2 of 5: ids of the sounds"
+encode train
+encode val
+
+stage "3 of 5: the prior"
+start launch/train.py configs/quickstart/sound_prior.yaml run.folder="$run-prior" tokenizer="$run" \
+    data.train.path="$run-cache/train" data.val.path="$run-cache/val" ${second[@]+"${second[@]}"}
+
+stage "4 of 5: new sounds"
+start tools/sample.py "$run-prior" "$run" "$run-samples" --num-images 20 --batch 10 --temperature 0.9 --overwrite
+
+stage "5 of 5: held-out recordings, whole, and the page"
+start tools/evaluate.py sounds "$run" --shards "$(asked data.val.shards)" --samples "$run-samples" --out "$run-page"
+printf '\nall done in %d:%02d; open %s in a browser\n' $((SECONDS / 60)) $((SECONDS % 60)) "$run-page/index.html"
