@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vqscale import signals
-from vqscale.metrics import depth, panoptic_files
+from vqscale.metrics import panoptic_files
 from vqscale.metrics.chroma import Colors, chroma
 from vqscale.metrics.depth import DepthErrors
 from vqscale.metrics.panoptic import PanopticQuality, per_class
@@ -59,18 +59,6 @@ def test_depth_of_other_sides_is_brought_to_the_truth_each_pixel_to_its_nearest(
     truth = torch.arange(1, 9).float().view(1, 1, 1, 8)
     scores.add(torch.cat([torch.zeros(1, 3, 1, 8), truth], 1), truth[..., 1::2])
     assert DepthErrors.from_sums(scores.sums())["rmse"] == pytest.approx(math.sqrt(1 / 2))
-
-
-def test_evaluation_crops_are_the_published_rows_and_columns():
-    rows, columns = torch.arange(480)[:, None].expand(480, 640), torch.arange(640).expand(480, 640)
-    for name, first, last in (("uvim", 54, 479), ("eigen", 45, 470)):
-        kept = depth.crop(rows, name)
-        assert (kept.min(), kept.max(), kept.shape) == (first, last, (426, 560))
-        assert (depth.crop(columns, name).min(), depth.crop(columns, name).max()) == (41, 600)
-    with pytest.raises(ValueError, match="has 8 x 8: give the depth as NYU"):
-        depth.crop(torch.zeros(8, 8), "uvim")
-    with pytest.raises(ValueError, match="only uvim, eigen"):
-        depth.crop(rows, "garg")
 
 
 def test_chroma_and_psnr_by_hand():

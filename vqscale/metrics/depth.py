@@ -2,8 +2,8 @@
 images, as sums over a data set on many ranks.
 
 The definitions are those of NYU Depth v2's evaluations. One RMSE over the pixels of all images together is another
-number: errors of 0 and 2 m in two images are 1.0 here and 1.41 there. Which part of a picture is evaluated differs too,
-and is named: CROPS.
+number: errors of 0 and 2 m in two images are 1.0 here and 1.41 there. Which part of a picture is evaluated differs too:
+it is chosen where samples are read (evaluation_crop of data/config_dense.py).
 """
 
 from __future__ import annotations
@@ -13,23 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NEAREST, FARTHEST = 1e-3, 10.0  # metres; a pixel is valid between the two, neither included
-SIDES = (480, 640)
-CROPS = {"uvim": (54, 480, 41, 601), "eigen": (45, 471, 41, 601)}  # rows from, to, columns from, to, of 480 x 640
 ERRORS = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
-
-
-def crop(metres: Tensor, name: str) -> Tensor:
-    """The part of (..., 480, 640) that an evaluation looks at: `uvim`, rows 54..479, or `eigen`, rows 45..470; of both
-    columns 41..600, 426 x 560 pixels. ValueError for others."""
-    if name not in CROPS:
-        raise ValueError(f"there is no evaluation crop {name!r}, only {', '.join(CROPS)}: choose one of them")
-    if tuple(metres.shape[-2:]) != SIDES:
-        raise ValueError(
-            f"the evaluation crop {name} is of {SIDES[0]} x {SIDES[1]} pixels, but the depth has "
-            f"{metres.shape[-2]} x {metres.shape[-1]}: give the depth as NYU Depth v2 has it, or leave out the crop"
-        )
-    top, bottom, left, right = CROPS[name]
-    return metres[..., top:bottom, left:right]
 
 
 def is_valid(truth: Tensor) -> Tensor:
