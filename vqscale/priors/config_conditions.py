@@ -51,14 +51,14 @@ class ClassesConfig(ConditionSettings):
             return [f"prior.num_classes is 0: the labels of {known} images in {path} are left aside"] if known else []
         if not known:
             raise ValueError(
-                f"the token cache in {path} has the label of none of its {len(labels)} images, and prior.num_classes "
-                f"is {num_classes}: a prior learns its classes from labels; encode shards that have them (cls beside "
-                "every image), or use prior.num_classes=0"
+                f"the data in {path} has the label of none of its {len(labels)} images, and prior.num_classes is "
+                f"{num_classes}: a prior learns its classes from labels; give shards that have them (cls beside every "
+                "image), or what is encoded of such, or use prior.num_classes=0"
             )
         if most >= num_classes:
             raise ValueError(
-                f"the token cache in {path} has labels up to {most}, and prior.num_classes is {num_classes}: use at "
-                f"least prior.num_classes={most + 1}"
+                f"the data in {path} has labels up to {most}, and prior.num_classes is {num_classes}: use at least "
+                f"prior.num_classes={most + 1}"
             )
         unknown = len(labels) - known
         note = f"{unknown} of the {len(labels)} images in {path} have no label: they count as the null class"

@@ -219,9 +219,9 @@ class Tokenizer(nn.Module):
         channels, num_sides = self.net.in_channels, len(self.net.strides)
         if samples.ndim != 2 + num_sides or samples.shape[1] != channels or not samples.is_floating_point():
             raise ValueError(
-                f"samples of this tokenizer are floats in [-1, 1] of shape (B, {channels}{', side' * num_sides}), and "
-                f"these are {str(samples.dtype).removeprefix('torch.')} {tuple(samples.shape)}: bring them into that "
-                "form (8-bit values v of images become v / 127.5 - 1)"
+                f"samples of this tokenizer are floats of shape (B, {channels}{', side' * num_sides}), and these are "
+                f"{str(samples.dtype).removeprefix('torch.')} {tuple(samples.shape)}: bring them into that form, as "
+                "what enters by its signal (8-bit values v of images become v / 127.5 - 1, class numbers stay)"
             )
         return samples.shape[0], *grid(self.net, samples.shape[2:])
 
