@@ -53,6 +53,12 @@ def found(kind, more, codes):
     losses = within.losses(x_ND, head, clusters, clusters.of(ids_N), ids_N, **more)
     (losses.whole_N * torch.arange(1.0, 1 + len(ids_N))).sum().backward()
     assert losses.right_N is None
+    judged = within.losses(x_ND, head, clusters, clusters.of(ids_N), ids_N, **more, right=True)
+    assert all(torch.equal(a, b) for a, b in zip(judged[:3], losses[:3], strict=True))
+    likeliest = within.sample(
+        x_ND.detach(), head, clusters, clusters.of(ids_N), torch.zeros_like(ids_N), Rule(temperature=0.0)
+    )
+    assert torch.equal(judged.right_N, likeliest == ids_N)
     return [x.detach() for x in losses[:3]], x_ND.grad, head.rows.grad
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqscale.codes.heads.base import check_ids
 from vqscale.codes.merge import own
 from vqscale.codes.rows import Rows, Table
 from vqscale.parallel import ops
@@ -58,7 +59,7 @@ class Clusters(Table):
         fails inside the device.
         """
         ids_B = ops.gather(ids.reshape(-1).to(torch.int64), self.axis)
-        self._check(ids_B)
+        check_ids(ids_B, 0, self.num_codes, "ids", Axis(self.axis.name))  # all ranks see the same
         mine_B, local_B = self.layout.find(ids_B)
         # Whether there are rows is known to this rank alone, and nothing in this branch talks.
         found_B = self.cluster_k[local_B] * mine_B if self.layout.count else torch.zeros_like(ids_B)
@@ -70,18 +71,6 @@ class Clusters(Table):
         if self._known is None or self._known[0] != state:
             self._known = (state, _members(self.cluster_k, self.num_clusters, self.axis))
         return self._known[1]
-
-    def _check(self, ids_B: Tensor) -> None:
-        """After the gather: what one rank sees all see."""
-        inside_B = (ids_B >= 0) & (ids_B < self.num_codes)
-        if ids_B.device.type != "cpu":
-            torch._assert_async(inside_B.all(), f"ids must be in 0 .. {self.num_codes - 1}")
-        elif not bool(inside_B.all()):
-            raise ValueError(
-                f"ids must be in 0 .. {self.num_codes - 1}, for the head has {self.num_codes} codes in clusters, but "
-                f"they go from {int(ids_B.min())} to {int(ids_B.max())}: give ids of the tokenizer that the prior was "
-                "built for"
-            )
 
     def extra_repr(self) -> str:
         return f"{self.num_codes} codes in {self.num_clusters}, rows {self.layout.start}..{self.layout.stop}"

@@ -236,8 +236,11 @@ class Prior(nn.Module, ABC):
         """
         at = Positions(h_BTD.shape[:2], weight_BT, self.mesh.codes)
         h_ND, ids_N = at.of(h_BTD), at.of(self.in_a_row(ids_Bhw), NOBODY)
+        return self.told(self.losses(h_ND, ids_N, right=tally.statistics.on and not self.training), at)
+
+    def told(self, losses: Losses, at: Positions) -> Modelled:
+        """What is said of a batch, of what a head says of the positions of it; nothing is sent."""
         _, z_loss = self.regularisers
-        losses = self.losses(h_ND, ids_N, right=tally.statistics.on and not self.training)
         found = Modelled(at.mean(losses.whole_N), at.means_of_images(losses.whole_N.detach()))
         if not tally.statistics.on:
             return found

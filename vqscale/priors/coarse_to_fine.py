@@ -19,7 +19,7 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqscale.codes import noise, tally
 from vqscale.codes.clusters import Clusters
@@ -36,6 +36,8 @@ from vqscale.priors.autoregressive import Autoregressive
 from vqscale.priors.base import Modelled, Prior
 from vqscale.priors.config import SampleConfig
 from vqscale.priors.config_coarse_to_fine import CoarseToFineConfig, CoarseToFineSampleConfig
+from vqscale.priors.places import Places
+from vqscale.priors.positions import Positions
 from vqscale.seed import derive
 from vqscale.tokenizer.export import entries
 
@@ -76,19 +78,13 @@ class CoarseToFine(Prior):
         coarse = self._coarse_tokens(coarse_Bhw, condition, keys_B)
         fine = self._fine_tokens(ids_Bhw, coarse_Bhw, condition, keys_B)
 
-        def of_images(x_N: Tensor) -> Tensor:
-            return x_N.detach().unflatten(0, (len(ids_Bhw), -1)).double().mean(1)
-
-        whole_N = coarse.whole_N + fine.whole_N
-        found = Modelled(whole_N.mean(), of_images(whole_N).to(whole_N.dtype))
-        if not tally.statistics.on:
-            return found
-        each = {"coarse": coarse.cross_entropy_N.mean(), "fine": fine.cross_entropy_N.mean()}
-        found.parts = {"cross_entropy": each["coarse"] + each["fine"], **each}
-        if z_loss := self.regularisers[1]:
-            found.parts["z_loss"] = z_loss * (coarse.square_N + fine.square_N).mean()
+        both = Losses(*(a + b for a, b in zip(coarse[:3], fine[:3], strict=True)))
         if coarse.right_N is not None and fine.right_N is not None:
-            found.right_B = of_images(coarse.right_N & fine.right_N)
+            both = both._replace(right_N=coarse.right_N & fine.right_N)
+        at = Positions((len(ids_Bhw), self.config.num_tokens), None, self.mesh.codes)
+        found = self.told(both, at)
+        if tally.statistics.on:
+            found.parts |= {"coarse": coarse.cross_entropy_N.mean(), "fine": fine.cross_entropy_N.mean()}
         return found
 
     def _coarse_tokens(self, coarse_Bhw: Tensor, condition: Tensor, keys_B: Tensor | None) -> Losses:
@@ -110,15 +106,8 @@ class CoarseToFine(Prior):
         if self.config.support == "all":
             return self.losses(h_ND, ids_N, asked)
         smoothing, z_loss = self.regularisers
-        found = within.losses(
-            h_ND, self._flat, self.clusters, coarse_N, ids_N, label_smoothing=smoothing, z_loss=z_loss
-        )
-        if not asked:
-            return found
-        keys_N, likeliest = torch.zeros_like(ids_N), Rule(temperature=0.0)
-        return found._replace(
-            right_N=within.sample(h_ND, self._flat, self.clusters, coarse_N, keys_N, likeliest) == ids_N
-        )
+        more = {"label_smoothing": smoothing, "z_loss": z_loss}
+        return within.losses(h_ND, self._flat, self.clusters, coarse_N, ids_N, **more, right=asked)
 
     def states(self, coarse_Bhw: Tensor, prefix_BPD: Tensor) -> Tensor:
         """h_BTD, the vectors that predict each of the T fine ids from all coarse ones and the prefix."""
@@ -191,17 +180,6 @@ class CoarseToFine(Prior):
         if not self.config.fine_condition:
             why = "the fine stage of this prior does not know the condition (fine_condition false): use fine_guidance 1"
         return [*found, *([f"fine_guidance is {settings.fine_guidance}, but {why}"] if why else [])]
-
-
-class Places(nn.Module):
-    """Adds a learned vector of its place to each token: rotary embeddings tell of two tokens only where they lie."""
-
-    def __init__(self, num_tokens: int, net: TransformerConfig) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(num_tokens, net.width).normal_(0.0, net.init_scale))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.table
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ of the mixture of all orders: comparable with the exact nats of other priors, an
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqscale.codes import noise
 from vqscale.codes.heads.base import check_ids
@@ -25,6 +25,7 @@ from vqscale.priors.base import Modelled, Prior
 from vqscale.priors.config import Passes
 from vqscale.priors.config_masked import MaskedConfig, MaskedSampleConfig
 from vqscale.priors.mask_laws import left_masked, training_counts
+from vqscale.priors.places import Places
 
 MASKS = 1  # derives the keys of masks from those of images, whose own first number drops their condition
 
@@ -37,7 +38,7 @@ class Masked(Prior):
     def __init__(self, config: MaskedConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.net, mesh, seed)
         self.net = Transformer(config.net)
-        self.places = Places(config)
+        self.places = Places(config.num_tokens, config.net, masks=True)
         if not torch.empty(0).is_meta:
             self.to(self.mesh.device)
 
@@ -95,19 +96,6 @@ class Masked(Prior):
                 "known, an argument of sample: give all ids of a token, or -1 for all of them"
             )
         return masked_draw.complete(self, ids_Bhw, condition, settings, numbers_B, seed)
-
-
-class Places(nn.Module):
-    """Adds to the vector of each token that of its place, and where it is masked that of the mask."""
-
-    def __init__(self, config: MaskedConfig) -> None:
-        super().__init__()
-        width, scale = config.net.width, config.net.init_scale
-        self.mask = nn.Parameter(torch.empty(width).normal_(0.0, scale))
-        self.table = nn.Parameter(torch.empty(config.num_tokens, width).normal_(0.0, scale))
-
-    def forward(self, x_BTD: Tensor, masked_BT: Tensor) -> Tensor:
-        return x_BTD + self.table + torch.where(masked_BT[..., None], self.mask, 0.0)
 
 
 def training_masks(keys_B: Tensor, config: MaskedConfig) -> Tensor:

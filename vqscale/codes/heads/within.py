@@ -45,12 +45,14 @@ def losses(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    right: bool = False,
 ) -> Losses:
     """-log p(target | h, cluster) of each token in nats, as `Head.losses` over the members alone. Collective.
 
-    The target is in the cluster. label_smoothing mixes it with the uniform distribution over the members.
+    The target is in the cluster. label_smoothing mixes it with the uniform distribution over the members. With `right`
+    the same pass says which targets are the likeliest of their cluster, the lowest id among equals.
     """
-    plan = _Plan(head.layout, head.axis, clusters.members(), label_smoothing, z_loss, head.outputs.budget)
+    plan = _Plan(head.layout, head.axis, clusters.members(), label_smoothing, z_loss, head.outputs.budget, right)
     with clock.span("codes"), full_precision(h_ND):
         return Losses(*_Within.apply(h_ND, head.rows, cluster_N, targets_N, plan))
 
@@ -99,6 +101,7 @@ class _Plan:
     smoothing: float
     z_loss: float
     budget: int
+    right: bool
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class _Within(torch.autograd.Function):
         x_BD, local_B = h_BD.to(rows_kD.dtype), torch.where(mine_B, local_B, -1)
         top_B = x_BD.new_full((len(x_BD),), scan.LOWEST)
         sum_B, target_B, mean_B = (x_BD.new_zeros(len(x_BD)) for _ in range(3))
+        row_B = torch.zeros_like(targets_B)
         for tiles in _tiles(cluster_B, plan.members, x_BD, plan.budget):
             _, _, l_PTS = tiles.logits(x_BD, rows_kD)
             token_n, l_nS = tiles.token_PT[tiles.full_PT], l_PTS[tiles.full_PT]
@@ -175,6 +179,8 @@ class _Within(torch.autograd.Function):
             mean_B[token_n] = (l_nS * here_nS).sum(1)
             target_B[token_n] = (l_nS * (here_nS & (row_nS == local_B[token_n, None]))).sum(1)
             top_B[token_n] = l_nS.amax(1)
+            if plan.right:
+                row_B[token_n] = row_nS.gather(1, l_nS.argmax(1, keepdim=True))[:, 0]  # the first among equals
             sum_B[token_n] = (l_nS - l_nS.amax(1, keepdim=True)).exp().sum(1)
         most_B = ops.max_over(top_B, axis)
         sums = torch.stack([sum_B * torch.exp(top_B - most_B), target_B, mean_B])
@@ -186,7 +192,10 @@ class _Within(torch.autograd.Function):
             loss_B -= plan.smoothing * mean_B / size_B
         ctx.plan = plan
         ctx.save_for_backward(h_BD, rows_kD, lse_B, cluster_B, local_B)
-        whole_N, *others = (own(x, axis).clone() for x in (loss_B, lse_B - target_B, lse_B.square()))
+        told = [loss_B, lse_B - target_B, lse_B.square()]
+        if plan.right:
+            told.append(merge_best(top_B, row_B, plan.layout, axis)[0] == targets_B)
+        whole_N, *others = (own(x, axis).clone() for x in told)
         ctx.mark_non_differentiable(*others)
         return whole_N, *others
 
