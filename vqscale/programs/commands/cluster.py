@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metric", choices=["euclid", "cosine"], default="euclid", help="of k-means (default: euclid)")
     add("--iterations", type=words.count, default=25, help="of k-means, at most (default: 25)")
     add("--seed", type=int, default=0, help="of the first centres (default: 0)")
-    add("--weights", choices=["average", "parameters"], default="average", help="of a run (default: average)")
-    add("--codes", type=words.count, default=1, help="processes that a codebook is split over (default: 1)")
+    words.add_weights(parser)
+    words.add_codes(parser)
     words.add_processes(parser)
     return parser

@@ -23,8 +23,8 @@ def parser(about: str | None, out: str, *, lists: bool = False) -> argparse.Argu
     add("--seed", type=int, default=0, help="another seed, other images (default: 0)")
     add("--batch", type=int, default=64, help="images of a step and process (default: 64)")
     add("--resize", type=int, help="pixels of the shorter side, bicubic as LlamaGen resizes (default: as decoded)")
-    add("--codes", type=int, default=1, help="processes that share the codes (default: 1)")
-    add("--weights", choices=["average", "parameters"], default="average", help="of the prior (default: average)")
+    words.add_codes(parser, "codes")
+    words.add_weights(parser, "the prior")
     words.add_processes(parser)
     sample_options.add(parser, lists=lists)
     return parser

@@ -7,7 +7,6 @@ import argparse
 from vqscale.data.config import INTERPOLATIONS
 from vqscale.programs.commands import words
 
-WEIGHTS = "of a checkpoint: moving averages, where it has them, or parameters (default: %(default)s)"
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
 CONSTANT = "of the training set, for the constant that codes are compared with; 0 is none (default: %(default)s)"
 OWN_SIZE = "measure at the size of the files, as published, in place of that of the samples"
@@ -21,8 +20,8 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     commands = out.add_subparsers(dest="command", required=True)
     tokenizer = commands.add_parser("tokenizer", help="reconstructions and use of codes of a trained tokenizer")
     tokenizer.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder")
-    tokenizer.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
-    tokenizer.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    words.add_weights(tokenizer)
+    words.add_codes(tokenizer)
     tokenizer.add_argument("--vgg", help="vgg16-397923af.pth, for LPIPS")
     tokenizer.add_argument("--heads", help="linear heads of LPIPS 0.1 for VGG, for LPIPS")
     tokenizer.add_argument("--vgg-sha256", default="397923af", help=ANY)
@@ -39,16 +38,16 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     prior.add_argument("path", metavar="PRIOR", help="run folder, checkpoint folder or exported folder")
     prior.add_argument("--cache", required=True, help="token cache of held-out images, by the prior's tokenizer")
     prior.add_argument("--training", help="token cache that the prior was trained on, for unigram")
-    prior.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
-    prior.add_argument("--codes", type=int, default=1, help="processes that share the vocabulary (default: 1)")
+    words.add_weights(prior)
+    words.add_codes(prior, "vocabulary")
     prior.add_argument("--images", type=int, default=0, help="the first so many, in whole batches; 0 is all (default)")
     dense = commands.add_parser("dense", help="what the codes of labels tell beside the image that a decoder sees")
     dense.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
     dense.add_argument("--config", help="YAML that has data.val and data.train (default: run.yaml of the run)")
     dense.add_argument("--shards", help="held-out shards in place of those of data.val")
     dense.add_argument("--training-images", type=int, default=1000, help=CONSTANT)
-    dense.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
-    dense.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    words.add_weights(dense)
+    words.add_codes(dense)
     dense.add_argument("--own-size", action="store_true", help=OWN_SIZE)
     dense.add_argument("--json", action="store_true", help="print everything as JSON in place of the table")
     sounds = commands.add_parser("sounds", help="whole recordings through a tokenizer of sounds, and a page of them")
@@ -57,8 +56,8 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     sounds.add_argument("--samples", help="folder of `vqscale sample`, whose sounds the page has too")
     sounds.add_argument("--most-seconds", type=float, default=60.0, help=MOST)
     sounds.add_argument("--speech", action=argparse.BooleanOptionalAction, default=True, help="PESQ and STOI")
-    sounds.add_argument("--weights", choices=("average", "parameters"), default="average", help=WEIGHTS)
-    sounds.add_argument("--codes", type=int, default=1, help="processes that share the codebook (default: 1)")
+    words.add_weights(sounds)
+    words.add_codes(sounds)
     sounds.add_argument("--json", action="store_true", help="print everything as JSON in place of the lines")
     sounds.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     for images in (tokenizer, statistics):

@@ -39,6 +39,18 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout-s", type=float, default=600.0, help=wait)
 
 
+def add_weights(parser: argparse.ArgumentParser, whose: str = "a run") -> None:
+    """--weights, which of the two that a training leaves."""
+    said = f"of {whose}: moving averages, where it has them (default), or parameters"
+    parser.add_argument("--weights", choices=["average", "parameters"], default="average", help=said)
+
+
+def add_codes(parser: argparse.ArgumentParser, what: str = "codebook") -> None:
+    """--codes, which processes.divide checks."""
+    said = f"processes that share the {what} (default: 1)"
+    parser.add_argument("--codes", type=int, default=1, help=said)
+
+
 def count(text: str) -> int:
     """A number of things, as the type of an option."""
     value = int(text)
