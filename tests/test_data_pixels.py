@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vqscale.data.config import ImagesConfig
-from vqscale.data.pixels import _some_box, augment, decode, normalise, resize_short
+from vqscale.data.pixels import _some_or_widest_box, augment, decode, normalise, resize_short
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
 
@@ -235,7 +235,7 @@ def test_flip_mirrors_half_of_the_training_images() -> None:
 def test_boxes_of_a_resized_crop_lie_inside_and_have_the_area(width: int, height: int) -> None:
     areas = []
     for seed in range(200):
-        left, top, right, bottom = _some_box((width, height), 0.25, random.Random(seed))
+        left, top, right, bottom = _some_or_widest_box((width, height), 0.25, random.Random(seed))
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         areas.append((right - left) * (bottom - top) / (width * height))
@@ -251,7 +251,7 @@ def test_a_resized_crop_is_the_resize_of_its_box() -> None:
     config = ImagesConfig("x", image_size=6, crop="resized", min_area=0.3)
     image = numbered(40, 30)
     for seed in range(5):
-        box = _some_box(image.size, 0.3, random.Random(seed))
+        box = _some_or_widest_box(image.size, 0.3, random.Random(seed))
         expected = image.resize((6, 6), Image.Resampling.BICUBIC, box=box)
         assert np.array_equal(augment(image, config, seed), np.asarray(expected))
         assert augment(image, config, None).shape == (6, 6, 3)
