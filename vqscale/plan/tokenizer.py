@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import nn
 
+from vqscale import nets
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
 from vqscale.config import to_dict
 from vqscale.engine.optimisers import muon_matrices
-from vqscale.nets.config import example, grid
+from vqscale.nets.config import NetConfig, example, grid
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.auxiliary import auxiliary
@@ -187,12 +189,19 @@ def _rows_bytes(tables: dict[str, Table]) -> int:
 
 
 def _activations(tokenizer: Tokenizer, images: int, config: TokenizerRun) -> int:
-    net, sides = config.tokenizer.net, config.data.train.sides
-    samples, *context = (torch.empty(shape, device="meta") for shape in example(net, sides, images))
-    kept = activation_bytes(tokenizer.encoder, samples, *context)
-    z_BDg = torch.empty(images, tokenizer.quantizer.dim, *grid(net, sides), device="meta")
-    kept += activation_bytes(tokenizer.decoder, tokenizer.post_quant_conv(z_BDg).detach(), *context)
+    kept = _kept(config.tokenizer.net, tokenizer.quantizer.dim, tuple(config.data.train.sides), images)
     return kept // 2 if config.engine.precision == "bf16" else kept
+
+
+@cache
+def _kept(net: NetConfig, dim: int, sides: tuple[int, ...], images: int) -> int:
+    """Bytes that autograd keeps in both sides of a network; most runs of a study have the same one."""
+    with torch.device("meta"):
+        parts = nets.build(net, dim)
+        samples, *context = (torch.empty(shape) for shape in example(net, sides, images))
+        z_BDg = torch.empty(images, dim, *grid(net, sides))
+    kept = activation_bytes(parts.encoder, samples, *context)
+    return kept + activation_bytes(parts.decoder, parts.post_quant_conv(z_BDg).detach(), *context)
 
 
 def _with_sum(values: dict[str, int]) -> dict[str, int]:
