@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "study")
 # What a cache and a tokenizer say that are not here.
 KNOWN_ELSEWHERE = {
-    "configs/quickstart/sound_prior.yaml": ("prior.num_codes=4096", "prior.grid=[80]", "prior.feature_dim=32"),
+    "configs/quickstart/sound_prior.yaml": ("prior.num_codes=4096", "prior.grid=[80]", "prior.feature_dim=8"),
     "configs/quickstart/prior.yaml": ("prior.num_codes=4096", "prior.grid=[8, 8]", "prior.feature_dim=16"),
 }
 HELD_OUT = {"photographs": 4 * 512}  # what its command makes of the photographs in the README beside it
