@@ -86,7 +86,7 @@ def test_its_dials_are_options_of_the_sample_program(place):
         (
             "autoregressive",
             ("--rounds", 2),
-            "which has --guidance, --schedule, --temperature, --top-k, --top-p: leave it",
+            "which has --guidance, --schedule, --temperature, --top-k, --top-p, --precision: leave it",
         ),
     ],
 )
