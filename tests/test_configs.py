@@ -59,6 +59,16 @@ IBQ_NET = {"encoder": 46_752_256, "decoder": 59_903_875, "quant_conv": 65_792, "
 SIMVQ_NET = {"encoder": 24_282_496, "decoder": 39_851_907, "quant_conv": 0, "post_quant_conv": 0}
 # 71,952,898 trained in all, of the names and shapes in tests/lib/published_audio.py.
 WAVE_NET = {"encoder": 8_802_816, "decoder": 62_887_426, "quantizer": 512 * 512 + 512}
+# Of UViM's first stage, counted from its code: labels in and out of 256 pixels; to the codes and back.
+UVIM_LABELS = {
+    "depth": (50_332_416, 50_397_184),
+    "color": (590_592, 590_592),
+    "panoptic": (26_346_240 + 19_661_568, 26_379_776 + 19_686_400),
+}
+UVIM_EDGES = {
+    "vq": {"quant_conv": 590_592, "post_quant_conv": 590_592, "codebook": 4096 * 768},
+    "fsq": {"quant_conv": 3_845, "post_quant_conv": 4_608, "codebook": 0},
+}
 SIZES = {
     **{f"ibq_imagenet256_{K}": IBQ_NET | {"codebook": K * 256} for K in (1024, 8192, 16384, 262144)},
     "ibq_imagenet256_262144_beyond": IBQ_NET | {"codebook": 2**18 * 256},
@@ -71,6 +81,15 @@ SIZES = {
         for name in ("4096", "8192", "65536", "262144", "65536_beyond")
     },
     "vq_imagenet128": SIMVQ_NET | {"codebook": 65536 * 128},
+    **{
+        f"uvim_{task}_{name}": {
+            "encoder": enters + 590_592 + 786_432 + 42_528_768,
+            "decoder": 590_592 + 786_432 + 85_056_000 + leaves,
+            **edges,
+        }
+        for task, (enters, leaves) in UVIM_LABELS.items()
+        for name, edges in UVIM_EDGES.items()
+    },
     # six channels in place of 128 between encoder and decoder
     "fsq_imagenet128": {"encoder": 24_282_496 - 122 * 513, "decoder": 39_851_907 - 122 * 512 * 9, "codebook": 0},
 }
