@@ -225,6 +225,12 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path, capsys, monkeypa
     page = (tmp_path / "out/index.html").read_text()
     assert "from left to right: the image, the truth, true codes, no code" in page
     assert page.count("data:image/png;base64,") == 1
+    tell = runpy.run_path(str(Path(__file__).parent.parent / "tools/page.py"))["main"]
+    assert tell(["--dense", str(tmp_path / "out"), str(tmp_path / "out"), "--out", str(tmp_path / "all.html")]) == 0
+    assert (tmp_path / "all.html").read_text().count("data:image/png;base64,") == 2
+    assert tell(["--dense", str(tmp_path), "--out", str(tmp_path / "all.html")]) == 2
+    assert tell([str(tmp_path), "--out", str(tmp_path / "all.html")]) == 2
+    assert "1 folders are given: give TOKENIZER_RUN" in capsys.readouterr().err
     assert main([*map(str, words), "--json", "--training-images", "0", "--own-size"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["protocol"]["size"].startswith("of the files")

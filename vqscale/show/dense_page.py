@@ -5,12 +5,15 @@ and a picture of images, truths and predictions side by side.
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vqscale.disk import files
 from vqscale.show import page, pictures, report
+
+RESULT, PICTURE = "result.json", "beside.png"
 
 
 def tell(
@@ -40,23 +43,34 @@ def columns(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def cells(numbers: Mapping[str, float], names: list[str]) -> list[str]:
-    return [dict(report.lines({name: numbers[name]}))[name] if name in numbers else "" for name in names]
+    found = {name: float("nan") if value is None else value for name, value in numbers.items()}  # JSON has no nan
+    return [dict(report.lines({name: found[name]}))[name] if name in found else "" for name in names]
 
 
 def write(folder: Path, title: str, result: Mapping[str, Any], shown: tuple[str, pictures.Picture]) -> Path:
     """Write the folder; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / "result.json", report.text(result) + "\n")
-    path, names = pictures.save(folder / "beside.png", shown[1]), columns(result["rows"])
-    rows = [
-        {"": name, **dict(zip(names, cells(numbers, names), strict=True))} for name, numbers in result["rows"].items()
-    ]
-    notes = "".join(f"<p class=failed>{html.escape(note)}</p>" for note in result["notes"])
+    whole = {**result, "title": title, "shown": shown[0]}
+    pictures.save(folder / PICTURE, shown[1])
+    files.write(folder / RESULT, report.text(whole) + "\n")
     rest = {key: value for key, value in result.items() if key not in ("rows", "notes")}
-    parts = [
-        ("What the codes tell", page.table(rows, dict.fromkeys(["", *names], "{}")) + notes),
-        ("Side by side", page.picture(path, f"from left to right: {shown[0]}")),
-        ("How", f"<pre>{html.escape(report.text(rest))}</pre>"),
-    ]
-    files.write(folder / "index.html", page.page(title, parts))
+    how = ("How", f"<pre>{html.escape(report.text(rest))}</pre>")
+    files.write(folder / "index.html", page.page("Guiding codes", [part(folder), how]))
     return folder / "index.html"
+
+
+def part(folder: Path) -> tuple[str, str]:
+    """(heading, HTML) of an evaluation that `write` has written. ValueError for another folder."""
+    try:
+        result = json.loads((folder / RESULT).read_text())
+        table, title, shown, notes = (result[key] for key in ("rows", "title", "shown", "notes"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} has no evaluation of guiding codes ({type(error).__name__}: {error}): give a folder that "
+            "`vqscale evaluate dense` wrote by its --out"
+        ) from error
+    names = columns(table)
+    rows = [{"": name, **dict(zip(names, cells(numbers, names), strict=True))} for name, numbers in table.items()]
+    told = "".join(f"<p class=failed>{html.escape(note)}</p>" for note in notes)
+    text = page.table(rows, dict.fromkeys(["", *names], "{}")) + told
+    return title, text + page.picture(folder / PICTURE, f"from left to right: {shown}")

@@ -26,6 +26,7 @@ def told(args: argparse.Namespace) -> str:
     held_out = _held_out(args, run)
     from vqscale.data import samples
     from vqscale.data.samples import SampleStream
+    from vqscale.priors.base import Prior
     from vqscale.programs import dense
     from vqscale.programs.dense_truth import Files
     from vqscale.show import dense_page
@@ -45,16 +46,21 @@ def told(args: argparse.Namespace) -> str:
 
         if args.training_images:
             constant = dense.label_sums(signal, stream(run.data.train), mesh, args.training_images)
+        fingerprint, draws = tokenizer.fingerprint, dict[str, dense.Draw]()  # collective
+        if args.prior:
+            prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
+            draws = dense.draws(prior, tokenizer, fingerprint)
         seen = stream(held_out)
         progress = Progress(-(-2 * seen.num_samples // seen.batch), rank=world.rank, stream=sys.stderr)
-        found = dense.measure(tokenizer, seen, mesh, constant=constant, truth=truth, advance=progress.advance)
+        options: Any = {"constant": constant, "draws": draws, "truth": truth, "advance": progress.advance}
+        found = dense.measure(tokenizer, seen, mesh, **options)
         progress.close()
-        fingerprint = tokenizer.fingerprint  # collective
     if world.rank:
         return ""
     result = {
         "rows": found.rows,
         "tokenizer": {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card},
+        "prior": args.prior,
         "data": {"shards": list(held_out.patterns), "fingerprint": seen.fingerprint, **held_out.card},
         "protocol": {
             "size": "of the files, predictions from the nearest pixel" if truth else "of the samples, as they entered",

@@ -44,6 +44,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     dense = commands.add_parser("dense", help="what the codes of labels tell beside the image that a decoder sees")
     dense.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
     dense.add_argument("--config", help="YAML that has data.val and data.train (default: run.yaml of the run)")
+    dense.add_argument("--prior", metavar="PRIOR", help="a prior of its ids that sees the image: rows of what it draws")
     dense.add_argument("--shards", help="held-out shards in place of those of data.val")
     dense.add_argument("--training-images", type=int, default=1000, help=CONSTANT)
     words.add_weights(dense)

@@ -1,10 +1,11 @@
 """Tell a run from images to samples on one self-contained page: tokenizer, reconstructions, prior, samples, commands.
 
     vqscale page TOKENIZER_RUN PRIOR_RUN SAMPLES --out runs/quickstart.html
+    vqscale page --dense FOLDER ... --out runs/dense.html
 
 The folders are those of two runs of `vqscale train` and one of `vqscale sample`. Real images stand beside the samples:
 of data.val of the tokenizer's run, or of data.train where there is none. With --classifier it tells what the shapes
-classifier recognises in the samples.
+classifier recognises in the samples. With --dense it puts folders of `vqscale evaluate dense --out` on one page.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vqscale.train.config import Run
 if TYPE_CHECKING:
     from vqscale.show.pictures import Picture
 
+FOLDERS = "finished folders of two runs of `vqscale train`, and of `vqscale sample`"
 MOST_CLASSES, DRAWN, REAL = 20, 8, 4
 MOST_READ = 4096  # real images that are looked at for some of every class
 
@@ -39,17 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = words.parser(__doc__)
-    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER_RUN", help="a finished run of a tokenizer")
-    parser.add_argument("prior", type=Path, metavar="PRIOR_RUN", help="a finished run of a prior over its ids")
-    parser.add_argument("samples", type=Path, metavar="SAMPLES", help="a finished folder of `vqscale sample`")
+    parser.add_argument("folders", type=Path, nargs="*", metavar="TOKENIZER_RUN PRIOR_RUN SAMPLES", help=FOLDERS)
+    parser.add_argument("--dense", type=Path, nargs="+", metavar="FOLDER", help="of `vqscale evaluate dense --out`")
     parser.add_argument("--classifier", metavar="FOLDER", help="of `vqscale classifier`: what it says of the samples")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    if len(args.folders) != (0 if args.dense else 3):
+        raise ValueError(
+            f"{len(args.folders)} folders are given{' beside --dense' if args.dense else ''}: give TOKENIZER_RUN, "
+            "PRIOR_RUN and SAMPLES, or --dense alone with its folders"
+        )
+    if not args.dense:
+        args.tokenizer, args.prior, args.samples = args.folders
+    return args
 
 
 def _page(args: argparse.Namespace) -> int:
-    from vqscale.show import run_page
+    from vqscale.show import dense_page, run_page
 
+    if args.dense:
+        print(run_page.write(args.out, "Dense prediction by guiding codes", map(dense_page.part, args.dense)))
+        return 0
     (config, summary, rows), second = _run(args.tokenizer, "tokenizer"), _run(args.prior, "prior")
     settings, drawn = _drawn(args.samples)
     parts = [run_page.tokenizer(config, grid(config.tokenizer.net, config.data.train.sides), summary, rows)]
