@@ -6,19 +6,21 @@
 #   bash launch/dense.sh [key=value ...] [-- key=value ...] [-- TASK ...]
 #
 # What stands before -- changes keys of configs/quickstart/{depth,color,panoptic}.yaml, e.g. run.steps=2000; what stands
-# after it those of the priors beside them; after another one stand the tasks, if not all three. Everything is in
-# runs/dense, or in the folder that DENSE names.
+# after it those of the priors beside them; after another one stand the tasks, if not all three. Everything is in the
+# folder runs/dense, with run.folder=runs/second in that one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 environment
 
-first=() second=() tasks=(depth color panoptic)
-while [ $# -gt 0 ] && [ "$1" != -- ]; do first+=("$1"); shift; done
+place=runs/dense first=() second=() tasks=(depth color panoptic)
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case $1 in run.folder=*) place=${1#run.folder=} ;; *) first+=("$1") ;; esac
+    shift
+done
 [ $# -eq 0 ] || shift
 while [ $# -gt 0 ] && [ "$1" != -- ]; do second+=("$1"); shift; done
 [ $# -eq 0 ] || { shift; tasks=("$@"); }
-place=${DENSE:-runs/dense}
 
 processes=$(python -c 'import torch; n = torch.cuda.device_count(); print(n if n > 1 else 1 if n else 2)')
 threads=$(($(nproc) / processes))

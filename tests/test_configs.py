@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "study")
 # What a cache and a tokenizer say that are not here.
 KNOWN_ELSEWHERE = {
+    f"configs/quickstart/{task}_prior.yaml": ("prior.num_codes=125", "prior.num_ids=1", "prior.grid=[4, 4]")
+    for task in ("depth", "color", "panoptic")
+} | {
     "configs/quickstart/sound_prior.yaml": ("prior.num_codes=4096", "prior.grid=[80]", "prior.feature_dim=8"),
     "configs/quickstart/prior.yaml": ("prior.num_codes=4096", "prior.grid=[8, 8]", "prior.feature_dim=16"),
 }
@@ -158,6 +161,23 @@ def test_the_first_stage_of_ctf_has_its_published_size(name):
     assert f"{(_count(prior) - size) / 1e6:.1f} M here" in said
     for world in (8, 32, 64):
         config.check_world(world)
+
+
+UVIM_PRIORS = sorted((ROOT / "configs" / "prior").glob("uvim_*.yaml"))
+
+
+@pytest.mark.parametrize("path", UVIM_PRIORS, ids=lambda path: path.stem)
+def test_the_second_stages_of_uvim_fit_their_first(path):
+    config, first = (configuration.load(Run, x) for x in (path, ROOT / "configs" / "tokenizer" / path.name))
+    with torch.device("meta"):
+        prior = priors.build(config.prior, planned_mesh(1, 1))
+        quantizer = quantizers.build(first.tokenizer.quantizer, planned_mesh(1, 1))
+    assert config.tokenizer == first.run.folder
+    assert prior.num_codes == quantizer.num_codes
+    assert tuple(config.prior.grid) == grid(first.tokenizer.net, first.data.train.sides)
+    assert config.data.train.shape == first.data.train.shape
+    assert prior.condition.shape == (3, *first.data.train.sides)
+    config.check_world(8)
 
 
 def _count(module):

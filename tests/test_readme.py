@@ -5,6 +5,7 @@ That every other one is taken by its program, too, is shown in test_commands.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -32,9 +33,16 @@ SHORT_RUN = (
 )
 SHORT_PRIOR = "run.steps=4 run.eval_every=4 run.checkpoint_every=4 data.batch=8 prior.net.num_layers=1"
 SHORT_JUDGE = "--steps 4 --batch 8 --num-images 32 --num-held-out 20"
+SHORT_DENSE = (
+    "run.steps=2 run.eval_every=2 run.checkpoint_every=2 run.log_every=1 data.batch=8 data.train.num_workers=0 "
+    "data.val.num_workers=0 data.train.shards={tmp}/shards/train-0.tar data.train.make.num_images=32 "
+    "data.val.shards={tmp}/shards/val-0.tar data.val.make.num_images=8 data.train.index_dir={tmp}/index "
+    "data.val.index_dir={tmp}/index"
+)
 PRIOR_PLANNED = "--dry-run prior.num_codes=4096 prior.grid=[8,8] prior.feature_dim=16"
 # A command begins with the first of these that fits; what is added makes it short.
 SHORTER = {
+    "bash launch/dense.sh": f"{SHORT_DENSE} run.folder={{tmp}}/dense -- {SHORT_DENSE} prior.net.num_layers=1 -- color",
     "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR} -- {SHORT_JUDGE}",
     "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
     "python launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
@@ -74,6 +82,10 @@ def test_a_command_of_the_readme_works(command, tmp_path):
     words = shlex.split(command) + shlex.split(added.format(tmp=tmp_path))
     done = _run(words)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    if command.startswith("bash launch/dense.sh"):
+        rows = json.loads((tmp_path / "dense" / "color-measured" / "result.json").read_text())["rows"]
+        assert {"true codes", "no code", "constant", "greedy", "sampled"} <= rows.keys()
+        assert "from left to right: the image" in (tmp_path / "dense.html").read_text()
     if command.startswith("bash launch/quickstart.sh"):
         assert "PSNR on held-out images" in done.stdout
         assert (tmp_path / "run" / "reconstructions.png").exists()

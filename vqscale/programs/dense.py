@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from vqscale.data.samples import SampleStream
 from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import Prior
 from vqscale.programs.dense_truth import Files, Samples
 from vqscale.programs.score import look_over
 from vqscale.seed import derive
@@ -123,32 +121,6 @@ def kept(numbers: Tensor, grid: tuple[int, ...], share: float) -> Tensor:
     uniform = noise.uniform(noise.keys(derive(0, "kept codes"), numbers), 0, places)
     count = torch.full_like(numbers, round(share * places))
     return noise.lowest(uniform, count).unflatten(1, grid)
-
-
-def draws(prior: Prior, tokenizer: Tokenizer, fingerprint: str) -> dict[str, Draw]:
-    """The ways of a prior, by the names of their rows: the likeliest ids, ids drawn with all at its default, and where
-    it predicts any ids from any others the likeliest of all at once. ValueError for a prior without a context, or of
-    another tokenizer, whose fingerprint this is.
-    """
-    if not prior.config.condition.wants_context:
-        raise ValueError(
-            f"the prior has the condition {prior.config.condition.name}, and here ids are drawn for an image: give one "
-            "with prior.condition context, trained on the ids of this tokenizer"
-        )
-    whose = prior.card.get("tokenizer")
-    if whose not in (None, fingerprint) or prior.num_codes != tokenizer.quantizer.num_codes:
-        raise ValueError(
-            f"the prior was trained on ids of the tokenizer {str(whose)[:12]} with {prior.num_codes} codes, and this "
-            f"one is {fingerprint[:12]} with {tokenizer.quantizer.num_codes}: give the two that belong together"
-        )
-    ways: dict[str, dict[str, Any]] = {"prior, greedy": {"top_k": 1}, "prior, sampled": {}}
-    if "steps" in prior.sample_config(None).dials():
-        ways["prior, one pass"] = {"top_k": 1, "steps": 1}
-
-    def draw(settings: dict[str, Any]) -> Draw:
-        return lambda context, numbers: prior.sample(context, settings, numbers_B=numbers)
-
-    return {name: draw(settings) for name, settings in ways.items()}
 
 
 def label_sums(signal: Labelled, stream: SampleStream, mesh: Mesh, images: int) -> Tensor:

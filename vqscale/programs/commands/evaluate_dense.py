@@ -27,7 +27,7 @@ def told(args: argparse.Namespace) -> str:
     from vqscale.data import samples
     from vqscale.data.samples import SampleStream
     from vqscale.priors.base import Prior
-    from vqscale.programs import dense
+    from vqscale.programs import dense, predict
     from vqscale.programs.dense_truth import Files
     from vqscale.show import dense_page
     from vqscale.show.progress import Progress
@@ -48,8 +48,7 @@ def told(args: argparse.Namespace) -> str:
             constant = dense.label_sums(signal, stream(run.data.train), mesh, args.training_images)
         fingerprint, draws = tokenizer.fingerprint, dict[str, dense.Draw]()  # collective
         if args.prior:
-            prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
-            draws = dense.draws(prior, tokenizer, fingerprint)
+            draws = predict.draws(Prior.load(args.prior, mesh=mesh, weights=args.weights), tokenizer)
         seen = stream(held_out)
         progress = Progress(-(-2 * seen.num_samples // seen.batch), rank=world.rank, stream=sys.stderr)
         options: Any = {"constant": constant, "draws": draws, "truth": truth, "advance": progress.advance}
