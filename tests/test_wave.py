@@ -10,11 +10,14 @@ import torch
 
 from vqscale import config as configuration
 from vqscale import nets
+from vqscale.engine.config import OptimConfig
+from vqscale.engine.optimisers import groups
 from vqscale.nets.config_wave import WaveConfig
 from vqscale.nets.seanet import Encoder
 from vqscale.nets.vocos import Decoder, Head, inverse_stft, spectrum
 from vqscale.nets.weight_norm import NormedConv
 from vqscale.parallel.mesh import Mesh
+from vqscale.plan.count import network
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
 
@@ -32,6 +35,7 @@ def tokenizer(net, num_codes=64, dim=512, mesh=None):
     return Tokenizer.from_config(dataclasses.replace(parsed, net=net), mesh)
 
 
+@pytest.mark.slow
 def test_the_default_has_the_published_counts():
     with torch.device("meta"):
         whole = tokenizer(WaveConfig(), mesh=Mesh(device="meta"))
@@ -141,6 +145,35 @@ def test_a_normed_convolution_begins_as_the_plain_one_and_knows_no_scale_of_v(co
         normed.weight_g *= 2.0
         normed.bias *= 2.0
         torch.testing.assert_close(normed(x), 2 * before)
+
+
+def test_gains_do_not_decay():
+    conv = NormedConv(torch.nn.Conv1d(2, 3, 5))
+    decays = {
+        p: group["weight_decay"] for group in groups(conv, OptimConfig(weight_decay=0.1)) for p in group["params"]
+    }
+    assert [decays[p] for p in (conv.weight_v, conv.weight_g, conv.bias)] == [0.1, 0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_operations_are_counted_with_those_of_the_lstm():
+    """On the meta device, of a second: each convolution of the encoder at its own rate, the rest 75 times."""
+
+    def product(out, into, times, kernel=1):
+        return 2 * out * into * kernel * times
+
+    length, channels, expected = 24_000, 32, product(32, 1, 24_000, 7)
+    for ratio in (2, 4, 5, 8):
+        expected += product(channels // 2, channels, length, 3) + product(channels, channels // 2 + channels, length)
+        length, channels = length // ratio, 2 * channels
+        expected += product(channels, channels // 2, length, 2 * ratio)
+    expected += 2 * product(4 * 512, 2 * 512, 75) + product(512, 512, 75, 7)
+    expected += product(768, 512, 75, 7) + 8 * product(768, 768, 75, 3) + 4 * product(768, 768, 75)
+    expected += 2 * product(75, 768, 75) + 12 * (product(768, 1, 75, 7) + 2 * product(768, 2304, 75))
+    expected += product(1282, 768, 75)
+    counted = network(WaveConfig(), (24_000,), 512)
+    assert counted.forward == expected == 12_620_851_200
+    assert (counted.tokens, counted.parameters) == (75, 71_952_898 - 512 * 512 - 512)
 
 
 @pytest.mark.parametrize(

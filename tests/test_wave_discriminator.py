@@ -33,6 +33,7 @@ def count(module):
     return sum(x.numel() for x in module.parameters())
 
 
+@pytest.mark.slow
 def test_the_default_has_the_published_sizes():
     with torch.device("meta"):
         net = discriminators.build(WaveDiscriminatorConfig())

@@ -136,7 +136,8 @@ def groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    matrices = {id(p) for p in trainable if p.ndim >= 2} - tables
+    # a gain of weight normalisation has dims beside its first, and one number for each of that
+    matrices = {id(p) for p in trainable if p.ndim >= 2 and p.numel() > len(p)} - tables
     split = [
         ([p for p in trainable if id(p) in matrices], optim.weight_decay),
         ([p for p in trainable if id(p) in tables], optim.rows_weight_decay),
