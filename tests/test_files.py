@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What opens, renames or replaces a file by itself, and why it may.
 OTHERS = {
     "data/shards/cache.py": "a download of any size; files.place puts it in its place when it is whole",
+    "disk/wav.py": "a file in memory",
     "programs/sample_folder.py": "an entry of the zip that files.writing writes",
     "run/processes.py": "words to whoever started this process, read when it has ended",
     "tokenizer/export.py": "weights come in blocks, over many calls; files.place puts them in their place",

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import prior_runs
@@ -268,8 +269,9 @@ def test_interrupted_and_continued(base):
     more = [f"run.steps={num}", f"run.checkpoint_every={num}", f"run.eval_every={num}"]
     path = _write(base, dials=[K], folder=str(place), set=more)
     process = subprocess.Popen(
-        _tool(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        _tool(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )  # fmt: skip
     _, trials = _expand(path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not all(studies.last_row(trial.folder) for trial in trials):

@@ -63,6 +63,11 @@ def _page(args: argparse.Namespace) -> int:
         print(run_page.write(args.out, "Dense prediction by guiding codes", map(dense_page.part, args.dense)))
         return 0
     (config, summary, rows), second = _run(args.tokenizer, "tokenizer"), _run(args.prior, "prior")
+    if config.tokenizer.signal.name != "images":
+        raise ValueError(
+            f"this page is of images, and {args.tokenizer} has a tokenizer of {config.tokenizer.signal.name}: use the "
+            "page of `vqscale evaluate sounds --out` or `vqscale evaluate dense --out`"
+        )
     settings, drawn = _drawn(args.samples)
     parts = [run_page.tokenizer(config, grid(config.tokenizer.net, config.data.train.sides), summary, rows)]
     pictures = sorted((args.tokenizer / "samples" / "reconstructions").glob("*.png"))
