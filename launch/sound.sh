@@ -39,8 +39,9 @@ if [ -n "${SOURCE:-}" ]; then
     python tools/make_shards.py --source "$SOURCE" --out "$run-shards" --name all --shard-size $(((count + 9) / 10))
     shards=("$run-shards"/all-*.tar)
     last=$((${#shards[@]} - 1))
-    train=$(printf '"%s",' "${shards[@]:0:$last}")
-    own=("data.train.shards=[${train%,}]" data.train.make=null "data.val.shards=${shards[$last]}" data.val.make=null)
+    number() { local name=${shards[$1]##*-}; printf %s "${name%.tar}"; }
+    train="$run-shards/all-{$(number 0)..$(number $((last - 1)))}.tar"
+    own=("data.train.shards=$train" data.train.make=null "data.val.shards=${shards[$last]}" data.val.make=null)
     classes=0
     [ ! -f "$run-shards/classes.txt" ] || classes=$(wc -l <"$run-shards/classes.txt")
     second=("prior.num_classes=$classes" ${second[@]+"${second[@]}"})
@@ -53,14 +54,7 @@ stage "1 of 5: the tokenizer"
 start launch/train.py "${tokenizer[@]}"
 
 encode() { # SPLIT
-    local shards
-    mapfile -t shards < <(python - "$(asked "data.$1.shards")" <<'LIST'
-import sys, yaml
-found = yaml.safe_load(sys.argv[1]) if sys.argv[1].startswith("[") else sys.argv[1]
-print("\n".join([found] if isinstance(found, str) else found))
-LIST
-    )
-    start tools/encode.py "$run" "$run-cache/$1" --medium sounds --shards "${shards[@]}" --workers 1
+    start tools/encode.py "$run" "$run-cache/$1" --medium sounds --shards "$(asked "data.$1.shards")" --workers 1
 }
 stage "2 of 5: ids of the sounds"
 encode train
