@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import scipy.io
 from dense_files import CATEGORIES, CLASSES, image, painted, png, segment
+from PIL import Image
 
 from vqscale.data.config_dense import DepthConfig, PanopticConfig
 from vqscale.data.made import make, nyu
@@ -45,7 +46,7 @@ def members(*paths):
 
 
 def pixels(data):
-    return np.asarray(nyu.Image.open(io.BytesIO(data))).astype(int)
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
 def metres(seed):
@@ -131,7 +132,7 @@ def sync_tree(root, scenes=("kitchen_0028b", "bath.2"), count=2):
         (root / scene).mkdir(parents=True)
         for number in range(count):
             steps = (metres(number) * 1000).round().astype(np.uint16)
-            nyu.Image.fromarray(image(*SIDES, number)).save(root / scene / f"rgb_{number:05d}.jpg")
+            Image.fromarray(image(*SIDES, number)).save(root / scene / f"rgb_{number:05d}.jpg")
             (root / scene / f"sync_depth_{number:05d}.png").write_bytes(png(steps))
 
 
@@ -166,7 +167,7 @@ def coco(folder, count=4, zipped=False):
     (folder / "maps").mkdir()
     for number in range(9, 9 + count):
         name = f"{number:012d}"
-        nyu.Image.fromarray(image(*SIDES, number)).save(folder / f"train2017/{name}.jpg")
+        Image.fromarray(image(*SIDES, number)).save(folder / f"train2017/{name}.jpg")
         (folder / f"maps/{name}.png").write_bytes(png(painted(ids)))
         told["images"].append({"id": number, "file_name": f"{name}.jpg", "height": SIDES[0], "width": SIDES[1]})
         told["annotations"].append({"image_id": number, "file_name": f"{name}.png", "segments_info": segments})

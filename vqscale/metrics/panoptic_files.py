@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from vqscale.disk import files
+from vqscale.disk import files, png
 from vqscale.metrics.panoptic import merge_stuff, segments
 
 
@@ -58,8 +57,7 @@ def write_map(
     """Write folder/IMAGE_ID.png; the map's entry among the annotations of the JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{image_id:012d}.png" if isinstance(image_id, int) else f"{image_id}.png"
-    with files.writing(folder / name) as file:
-        Image.fromarray(id_to_rgb(ids_HW)).save(file, "PNG")
+    files.write(folder / name, png.encoded(id_to_rgb(ids_HW)))
     return {"image_id": image_id, "file_name": name, "segments_info": list(info)}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,24 +172,26 @@ def cell(value: Any, form: str) -> str:
 
 def picture(path: Path, caption: str) -> str:
     """An <img> that carries its file."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    return f"<figure>{img(path.read_bytes(), caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def img(png: bytes, caption: str) -> str:
+    """An <img> that carries these bytes of a PNG."""
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
 
 
 def side_by_side(paths: Mapping[str, Path], rows: int = 2) -> str:
     """The tops of pictures under each other, each named: `rows` is how many of its 2 n rows of images are kept."""
     from PIL import Image
 
+    from vqscale.disk import png
+
     parts = []
     for name, path in paths.items():
         with Image.open(path) as image:
             top = image.crop((0, 0, image.width, image.height * rows // 4 if rows < 4 else image.height))
-            held = io.BytesIO()
-            top.save(held, "PNG")
-        data = base64.b64encode(held.getvalue()).decode()
-        text = html.escape(name)
-        parts.append(f'<h3>{text}</h3><img alt="{text}" src="data:image/png;base64,{data}">')
+            parts.append(f"<h3>{html.escape(name)}</h3>{img(png.encoded(top), name)}")
     return "".join(parts)
 
 

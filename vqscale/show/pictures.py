@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from torch import Tensor
 
-from vqscale.disk import files
+from vqscale.disk import files, png
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.show import canvas
 
@@ -87,6 +86,5 @@ def save(path: str | os.PathLike[str], picture: Picture | Tensor) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else picture
-    with files.writing(path) as file:
-        Image.fromarray(array).save(file, format="PNG")
+    files.write(path, png.encoded(array))
     return path

@@ -7,18 +7,15 @@ studies.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vqscale.disk import files
+from vqscale.disk import files, png
 from vqscale.show import canvas, page
 from vqscale.show.pictures import Picture
 
@@ -180,7 +177,7 @@ def chart(
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    return _img(canvas.png(drawn), caption)
+    return page.img(canvas.png(drawn), caption)
 
 
 def _strip(images: Sequence[Picture]) -> str:
@@ -190,11 +187,4 @@ def _strip(images: Sequence[Picture]) -> str:
     times = max(1, _TILE // images[0].shape[0])
     tiles = [np.pad(np.kron(x, np.ones((times, times, 1), np.uint8)), ((0, 0), (0, _BETWEEN), (0, 0)),
                     constant_values=255) for x in images]  # fmt: skip
-    held = io.BytesIO()
-    Image.fromarray(np.concatenate(tiles, axis=1)).save(held, "PNG")
-    return _img(held.getvalue(), "")
-
-
-def _img(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+    return page.img(png.encoded(np.concatenate(tiles, axis=1)), "")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from vqscale.disk import wav
+from vqscale.disk import png, wav
 from vqscale.metrics.sound import MelBands
-from vqscale.show import pictures
+from vqscale.show import page, pictures
 
 _QUIET, _LOUD = -9.0, 3.0  # logarithms that are black and white
 _COLUMNS = 4
@@ -45,10 +43,7 @@ def player(wave: NDArray[Any], rate: int, caption: str) -> str:
 def heard(name: str, wave: NDArray[np.floating], recon: NDArray[np.floating], bands: MelBands) -> str:
     """A recording above what was made of it, to look at and to listen to."""
     spectra = (bands(torch.from_numpy(x)[None]) for x in (wave, recon))
-    picture = io.BytesIO()
-    Image.fromarray(grid(*spectra)).save(picture, "PNG")
-    data, text = base64.b64encode(picture.getvalue()).decode(), html.escape(name)
-    shown = f'<img alt="{text}, original above reconstruction" src="data:image/png;base64,{data}">'
-    return f"<h3>{text}</h3><figure>{shown}{player(wave, bands.rate, 'original')}" + (
+    shown = page.img(png.encoded(grid(*spectra)), f"{name}, original above reconstruction")
+    return f"<h3>{html.escape(name)}</h3><figure>{shown}{player(wave, bands.rate, 'original')}" + (
         f"{player(recon, bands.rate, 'reconstruction')}</figure>"
     )

@@ -28,7 +28,7 @@ from vqscale.data.made.shapes import CLASS_NAMES, draw
 from vqscale.data.order import permutation
 from vqscale.data.shards.patterns import expand, is_local
 from vqscale.data.sounds import opened
-from vqscale.disk import files
+from vqscale.disk import files, png
 from vqscale.disk.lock import hold
 from vqscale.errors import ExplainedError
 from vqscale.seed import derive
@@ -53,10 +53,8 @@ def shapes(config: ShapesConfig) -> Plan:
     def sample(number: int) -> Sample:
         index = config.first_index + number
         picture, label = draw(index, config.size, config.seed)
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG")
         facts = json.dumps({"label": label, "class": CLASS_NAMES[label]})
-        made = {"png": file.getvalue(), "cls": str(label).encode(), "json": facts.encode()}
+        made = {"png": png.encoded(picture), "cls": str(label).encode(), "json": facts.encode()}
         return {"__key__": f"{index:08d}", **made}
 
     return Plan(config.num_images, {**asdict(config), "classes": list(CLASS_NAMES)}, sample)

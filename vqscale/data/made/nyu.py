@@ -7,7 +7,6 @@ as they are. h5py and scipy are the extra `convert`, imported where a form needs
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vqscale.data.made.make import Plan, Sample, listing
 from vqscale.data.made.pairs import Coverage, depth_pair
 from vqscale.data.order import permutation
+from vqscale.disk import png
 from vqscale.seed import derive
 
 UNIT_M = 0.001
@@ -149,15 +148,9 @@ def _plan(
         steps = steps_of(metres, name_of(chosen))
         if coverage:
             coverage.add(steps)
-        return {"__key__": f"{chosen:08d}", "png": _png(pixels), "depth.png": _png(steps)}
+        return {"__key__": f"{chosen:08d}", "png": png.encoded(pixels), "depth.png": png.encoded(steps)}
 
     return Plan(count, facts, sample, {"depth": {"unit_m": UNIT_M}})
-
-
-def _png(pixels: NDArray[Any]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
-    return file.getvalue()
 
 
 def _opened(reader: Callable[[Path], Any], path: Path, what: str) -> Any:

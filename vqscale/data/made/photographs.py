@@ -8,7 +8,6 @@ to a bound; copies of a photograph, byte for byte, count once.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from vqscale.data.made.make import Plan, Sample, classes_of, labelled
 from vqscale.data.made.squares import CropsConfig, box, split
 from vqscale.data.order import permutation
 from vqscale.data.pixels import decode
+from vqscale.disk import png
 from vqscale.seed import derive
 
 MOST_BYTES = 2**29  # of squares that are held in memory while they are mixed
@@ -119,10 +119,9 @@ class _Squares:
     def _square(self, image: Image.Image, photograph: Photograph, number: int) -> Sample:
         size = self.config.size
         place = box(self.config, photograph.digest, number, image.size)
-        file = io.BytesIO()
-        image.resize((size, size), Image.Resampling.BICUBIC, box=place).save(file, "PNG")
+        square = image.resize((size, size), Image.Resampling.BICUBIC, box=place)
         # a key of our own: the names of photographs may be anything
-        made = {"__key__": f"{photograph.digest[:16]}-{number:05d}", "png": file.getvalue()}
+        made = {"__key__": f"{photograph.digest[:16]}-{number:05d}", "png": png.encoded(square)}
         return made | labelled(photograph.name, self.classes, box=place)
 
 

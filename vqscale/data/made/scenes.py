@@ -13,7 +13,6 @@ The two hues of a class of things have the same luminance, so that gray tells a 
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -21,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vqscale.data.config_dense import ScenesConfig, as_stated
 from vqscale.data.made.make import Plan, Sample
 from vqscale.data.made.things import FOCAL, Field, Object, View, objects, segment_id
+from vqscale.disk import png
 from vqscale.seed import derive
 
 UNIT_M = 0.001  # of the depth that is written
@@ -182,18 +181,12 @@ def scenes(config: ScenesConfig) -> Plan:
         about = {"image_id": key, "height": config.size, "width": config.size, "segments_info": scene.segments}
         painted = np.stack([scene.ids % 256, scene.ids // 256, scene.ids * 0], -1).astype(np.uint8)
         made = {
-            "png": _png(scene.picture),
-            "depth.png": _png(np.rint(scene.metres / UNIT_M).astype(np.uint16)),
-            "panoptic.png": _png(painted),
+            "png": png.encoded(scene.picture),
+            "depth.png": png.encoded(np.rint(scene.metres / UNIT_M).astype(np.uint16)),
+            "panoptic.png": png.encoded(painted),
             "panoptic.json": json.dumps(about).encode(),
         }
         return {"__key__": key, **made}
 
     stated: dict[str, Any] = {"depth": {"unit_m": UNIT_M}, "categories": as_stated(config.categories)}
     return Plan(config.num_images, {**asdict(config), "classes": []}, sample, stated)
-
-
-def _png(pixels: NDArray[Any]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
