@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from vqscale import signals
+from vqscale.data import panoptic
 from vqscale.metrics import panoptic_files
 from vqscale.metrics.chroma import Colors, chroma
 from vqscale.metrics.depth import DepthErrors
@@ -277,10 +278,10 @@ CATEGORIES = [
 
 def test_ids_are_three_bytes_of_a_pixel():
     ids = np.array([[0, 1, 255, 256, 65536, 2**24 - 1]])
-    pixels = panoptic_files.id_to_rgb(ids)
+    pixels = panoptic.id_to_rgb(ids)
     assert pixels[0, 3].tolist() == [0, 1, 0]
     assert pixels[0, 4].tolist() == [0, 0, 1]
-    assert (panoptic_files.rgb_to_id(pixels) == ids).all()
+    assert (panoptic.rgb_to_id(pixels) == ids).all()
 
 
 def test_what_is_written_is_what_the_official_evaluator_reads(tmp_path):

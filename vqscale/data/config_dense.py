@@ -217,14 +217,21 @@ class PanopticConfig(DenseConfig):
 def _categories(config: PanopticConfig) -> tuple[CategoryConfig, ...]:
     place = config.categories or f"`_info.json` beside {config.patterns[0]}"
     try:
-        known = json.loads(Path(str(config.categories)).read_text()) if config.categories else config.stated()
-        listed = known["categories"] if isinstance(known, dict) else known
-        return tuple(CategoryConfig(int(x["id"]), str(x["name"]), bool(x["isthing"])) for x in listed)
+        return categories_of(
+            json.loads(Path(str(config.categories)).read_text()) if config.categories else config.stated()
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"the categories of the segments cannot be had from {place} ({type(error).__name__}: {error}): set "
             "data.train.categories (val.) to the file of your set, panoptic_coco_categories.json for COCO"
         ) from None
+
+
+def categories_of(known: Any) -> tuple[CategoryConfig, ...]:
+    """The categories of what a JSON file holds: a list of id, name and isthing, or an object that has it under
+    `categories`. ValueError, KeyError or TypeError where it holds neither."""
+    found = known["categories"] if isinstance(known, dict) else known
+    return tuple(CategoryConfig(int(x["id"]), str(x["name"]), bool(x["isthing"])) for x in found)
 
 
 def as_stated(categories: Iterable[CategoryConfig]) -> list[dict[str, Any]]:

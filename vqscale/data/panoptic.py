@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from vqscale.data.config_dense import PanopticConfig
@@ -46,8 +47,17 @@ def segment_ids(data: bytes) -> Map:
             f"its panoptic.png has the mode {image.mode}, but ids of segments are in RGB, R + 256 G + 65536 B: write "
             "it as COCO's panoptic files are"
         )
-    pixels = np.asarray(image)
-    return pixels[..., 0] + (pixels[..., 1].astype(np.int32) << 8) + (pixels[..., 2].astype(np.int32) << 16)
+    return rgb_to_id(np.asarray(image))
+
+
+def id_to_rgb(ids_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Ids of 0 .. 2^24 - 1 as the three bytes of a pixel: (H, W) -> (H, W, 3)."""
+    return np.stack([ids_HW >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
+
+
+def rgb_to_id(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """The inverse: (H, W, 3) -> (H, W)."""
+    return pixels_HWC[..., 0] + (pixels_HWC[..., 1].astype(np.int32) << 8) + (pixels_HWC[..., 2].astype(np.int32) << 16)
 
 
 def looked_up(ids: Map, segments: Sequence[dict[str, int]], classes: dict[int, int]) -> Map:

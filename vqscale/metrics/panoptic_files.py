@@ -13,18 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vqscale.data.panoptic import id_to_rgb
 from vqscale.disk import files, png
 from vqscale.metrics.panoptic import merge_stuff, segments
-
-
-def id_to_rgb(ids_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Ids of 0 .. 2^24 - 1 as the three bytes of a pixel: (H, W) -> (H, W, 3)."""
-    return np.stack([ids_HW >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
-
-
-def rgb_to_id(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The inverse: (H, W, 3) -> (H, W)."""
-    return pixels_HWC.astype(np.int64) @ np.array([1, 256, 65536])
 
 
 def described(

@@ -54,10 +54,8 @@ class Panoptic(Labelled):
         return samples[:, 3:5], samples[:, :3]
 
     def distances(self, config: DistanceConfig, mesh: Mesh) -> Distances:
-        weights = (
-            config.reconstruction_weight * w for w in (self.config.semantics_weight, self.config.instances_weight)
-        )
-        semantics_weight, instances_weight = weights
+        semantics_weight = config.reconstruction_weight * self.config.semantics_weight
+        instances_weight = config.reconstruction_weight * self.config.instances_weight
 
         def of(output: Tensor, samples: Tensor, autocast: Callable[[], Any]) -> dict[str, Distance]:
             classes, instances = samples[:, 3:5].long().unbind(1)

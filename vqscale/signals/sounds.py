@@ -18,31 +18,18 @@ from torch import Tensor
 from vqscale.disk import wav
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance
-from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import spectrograms
 from vqscale.show.pictures import Picture
 from vqscale.signals import Distance, Distances, Signal, Sums
 from vqscale.signals.config import DistanceConfig
 from vqscale.signals.config_sounds import SoundsSignal
+from vqscale.signals.summed import Summed
 
 
 def bands(config: SoundsSignal) -> MelBands:
     """The mel bands of a config."""
     return MelBands(config.sample_rate, config.mel_window, config.mel_hop, config.num_mels)
-
-
-class SoundSums(Sums):
-    """Distances of spectra and SI-SDR; with measures PESQ and STOI."""
-
-    def __init__(self, mesh: Mesh, bands: MelBands, speech: SpeechMeasures | None) -> None:
-        self.mesh, self._scores = mesh, SoundScores(bands, speech, mesh.device)
-
-    def add(self, samples: Tensor, predicted: Tensor) -> None:
-        self._scores.add(samples, predicted)
-
-    def numbers(self) -> dict[str, float]:
-        return self._scores.from_sums(ops.sum_over(self._scores.sums(), self.mesh.world))
 
 
 class Sounds(Signal):
@@ -70,8 +57,9 @@ class Sounds(Signal):
     def predict(self, output: Tensor) -> Tensor:
         return output.float().clamp(-1, 1)
 
-    def sums(self, mesh: Mesh, measures: SpeechMeasures | None = None) -> SoundSums:
-        return SoundSums(mesh, bands(self.config), measures)
+    def sums(self, mesh: Mesh, measures: SpeechMeasures | None = None) -> Sums:
+        """Distances of spectra and SI-SDR; with measures PESQ and STOI."""
+        return Summed(SoundScores(bands(self.config), measures, mesh.device), mesh)
 
     def picture(self, samples: Tensor, predicted: Tensor) -> Picture:
         """Mel spectra of originals, below each its reconstruction's."""

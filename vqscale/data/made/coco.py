@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vqscale.data.config_dense import as_stated, categories_of
 from vqscale.data.made.make import Plan, Sample
 from vqscale.data.made.pairs import Coverage, checked
 from vqscale.data.order import permutation
@@ -58,9 +59,7 @@ def panoptic(
 def read_categories(path: Path) -> list[dict[str, Any]]:
     """The categories of a JSON file: a list of id, name and isthing, or an object that has it under `categories`."""
     try:
-        found = json.loads(path.read_text())
-        listed = found["categories"] if isinstance(found, dict) else found
-        return [{"id": int(x["id"]), "name": str(x["name"]), "isthing": int(x["isthing"])} for x in listed]
+        return as_stated(categories_of(json.loads(path.read_text())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} has no categories ({type(error).__name__}: {error}): give a JSON file with a list of id, name and "

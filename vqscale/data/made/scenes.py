@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from vqscale.data.config_dense import ScenesConfig, as_stated
 from vqscale.data.made.make import Plan, Sample
 from vqscale.data.made.things import FOCAL, Field, Object, View, objects, segment_id
+from vqscale.data.panoptic import id_to_rgb
 from vqscale.disk import png
 from vqscale.seed import derive
 
@@ -179,11 +180,10 @@ def scenes(config: ScenesConfig) -> Plan:
         scene = draw(index, config.size, config.seed, config.far)
         key = f"{index:08d}"
         about = {"image_id": key, "height": config.size, "width": config.size, "segments_info": scene.segments}
-        painted = np.stack([scene.ids % 256, scene.ids // 256, scene.ids * 0], -1).astype(np.uint8)
         made = {
             "png": png.encoded(scene.picture),
             "depth.png": png.encoded(np.rint(scene.metres / UNIT_M).astype(np.uint16)),
-            "panoptic.png": png.encoded(painted),
+            "panoptic.png": png.encoded(id_to_rgb(scene.ids)),
             "panoptic.json": json.dumps(about).encode(),
         }
         return {"__key__": key, **made}
