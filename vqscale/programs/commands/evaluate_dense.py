@@ -68,7 +68,7 @@ def told(args: argparse.Namespace) -> str:
             "constant": f"from the first {args.training_images} images of {', '.join(run.data.train.patterns)}",
         },
         "notes": [f"{len(found.broken)} images or more could not be read: {found.broken[0]}"] if found.broken else [],
-        "command": words.command("evaluate", sys.argv[1:]),
+        **words.made_by("evaluate"),
         "processes": world.size,
     }
     return dense_page.tell(result, args.out, args.json, f"Guiding codes of {args.path}", _picture(signal, found))
