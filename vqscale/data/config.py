@@ -46,6 +46,16 @@ class DrawnConfig:
 
     plan: ClassVar[str]
     """what makes them, as `module:function`: of these settings a made.make.Plan"""
+    things: ClassVar[str]
+    """what they are called in messages"""
+    least: ClassVar[Mapping[str, int]]
+    """keys that have a least number, and that"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, message) of all that cannot be made."""
+        for key, least in self.least.items():
+            if getattr(self, key) < least:
+                yield key, f"{key} is {getattr(self, key)}, but {self.things} can be made from {least} on: raise {key}"
 
 
 # One line for each drawn source of pictures: its name in a config, and where its settings are.
@@ -62,6 +72,8 @@ class ShapesConfig(DrawnConfig):
     """Pictures made by arithmetic, written to the shards that `shards` names when they do not exist."""
 
     plan: ClassVar[str] = "vqscale.data.made.make:shapes"
+    things: ClassVar[str] = "shapes"
+    least: ClassVar[Mapping[str, int]] = {"num_images": 1, "size": 8, "first_index": 0}
     without_name: ClassVar[bool] = True  # configs from before there were others
 
     num_images: int = 4096
@@ -74,12 +86,6 @@ class ShapesConfig(DrawnConfig):
     "which endless set of pictures"
     source: Literal["shapes"] = "shapes"
     "what is drawn"
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        """(key, message) of all that cannot be made."""
-        for key, least in (("num_images", 1), ("size", 8), ("first_index", 0)):
-            if getattr(self, key) < least:
-                yield key, f"{key} is {getattr(self, key)}, but shapes can be made from {least} on: raise {key}"
 
 
 @dataclass(frozen=True)
@@ -221,19 +227,21 @@ class ImagesConfig(ShardsConfig):
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that cannot be read, as far as one can say without looking at the disk."""
         yield from super().problems()
-        if self.image_size < 1:
-            yield "image_size", f"image_size is {self.image_size}, but must be at least 1: raise image_size"
+        yield from box_problems(self.image_size, self.min_area)
         if self.resize is not None and self.resize < self.image_size:
             yield (
                 "resize",
                 f"the short side is resized to {self.resize}, from which no square of image_size {self.image_size} can "
                 "be cut: raise resize or lower image_size",
             )
-        if not 0 < self.min_area <= 1:
-            yield (
-                "min_area",
-                f"min_area is {self.min_area}, but a share of an area is above 0 and at most 1: change min_area",
-            )
+
+
+def box_problems(image_size: int, min_area: float) -> Iterable[tuple[str, str]]:
+    """(key, message) of what is no size of images, and no share of an area that a box is drawn from."""
+    if image_size < 1:
+        yield "image_size", f"image_size is {image_size}, but must be at least 1: raise image_size"
+    if not 0 < min_area <= 1:
+        yield "min_area", f"min_area is {min_area}, but a share of an area is above 0 and at most 1: change min_area"
 
 
 def as_trained(

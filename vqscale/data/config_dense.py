@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vqscale.data.config import DrawnConfig, ImagesConfig, Interpolation, ShardsConfig
+from vqscale.data.config import DrawnConfig, ImagesConfig, Interpolation, ShardsConfig, box_problems
 
 EvaluationCrop = Literal["whole", "eigen", "uvim"]
 EVALUATION_CROPS: dict[EvaluationCrop, tuple[int, int, int, int] | None] = {
@@ -64,13 +64,7 @@ class DenseConfig(ShardsConfig):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
-        if self.image_size < 1:
-            yield "image_size", f"image_size is {self.image_size}, but must be at least 1: raise image_size"
-        if not 0 < self.min_area <= 1:
-            yield (
-                "min_area",
-                f"min_area is {self.min_area}, but a share of an area is above 0 and at most 1: change min_area",
-            )
+        yield from box_problems(self.image_size, self.min_area)
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,8 @@ class ScenesConfig(DrawnConfig):
     do not exist."""
 
     plan: ClassVar[str] = "vqscale.data.made.scenes:scenes"
+    things: ClassVar[str] = "scenes"
+    least: ClassVar[Mapping[str, int]] = {"num_images": 1, "size": 8, "first_index": 0}
     categories: ClassVar[tuple[CategoryConfig, ...]] = tuple(
         CategoryConfig(number, name, isthing=number <= 5)
         for number, name in enumerate(
@@ -113,10 +109,7 @@ class ScenesConfig(DrawnConfig):
     "what is drawn"
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        """(key, message) of all that cannot be made."""
-        for key, least in (("num_images", 1), ("size", 8), ("first_index", 0)):
-            if getattr(self, key) < least:
-                yield key, f"{key} is {getattr(self, key)}, but scenes can be made from {least} on: raise {key}"
+        yield from super().problems()
         if not 2 <= self.far <= 8:
             yield "far", f"far is {self.far} m, but things stand between 1.5 m and 2 to 8 m away: change far"
 

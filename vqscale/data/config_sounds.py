@@ -18,6 +18,8 @@ class DrawnSoundsConfig(DrawnConfig):
     """Sounds made by arithmetic (tones, chords, chirps, vowels, syllables, noise), with their class."""
 
     plan: ClassVar[str] = "vqscale.data.made.sounds:plan"
+    things: ClassVar[str] = "sounds"
+    least: ClassVar[Mapping[str, int]] = {"num_sounds": 1, "sample_rate": 4000, "first_index": 0}
 
     num_sounds: int = 2048
     "sounds in all, spread evenly over the shards"
@@ -31,10 +33,7 @@ class DrawnSoundsConfig(DrawnConfig):
     "which endless set of sounds"
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        """(key, message) of all that cannot be made."""
-        for key, least in (("num_sounds", 1), ("sample_rate", 4000), ("first_index", 0)):
-            if getattr(self, key) < least:
-                yield key, f"{key} is {getattr(self, key)}, but sounds can be made from {least} on: raise {key}"
+        yield from super().problems()
         if not 0.1 <= self.seconds <= 600:
             yield "seconds", f"seconds is {self.seconds}, but sounds of 0.1 to 600 seconds are made: change seconds"
 

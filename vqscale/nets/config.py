@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vqscale.config import Free, OneOf
 
@@ -167,10 +167,15 @@ class MagvitConfig(NetSettings):
         yield from _pyramid_problems(self, ("channels", "num_blocks", "z_channels", "num_groups", "in_channels"))
 
 
-def _pyramid_problems(config: ConvConfig | MagvitConfig, counts: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+def too_few(config: Any, counts: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """(key, message) of each of these keys of a network that is below 1."""
     for key in counts:
         if getattr(config, key) < 1:
             yield key, f"{key} is {getattr(config, key)}, but a network has at least 1 of them: raise {key}"
+
+
+def _pyramid_problems(config: ConvConfig | MagvitConfig, counts: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+    yield from too_few(config, counts)
     if not config.multipliers or min(config.multipliers) < 1:
         yield (
             "multipliers",

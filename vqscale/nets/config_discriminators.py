@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vqscale.config import OneOf
+from vqscale.nets.config import too_few
 
 # One line for each discriminator: its name in a config, and where its settings are.
 DISCRIMINATORS = {
@@ -87,9 +88,7 @@ class PatchGANConfig(DiscriminatorSettings):
         return 3 * 2**self.num_layers
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        for key in ("channels", "num_layers", "num_groups", "in_channels"):
-            if getattr(self, key) < 1:
-                yield key, f"{key} is {getattr(self, key)}, but a network has at least 1 of them: raise {key}"
+        yield from too_few(self, ("channels", "num_layers", "num_groups", "in_channels"))
         if self.norm == "group" and self.num_groups > 0 and 2 * self.channels % self.num_groups:
             yield (
                 "num_groups",

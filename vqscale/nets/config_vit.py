@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 from vqscale.config import Free
-from vqscale.nets.config import NetSettings
+from vqscale.nets.config import NetSettings, too_few
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,6 @@ class ImageEncoderConfig:
 
 
 VIT_COUNTS = ("image_size", "width", "num_heads", "mlp_width")
-
-
-def too_few(config: Any, counts: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for key in counts:
-        if getattr(config, key) < 1:
-            yield key, f"{key} is {getattr(config, key)}, but a network has at least 1 of them: raise {key}"
 
 
 def uneven(config: Any, step: int, made_of: str) -> Iterable[tuple[str, str]]:

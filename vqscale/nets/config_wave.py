@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vqscale.nets.config import NetSettings
+from vqscale.nets.config import NetSettings, too_few
 
 WINDOW_HOPS = 4  # samples of a spectrum in the decoder, in hops
 
@@ -72,9 +72,7 @@ class WaveConfig(NetSettings):
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
         counts = ("channels", "kernel", "residual_kernel", "width", "hidden", "num_blocks", "decoder_kernel")
-        for key in (*counts, "num_groups", "in_channels"):
-            if getattr(self, key) < 1:
-                yield key, f"{key} is {getattr(self, key)}, but a network has at least 1 of them: raise {key}"
+        yield from too_few(self, (*counts, "num_groups", "in_channels"))
         if self.encoder_gain is not None and self.encoder_gain <= 0:
             yield "encoder_gain", f"encoder_gain is {self.encoder_gain}: use a positive number, or null"
         if self.lstm_layers < 0:
