@@ -50,6 +50,7 @@ TOP = {"__init__", "__main__"}  # it may import everything
 INSIDE = {
     "codes": {"softmax": set(), "search": set(), "heads": set(), "convex": set(), "gpu": {"softmax"}},
     "data": {"shards": set(), "made": {"shards"}, "tokens": {"shards"}},
+    "nets": {"waves": set()},
     "programs": {"commands": {"launchers"}, "launchers": set()},
 }
 

@@ -6,7 +6,7 @@ import published_audio as theirs
 import pytest
 import torch
 
-from vqscale.nets.config_wave import WaveConfig
+from vqscale.nets.waves.config import WaveConfig
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.tokenizer.published import convert

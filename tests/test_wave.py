@@ -12,10 +12,10 @@ from vqscale import config as configuration
 from vqscale import nets
 from vqscale.engine.config import OptimConfig
 from vqscale.engine.optimisers import groups
-from vqscale.nets.config_wave import WaveConfig
-from vqscale.nets.seanet import Encoder
-from vqscale.nets.vocos import Decoder, Head, inverse_stft, spectrum
-from vqscale.nets.weight_norm import NormedConv
+from vqscale.nets.waves.config import WaveConfig
+from vqscale.nets.waves.seanet import Encoder
+from vqscale.nets.waves.vocos import Decoder, Head, inverse_stft, spectrum
+from vqscale.nets.waves.weight_norm import NormedConv
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan.count import network
 from vqscale.tokenizer.config import TokenizerConfig

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from vqscale import config as configuration
 from vqscale.nets import discriminators
-from vqscale.nets.config_wave_discriminator import (
+from vqscale.nets.waves.config_discriminator import (
     NormalisedConfig,
     PeriodsConfig,
     ResolutionsConfig,
     WaveDiscriminatorConfig,
     bands,
 )
-from vqscale.nets.wave_discriminator import normalised
+from vqscale.nets.waves.discriminator import normalised
 from vqscale.train import adversarial_losses as losses
 from vqscale.train.config_losses import AdversarialConfig
 

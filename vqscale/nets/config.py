@@ -16,7 +16,7 @@ from vqscale.config import Free, OneOf
 NETS = {
     "conv": "vqscale.nets.config:ConvConfig",
     "magvit": "vqscale.nets.config:MagvitConfig",
-    "wave": "vqscale.nets.config_wave:WaveConfig",
+    "wave": "vqscale.nets.waves.config:WaveConfig",
     "vit": "vqscale.nets.config_vit:VitConfig",
 }
 

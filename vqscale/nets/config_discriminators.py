@@ -12,7 +12,7 @@ from vqscale.nets.config import too_few
 # One line for each discriminator: its name in a config, and where its settings are.
 DISCRIMINATORS = {
     "patchgan": "vqscale.nets.config_discriminators:PatchGANConfig",
-    "wave": "vqscale.nets.config_wave_discriminator:WaveDiscriminatorConfig",
+    "wave": "vqscale.nets.waves.config_discriminator:WaveDiscriminatorConfig",
 }
 
 PatchMean = Literal["before", "after"]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqscale.nets import Parts
 from vqscale.nets.config import ConvConfig, MagvitConfig
-from vqscale.nets.config_wave import WaveConfig
+from vqscale.nets.waves.config import WaveConfig
 
 Convolution = type[nn.Conv1d] | type[nn.Conv2d]
 

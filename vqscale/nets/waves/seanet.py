@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale.nets.config_wave import WaveConfig
-from vqscale.nets.weight_norm import NormedConv
+from vqscale.nets.waves.config import WaveConfig
+from vqscale.nets.waves.weight_norm import NormedConv
 
 
 class Conv(nn.Module):

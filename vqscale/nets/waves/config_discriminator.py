@@ -1,4 +1,4 @@
-"""The settings of the discriminator of waves, without torch. What it answers is in wave_discriminator.py."""
+"""The settings of the discriminator of waves, without torch. What it answers is in discriminator.py."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class WaveDiscriminatorConfig(DiscriminatorSettings):
     """The discriminators of the published SimVQ tokenizers of speech as one: 84.2 M parameters in sixteen parts. Each
     part says itself what its answers are trained for: the losses in loss.adversarial are not for it."""
 
-    module: ClassVar[str] = "vqscale.nets.wave_discriminator:WaveDiscriminator"
+    module: ClassVar[str] = "vqscale.nets.waves.discriminator:WaveDiscriminator"
     shows_features: ClassVar[bool] = True
     name: Literal["wave"] = "wave"
     """which network"""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale.nets.config_wave import WINDOW_HOPS, WaveConfig
 from vqscale.nets.conv import Attention, Residual
+from vqscale.nets.waves.config import WINDOW_HOPS, WaveConfig
 
 LOUDEST = 100.0  # the largest magnitude of a bin of a frame
 

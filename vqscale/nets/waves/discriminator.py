@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale.nets.config_wave_discriminator import (
+from vqscale.nets.discriminators import Answer, Gather, alone
+from vqscale.nets.waves.config_discriminator import (
     NormalisedConfig,
     PeriodsConfig,
     ResolutionsConfig,
     WaveDiscriminatorConfig,
     bands,
 )
-from vqscale.nets.discriminators import Answer, Gather, alone
-from vqscale.nets.weight_norm import NormedConv
+from vqscale.nets.waves.weight_norm import NormedConv
 
 Pair = tuple[int, int]
 PEAK = 0.8

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import nn
 
 from vqscale.nets import Parts
-from vqscale.nets.config_wave import WaveConfig
-from vqscale.nets.seanet import Encoder
-from vqscale.nets.vocos import Decoder
+from vqscale.nets.waves.config import WaveConfig
+from vqscale.nets.waves.seanet import Encoder
+from vqscale.nets.waves.vocos import Decoder
 
 
 def build(config: WaveConfig, dim: int) -> Parts:

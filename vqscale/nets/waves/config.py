@@ -1,4 +1,4 @@
-"""The settings of the network of waves, without torch. What they make is in wave.py."""
+"""The settings of the network of waves, without torch. What they make is in net.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WaveConfig(NetSettings):
     and ends in one inverse Fourier transform of 4 hops per frame.
     """
 
-    module: ClassVar[str] = "vqscale.nets.wave:build"
+    module: ClassVar[str] = "vqscale.nets.waves.net:build"
     rounds_up: ClassVar[bool] = True
     name: Literal["wave"] = "wave"
     """which network"""
