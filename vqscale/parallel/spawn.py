@@ -31,7 +31,10 @@ class RankError(RuntimeError):
 
 
 def _serve(pipe: Connection) -> None:
-    """The life of a pooled process: wait for a call, join its group, run it, answer, leave the group."""
+    """The life of a pooled process: wait for a call, join its group, run it, answer, leave the group.
+
+    It leaves when it is told that every rank has answered: before that one may still be connecting to it.
+    """
     torch.set_num_threads(1)
     while True:
         try:
@@ -55,13 +58,16 @@ def _serve(pipe: Connection) -> None:
             answer = (time.monotonic(), True, function(*args))
         except BaseException as error:  # the parent decides what an error of a rank means
             answer = (time.monotonic(), False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-        finally:
-            if dist.is_initialized() and answer[1]:
-                dist.destroy_process_group()
         try:
             pipe.send(answer)
         except Exception as error:
             pipe.send((time.monotonic(), False, f"the result of rank {rank} cannot be sent back: {error}"))
+        try:
+            pipe.recv_bytes()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class _Worker:
@@ -105,6 +111,8 @@ def run(function: Callable[..., Any], n: int, *args: Any, timeout_s: float = 60.
             for worker in workers:
                 worker.kill()
             raise
+    for worker in workers:
+        worker.pipe.send_bytes(b"all have answered")
     _idle.extend(workers)
     return [results[rank] for rank in range(n)]
 
