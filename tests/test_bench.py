@@ -100,6 +100,7 @@ def test_a_search_alone():
     assert "100.00% of the ids are ours" in done.stdout
 
 
+@pytest.mark.slow
 def test_no_faiss_on_other_numbers(tool, capsys):
     codes = tool("codes")
     setting = codes.choose(codes.arguments([*SMALL, "--dtype", "float64", "--work", "search"]))
@@ -192,6 +193,7 @@ def test_products_of_the_dense_form_and_the_floor(tool, entropy, monkeypatch):
     assert all(counted["step", name] == counted["step", "floor"] for name in ("ours", *LOW))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not count peaks")
 def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
     forms, measure = tool("forms"), tool("measure")
@@ -205,6 +207,7 @@ def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
     assert 3 * pairs < peaks["dense"] < forms.dense_memory(setting)["step"]
 
 
+@pytest.mark.slow
 def test_peak_bytes_of_a_known_allocation(tool):
     measure, forms = tool("measure"), tool("forms")
     for mib in (40, 10, 40):

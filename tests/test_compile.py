@@ -69,6 +69,7 @@ def test_on_a_cpu_a_mixture_breaks_the_graph_and_says_the_same(case):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_the_mark_of_a_constant_is_that_of_the_compiler_and_is_given_without_it():
     def ours(): ...
 

@@ -161,6 +161,7 @@ def test_an_instance_has_the_class_of_the_largest_sum_of_its_logits(min_fraction
 # --- together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["depth", "color", "panoptic"])
 def test_each_trains_and_is_measured_and_shown_with_a_small_net(tmp_path, name):
     medium = {"num_workers": 0, "index_dir": str(tmp_path), "image_size": 16}

@@ -212,6 +212,7 @@ def _draws(codes):
     return [head.sample(h, keys, **rule, **({"unguided_ND": null} if "guidance" in rule else {})) for rule in RULES]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("codes", [2, 4])
 def test_draws_do_not_know_the_ranks(ranks, codes):
@@ -335,6 +336,7 @@ def test_a_width_of_any_size_has_heads_of_about_64_numbers():
     assert found == {16: 1, 64: 1, 96: 1, 768: 12, 1000: 10, 1024: 16, 1280: 20, 1536: 24}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_that_takes_several_ids_says_so(name):
     config = parse(HeadConfig, {"name": name})

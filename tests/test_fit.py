@@ -299,6 +299,7 @@ def test_tokens_by_use_are_the_same_on_every_grid(ranks, grid):
             assert torch.equal(other, _chosen(1, 1, num, 5))
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_in_proportion_to_use():
     """2000 first draws of 8 tokens of use 1 to 8: shares within four deviations of use / 36."""
     x = torch.arange(8.0)[:, None]

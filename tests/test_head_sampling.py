@@ -228,6 +228,7 @@ NOT_FINITE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", CODES[:2])
 def test_logits_that_are_not_finite_are_refused_on_all_ranks(ranks, codes):
     results, (_, alone) = ranks(codes, _refusals, codes), _refusals(1)

@@ -275,6 +275,7 @@ def by_confidence(prior, steps, known=None):
     return torch.tensor([states[tuple(ids.tolist())] for ids in every_image()], dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one step", "halton", "random", "confidence in two", "confidence in three"])
 @torch.no_grad()
 def test_frequencies_are_the_stated_distribution_of_the_decoder(kind):
@@ -359,6 +360,7 @@ def drawn_on(codes, options, order, given):
     return prior.sample(cut[0], options, numbers_B=cut[1], seed=3, known=cut[2] if given else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EVERY, ids=str)
 @torch.no_grad()
 def test_every_draw_is_that_of_the_decoder_written_out(options):

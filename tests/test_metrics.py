@@ -136,6 +136,7 @@ def test_save_writes_a_lossless_png(tmp_path):
     assert (np.asarray(Image.open(path)) == 255 - picture).all()
 
 
+@pytest.mark.slow
 def test_usage_picture_depends_on_the_counts_alone():
     counts = torch.zeros(5000, dtype=torch.int64)
     counts[:37] = torch.arange(37) * 5 + 1

@@ -99,6 +99,7 @@ def u_of_all(form, x, score):
     return keys, queries, product, lines, top, exact, least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", [*NAMES, "bias"])
 @pytest.mark.parametrize(("name", "x", "rows"), FAMILIES, ids=[name for name, _, _ in FAMILIES])
 def test_no_row_has_a_bound_below_its_score(name, x, rows, similarity):

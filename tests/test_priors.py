@@ -164,6 +164,7 @@ def test_samples_are_legal_and_follow_from_their_number(name, options):
             assert torch.equal(draws(name, range(BATCH), {**options, one.name: False}, 1), there)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("name", PRIORS)
 def test_samples_are_the_same_on_two_processes(ranks, name):

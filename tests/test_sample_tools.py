@@ -120,6 +120,7 @@ def test_two_processes_draw_the_same(place, drawn, tmp_path, ranks, codes):
             np.testing.assert_array_equal(mine[key], theirs[key])
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_twice(place, drawn):
     before = jobs.contents(drawn)
     status, said = draw(place, drawn, *SETTINGS)

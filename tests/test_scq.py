@@ -252,6 +252,7 @@ def _sent(codes, solver):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("codes", [2, 4])
 def test_the_bytes_of_a_step_do_not_know_K(ranks, codes):

@@ -92,6 +92,7 @@ def test_a_cache_of_sounds_says_how_they_were_read(trained, capsys):
     assert "--views is about images: leave it out with --medium sounds" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["autoregressive", "masked"])
 def test_priors_draw_sounds_of_every_class(trained, prior, capsys):
     asked = {

@@ -352,6 +352,7 @@ class Elsewhere(Launcher):
         return []
 
 
+@pytest.mark.slow
 def test_another_launcher_is_a_class_and_a_line(prior, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(launchers.LAUNCHERS, "elsewhere", Elsewhere)
     monkeypatch.setattr(study_runner, "POLL_S", 0.0)

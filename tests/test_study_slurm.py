@@ -147,6 +147,7 @@ def test_runs_of_another_number_of_processes_are_an_array_of_their_own(cluster, 
     assert set(_statuses()) == {f"{n}-seed0" for n in range(1, 6)}
 
 
+@pytest.mark.slow
 def test_what_failed_is_told_and_submitted_again_alone(cluster, study, capsys):
     cluster.queue("41_0|PENDING", "41_1|PENDING", "41_2|PENDING")
     assert command.main([study, "--slurm"]) == 0

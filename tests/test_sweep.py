@@ -128,6 +128,7 @@ def test_what_is_measured_is_not_measured_again(whole, tmp_path):
         run(tmp_path, {"guidance": [1.0]})
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_fill_the_same_table(whole, tmp_path, ranks):
     references(tmp_path)
@@ -147,6 +148,7 @@ def guided(folder):
     return [row["guidance"] for row in table["rows"]]
 
 
+@pytest.mark.slow
 def test_the_table_has_what_other_calls_measured(tmp_path):
     run(tmp_path, {"guidance": [1.0, 2.0]})
     rows, batches = run(tmp_path, {"guidance": [3.0, 1.5]})
@@ -159,6 +161,7 @@ def test_the_table_has_what_other_calls_measured(tmp_path):
     assert guided(tmp_path) == [1, 1.5, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_no_step_of_a_sweep_makes_the_table_smaller(tmp_path):
     run(tmp_path, {"guidance": [1.0, 2.0]})
     sizes = []
@@ -181,6 +184,7 @@ class Blind(Small):
         raise AssertionError("an image was looked at")
 
 
+@pytest.mark.slow
 def test_a_reference_is_known_by_its_content(tmp_path):
     rows, _ = run(tmp_path, {"guidance": [1.0]})
     other = tmp_path / "other.npz"
@@ -215,6 +219,7 @@ def test_what_is_of_something_else_is_refused_before_anything_is_looked_at(tmp_p
     assert before.keys() == after.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "number", "measured", "drawn"),
     [(MAKE, 1, 0, 1), (MAKE, 3, 0, 3), (SCORE, 1, 1, 3), (MAKE, 9, 2, 9)],
@@ -241,6 +246,7 @@ def test_a_file_stop_is_heard_and_removed(tmp_path):
     assert run(tmp_path, {"guidance": [1.0]})[1] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_one_rank_of_two_is_asked_to_stop_while_it_measures(tmp_path, ranks):
     references(tmp_path)
@@ -278,6 +284,7 @@ def test_what_was_measured_before_folders_had_these_names_is_in_the_table(tmp_pa
         run(tmp_path, {"guidance": [1.5]}, seed=1)
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_there_was_a_dial_had_its_default(tmp_path):
     rows, _ = run(tmp_path, {"guidance": [1.0]})
     path = tmp_path / "out" / "guidance1" / "result.json"
@@ -288,6 +295,7 @@ def test_what_was_measured_before_there_was_a_dial_had_its_default(tmp_path):
     assert [row["top_k"] for row in run(tmp_path, {"top_k": [0, 5]})[0]] == [0, 5]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_older_than_a_setting_goes_on_as_it_began(tmp_path):
     rows, _ = run(tmp_path, {"guidance": [1.0]})
     path = tmp_path / "out" / "guidance1" / "result.json"

@@ -105,6 +105,7 @@ def drawn(codes):
     return [within.sample(*args, rule, -x_ND, 1.5) for rule in RULES] + [within.sample(*args, Rule())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_what_is_drawn_is_the_gumbel_maximum_of_the_members(ranks, world):
     kind, results = "uneven", [drawn(1)] if world == 1 else ranks(world, drawn, world)
