@@ -50,8 +50,14 @@ TOP = {"__init__", "__main__"}  # it may import everything
 INSIDE = {
     "codes": {"softmax": set(), "search": set(), "heads": set(), "convex": set(), "gpu": {"softmax"}},
     "data": {"shards": set(), "made": {"shards"}, "tokens": {"shards"}},
-    "nets": {"waves": set()},
-    "programs": {"commands": {"launchers"}, "launchers": set()},
+    "nets": {"config": set(), "waves": {"config"}},
+    "priors": {"config": set()},
+    "train": {"config": set()},
+    "programs": {
+        "commands": {"launchers", "sampling"},
+        "launchers": set(),
+        "sampling": set(),
+    },
 }
 
 

@@ -18,7 +18,7 @@ from vqscale.codes.rows import set_aside
 from vqscale.config import parse
 from vqscale.nets.masked_bits import MASKED
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.config_autoregressive import AutoregressiveConfig
+from vqscale.priors.config.autoregressive import AutoregressiveConfig
 
 TOKENS, DIM, DRAWS = 24, 6, 6000
 

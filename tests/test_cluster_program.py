@@ -26,7 +26,7 @@ from vqscale.quantizers import build
 from vqscale.tokenizer import clusters
 from vqscale.tokenizer.clusters import ClustersCard
 from vqscale.train import nulls
-from vqscale.train.config_prior import PriorRun
+from vqscale.train.config.prior import PriorRun
 from vqscale.train.prior import open_streams
 
 

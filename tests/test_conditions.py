@@ -15,11 +15,11 @@ from torch import nn
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.codes import noise
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.priors.base import SampleWarning
 from vqscale.priors.conditions import Classes, Condition
-from vqscale.priors.config_autoregressive import AutoregressiveConfig
-from vqscale.priors.config_conditions import CONDITIONS, ConditionSettings
+from vqscale.priors.config.autoregressive import AutoregressiveConfig
+from vqscale.priors.config.conditions import CONDITIONS, ConditionSettings
 
 PARITY = {"name": "parity", "dropout": 0.25}
 

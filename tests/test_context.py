@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.codes import noise
-from vqscale.nets.config_vit import ImageEncoderConfig
+from vqscale.nets.config.vit import ImageEncoderConfig
 from vqscale.nets.vit import ImageEncoder
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan import prior as planned

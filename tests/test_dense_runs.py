@@ -18,8 +18,9 @@ from vqscale.data.tokens.format import open_ids
 from vqscale.data.views import Source
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
-from vqscale.programs import dense, encode, predict, sample
-from vqscale.programs.sample_request import SampleRequest
+from vqscale.programs import dense, encode, predict
+from vqscale.programs.sampling import draw as sample
+from vqscale.programs.sampling.request import SampleRequest
 from vqscale.tokenizer.model import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]

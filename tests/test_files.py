@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OTHERS = {
     "data/shards/cache.py": "a download of any size; files.place puts it in its place when it is whole",
     "disk/wav.py": "a file in memory",
-    "programs/sample_folder.py": "an entry of the zip that files.writing writes",
+    "programs/sampling/folder.py": "an entry of the zip that files.writing writes",
     "run/processes.py": "words to whoever started this process, read when it has ended",
     "tokenizer/export.py": "weights come in blocks, over many calls; files.place puts them in their place",
 }

@@ -13,7 +13,7 @@ from vqscale.config import ConfigError
 from vqscale.data.tokens.format import open_ids, read_card
 from vqscale.data.tokens.stream import Cache
 from vqscale.nets.config import ConvConfig, grid
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.transformer import rotary
 from vqscale.priors.config import PriorConfig
 

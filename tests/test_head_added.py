@@ -16,7 +16,7 @@ from vqscale.config import describe, parse, to_dict
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
-from vqscale.priors.config_autoregressive import AutoregressiveConfig
+from vqscale.priors.config.autoregressive import AutoregressiveConfig
 from vqscale.tokenizer.export import _identity
 
 CODES_OF_ALL, DIM = 12, 8

@@ -17,7 +17,7 @@ from test_sample_tools import tool
 
 from vqscale import priors
 from vqscale.data.tokens.stream import Cache
-from vqscale.programs.sample_known import Region
+from vqscale.programs.sampling.known import Region
 
 CODES, GRID, NUM = prior_runs.CODES, (4, 4), 6
 NET = {"width": 16, "num_layers": 1, "num_heads": 2, "ffn_multiple": 16}

@@ -16,11 +16,11 @@ from vqscale.codes import noise
 from vqscale.codes.heads import dense
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import halton
-from vqscale.priors.config_masked import MaskedConfig, MaskedSampleConfig
+from vqscale.priors.config.masked import MaskedConfig, MaskedSampleConfig
 from vqscale.priors.guidance import guidance_scales
 from vqscale.priors.mask_laws import LAWS, left_masked, training_counts
 from vqscale.priors.masked import bound_masks, training_masks
-from vqscale.programs import sample_options
+from vqscale.programs.sampling import options as sample_options
 from vqscale.seed import derive
 
 CODES, GRID, TOKENS, CLASSES = 23, (3, 4), 12, 4

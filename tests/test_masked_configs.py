@@ -15,7 +15,7 @@ from vqscale.codes.rows import set_aside
 from vqscale.plan.prior import operations
 from vqscale.plan.prior import plan as plan_prior
 from vqscale.plan.tokenizer import planned_mesh
-from vqscale.priors.config_masked import MaskedConfig, MaskedSampleConfig
+from vqscale.priors.config.masked import MaskedConfig, MaskedSampleConfig
 from vqscale.priors.mask_laws import left_masked
 from vqscale.train.config import Run
 

@@ -17,7 +17,7 @@ from prior_runs import CODES, GRID
 from vqscale import priors
 from vqscale.parallel import mesh as meshes
 from vqscale.priors import Prior
-from vqscale.programs import sample_options
+from vqscale.programs.sampling import options as sample_options
 from vqscale.show import run_page, study_page
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]

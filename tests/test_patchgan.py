@@ -10,7 +10,7 @@ from torch import nn
 
 from vqscale import config as configuration
 from vqscale.nets import discriminators
-from vqscale.nets.config_discriminators import Objective, PatchGANConfig
+from vqscale.nets.config.discriminators import Objective, PatchGANConfig
 from vqscale.nets.discriminators import Answer, alone
 from vqscale.nets.patchgan import PatchGAN, SyncBatchNorm
 from vqscale.parallel import ops

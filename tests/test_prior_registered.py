@@ -18,9 +18,9 @@ from test_sample_tools import QUICK, sweep, sweeping, tool
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.priors import base
-from vqscale.programs.sample_request import SampleRequest
+from vqscale.programs.sampling.request import SampleRequest
 from vqscale.show import run_page
-from vqscale.train.config_prior import PriorRun
+from vqscale.train.config.prior import PriorRun
 
 NET = {"width": 16, "num_layers": 2, "num_heads": 2, "ffn_multiple": 16}
 BAG = {"name": "bag", "num_codes": prior_runs.CODES, "grid": list(prior_runs.GRID), "num_classes": 5, "net": NET}

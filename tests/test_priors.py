@@ -27,7 +27,7 @@ from vqscale.priors import PRIORS
 from vqscale.priors.autoregressive import Incremental
 from vqscale.priors.base import SampleWarning
 from vqscale.priors.config import SampleConfig
-from vqscale.priors.config_autoregressive import AutoregressiveSampleConfig
+from vqscale.priors.config.autoregressive import AutoregressiveSampleConfig
 from vqscale.priors.guidance import guidance_scales
 from vqscale.seed import derive
 

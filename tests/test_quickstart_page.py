@@ -17,7 +17,7 @@ from PIL import Image
 
 from vqscale import config as configuration
 from vqscale.data.made import shapes
-from vqscale.nets.config_shapes import ShapesClassifierConfig
+from vqscale.nets.config.shapes import ShapesClassifierConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan.tokenizer import planned_mesh
 from vqscale.show import run_page

@@ -25,10 +25,10 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError
 from vqscale.priors.base import Prior
 from vqscale.priors.config import GuidedSampleConfig
-from vqscale.priors.config_autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
-from vqscale.programs import sample_folder
-from vqscale.programs.sample import check, sample, summary
-from vqscale.programs.sample_request import SampleRequest, parse_classes
+from vqscale.priors.config.autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
+from vqscale.programs.sampling import folder as sample_folder
+from vqscale.programs.sampling.draw import check, sample, summary
+from vqscale.programs.sampling.request import SampleRequest, parse_classes
 from vqscale.run import folder as run_folder
 from vqscale.seed import derive
 from vqscale.signals.config import ImagesSignal
@@ -85,7 +85,7 @@ def at(target: str, number: int, on_rank: int, action, rank: int, changes) -> No
     at_call(target, number, action, on_rank, rank)
 
 
-MAKE = "vqscale.programs.sample:_Work.make_batch"
+MAKE = "vqscale.programs.sampling.draw:_Work.make_batch"
 
 
 @pytest.fixture(scope="module")

@@ -299,7 +299,7 @@ def test_the_tools_resize(place, tmp_path):
 
 
 def test_parts_that_a_killed_process_left_are_removed(tmp_path, ranks):
-    kill = partial(at, "vqscale.programs.sample_folder:shutil.rmtree", 1, 0, partial(hear, signal.SIGKILL))
+    kill = partial(at, "vqscale.programs.sampling.folder:shutil.rmtree", 1, 0, partial(hear, signal.SIGKILL))
     with pytest.raises(RankError):
         ranks(2, test_sample.draw, tmp_path, 1, kill)
     assert json.loads((tmp_path / "sample.json").read_text())["state"] == "done"

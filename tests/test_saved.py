@@ -25,7 +25,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import config_tokenizer
+from vqscale.train.config import tokenizer as config_tokenizer
 
 
 def same(one: Tokenizer, other: Tokenizer) -> None:

@@ -22,9 +22,9 @@ from vqscale.data.tokens.stream import Cache
 from vqscale.metrics import unigram
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import PRIORS, Prior
-from vqscale.priors.config_autoregressive import AutoregressiveConfig
-from vqscale.programs import sample
-from vqscale.programs.sample_request import SampleRequest
+from vqscale.priors.config.autoregressive import AutoregressiveConfig
+from vqscale.programs.sampling import draw as sample
+from vqscale.programs.sampling.request import SampleRequest
 from vqscale.train import nulls
 from vqscale.train import prior as training
 from vqscale.train.config import Run

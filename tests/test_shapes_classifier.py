@@ -15,7 +15,7 @@ from slow_metrics import slow_frechet
 from vqscale.data.made.shapes import CLASS_NAMES, draw
 from vqscale.metrics import shapes_classifier as judged
 from vqscale.metrics.sample_file import SampleFile
-from vqscale.nets.config_shapes import ShapesClassifierConfig
+from vqscale.nets.config.shapes import ShapesClassifierConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs.commands import classifier, evaluate
 from vqscale.seed import derive

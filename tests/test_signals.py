@@ -23,7 +23,7 @@ from vqscale.data.samples import SampleStream
 from vqscale.data.tokens.format import open_ids
 from vqscale.data.views import Source
 from vqscale.nets.config import NETS, NetSettings
-from vqscale.nets.config_discriminators import DISCRIMINATORS, DiscriminatorSettings
+from vqscale.nets.config.discriminators import DISCRIMINATORS, DiscriminatorSettings
 from vqscale.nets.discriminators import Answer
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh

@@ -22,9 +22,9 @@ from vqscale.metrics import generation
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.config import SampleConfig
-from vqscale.priors.config_autoregressive import AutoregressiveSampleConfig
-from vqscale.programs import sweep
-from vqscale.programs.sample_request import SampleRequest, combinations
+from vqscale.priors.config.autoregressive import AutoregressiveSampleConfig
+from vqscale.programs.sampling import sweep
+from vqscale.programs.sampling.request import SampleRequest, combinations
 from vqscale.run import folder as run_folder
 from vqscale.show.sweep_table import Table, nearest, score
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from vqscale import config as configuration
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.decoding import Matrix, OneToken
 from vqscale.nets.transformer import KVCache, Transformer, rotary, rotate
 

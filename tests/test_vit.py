@@ -13,7 +13,7 @@ from vqscale import config as configuration
 from vqscale import nets
 from vqscale.nets import vit
 from vqscale.nets.config import NetConfig
-from vqscale.nets.config_vit import VitConfig
+from vqscale.nets.config.vit import VitConfig
 from vqscale.plan.count import network
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer

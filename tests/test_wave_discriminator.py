@@ -19,7 +19,7 @@ from vqscale.nets.waves.config_discriminator import (
 )
 from vqscale.nets.waves.discriminator import normalised
 from vqscale.train import adversarial_losses as losses
-from vqscale.train.config_losses import AdversarialConfig
+from vqscale.train.config.losses import AdversarialConfig
 
 SMALL = WaveDiscriminatorConfig(
     periods=PeriodsConfig(periods=(2, 3), channels=(2, 3, 4)),

@@ -11,7 +11,7 @@ from torch import nn
 
 from vqscale import priors
 from vqscale.codes import noise
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.priors.config import IdsConfig, SampleConfig
 
 LINE = {"bag": f"{__name__}:BagConfig"}  # of PRIORS

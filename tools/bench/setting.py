@@ -77,6 +77,6 @@ class SampleSetting:
     @property
     def ffn_width(self) -> int:
         """Hidden numbers of the feed-forward part, as TransformerConfig has them."""
-        from vqscale.nets.config_transformer import TransformerConfig
+        from vqscale.nets.config.transformer import TransformerConfig
 
         return TransformerConfig(width=self.width).ffn_width

@@ -1,7 +1,7 @@
 """Plain network modules: no ranks, no codes.
 
 To add a network of tokenizers: a file here with `build(config, dim) -> Parts`, its settings, and its line in NETS, both
-in config.py. The tests run over this dictionary. Discriminators are another such set (discriminators.py).
+in config/. The tests run over this dictionary. Discriminators are another such set (discriminators.py).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vqscale.config import load_class
-from vqscale.nets.config_discriminators import DiscriminatorConfig
+from vqscale.nets.config.discriminators import DiscriminatorConfig
 
 # (n, ...) of this process -> (ranks * n, ...) of all, with gradients; the identity on one process
 Gather = Callable[[Tensor], Tensor]

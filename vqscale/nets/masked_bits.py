@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.transformer import Adaptation, FeedForward, RMSNorm
 
 MASKED = 2  # beside the values 0 and 1 of a bit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vqscale.nets.config_discriminators import PatchGANConfig
+from vqscale.nets.config.discriminators import PatchGANConfig
 from vqscale.nets.discriminators import Answer, Gather, alone
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.nets.config_shapes import ShapesClassifierConfig
+from vqscale.nets.config.shapes import ShapesClassifierConfig
 
 GROUPS = 8
 

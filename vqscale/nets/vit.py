@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.nets import Parts
-from vqscale.nets.config_vit import ImageEncoderConfig, VitConfig
+from vqscale.nets.config.vit import ImageEncoderConfig, VitConfig
 from vqscale.nets.transformer import at_least_float32
 
 NORM_EPS = 1e-6

@@ -25,7 +25,7 @@ from vqscale.nets.config import NetConfig, example, grid
 from vqscale.nets.discriminators import Answer
 from vqscale.nets.lpips import LPIPS
 from vqscale.parallel.mesh import Mesh
-from vqscale.train.config_losses import LossConfig
+from vqscale.train.config.losses import LossConfig
 
 
 @dataclass(frozen=True)

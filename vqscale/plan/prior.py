@@ -16,14 +16,14 @@ from vqscale import priors
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import set_aside
 from vqscale.engine.optimisers import muon_matrices
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.transformer import Transformer, rotary
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import split_bytes
 from vqscale.plan.count import KernelCounter
 from vqscale.plan.tokenizer import MIB, Costs, planned_mesh
 from vqscale.priors.base import Prior
-from vqscale.train.config_prior import PriorRun
+from vqscale.train.config.prior import PriorRun
 
 FP32, INT64 = 4, 8
 

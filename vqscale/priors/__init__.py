@@ -1,6 +1,6 @@
 """Priors: models of the ids of images, one file each, one interface (base.py); they end in a head of codes/heads.
 
-To add one: a file here, its config and its SampleConfig (without torch, as in config.py), and its line in PRIORS.
+To add one: a file here, its config and its SampleConfig (without torch, in config/), and its line in PRIORS.
 Programs, tables and pages take what they offer from these; the tests run over the dictionary.
 """
 

@@ -24,7 +24,7 @@ from vqscale.nets.decoding import OneToken
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import NOBODY, Modelled, Prior
-from vqscale.priors.config_autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
+from vqscale.priors.config.autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
 from vqscale.priors.guidance import guidance_scales
 from vqscale.seed import derive
 

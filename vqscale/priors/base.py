@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vqscale import config as configuration
 from vqscale.codes import heads, tally
 from vqscale.codes.heads.base import Losses, check_ids
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import conditions

@@ -28,14 +28,14 @@ from vqscale.codes.heads import within
 from vqscale.codes.heads.base import Losses
 from vqscale.codes.heads.draw import Rule
 from vqscale.codes.heads.flat import Head
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.transformer import Transformer, rotary
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.autoregressive import Autoregressive
 from vqscale.priors.base import Modelled, Prior
 from vqscale.priors.config import SampleConfig
-from vqscale.priors.config_coarse_to_fine import CoarseToFineConfig, CoarseToFineSampleConfig
+from vqscale.priors.config.coarse_to_fine import CoarseToFineConfig, CoarseToFineSampleConfig
 from vqscale.priors.places import Places
 from vqscale.priors.positions import Positions
 from vqscale.seed import derive

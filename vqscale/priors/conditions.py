@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqscale.codes import noise
 from vqscale.config import load_class
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 from vqscale.priors.config import IdsConfig

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.vit import ImageEncoder
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 from vqscale.priors.conditions import Condition
 from vqscale.priors.config import IdsConfig
-from vqscale.priors.config_conditions import ContextConfig
+from vqscale.priors.config.conditions import ContextConfig
 
 
 class Context(Condition):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqscale.priors.config_masked import MaskLaw
+from vqscale.priors.config.masked import MaskLaw
 
 
 class Law(NamedTuple):

@@ -23,7 +23,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.priors import masked_draw
 from vqscale.priors.base import Modelled, Prior
 from vqscale.priors.config import Passes
-from vqscale.priors.config_masked import MaskedConfig, MaskedSampleConfig
+from vqscale.priors.config.masked import MaskedConfig, MaskedSampleConfig
 from vqscale.priors.mask_laws import left_masked, training_counts
 from vqscale.priors.places import Places
 

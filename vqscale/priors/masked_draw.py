@@ -22,7 +22,7 @@ from vqscale.codes import noise
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 from vqscale.priors import halton
-from vqscale.priors.config_masked import MaskedSampleConfig
+from vqscale.priors.config.masked import MaskedSampleConfig
 from vqscale.priors.guidance import guidance_scales
 from vqscale.priors.mask_laws import left_masked
 from vqscale.seed import derive

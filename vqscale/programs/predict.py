@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqscale.priors.base import Prior
 from vqscale.programs.dense import Draw
-from vqscale.programs.sample import misfits
+from vqscale.programs.sampling.draw import misfits
 from vqscale.tokenizer.model import Tokenizer
 
 GREEDY, SAMPLED, ONE_PASS = "greedy", "sampled", "one pass"

@@ -29,7 +29,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.train import adversarial_losses as losses
 from vqscale.train.config import TokenizerRun
-from vqscale.train.config_losses import AdversarialConfig
+from vqscale.train.config.losses import AdversarialConfig
 
 
 class Discriminator:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqscale.nets.config_discriminators import DiscriminatorLoss, GeneratorLoss, Objective, PatchMean
+from vqscale.nets.config.discriminators import DiscriminatorLoss, GeneratorLoss, Objective, PatchMean
 from vqscale.nets.discriminators import Answer
 
 

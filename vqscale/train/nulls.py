@@ -14,7 +14,7 @@ from vqscale import config as configuration
 from vqscale.data.config import TokensConfig
 from vqscale.nets.config import NetConfig, grid
 from vqscale.tokenizer.clusters import read_card
-from vqscale.train.config_prior import PriorRun
+from vqscale.train.config.prior import PriorRun
 
 if TYPE_CHECKING:
     from vqscale.data.tokens.format import Card

@@ -40,7 +40,7 @@ from vqscale.show.progress import Progress
 from vqscale.tokenizer import clusters
 from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import loop
-from vqscale.train.config_prior import PriorRun
+from vqscale.train.config.prior import PriorRun
 from vqscale.train.prior_data import IdStream, begin, check_labels, open_streams, seen, whose
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number

@@ -19,7 +19,7 @@ from vqscale.seed import derive
 from vqscale.tokenizer import clusters
 from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import nulls
-from vqscale.train.config_prior import PriorRun
+from vqscale.train.config.prior import PriorRun
 from vqscale.train.encoded import EncodedStream
 
 IdStream = TokenStream | EncodedStream

@@ -21,7 +21,7 @@ from vqscale.data.made.shapes import CLASS_NAMES, NUM_CLASSES
 from vqscale.engine.config import EngineConfig, OptimConfig
 from vqscale.engine.engine import Engine
 from vqscale.metrics.shapes_classifier import Pictures, drawn, look, pictures
-from vqscale.nets.config_shapes import ShapesClassifierConfig
+from vqscale.nets.config.shapes import ShapesClassifierConfig
 from vqscale.nets.shapes_classifier import ShapesClassifier
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive

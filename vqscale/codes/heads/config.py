@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vqscale.codes.config import Products
 from vqscale.config import Free, OneOf, load_class
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 
 Embedding = Literal["rows", "tied", "codebook"]
 

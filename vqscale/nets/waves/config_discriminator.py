@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-from vqscale.nets.config_discriminators import DiscriminatorSettings, Objective
+from vqscale.nets.config.discriminators import DiscriminatorSettings, Objective
 
 WaveLoss = Literal["hinge", "least_squares"]
 

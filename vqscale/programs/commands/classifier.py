@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vqscale.nets.config_shapes import ShapesClassifierConfig
+from vqscale.nets.config.shapes import ShapesClassifierConfig
 from vqscale.programs.commands import words
 from vqscale.run import processes
 

@@ -12,7 +12,7 @@ from vqscale.programs.commands import words
 
 def parser(about: str | None, out: str, *, lists: bool = False) -> argparse.ArgumentParser:
     """A parser with PRIOR, TOKENIZER, OUT (told by `out`) and the options of both; `lists` as in sample_options.add."""
-    from vqscale.programs import sample_options
+    from vqscale.programs.sampling import options as sample_options
 
     parser = words.parser(about)
     add: Any = parser.add_argument
@@ -37,7 +37,7 @@ def arguments(
 ) -> argparse.Namespace:
     """The arguments, with the grid of processes; ValueError with all that can be seen to be wrong without a model, of
     which problems(args, classes) are the program's own."""
-    from vqscale.programs import sample_request
+    from vqscale.programs.sampling import request as sample_request
 
     args = parser.parse_args(given)
     args.grid = sample_request.check_arguments(args, lambda classes: problems(args, classes))

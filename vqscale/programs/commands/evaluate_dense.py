@@ -15,7 +15,7 @@ from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.data.config import MediumConfig
-    from vqscale.train.config_tokenizer import TokenizerRun
+    from vqscale.train.config.tokenizer import TokenizerRun
 
 Rows = Mapping[str, Mapping[str, float]]
 
@@ -87,7 +87,7 @@ def _picture(signal: Any, found: Any) -> Any:
 
 def _run(args: argparse.Namespace) -> TokenizerRun:
     from vqscale.train.config import Run
-    from vqscale.train.config_tokenizer import TokenizerRun
+    from vqscale.train.config.tokenizer import TokenizerRun
 
     path = Path(args.path).absolute()
     beside = (path / "run.yaml", path.parent.parent / "run.yaml")

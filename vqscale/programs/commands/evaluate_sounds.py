@@ -76,7 +76,7 @@ def _drawn(folder: str | None, rate: int) -> list[tuple[str, str]]:
         return []
     import numpy as np
 
-    from vqscale.programs import sample_folder
+    from vqscale.programs.sampling import folder as sample_folder
     from vqscale.show import page, spectrograms
 
     file = Path(folder) / sample_folder.FILE

@@ -105,7 +105,7 @@ def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:
     import numpy as np
 
     from vqscale.metrics.sample_file import SampleFile
-    from vqscale.programs import sample_folder
+    from vqscale.programs.sampling import folder as sample_folder
 
     facts = sample_folder.read(folder)
     if facts is None or facts.get("state") != "done":
@@ -128,7 +128,8 @@ def _judged(args: argparse.Namespace, names: Mapping[int, str]) -> tuple[dict[st
     from vqscale.data.made.shapes import CLASS_NAMES
     from vqscale.metrics.sample_file import SampleFile
     from vqscale.parallel.mesh import Mesh
-    from vqscale.programs import judge, sample_folder
+    from vqscale.programs import judge
+    from vqscale.programs.sampling import folder as sample_folder
 
     if names and list(names.values()) != list(CLASS_NAMES):
         raise ValueError(

@@ -28,9 +28,9 @@ from vqscale.run import processes
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
     from vqscale.priors.config import SampleConfig
-    from vqscale.programs.sample import Outcome
-    from vqscale.programs.sample_known import Region
-    from vqscale.programs.sample_request import SampleRequest
+    from vqscale.programs.sampling.draw import Outcome
+    from vqscale.programs.sampling.known import Region
+    from vqscale.programs.sampling.request import SampleRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 
 
 def _sample(args: argparse.Namespace, command: str) -> int:
-    from vqscale.programs import sample
+    from vqscale.programs.sampling import draw as sample
     from vqscale.run.folder import EXIT_STOPPED
 
     with processes.joined(args.device, args.grid, args.timeout_s) as mesh:
@@ -56,7 +56,9 @@ def _sample(args: argparse.Namespace, command: str) -> int:
 
 
 def _draw(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[SampleRequest, Outcome]:
-    from vqscale.programs import known_ids, sample, sample_options
+    from vqscale.programs.sampling import draw as sample
+    from vqscale.programs.sampling import known_ids
+    from vqscale.programs.sampling import options as sample_options
 
     prior, tokenizer = sample.models(args, mesh)
     given = () if args.known and args.classes is None else sample.classes_of(prior, args.classes)
@@ -72,8 +74,8 @@ def _draw(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[SampleReq
 def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
     """All that is wrong with what is asked for, as far as can be seen without a model."""
     from vqscale.priors.config import SampleConfig
-    from vqscale.programs import sample_options
-    from vqscale.programs.sample_request import noted
+    from vqscale.programs.sampling import options as sample_options
+    from vqscale.programs.sampling.request import noted
 
     found = _request(args, classes, SampleConfig()).problems()
     with noted(found):
@@ -85,7 +87,7 @@ def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
 
 def _check_known(args: argparse.Namespace) -> None:
     """ValueError for what is wrong with the options of known ids, as far as can be seen without reading any."""
-    from vqscale.programs import sample_options
+    from vqscale.programs.sampling import options as sample_options
 
     if args.known is None:
         if args.draw_rows or args.draw_columns:
@@ -112,15 +114,15 @@ def _check_known(args: argparse.Namespace) -> None:
 
 def _region(args: argparse.Namespace) -> Region:
     """What is drawn of known ids. ValueError for what are no numbers."""
-    from vqscale.programs.sample_known import SIDES, Region
-    from vqscale.programs.sample_request import parse_numbers
+    from vqscale.programs.sampling.known import SIDES, Region
+    from vqscale.programs.sampling.request import parse_numbers
 
     chosen = {side: getattr(args, f"draw_{side}") for side in SIDES}
     return Region(**{side: (text and parse_numbers(text, f"--draw-{side}")) or None for side, text in chosen.items()})
 
 
 def _request(args: argparse.Namespace, classes: tuple[int, ...], how: SampleConfig) -> SampleRequest:
-    from vqscale.programs.sample_request import SampleRequest
+    from vqscale.programs.sampling.request import SampleRequest
 
     num_images = args.num_images if args.per_class is None else args.per_class * len(classes)
     return SampleRequest(num_images, classes, how, args.seed, args.batch, args.resize)

@@ -25,7 +25,7 @@ from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
-    from vqscale.programs.sample_request import SampleRequest
+    from vqscale.programs.sampling.request import SampleRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,8 @@ def _sweep(args: argparse.Namespace, command: str) -> int:
 def _measure(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[str, int]:
     """(what to say at the end, how many settings are missing)."""
     from vqscale.nets.inception import load
-    from vqscale.programs import sample, sweep
+    from vqscale.programs.sampling import draw as sample
+    from vqscale.programs.sampling import sweep
 
     prior, tokenizer = sample.models(args, mesh)
     every = _requests(args, sample.classes_of(prior, args.classes))
@@ -66,7 +67,7 @@ def _measure(args: argparse.Namespace, command: str, mesh: Mesh) -> tuple[str, i
 
 def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
     """All that is wrong with the settings and the files, as far as can be seen without a model."""
-    from vqscale.programs.sample_request import noted
+    from vqscale.programs.sampling.request import noted
 
     found = list[str]()
     with noted(found):
@@ -88,8 +89,8 @@ def _problems(args: argparse.Namespace, classes: tuple[int, ...]) -> list[str]:
 
 
 def _requests(args: argparse.Namespace, classes: tuple[int, ...]) -> list[SampleRequest]:
-    from vqscale.programs import sample_options
-    from vqscale.programs.sample_request import SampleRequest, combinations
+    from vqscale.programs.sampling import options as sample_options
+    from vqscale.programs.sampling.request import SampleRequest, combinations
 
     usual, values = sample_options.dials(args)
     return combinations(SampleRequest(args.num_images, classes, usual, args.seed, args.batch, args.resize), values)

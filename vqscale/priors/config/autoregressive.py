@@ -1,4 +1,4 @@
-"""The settings of the autoregressive prior and of drawing from it; see config.py for what settings of priors are."""
+"""The settings of the autoregressive prior and of drawing from it; see __init__.py for what these are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from vqscale.codes.heads.config import FlatConfig
 from vqscale.config import Before
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.priors.config import ClusteredConfig, GuidedSampleConfig, SampleConfig, check_drawing, switch, unturned
 
 

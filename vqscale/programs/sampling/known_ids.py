@@ -21,8 +21,8 @@ from vqscale.data.tokens.stream import Cache
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior
-from vqscale.programs import sample_folder
-from vqscale.programs.sample_known import Ids, Known, Region
+from vqscale.programs.sampling import folder as sample_folder
+from vqscale.programs.sampling.known import Ids, Known, Region
 from vqscale.run import processes
 from vqscale.tokenizer.model import Tokenizer
 

@@ -11,7 +11,7 @@ from vqscale.nets.config import too_few
 
 # One line for each discriminator: its name in a config, and where its settings are.
 DISCRIMINATORS = {
-    "patchgan": "vqscale.nets.config_discriminators:PatchGANConfig",
+    "patchgan": "vqscale.nets.config.discriminators:PatchGANConfig",
     "wave": "vqscale.nets.waves.config_discriminator:WaveDiscriminatorConfig",
 }
 

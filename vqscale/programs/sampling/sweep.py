@@ -2,7 +2,7 @@
 reference, and keep the whole table.
 
 OUT/sweep.json, sweep.csv, sweep.png    the table so far: every setting that any sweep in OUT has measured, by the dials
-OUT/SETTING/                            its samples while it is measured (programs/sample.py), then result.json
+OUT/SETTING/                            its samples while it is measured (programs/sampling/draw.py), then result.json
 OUT/STOP                                made by hand: the sweep ends as it does for a signal
 
 A setting that some result.json in OUT has is not drawn again, so the same command goes on with what is missing, or with
@@ -25,9 +25,9 @@ from vqscale.metrics import generation
 from vqscale.metrics.generation import Described, FeatureNetwork
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
-from vqscale.programs import sample_folder
-from vqscale.programs.sample import check, sample
-from vqscale.programs.sample_request import SampleRequest
+from vqscale.programs.sampling import folder as sample_folder
+from vqscale.programs.sampling.draw import check, sample
+from vqscale.programs.sampling.request import SampleRequest
 from vqscale.run import processes
 from vqscale.run.folder import StopRequest, own_signals
 from vqscale.show import report

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vqscale.config import ConfigError
 from vqscale.priors.config import SampleConfig
-from vqscale.programs.sample_known import Known
+from vqscale.programs.sampling.known import Known
 from vqscale.run import processes
 
 

@@ -1,4 +1,4 @@
-"""The settings of coarse-to-fine prediction, and of drawing from it; see config.py for what settings of priors are."""
+"""The settings of coarse-to-fine prediction, and of drawing from it; see __init__.py for what these are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.priors.config import ClusteredConfig, SampleConfig, check_drawing, unturned
-from vqscale.priors.config_autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
+from vqscale.priors.config.autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
 
 STAGES: Mapping[str, tuple[str, ...]] = {  # the dials of each
     "coarse": ("guidance", "schedule", "temperature", "top_k", "top_p"),

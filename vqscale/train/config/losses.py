@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqscale.engine.config import OptimConfig
-from vqscale.nets.config_discriminators import (
+from vqscale.nets.config.discriminators import (
     DiscriminatorConfig,
     DiscriminatorLoss,
     GeneratorLoss,

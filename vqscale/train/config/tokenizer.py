@@ -12,8 +12,8 @@ from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, chec
 from vqscale.nets.config import by, grid
 from vqscale.parallel.config import MeshConfig
 from vqscale.tokenizer.config import TokenizerConfig
-from vqscale.train.config_losses import LossConfig
-from vqscale.train.config_run import RunConfig, check_batch, check_compile
+from vqscale.train.config.losses import LossConfig
+from vqscale.train.config.run import RunConfig, check_batch, check_compile
 
 
 @dataclass(frozen=True)

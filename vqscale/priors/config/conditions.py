@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vqscale.config import OneOf
-from vqscale.nets.config_vit import ImageEncoderConfig
+from vqscale.nets.config.vit import ImageEncoderConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONDITIONS = {
-    "classes": "vqscale.priors.config_conditions:ClassesConfig",
-    "context": "vqscale.priors.config_conditions:ContextConfig",
+    "classes": "vqscale.priors.config.conditions:ClassesConfig",
+    "context": "vqscale.priors.config.conditions:ContextConfig",
 }
 
 

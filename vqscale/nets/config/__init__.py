@@ -17,7 +17,7 @@ NETS = {
     "conv": "vqscale.nets.config:ConvConfig",
     "magvit": "vqscale.nets.config:MagvitConfig",
     "wave": "vqscale.nets.waves.config:WaveConfig",
-    "vit": "vqscale.nets.config_vit:VitConfig",
+    "vit": "vqscale.nets.config.vit:VitConfig",
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vqscale.train.config_prior import PriorRun
-from vqscale.train.config_tokenizer import TokenizerRun
+from vqscale.train.config.prior import PriorRun
+from vqscale.train.config.tokenizer import TokenizerRun
 
 __all__ = ["PriorRun", "Run", "TokenizerRun"]
 

@@ -27,8 +27,8 @@ from vqscale.disk.lock import hold
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior, SampleWarning
-from vqscale.programs import sample_folder
-from vqscale.programs.sample_request import SampleRequest, parse_classes
+from vqscale.programs.sampling import folder as sample_folder
+from vqscale.programs.sampling.request import SampleRequest, parse_classes
 from vqscale.run import processes
 from vqscale.run.folder import StopRequest, commit, own_signals, versions
 from vqscale.show.progress import Progress

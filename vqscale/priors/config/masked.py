@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from vqscale.nets.config_transformer import TransformerConfig
+from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.priors.config import GuidedSampleConfig, IdsConfig, SampleConfig, check_drawing, unturned
 
 MaskLaw = Literal["cosine", "arccos", "linear", "square", "cubic", "root"]

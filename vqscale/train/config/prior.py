@@ -12,8 +12,8 @@ from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, chec
 from vqscale.nets.config import by
 from vqscale.parallel.config import MeshConfig
 from vqscale.priors.config import PriorConfig
-from vqscale.priors.config_autoregressive import AutoregressiveConfig
-from vqscale.train.config_run import RunConfig, check_batch, check_compile
+from vqscale.priors.config.autoregressive import AutoregressiveConfig
+from vqscale.train.config.run import RunConfig, check_batch, check_compile
 
 
 @dataclass(frozen=True)

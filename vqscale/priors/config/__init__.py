@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from vqscale.codes.heads.config import FlatConfig, HeadConfig
 from vqscale.config import Free, OneOf
 from vqscale.config.schema import fields_of
-from vqscale.nets.config_transformer import TransformerConfig
-from vqscale.priors.config_conditions import ClassesConfig, ConditionConfig
+from vqscale.nets.config.transformer import TransformerConfig
+from vqscale.priors.config.conditions import ClassesConfig, ConditionConfig
 
 Ramp = Literal["constant", "linear", "cosine"]
 
 PRIORS = {
-    "autoregressive": "vqscale.priors.config_autoregressive:AutoregressiveConfig",
-    "masked": "vqscale.priors.config_masked:MaskedConfig",
-    "coarse_to_fine": "vqscale.priors.config_coarse_to_fine:CoarseToFineConfig",
+    "autoregressive": "vqscale.priors.config.autoregressive:AutoregressiveConfig",
+    "masked": "vqscale.priors.config.masked:MaskedConfig",
+    "coarse_to_fine": "vqscale.priors.config.coarse_to_fine:CoarseToFineConfig",
 }
 
 
@@ -227,6 +227,6 @@ class ClusteredConfig(IdsConfig):
 
 # The prior of a run is one of these.
 if TYPE_CHECKING:
-    from vqscale.priors.config_autoregressive import AutoregressiveConfig as PriorConfig
+    from vqscale.priors.config.autoregressive import AutoregressiveConfig as PriorConfig
 else:
     PriorConfig = OneOf(PRIORS)
