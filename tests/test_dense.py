@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_files import CATEGORIES, depth_sample, depth_shard, image, panoptic_shard
+from dense_files import CATEGORIES, depth_sample, depth_shard, image, panoptic_sample, panoptic_shard, segment
+from PIL import Image
 from shard_files import write_tar
 
 from vqscale import config as configuration
@@ -146,11 +147,11 @@ def test_predictions_are_measured_at_the_size_of_the_files(tmp_path):
         ]
         errors.append((sum(square) / len(square)) ** 0.5)
     stream = SampleStream(held_out, 2, train=False)
-    found = dense.measure(tokenizer, stream, Mesh(), truth=Files(held_out)).rows["true codes"]
+    found = dense.measure(tokenizer, stream, Mesh(), truth=Files(held_out, stream.index)).rows["true codes"]
     assert found["rmse"] == pytest.approx(sum(errors) / 2, rel=1e-5)
     assert found["rmse"] != pytest.approx(dense.measure(tokenizer, stream, Mesh()).rows["true codes"]["rmse"], rel=1e-3)
     with pytest.raises(ValueError, match="the shards hold images, whose samples have no labels"):
-        Files(ImagesConfig(path, image_size=SIDE))
+        Files(ImagesConfig(path, image_size=SIDE), stream.index)
 
 
 @pytest.mark.dist
@@ -196,14 +197,15 @@ def test_a_tokenizer_without_a_context_is_refused():
         dense.labelled(shapes)
 
 
-def run_yaml(folder, held_out):
-    path = str(held_out.shards)
-    data = {"medium": "depth", "shards": path, "image_size": SIDE, "unit_m": 0.001, "num_workers": 0}
+def run_yaml(folder, held_out, task="depth"):
+    data = {"shards": str(held_out.shards), "image_size": SIDE, "num_workers": 0}
+    data |= {"medium": "depth", "unit_m": 0.001} if task == "depth" else {"medium": task}
+    data |= {"categories": held_out.categories} if task == "panoptic" else {}
     whole = {
         "task": "tokenizer",
         "run": {"folder": str(folder), "steps": 1},
         "data": {"batch": 2, "train": data, "val": data},
-        "tokenizer": config("depth"),
+        "tokenizer": config(task),
         "loss": {"reconstruction": "cross_entropy"},
     }
     (folder / "config.yaml").write_text(json.dumps(whole))
@@ -238,3 +240,82 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path, capsys, monkeypa
     assert again["rows"]["no code"] == pytest.approx(result["rows"]["no code"])
     assert main(["dense", str(saved)]) == 2
     assert "has no run.yaml that says on which samples" in capsys.readouterr().err
+
+
+def official_pq(truths, folder, told):
+    """PQ of each category as COCO's evaluator finds it, from a folder of PNGs and the JSON beside it."""
+    sums = {category["id"]: [0.0, 0, 0, 0] for category in told["categories"]}
+    predicted = {row["image_id"]: row for row in told["annotations"]}
+    for image_id, ids, segments in truths:
+        row = predicted[image_id]
+        pixels = np.asarray(Image.open(folder / row["file_name"])).astype(np.int64)
+        found = pixels[..., 0] + 256 * pixels[..., 1] + 256 * 256 * pixels[..., 2]
+        there = {segment["id"]: segment["category_id"] for segment in row["segments_info"]}
+        assert set(np.unique(found)) - {0} == set(there)
+        left, matched = dict(there), set()
+        for true in segments:
+            for number, category in there.items():
+                both = ((ids == true["id"]) & (found == number)).sum()
+                union = (ids == true["id"]).sum() + (found == number).sum() - both
+                union -= ((ids == 0) & (found == number)).sum()
+                if category == true["category_id"] and not true["iscrowd"] and both / union > 0.5:
+                    sums[category][0] += both / union
+                    sums[category][1] += 1
+                    matched.add(true["id"])
+                    left.pop(number)
+        for true in segments:
+            sums[true["category_id"]][3] += true["id"] not in matched and not true["iscrowd"]
+        for number, category in left.items():
+            crowd = [true["id"] for true in segments if true["iscrowd"] and true["category_id"] == category]
+            on = ((found == number) & ((ids == 0) | np.isin(ids, crowd))).sum()
+            sums[category][2] += on / (found == number).sum() <= 0.5
+    return {number: iou / (tp + fp / 2 + fn / 2) for number, (iou, tp, fp, fn) in sums.items() if tp + fp + fn}
+
+
+def test_predicted_segments_are_files_whose_pq_is_that_of_the_table(tmp_path, capsys, monkeypatch):
+    """Files of 11 x 9 and of 7 x 13 pixels; of the second labelling what is predicted without codes, but for a corner,
+    is the truth. Samples that are not listed do not count."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    main = runpy.run_path(str(Path(__file__).parent.parent / "tools/evaluate.py"))["main"]
+    (tmp_path / "categories.json").write_text(json.dumps(CATEGORIES))
+    (tmp_path / "keys").write_text("val2017/1.jpg\n0\n\n")
+    held_out = PanopticConfig(str(tmp_path / "a.tar"), image_size=SIDE, categories=str(tmp_path / "categories.json"))
+    saved, wanted = tokenizer_of("panoptic").save(tmp_path / "saved"), run_yaml(tmp_path, held_out, "panoptic")
+    words = ["dense", saved, "--config", wanted, "--batch", 2, "--device", "cpu", "--training-images", 0]
+    words += ["--keys", tmp_path / "keys", "--out", tmp_path / "out"]
+    files = ["--own-size", "--predictions", tmp_path / "maps"]
+
+    def written(truths, name):
+        members = [
+            panoptic_sample(str(n), image(*ids.shape, n), ids, listed, image_id=image_id)
+            for n, (image_id, ids, listed) in enumerate(truths)
+        ]
+        write_tar(tmp_path / "a.tar", [member for sample in members for member in sample])
+        assert main([str(word) for word in [*words, *files]]) == 0
+        return json.loads((tmp_path / f"maps/{name}.json").read_text())
+
+    sizes = [(11, 9), (7, 13), (8, 8)]
+    truths = [(f"a/{n}", np.ones(size, np.int64), [segment(1, 7)]) for n, size in enumerate(sizes)]
+    for place, row in enumerate(written(truths, "no_code")["annotations"]):
+        pixels = np.asarray(Image.open(tmp_path / "maps/no_code" / row["file_name"])).astype(np.int64)
+        ids = pixels[..., 0] + 256 * pixels[..., 1]
+        ids[:2, :3] = 0
+        listed = [segment(x["id"], x["category_id"], x["id"] == 2) for x in row["segments_info"] if x["id"] in ids]
+        truths[place] = (row["image_id"], ids, listed)
+    for name, way in (("true_codes", "true codes"), ("no_code", "no code")):
+        told = written(truths, name)
+        assert [row["image_id"] for row in told["annotations"]] == ["a/0", "a/1"]
+        expected = official_pq(truths[:2], tmp_path / "maps" / name, told)
+        result = json.loads((tmp_path / "out/result.json").read_text())
+        names = {category["id"]: category["name"] for category in CATEGORIES}
+        by_class = {key: ways[way]["pq"] for key, ways in result["classes"].items() if ways[way]["pq"] is not None}
+        assert by_class == pytest.approx({names[number]: pq for number, pq in expected.items()}, abs=1e-12)
+        assert result["rows"][way]["pq"] == pytest.approx(sum(expected.values()) / len(expected), abs=1e-12)
+        assert result["rows"][way]["images"] == 2
+    assert result["rows"]["no code"]["pq"] > 0.5
+    assert "pq of each class:" in (tmp_path / "out/index.html").read_text()
+    (tmp_path / "keys").write_text("0\n7\n")
+    assert main([str(word) for word in words]) == 2
+    assert "of 2 keys that are to be measured 1 are of no sample (7)" in capsys.readouterr().err
+    assert main([str(word) for word in [*words, *files[1:]]]) == 2
+    assert "give --own-size too" in capsys.readouterr().err

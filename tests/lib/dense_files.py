@@ -40,10 +40,15 @@ def depth_sample(key: str, pixels: np.ndarray, steps: np.ndarray) -> list[tuple[
 
 
 def panoptic_sample(
-    key: str, pixels: np.ndarray, ids: np.ndarray, segments: Sequence[Mapping[str, Any]]
+    key: str, pixels: np.ndarray, ids: np.ndarray, segments: Sequence[Mapping[str, Any]], image_id: str = ""
 ) -> list[tuple[str, bytes]]:
     """`segments` of id, category_id and iscrowd."""
-    facts = {"image_id": key, "height": ids.shape[0], "width": ids.shape[1], "segments_info": list(segments)}
+    facts = {
+        "image_id": image_id or key,
+        "height": ids.shape[0],
+        "width": ids.shape[1],
+        "segments_info": list(segments),
+    }
     members = [(f"{key}.png", png(pixels)), (f"{key}.panoptic.png", png(painted(ids)))]
     return [*members, (f"{key}.panoptic.json", json.dumps(facts).encode())]
 

@@ -20,6 +20,7 @@ from vqscale.config import load_class
 from vqscale.data.config import MediumConfig
 from vqscale.data.made.make import make_missing
 from vqscale.data.order import Order, Sequential
+from vqscale.data.shards.chosen import chosen
 from vqscale.data.shards.index import Index, build
 from vqscale.data.shards.reader import Reader
 from vqscale.data.shards.workers import read, room
@@ -133,10 +134,17 @@ class SampleStream:
     """
 
     def __init__(
-        self, config: MediumConfig, batch: int, rank: int = 0, world: int = 1, seed: int = 0, train: bool = True
+        self,
+        config: MediumConfig,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        train: bool = True,
+        keys: Sequence[str] | None = None,
     ) -> None:
         """`batch` is global: a rank takes batch / world. Reads the index, makes it where there is none; no
-        communication.
+        communication. With `keys` the data set is the samples that have them (shards/chosen.py).
         """
         if batch < 1 or batch % world:
             near = f"{batch // world * world or world} or {(batch // world + 1) * world}"
@@ -145,7 +153,7 @@ class SampleStream:
                 f"change the batch, for example to {near}, or the number of processes"
             )
         self.config, self.batch, self.rank, self.world = config, batch, rank, world
-        self.index = build(config)
+        self.index = build(config) if keys is None else chosen(build(config), keys)
         self.num_samples = len(self.index)
         self.fingerprint = self.index.fingerprint()
         self.damage = list(self.index.samples.damage)

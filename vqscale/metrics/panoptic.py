@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SPACE = 1 << 32  # a segment's number is class * _SPACE + instance
-_QUALITIES = ("pq", "sq", "rq")
+QUALITIES = ("pq", "sq", "rq")
 
 
 class Segments(NamedTuple):
@@ -123,7 +123,7 @@ class PanopticQuality:
         seen = ~rows[:, 0].isnan()
         for name, members in self._groups().items():
             chosen = rows[[number for number in members if seen[number]]]
-            for column, quality in enumerate(_QUALITIES):
+            for column, quality in enumerate(QUALITIES):
                 found[quality + name] = float(chosen[:, column].mean())
         return found | {"images": float(sums[0])}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +46,10 @@ def described(
 def write_map(
     folder: Path, image_id: int | str, ids_HW: NDArray[np.int64], info: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Write folder/IMAGE_ID.png; the map's entry among the annotations of the JSON."""
+    """Write folder/IMAGE_ID.png, whatever an id that is text has in it; the map's entry among the annotations of the
+    JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{image_id:012d}.png" if isinstance(image_id, int) else f"{image_id}.png"
+    name = f"{image_id:012d}.png" if isinstance(image_id, int) else f"{quote(image_id, safe='')}.png"
     files.write(folder / name, png.encoded(id_to_rgb(ids_HW)))
     return {"image_id": image_id, "file_name": name, "segments_info": list(info)}
 

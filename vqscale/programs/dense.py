@@ -27,6 +27,7 @@ from vqscale.train.held_out import first_ones
 
 Draw = Callable[[Tensor, Tensor], Tensor]  # contexts (B, C, *sides), numbers of the samples (B,) -> ids (B, *grid)
 Advance = Callable[[int, float], None]
+Keep = Callable[[str, Tensor, Tensor], None]  # name of a row, predictions of this rank's samples, their numbers
 CEILING, NO_CODE, ANOTHER, CONSTANT = "true codes", "no code", "codes of another image", "constant"
 KEPT = {CEILING: 1.0, "1/2 of the codes": 1 / 2, "1/4 of the codes": 1 / 4, "1/8 of the codes": 1 / 8, NO_CODE: 0.0}
 
@@ -36,6 +37,7 @@ class Measured:
     """The table, the same on every rank, and some samples with what was predicted of them, on the CPU."""
 
     rows: dict[str, dict[str, float]]
+    by_class: dict[str, dict[int, dict[str, float]]]  # the metrics of each class that labels have, of every row
     samples: Tensor
     predicted: dict[str, Tensor]
     broken: list[str]
@@ -50,13 +52,14 @@ def measure(
     constant: Tensor | None = None,
     draws: Mapping[str, Draw] | None = None,
     truth: Samples | Files | None = None,
+    keep: Keep | None = None,
     advance: Advance | None = None,
 ) -> Measured:
     """Look at an evaluation stream twice: for the codes of all, then for what is made of them. Collective.
 
     `constant` is what `label_sums` says of a training set; `draws` become a row each, by their names; `truth` is what
-    predictions are compared with, or the samples. ValueError for a signal without a context, or a quantizer whose ids
-    do not say its codes.
+    predictions are compared with, or the samples; `keep` is given all predictions. ValueError for a signal without a
+    context, or a quantizer whose ids do not say its codes.
     """
     signal, truth = labelled(tokenizer), truth or Samples()
     with evaluating(tokenizer):
@@ -69,13 +72,16 @@ def measure(
             for name, way in ways.items():
                 predicted = way(samples, numbers.clamp(min=0))
                 truth.add(sums[name], samples[valid], predicted[valid], numbers[valid])
+                if keep is not None:
+                    keep(name, predicted[valid], numbers[valid])
                 if first:
                     samples_shown, shown[name] = first_ones(samples, predicted, mesh)
                     firsts.append(samples_shown)
 
         seen = look_over(stream, mesh, look, advance)
     rows = {name: found.numbers() for name, found in sums.items()}
-    return Measured(rows, firsts[0], shown, seen.told)
+    by_class = {name: found.by_class() for name, found in sums.items()}
+    return Measured(rows, by_class, firsts[0], shown, seen.told)
 
 
 def labelled(tokenizer: Tokenizer) -> Labelled:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def write(folder: Path, title: str, result: Mapping[str, Any], shown: tuple[str,
     whole = {**result, "title": title, "shown": shown[0]}
     pictures.save(folder / PICTURE, shown[1])
     files.write(folder / RESULT, report.text(whole) + "\n")
-    rest = {key: value for key, value in result.items() if key not in ("rows", "notes")}
+    rest = {key: value for key, value in result.items() if key not in ("rows", "notes", "classes")}
     how = ("How", f"<pre>{html.escape(report.text(rest))}</pre>")
     files.write(folder / "index.html", page.page("Guiding codes", [part(folder), how]))
     return folder / "index.html"
@@ -64,6 +64,7 @@ def part(folder: Path) -> tuple[str, str]:
     try:
         result = json.loads((folder / RESULT).read_text())
         table, title, shown, notes = (result[key] for key in ("rows", "title", "shown", "notes"))
+        classes = result.get("classes", {})
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder} has no evaluation of guiding codes ({type(error).__name__}: {error}): give a folder that "
@@ -73,4 +74,17 @@ def part(folder: Path) -> tuple[str, str]:
     rows = [{"": name, **dict(zip(names, cells(numbers, names), strict=True))} for name, numbers in table.items()]
     told = "".join(f"<p class=failed>{html.escape(note)}</p>" for note in notes)
     text = page.table(rows, dict.fromkeys(["", *names], "{}")) + told
-    return title, text + page.picture(folder / PICTURE, f"from left to right: {shown}")
+    text += page.picture(folder / PICTURE, f"from left to right: {shown}")
+    return title, text + "".join(_of_classes(classes))
+
+
+def _of_classes(classes: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    """A table of the first metric of each class, a column for each row of the table above; nothing without classes."""
+    for ways in list(classes.values())[:1]:
+        metric = next(iter(next(iter(ways.values()))))
+        rows = [{"": name} | _cells(of, metric) for name, of in classes.items()]
+        yield f"<p>{html.escape(metric)} of each class:</p>" + page.table(rows, dict.fromkeys(["", *ways], "{}"))
+
+
+def _cells(of: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, str]:
+    return {way: cells(numbers, [metric])[0] for way, numbers in of.items()}

@@ -54,6 +54,10 @@ class Sums(ABC):
     def numbers(self) -> dict[str, float]:
         """The metrics by name, and `images`, the samples counted; the same on every rank. Collective."""
 
+    def by_class(self) -> dict[int, dict[str, float]]:
+        """The metrics of each class that labels have, by its number; none where they have no classes. Collective."""
+        return {}
+
 
 class Signal(ABC):
     """What is tokenized. It takes and returns tensors of this rank; only what says so is collective."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqscale.metrics.panoptic import PanopticQuality
+from vqscale.metrics.panoptic import QUALITIES, PanopticQuality, per_class
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import labels
@@ -43,6 +43,10 @@ class PanopticSums(Summed):
 
     def numbers(self) -> dict[str, float]:
         return super().numbers() | {"beyond_instances": float(ops.sum_over(self._beyond, self.mesh.world))}
+
+    def by_class(self) -> dict[int, dict[str, float]]:
+        rows = per_class(ops.sum_over(self.metric.sums(), self.mesh.world)).tolist()
+        return {number: dict(zip(QUALITIES, row, strict=True)) for number, row in enumerate(rows) if number}
 
 
 class Panoptic(Labelled):

@@ -76,14 +76,18 @@ def config_of(path: str | Path, task: Kind = "tokenizer", schema: Any = Tokenize
     path = Path(path)
     if (path / CARD).is_file():
         return configuration.parse(schema, _card(path, task)["config"], source=f"{path / CARD}: config")
-    file = next(
-        (file for file in (path / "run.yaml", path.absolute().parent.parent / "run.yaml") if file.is_file()), None
-    )
+    file = run_file(path)
     if file is None:
         raise ValueError(
             f"{path} has neither {CARD} nor run.yaml: give the folder of a {task} that was trained or saved"
         )
     return configuration.parse(schema, _run_config(file, path, task)[task], source=f"{file}: {task}")
+
+
+def run_file(path: str | Path) -> Path | None:
+    """The run.yaml of a run folder, or of the run that a checkpoint folder lies in; None where there is none."""
+    beside = (Path(path) / "run.yaml", Path(path).absolute().parent.parent / "run.yaml")
+    return next((file for file in beside if file.is_file()), None)
 
 
 def _read(found: Path, weights: Weights, task: Kind, schema: Any) -> Saved:

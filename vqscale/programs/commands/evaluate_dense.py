@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqscale import config as configuration
+from vqscale.data.config_dense import PanopticConfig
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
@@ -26,42 +27,53 @@ def told(args: argparse.Namespace) -> str:
     held_out = _held_out(args, run)
     from vqscale.data import samples
     from vqscale.data.samples import SampleStream
+    from vqscale.data.shards import chosen
     from vqscale.priors.base import Prior
     from vqscale.programs import dense, predict
     from vqscale.programs.dense_truth import Files
+    from vqscale.programs.dense_written import Maps
     from vqscale.show import dense_page
     from vqscale.show.progress import Progress
     from vqscale.tokenizer.model import Tokenizer
 
     samples.prepare(held_out)
-    truth = Files(held_out) if args.own_size else None
+    keys = chosen.read_keys(args.keys) if args.keys else None
     if args.training_images:
         samples.prepare(run.data.train)
     with processes.joined(args.device, processes.divide(args.codes), agreed=()) as mesh:
         tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
         signal, world, constant = dense.labelled(tokenizer), mesh.world, None
 
-        def stream(medium: MediumConfig) -> SampleStream:
-            return SampleStream(medium, args.batch * world.size, world.rank, world.size, train=False)
+        def stream(medium: MediumConfig, keys: Sequence[str] | None = None) -> SampleStream:
+            return SampleStream(medium, args.batch * world.size, world.rank, world.size, train=False, keys=keys)
 
         if args.training_images:
             constant = dense.label_sums(signal, stream(run.data.train), mesh, args.training_images)
         fingerprint, draws = tokenizer.fingerprint, dict[str, dense.Draw]()  # collective
         if args.prior:
             draws = predict.draws(Prior.load(args.prior, mesh=mesh, weights=args.weights), tokenizer)
-        seen = stream(held_out)
+        seen = stream(held_out, keys)
+        truth = Files(held_out, seen.index) if args.own_size else None
+        maps, written = None, list[Path]()
+        if truth is not None and isinstance(held_out, PanopticConfig) and args.predictions:
+            maps = Maps(Path(args.predictions), held_out, truth, (dense.CEILING, *draws, dense.NO_CODE))
         progress = Progress(-(-2 * seen.num_samples // seen.batch), rank=world.rank, stream=sys.stderr)
         options: Any = {"constant": constant, "draws": draws, "truth": truth, "advance": progress.advance}
-        found = dense.measure(tokenizer, seen, mesh, **options)
+        found = dense.measure(tokenizer, seen, mesh, keep=maps.keep if maps else None, **options)
+        if maps:
+            written = maps.finish(mesh)
         progress.close()
     if world.rank:
         return ""
     result = {
         "rows": found.rows,
+        "classes": _classes(held_out, found.by_class),
+        "predictions": [str(path) for path in written],
         "tokenizer": {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card},
         "prior": args.prior,
         "data": {"shards": list(held_out.patterns), "fingerprint": seen.fingerprint, **held_out.card},
         "protocol": {
+            "samples": f"the {seen.num_samples} of --keys {args.keys}" if keys else f"all {seen.num_samples}",
             "size": "of the files, predictions from the nearest pixel" if truth else "of the samples, as they entered",
             "codes of another image": "those of the next image of the set",
             "a part of the codes": "at places drawn anew for each image, a smaller part among those of a larger",
@@ -72,6 +84,16 @@ def told(args: argparse.Namespace) -> str:
         "processes": world.size,
     }
     return dense_page.tell(result, args.out, args.json, f"Guiding codes of {args.path}", _picture(signal, found))
+
+
+def _classes(
+    medium: MediumConfig, by_class: Mapping[str, Mapping[int, Mapping[str, float]]]
+) -> dict[str, dict[str, Mapping[str, float]]]:
+    """{class: {row of the table: its metrics}}, classes by their names; nothing where labels have no classes."""
+    if not isinstance(medium, PanopticConfig):
+        return {}
+    names = [category.name for category in medium.classes()]
+    return {name: {way: of[number] for way, of in by_class.items()} for number, name in enumerate(names, 1)}
 
 
 def _picture(signal: Any, found: Any) -> Any:
@@ -86,12 +108,11 @@ def _picture(signal: Any, found: Any) -> Any:
 
 
 def _run(args: argparse.Namespace) -> TokenizerRun:
+    from vqscale.tokenizer import saved
     from vqscale.train.config import Run
     from vqscale.train.config.tokenizer import TokenizerRun
 
-    path = Path(args.path).absolute()
-    beside = (path / "run.yaml", path.parent.parent / "run.yaml")
-    file = args.config or next((str(file) for file in beside if file.is_file()), None)
+    file = args.config or saved.run_file(args.path)
     if file is None:
         raise ValueError(
             f"{args.path} has no run.yaml that says on which samples it is measured: give --config, a YAML with "
@@ -106,7 +127,13 @@ def _run(args: argparse.Namespace) -> TokenizerRun:
 def _held_out(args: argparse.Namespace, run: TokenizerRun) -> MediumConfig:
     if args.shards:
         given: Any = {"shards": args.shards, "make": None}  # every medium of a context has both
-        return replace(run.data.val or run.data.train, **given)
-    if run.data.val is None:
+        found: MediumConfig = replace(run.data.val or run.data.train, **given)
+    elif run.data.val is None:
         raise ValueError(f"the config of {args.path} has data.val: null, so nothing is held out: give --shards")
-    return run.data.val
+    else:
+        found = run.data.val
+    if args.predictions and not isinstance(found, PanopticConfig):
+        raise ValueError(
+            f"the held-out shards of {args.path} are of {found.kind}, and --predictions writes segments: leave it out"
+        )
+    return found
