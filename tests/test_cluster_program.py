@@ -20,7 +20,6 @@ from vqscale.codes.kmeans import Method, kmeans
 from vqscale.codes.rows import Rows
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
-from vqscale.programs.cluster import radices_of
 from vqscale.programs.commands import cluster as command
 from vqscale.quantizers import build
 from vqscale.tokenizer import clusters
@@ -75,7 +74,7 @@ def test_the_file_has_the_clusters_of_the_vectors_and_whose_they_are(tokenizer, 
 def test_the_digits_of_an_id_are_those_of_its_code():
     fsq = build({"name": "fsq", "levels": [5, 3, 4]})
     lfq = build({"name": "lfq", "dim": 6})
-    assert (radices_of(fsq), radices_of(lfq)) == ((4, 3, 5), (2,) * 6)
+    assert (fsq.digits, lfq.digits) == ((4, 3, 5), (2,) * 6)
     for quantizer, leading, digits in ((fsq, 4, slice(2, 3)), (lfq, 8, slice(0, 3))):
         codes = quantizer.decode(torch.arange(quantizer.num_codes)).view(leading, -1, quantizer.dim)
         assert (codes[:, :, digits] == codes[:, :1, digits]).all()

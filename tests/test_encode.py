@@ -337,6 +337,14 @@ def test_several_ids_at_a_position(place, tmp_path):
     said = encode([str(tmp_path / "tokenizer"), *argv[1:]])
     assert "20 images x 1 views x 4 x 4 x 2 ids of 16 codes" in said
     assert Cache(tmp_path / "cache").ids.shape == (20, 1, 4, 4, 2)
+    assert Cache(tmp_path / "cache").card.digits == ()
+
+
+def test_the_card_says_of_digits(place, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", {"name": "fsq", "levels": [5, 3, 4]})
+    argv = words(place, tmp_path / "cache", "--shards", f"{place}/s-0.tar")
+    encode([str(tmp_path / "tokenizer"), *argv[1:]])
+    assert Cache(tmp_path / "cache").card.digits == (4, 3, 5)
 
 
 def test_help_answers_without_torch():

@@ -12,6 +12,7 @@ import saved_runs
 from prior_runs import CODES, GRID
 
 from vqscale import config as configuration
+from vqscale import priors
 from vqscale.plan import costs_of
 from vqscale.run import folder
 from vqscale.train import nulls
@@ -58,6 +59,19 @@ def test_a_tokenizer_is_asked_for_the_dimension_whatever_it_quantizes_with(tmp_p
     made = saved_runs.small(quantizer={"name": "fsq", "levels": [3, 3, 2, 2, 2], "symmetric": True})
     made.save(tmp_path / "fsq")
     assert nulls.fill(asked(tmp_path, caches, *CODEBOOK, f"tokenizer={tmp_path / 'fsq'}")).prior.feature_dim == 5
+
+
+def test_own_factors_are_the_digits_that_the_cache_says(tmp_path, caches):
+    own = ("prior.head.name=factorised", "prior.head.factors=own")
+    prior_runs.write_cache(tmp_path / "digits", 4, 1, num_codes=60, digits=(3, 4, 5))
+    there = (f"data.train.path={tmp_path / 'digits'}", f"data.val.path={tmp_path / 'digits'}")
+    filled = nulls.fill(asked(tmp_path, caches, *NULL, *own, *there))
+    assert filled.prior.head.factors == (3, 4, 5)
+    assert priors.build(filled.prior).head.factors == (3, 4, 5)
+    with pytest.raises(ValueError, match=r"no digits of ids.*give the factors"):
+        nulls.fill(asked(tmp_path, caches, *own))
+    with pytest.raises(ValueError, match=r"head\.factors: null is as a token cache or a tokenizer says"):
+        priors.build(asked(tmp_path, caches, *own).prior)
 
 
 @pytest.mark.parametrize(

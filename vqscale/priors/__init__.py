@@ -29,7 +29,7 @@ def build(config: Mapping[str, Any] | PriorConfig, mesh: Mesh | None = None, *, 
         parsed: PriorConfig = configuration.parse(PriorConfig, config, source="prior")
         return build(parsed, mesh, seed=seed)
     if nulls := config.nulls():
-        text = "null is as a token cache or a tokenizer says, and only `vqscale train` looks there: give a value"
+        text = "null is as a token cache or a tokenizer says (so is own), and only `vqscale train` looks: give a value"
         raise configuration.ConfigError([f"prior: {key}: {text}" for key in nulls])
     import torch
 

@@ -15,10 +15,6 @@ from vqscale.codes.rows import Rows, decoded
 from vqscale.disk import manifest
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantizer
-from vqscale.quantizers.bsq import BSQ
-from vqscale.quantizers.fsq import FSQ
-from vqscale.quantizers.lfq import LFQ
 from vqscale.run import processes
 from vqscale.run.folder import commit
 from vqscale.tokenizer import clusters
@@ -46,17 +42,16 @@ def cluster(
         raise ValueError(
             f"{path} has {quantizer.num_ids} ids per token, and clusters are of one: take a tokenizer with one id"
         )
-    radices = radices_of(quantizer)
-    kind = kind or ("digits" if radices else "balanced")
+    kind = kind or ("digits" if quantizer.digits else "balanced")
     layout = Rows(quantizer.num_codes, mesh.codes.size, mesh.codes.rank)
     card = ClustersCard(
         tokenizer.fingerprint, quantizer.num_codes, method.num_clusters, kind, tokenizer_path=path, command=command
     )
     known = vars(card) | {"commit": commit()}
     if kind == "digits":
-        if radices is None:
+        if quantizer.digits is None:
             raise ValueError(f"the ids of {path} have no digits, as those of fsq, lfq and bsq: use --method balanced")
-        cluster_k = by_digits(radices, method.num_clusters, layout, mesh.device)
+        cluster_k = by_digits(quantizer.digits, method.num_clusters, layout, mesh.device)
     else:
         with torch.no_grad():
             rows_kD = torch.cat(list(decoded(quantizer.decode, layout, mesh.device)))
@@ -64,13 +59,6 @@ def cluster(
         known |= {"metric": method.metric, "iterations": method.iterations, "seed": method.seed}
     parts = ops.gather_objects(cluster_k.to(torch.int32).cpu().numpy(), mesh.codes)
     return processes.first(lambda: clusters.write(out, np.concatenate(parts), ClustersCard(**known)), mesh)
-
-
-def radices_of(quantizer: Quantizer) -> tuple[int, ...] | None:
-    """The digits of an id, the most significant first; None where an id is a number of a row."""
-    if isinstance(quantizer, FSQ):
-        return tuple(reversed(quantizer.config.channels()))
-    return (2,) * quantizer.dim if isinstance(quantizer, LFQ | BSQ) else None
 
 
 def summary(card: ClustersCard, out: Path) -> str:

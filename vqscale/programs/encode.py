@@ -39,7 +39,7 @@ from vqscale.signals import Signal, check_reads
 class Encodes(Protocol):
     """What is needed of a tokenizer; on a code axis `encode` and `fingerprint` are collective."""
 
-    quantizer: Any  # num_codes, num_ids
+    quantizer: Any  # num_codes, num_ids, digits
 
     @property
     def fingerprint(self) -> str: ...
@@ -135,6 +135,7 @@ def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> C
         num_images=len(index),
         source=index.fingerprint(),
         **config.card,
+        digits=tokenizer.quantizer.digits or (),
         storage=options.storage or storage_for(len(index)),
         shards=config.patterns,
         tokenizer_path=options.tokenizer_path,

@@ -42,6 +42,8 @@ class Quantizer(nn.Module, ABC):
     # ids are (N,), or (N, num_ids) where a token has several; num_codes is then the K of one of them. Caches and priors
     # see them flattened, the last axis fastest: token 0's ids, then token 1's.
     num_ids: int = 1
+    # How many values each digit of an id has, the most significant first; None where an id is the number of a row.
+    digits: tuple[int, ...] | None = None
     # False where z is continuous, so that no id can say it (scq): decode(ids) is then the nearest that ids come to z.
     exact_decode: bool = True
 

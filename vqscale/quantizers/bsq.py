@@ -25,7 +25,7 @@ from vqscale.quantizers.implicit import ImplicitQuantizer
 class BSQ(ImplicitQuantizer):
     def __init__(self, config: BSQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.bits(), 2 ** config.bits(), mesh)
-        self.config = config
+        self.config, self.digits = config, (2,) * self.dim
         self.scale = self.dim**-0.5
         self.unit: Tensor  # in the type that codes have
         self.register_buffer("unit", torch.ones((), device=self.mesh.device), persistent=False)

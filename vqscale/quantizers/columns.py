@@ -26,7 +26,7 @@ class Columns(Quantizer):
         super().__init__()
         made = [quantizers.build(config, mesh, seed=derive(seed, "column", i)) for i, config in enumerate(configs)]
         self.columns = nn.ModuleList(made)
-        self.num_ids, self.num_codes = len(made), made[0].num_codes
+        self.num_ids, self.num_codes, self.digits = len(made), made[0].num_codes, made[0].digits
 
     def quantizers(self) -> list[Quantizer]:
         return [column for column in self.columns if isinstance(column, Quantizer)]

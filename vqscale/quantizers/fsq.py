@@ -31,7 +31,7 @@ class FSQ(ImplicitQuantizer):
     def __init__(self, config: FSQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         levels = config.channels()
         super().__init__(config, len(levels), math.prod(levels), mesh)
-        self.config, mesh = config, self.mesh
+        self.config, self.digits, mesh = config, tuple(reversed(levels)), self.mesh
         self.levels_D: Tensor
         self.basis_D: Tensor
         self.unit: Tensor  # in the type that codes have

@@ -23,7 +23,7 @@ from vqscale.quantizers.implicit import ImplicitQuantizer
 class LFQ(ImplicitQuantizer):
     def __init__(self, config: LFQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.bits(), 2 ** config.bits(), mesh)
-        self.config = config
+        self.config, self.digits = config, (2,) * self.dim
         self.unit: Tensor  # in the type that codes have
         self.register_buffer("unit", torch.ones((), device=self.mesh.device), persistent=False)
 

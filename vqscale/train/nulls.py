@@ -1,6 +1,7 @@
 """Keys of a prior's config that are null because others know them: num_codes, num_ids and grid the token cache, or the
-tokenizer that encodes; feature_dim the tokenizer, num_clusters the file of its clusters. They are filled before any
-process group is made, so that run.yaml says what was used, and a run that goes on is compared by it.
+tokenizer that encodes; feature_dim the tokenizer, num_clusters the file of its clusters; so are head.factors where they
+are the ids' own. They are filled before any process group is made, so that run.yaml says what was used, and a run that
+goes on is compared by it.
 
 Not here: whether keys that were given agree with these (prior_data.py, when they are opened).
 """
@@ -25,20 +26,29 @@ def fill(config: PriorRun) -> PriorRun:
     there is nothing to look it up in, or where what is found does not fit the rest (ConfigError)."""
     keys = config.prior.nulls()
     found: dict[str, Any] = {}
-    if of_cache := [key for key in keys if key in ("num_codes", "num_ids", "grid")]:
+    if of_cache := [key for key in keys if key in ("num_codes", "num_ids", "grid", "head.factors")]:
         if isinstance(config.data.train, TokensConfig):
             card = _card(config.data.train.path, of_cache)
             found = {"num_codes": card.num_codes, "num_ids": card.num_ids, "grid": list(card.grid)}
+            found["head.factors"] = list(card.digits)
         elif config.tokenizer is not None:
-            found = dict(of_tokenizer(config).ids)
+            made = of_tokenizer(config)
+            found = made.ids | {"head.factors": list(made.digits)}
     if "feature_dim" in keys and config.tokenizer is not None:
         found["feature_dim"] = _code_dim(config.tokenizer)
     if "num_clusters" in keys and config.prior.clusters is not None:
         found["num_clusters"] = read_card(config.prior.clusters).num_clusters
     if not keys:
         return config
+    if "head.factors" in keys and not found.get("head.factors"):
+        raise ValueError(
+            "prior.head.factors is own, and the token cache or the tokenizer says of no digits of ids: they are "
+            "numbers of rows, or the cache is older than this key; give the factors, as [64, 64]"
+        )
     whole = configuration.to_dict(config)
-    whole["prior"] |= {key: found[key] for key in keys}
+    for key in keys:
+        part, _, last = key.rpartition(".")
+        (whole["prior"][part] if part else whole["prior"])[last] = found[key]
     return configuration.parse(PriorRun, whole, source="with what the token cache and the tokenizer say")
 
 
@@ -48,6 +58,7 @@ class Made(NamedTuple):
     ids: dict[str, Any]
     """num_codes, num_ids, grid"""
     takes_context: bool
+    digits: tuple[int, ...]
 
 
 def of_tokenizer(config: PriorRun) -> Made:
@@ -69,7 +80,7 @@ def of_tokenizer(config: PriorRun) -> Made:
 def made_of(quantizer: Any, net: NetConfig, sides: tuple[int, ...]) -> Made:
     """What a quantizer and a net make of samples with these sides."""
     ids = {"num_codes": quantizer.num_codes, "num_ids": quantizer.num_ids, "grid": list(grid(net, sides))}
-    return Made(ids, net.takes_context)
+    return Made(ids, net.takes_context, quantizer.digits or ())
 
 
 def _card(path: str, keys: list[str]) -> Card:

@@ -37,6 +37,11 @@ class HeadSettings:
         """Whether the head takes the frozen vectors of the tokenizer's codes."""
         return False
 
+    @property
+    def wants_digits(self) -> bool:
+        """Whether the digits of an id are still to be looked up."""
+        return False
+
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.scan_mib < 1:
             yield "scan_mib", f"scan_mib is {self.scan_mib}: use at least 1"
@@ -149,8 +154,9 @@ class FactorisedConfig(HeadSettings):
     several_ids: ClassVar[bool] = True
     name: Literal["factorised"] = "factorised"
     """which head"""
-    factors: tuple[int, ...] | None = None
-    """values of each digit of an id, the most significant first, their product num_codes; null: one digit per id"""
+    factors: tuple[int, ...] | Literal["own"] | None = None
+    """values of each digit of an id, the most significant first, their product num_codes; own: those that the
+    tokenizer's ids have (fsq, lfq, bsq), as the token cache says; null: one digit per id"""
     within: WithinConfig | None = field(default_factory=WithinConfig)
     """a transformer over the digits of a token; null: they are independent given the trunk's vector"""
     embedding: Literal["rows", "tied"] = "rows"
@@ -160,15 +166,19 @@ class FactorisedConfig(HeadSettings):
     products: Products = "fp32"
     """precision of the products of tokens with rows in training; sums and gradients of rows are float32 in both"""
 
+    @property
+    def wants_digits(self) -> bool:
+        return self.factors == "own"
+
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
-        if self.factors is not None and min(self.factors, default=0) < 1:
+        if isinstance(self.factors, tuple) and min(self.factors, default=0) < 1:
             yield "factors", f"factors is {list(self.factors)}: give at least one factor, each at least 1"
         if self.init_scale < 0:
             yield "init_scale", f"init_scale is {self.init_scale}, the scale of the first rows: use 0 or more"
 
     def misfits(self, num_codes: int, num_ids: int) -> Iterable[tuple[str, str]]:
-        if self.factors is not None and math.prod(self.factors) != num_codes:
+        if isinstance(self.factors, tuple) and math.prod(self.factors) != num_codes:
             yield (
                 "factors",
                 f"factors {list(self.factors)} multiply to {math.prod(self.factors)}, and an id has num_codes "

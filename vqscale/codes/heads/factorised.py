@@ -126,6 +126,7 @@ class Factorised(Vocabulary):
         feature_dim: int | None = None,
         num_ids: int = 1,
     ) -> Factorised:
+        assert config.factors != "own", "they are looked up before: see wants_digits"
         return cls(
             num_codes,
             dim,

@@ -151,7 +151,7 @@ class IdsConfig:
     def nulls(self) -> list[str]:
         """The keys that are still to be looked up in a token cache or a tokenizer (train/nulls.py)."""
         known = ["num_codes", "num_ids", "grid", *(["feature_dim"] if self.head.wants_features else [])]
-        return [key for key in known if getattr(self, key) is None]
+        return [key for key in known if getattr(self, key) is None] + ["head.factors"] * self.head.wants_digits
 
     @property
     def wants_clusters(self) -> bool:
