@@ -29,6 +29,7 @@ IDENTITY = {
     "reading": (("length", 9),),
 }
 FREE = {
+    "digits": (2, 3),
     "storage": 64,
     "shards": ("elsewhere/0000.tar",),
     "tokenizer_path": "elsewhere",
