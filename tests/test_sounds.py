@@ -13,6 +13,7 @@ from vqscale import config as configuration
 from vqscale import signals
 from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance, si_sdr, stft_distance
 from vqscale.metrics.spectra import log_mel, magnitudes, mel_filters
+from vqscale.metrics.voicing import _correlations, f1, voiced
 from vqscale.parallel.mesh import Mesh
 from vqscale.signals.config import DistanceConfig
 from vqscale.signals.config_sounds import SoundsSignal
@@ -129,6 +130,46 @@ def test_speech_has_the_packages_own_numbers():
     for bits, wanted in ((10, (3.2382, 0.9999)), (6, (1.1187, 0.9618))):
         coarse = np.round(wave * 2 ** (bits - 1)) / 2 ** (bits - 1)
         assert (pesq(wave, coarse, rate), stoi(wave, coarse, rate)) == pytest.approx(wanted, abs=1e-3)
+
+
+def sung(pitch, level=0.1, rate=16000):
+    """A second of ten harmonics."""
+    phase = 2 * math.pi * np.cumsum(np.full(rate, pitch)) / rate
+    return (level * np.sum([np.sin(n * phase) / n for n in range(1, 11)], 0)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [16000, 24000])
+def test_what_repeats_between_50_and_550_times_a_second_is_voiced(rate):
+    hiss = noise(rate).numpy()
+    low = np.convolve(hiss, np.ones(rate // 4000) / 4).astype(np.float32)[:rate]
+    for pitch in (55, 90, 220, 400, 540):
+        assert voiced(sung(pitch, rate=rate), rate).all()
+        assert voiced(sung(pitch, rate=rate) + 0.1 * hiss, rate).mean() > 0.95
+    for silent in (hiss, low, 0 * hiss, sung(200, 2e-4, rate)):
+        assert voiced(silent, rate).mean() < 0.03
+    half = np.concatenate([sung(150, rate=rate)[: rate // 2], hiss[: rate // 2]])
+    assert voiced(half, rate).sum() == pytest.approx(50, abs=5)
+    assert len(voiced(hiss[: rate // 20], rate)) == 0
+
+
+def test_correlations_are_those_written_out():
+    wave = noise(400).numpy().astype(np.float64)
+    found = _correlations(wave[None], 300)[0]
+    for lag in (0, 1, 57, 100):
+        x, y = wave[:300], wave[lag : lag + 300]
+        assert found[lag] == pytest.approx(x @ y / math.sqrt((x @ x) * (y @ y)), abs=1e-9)
+    assert len(found) == 101
+    assert not _correlations(0 * wave[None], 300).any()
+
+
+def test_f1_of_voicing_counts_frames_and_has_no_value_without_a_voice():
+    half = np.concatenate([sung(150)[:8000], np.zeros(8000, np.float32)])
+    assert f1(sung(150), sung(210), 16000) == 1.0  # the pitch is not compared
+    first, second = voiced(sung(150), 16000), voiced(half, 16000)
+    assert f1(sung(150), half, 16000) == pytest.approx(2 * second.sum() / (first.sum() + second.sum()))
+    assert f1(sung(150), 0 * half, 16000) == 0.0
+    with pytest.raises(ValueError, match="no frame is voiced"):
+        f1(0 * half, noise(16000).numpy(), 16000)
 
 
 def test_pictures_show_loud_above_quiet_and_predictions_stay_in_range():

@@ -1,9 +1,9 @@
-"""How near reconstructions are to their sounds: distances of spectra, SI-SDR, and PESQ and STOI of speech where their
-packages are installed; sums that add over clips and ranks.
+"""How near reconstructions are to their sounds: distances of spectra, SI-SDR, and of speech F1 of voicing, and PESQ
+and STOI where their packages are installed; sums that add over clips and ranks.
 
-Every clip counts once, however long it is. PESQ and STOI have no value for some clips (silent, too short): these are
-counted, and are in no mean. Two measures of the field are left out, because what computes them is not light: F1 of
-voicing (torchcrepe, 15 seconds of a processor for a second of sound) and UTMOS (fairseq and two files of weights).
+Every clip counts once, however long it is. The measures of speech have no value for some clips (silent, too short,
+without a voice): these are counted, and are in no mean. UTMOS is left out, because what computes it is not light:
+fairseq and two files of weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqscale.metrics import spectra
+from vqscale.metrics import spectra, voicing
 from vqscale.metrics.spectra import magnitudes
 
 Wave = NDArray[np.float32]
@@ -111,6 +111,7 @@ def _at(wave: Wave, rate: int, wanted: int) -> Wave:
 _OF_PACKAGES: dict[str, tuple[Measure, tuple[str, ...]]] = {
     "pesq": (pesq, ("pesq", "soxr")),
     "stoi": (stoi, ("pystoi",)),
+    "voicing_f1": (voicing.f1, ()),
 }
 
 
@@ -178,7 +179,7 @@ class SoundScores:
 
     def from_sums(self, sums: Tensor) -> dict[str, float]:
         """Means from sums, of one rank or added over ranks; nan where no clip had a value. `NAME_without` are the clips
-        that PESQ and STOI have no value for."""
+        that a measure of speech has no value for."""
         clips, mel, stft, *others = sums.tolist()
         found = {"mel": _mean(mel, clips), "stft": _mean(stft, clips)}
         for number, name in enumerate(self._others):

@@ -34,6 +34,7 @@ FORMS = {
     "cut": "{:.0f}",
     "pesq_without": "{:.0f}",
     "stoi_without": "{:.0f}",
+    "voicing_f1_without": "{:.0f}",
 }
 
 

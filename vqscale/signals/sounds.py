@@ -58,7 +58,7 @@ class Sounds(Signal):
         return output.float().clamp(-1, 1)
 
     def sums(self, mesh: Mesh, measures: SpeechMeasures | None = None) -> Sums:
-        """Distances of spectra and SI-SDR; with measures PESQ and STOI."""
+        """Distances of spectra and SI-SDR; with measures those of speech too."""
         return Summed(SoundScores(bands(self.config), measures, mesh.device), mesh)
 
     def picture(self, samples: Tensor, predicted: Tensor) -> Picture:

@@ -60,7 +60,9 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     sounds.add_argument("--shards", required=True, help="WebDataset shards of recordings: paths, braces, URLs")
     sounds.add_argument("--samples", help="folder of `vqscale sample`, whose sounds the page has too")
     sounds.add_argument("--most-seconds", type=float, default=60.0, help=MOST)
-    sounds.add_argument("--speech", action=argparse.BooleanOptionalAction, default=True, help="PESQ and STOI")
+    sounds.add_argument(
+        "--speech", action=argparse.BooleanOptionalAction, default=True, help="PESQ, STOI, F1 of voicing"
+    )
     words.add_weights(sounds)
     words.add_codes(sounds)
     sounds.add_argument("--json", action="store_true", help="print everything as JSON in place of the lines")

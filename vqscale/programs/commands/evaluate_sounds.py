@@ -19,10 +19,11 @@ PROTOCOL = {
     "si_sdr": "dB, means taken off, projection; of recordings that are not constant",
     "pesq": "wide band, at 16 kHz; pesq_without are recordings that it has no value for, which are in no mean",
     "stoi": "not extended; stoi_without as above",
+    "voicing_f1": "by autocorrelation, 50 to 550 Hz, hop 10 ms; published numbers are by CREPE, and do not compare",
     "usage": "share of the codes that these recordings hit at least once",
     "ceiling": "usage of as many tokens if every code were as likely, 1 - exp(-tokens / codes)",
     "kbps": "tokens_per_s times log2 of the codes; kbps_entropy: times id_bits, the entropy of the ids of a token",
-    "left out": "F1 of voicing and UTMOS, whose networks are not part of this package",
+    "left out": "UTMOS, whose networks are not part of this package",
 }
 
 
