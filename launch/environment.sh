@@ -1,6 +1,7 @@
 # Sourced by quickstart.sh and tests/run.sh: a virtual environment .venv with vqscale in it, made once, activated.
 #
-#   environment [EXTRA]    e.g. environment test; installs again only when pyproject.toml or EXTRA changed
+#   environment [EXTRA]         e.g. environment test; installs again only when pyproject.toml or EXTRA changed
+#   start PROGRAM [word ...]    on $processes processes; one needs no torchrun, which listens to the network
 
 environment() {
     local extra=${1:-} python=${PYTHON:-python3} stamp
@@ -22,4 +23,8 @@ CHECK
         python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
         echo "$stamp" >>.venv/installed
     fi
+}
+
+start() {
+    if [ "$processes" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$processes" "$@"; fi
 }

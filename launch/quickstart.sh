@@ -26,7 +26,6 @@ threads=$(($(nproc) / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 stage() { printf '\n=== %s (%d:%02d since the start)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-start() { torchrun --standalone --nproc_per_node="$processes" "$@"; }
 
 stage "1 of 6: the tokenizer"
 tokenizer=(configs/quickstart/tokenizer.yaml ${first[@]+"${first[@]}"})

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,37 @@ def test_what_is_lacking_is_said(place, tmp_path, capsys):
     assert "prior is a run of task prior: give one of task tokenizer in its place" in capsys.readouterr().err
     assert main(place / "run", place / "prior", place / "run", *words) == 2
     assert "run has no finished samples: make them with `vqscale sample`" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_folder_starts_no_command_unless_it_is_trusted(place, tmp_path, capsys):
+    marker, folders = tmp_path / "ran", (tmp_path / "run", place / "prior", place / "samples")
+    shutil.copytree(place / "run", tmp_path / "run")
+    text = (tmp_path / "run" / "run.yaml").read_text()
+    shards = configuration.load(Run, tmp_path / "run" / "run.yaml").data.val.shards
+    for given in (f"pipe:touch {marker}; cat {shards}", f"{{a,pipe:touch {marker}; cat {shards}}}"):
+        (tmp_path / "run" / "run.yaml").write_text(text.replace(shards, f'"{given}"'))
+        assert main(*folders, "--out", tmp_path / "page.html") == 2
+        assert "nothing is fetched or started that a run folder names: give --fetch" in capsys.readouterr().err
+        assert not marker.exists()
+    kept = text.replace("cache_dir: null", f"cache_dir: {tmp_path}")
+    (tmp_path / "run" / "run.yaml").write_text(kept.replace(shards, f'"pipe:touch {marker}; cat {shards}"'))
+    assert main(*folders, "--fetch", "--out", tmp_path / "page.html") == 0
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("key", ["steps", "processes"])
+def test_what_a_run_says_is_numbers_or_is_refused(place, tmp_path, capsys, key):
+    shutil.copytree(place / "run", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, key: "<script>"}))
+    words = (tmp_path / "run", place / "prior", place / "samples", "--out", tmp_path / "page.html")
+    assert main(*words) == 2
+    assert f"summary.json has no whole number as {key}: train the run again" in capsys.readouterr().err
+    text = (place / "run" / "run.yaml").read_text()
+    (tmp_path / "run" / "run.yaml").write_text(text.replace("dim: 6", 'dim: "<script>"'))
+    assert main(*words) == 2
+    assert "expected int, found the text '<script>'" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

@@ -7,7 +7,6 @@ pipelines.
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import random
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from vqscale.data.config import ImagesConfig, Interpolation, Views
 
+# Pictures alone, decoded in this process: Pillow gives EPS to a program, which runs what is in the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[float, float, float, float]
 Places = NDArray[np.intp]
@@ -50,10 +51,7 @@ def decode(data: bytes) -> Image.Image:
 
     Raises whatever the decoder raises on data that is not a whole image (OSError, SyntaxError, ...).
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
-    except UnidentifiedImageError:
-        raise ValueError(f"these {len(data)} bytes, {data[:8]!r} first, are no image") from None
+    image = opened(data)
     image.load()
     # Pillow takes every CMYK JPEG for Adobe's, which stores inverted inks; a file without Adobe's mark does not.
     wrongly_inverted = image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info
@@ -72,11 +70,14 @@ def decode(data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """All that Pillow reads itself, and so not EPS, which it gives to a program that runs what is in the file."""
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
+def opened(data: bytes) -> Image.Image:
+    """The image of a file, its header read. ValueError for what is in none of FORMATS."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"these {len(data)} bytes, {data[:8]!r} first, are no image in a format that is read ({', '.join(FORMATS)})"
+        ) from None
 
 
 def augment(image: Image.Image, config: ImagesConfig, seed: int | None) -> NDArray[np.uint8]:

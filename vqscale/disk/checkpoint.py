@@ -25,6 +25,7 @@ import zarr
 from torch import Tensor
 
 from vqscale.disk import files, manifest
+from vqscale.disk.arrays import open_array
 from vqscale.errors import ExplainedError
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis, Mesh
@@ -238,6 +239,6 @@ def _read_rows(path: Path, name: str, layout: Mapping[str, Any], start: int, sto
     for low, high in layout[name]["parts"]:
         a, b = max(low, start), min(high, stop)
         if a < b:
-            array = zarr.open_array(str(path / _part(name, low)), mode="r")
+            array = open_array(path / _part(name, low), (high - low, *shape[1:]))
             out[a - start : b - start] = torch.from_numpy(array[a - low : b - low])
     return out

@@ -189,7 +189,7 @@ def side_by_side(paths: Mapping[str, Path], rows: int = 2) -> str:
 
     parts = []
     for name, path in paths.items():
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             top = image.crop((0, 0, image.width, image.height * rows // 4 if rows < 4 else image.height))
             parts.append(f"<h3>{html.escape(name)}</h3>{img(png.encoded(top), name)}")
     return "".join(parts)

@@ -8,7 +8,6 @@ It makes shards for this package or any other that reads WebDataset; nothing her
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
@@ -26,6 +24,7 @@ from vqscale.data.config import ImagesConfig, MediumConfig, ShapesConfig
 from vqscale.data.config_sounds import SoundsConfig
 from vqscale.data.made.shapes import CLASS_NAMES, draw
 from vqscale.data.order import permutation
+from vqscale.data.pixels import opened as image_of
 from vqscale.data.shards.patterns import expand, is_local
 from vqscale.data.sounds import opened
 from vqscale.disk import files, png
@@ -105,7 +104,7 @@ def _files(root: Path) -> tuple[list[Path], Callable[[bytes], None]]:
 
 
 def _image(data: bytes) -> None:
-    Image.open(io.BytesIO(data)).verify()
+    image_of(data).verify()
 
 
 def _recording(data: bytes) -> None:
@@ -156,7 +155,7 @@ def write(plan: Plan, shards: Sequence[Path], split: str) -> None:
         if is_made(plan, shards, split):
             return
         note = place / f".{split}.making.json"
-        _clear(note, wanted)
+        _clear(note, split, wanted)
         _write(note, json.dumps(wanted))
         ends = [plan.num_samples * (number + 1) // len(shards) for number in range(len(shards))]
         with tqdm(total=plan.num_samples, desc=f"making {split}", unit="sample", disable=None) as bar:
@@ -232,14 +231,20 @@ def _show(facts: Mapping[str, Any], keys: Sequence[str]) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def _clear(note: Path, wanted: Mapping[str, Any]) -> None:
+def _clear(note: Path, split: str, wanted: Mapping[str, Any]) -> None:
     """Delete what an interrupted making of something else left."""
     old = _read(note)
     if old and old != wanted:
         for name in old.get("shards", []):
-            (note.parent / name).unlink(missing_ok=True)
+            if _is_shard(name, split):
+                (note.parent / name).unlink(missing_ok=True)
     for working in note.parent.glob(".*.tar.tmp"):
         working.unlink(missing_ok=True)
+
+
+def _is_shard(name: object, split: str) -> bool:
+    """Whether a name in a note is one that a making of this split gives: the note may be a stranger's."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".tar") and split_name(name) == split
 
 
 def _write_shard(plan: Plan, shard: Path, numbers: range, bar: tqdm[Any]) -> None:
@@ -265,9 +270,10 @@ def _record(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ they are known to be what the media read (data/depth.py, data/panoptic.py).
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vqscale.data.config import ImagesConfig
 from vqscale.data.depth import steps
 from vqscale.data.made.make import Plan, Sample, listing
 from vqscale.data.order import permutation
 from vqscale.data.panoptic import looked_up, segment_ids
+from vqscale.data.pixels import opened
 from vqscale.seed import derive
 
 TOGETHER = (("depth.png",), ("panoptic.png", "panoptic.json"))
@@ -94,7 +93,7 @@ def checked(
     image: bytes, labels: Mapping[str, bytes], classes: dict[int, int], coverage: Coverage | None = None
 ) -> Mapping[str, bytes]:
     """These labels, when they are what the media read and as large as the image; ValueError otherwise."""
-    picture = Image.open(io.BytesIO(image))
+    picture = opened(image)
     picture.verify()
     maps = []
     if "depth.png" in labels:

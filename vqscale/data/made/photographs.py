@@ -19,12 +19,11 @@ from tqdm import tqdm
 from vqscale.data.made.make import Plan, Sample, classes_of, labelled
 from vqscale.data.made.squares import CropsConfig, box, split
 from vqscale.data.order import permutation
-from vqscale.data.pixels import decode
+from vqscale.data.pixels import FORMATS, decode
 from vqscale.disk import png
 from vqscale.seed import derive
 
 MOST_BYTES = 2**29  # of squares that are held in memory while they are mixed
-NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names; others draw them
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,7 @@ def _plan(root: Path, photographs: Sequence[Photograph], classes: dict[str, int]
 
 def _pictures(root: Path, found: Found) -> list[Path]:
     """The files that are pictures by their names, in the order of these; hidden ones are passed over."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    suffixes -= {suffix for suffix, kind in Image.registered_extensions().items() if kind in NOT_PICTURES}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     paths = []
     for path in sorted(root.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file():
@@ -169,7 +167,7 @@ def _judge(found: Found, root: Path, config: CropsConfig) -> None:
         others = ", ".join(f"{count} of {suffix}" for suffix, count in found.others.most_common(5)) or "none"
         raise ValueError(
             f"no picture in {root} of which squares can be cut; other files: {others}: give a folder with pictures in "
-            f"it or in folders below, of kinds that Pillow reads{told}"
+            f"it or in folders below ({', '.join(FORMATS)}){told}"
         )
 
 

@@ -27,6 +27,7 @@ import zarr
 from numpy.typing import NDArray
 
 from vqscale.disk import files, manifest
+from vqscale.disk.arrays import open_array
 
 FORMAT, VERSION = "vqscale token cache", 1
 Entries = dict[int, dict[str, Any]]  # lines of the ledger by storage shard
@@ -125,7 +126,7 @@ def _tuples(value: Any) -> Any:
 def create(folder: Path, card: Card) -> None:
     """Make the group and the empty array of ids."""
     attributes = {"format": FORMAT, "num_codes": card.num_codes, "tokenizer": card.tokenizer}
-    zarr.create_group(store=str(folder), attributes=attributes).create_array(
+    zarr.create_group(store=str(folder), attributes=attributes, zarr_format=3).create_array(
         "ids",
         shape=(card.num_images, len(card.views), *card.ids_shape),
         dtype=card.dtype,
@@ -144,7 +145,7 @@ def _sides(count: int) -> list[str]:
 
 def write_flat(folder: Path, name: str, data: NDArray[Any]) -> None:
     """Write an array of one dimension, over one that is there."""
-    array = zarr.open_group(str(folder), mode="r+").create_array(
+    array = zarr.open_group(str(folder), mode="r+", zarr_format=3).create_array(
         name,
         shape=data.shape,
         dtype=data.dtype,
@@ -163,10 +164,13 @@ def _compressors(itemsize: int) -> list[Any]:
     return [BloscCodec(typesize=itemsize, cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()]
 
 
-def open_ids(folder: Path, write: bool = False) -> Any:
-    """The zarr array of ids. For writing, also a storage shard without one id becomes a file."""
+def open_ids(folder: Path, card: Card | None = None, write: bool = False) -> Any:
+    """The zarr array of ids, of the shape that the card says. For writing, also a storage shard without one id becomes
+    a file.
+    """
+    shape = None if card is None else (card.num_images, len(card.views), *card.ids_shape)
     with zarr.config.set({"array.write_empty_chunks": True}):
-        return zarr.open_array(str(folder / "ids"), mode="r+" if write else "r")
+        return open_array(folder / "ids", shape, write)
 
 
 def shard_file(folder: Path, card: Card, shard: int) -> Path:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from vqscale.data.config import TokensConfig
 from vqscale.data.order import Ints, Order, Sequential
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.write import bad_rows
+from vqscale.disk.arrays import open_array
 from vqscale.errors import ExplainedError
 from vqscale.seed import derive
 
@@ -70,10 +70,10 @@ class Cache:
                 f"the token cache in {self.path} is not what was sealed: {damage}; copy it again, or repair it with "
                 f"the command that made it: {command}"
             )
-        self.ids = form.open_ids(self.path)
-        self.labels: Ints = zarr.open_array(str(self.path / "labels"), mode="r")[:]
-        self._key_bytes = zarr.open_array(str(self.path / "key_bytes"), mode="r")[:]
-        self._key_ends = zarr.open_array(str(self.path / "key_ends"), mode="r")[:]
+        self.ids = form.open_ids(self.path, card)
+        self.labels: Ints = open_array(self.path / "labels", (card.num_images,))[:]
+        self._key_ends: Ints = open_array(self.path / "key_ends", (card.num_images,))[:]
+        self._key_bytes = open_array(self.path / "key_bytes", (int(self._key_ends[-1]) if card.num_images else 0,))[:]
 
     def key(self, number: int) -> str:
         begin = int(self._key_ends[number - 1]) if number else 0

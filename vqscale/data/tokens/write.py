@@ -28,7 +28,7 @@ from vqscale.disk import files, manifest
 from vqscale.errors import ExplainedError
 
 Broken = tuple[int, str, str]  # number, key, reason
-_OURS = {"card.json", "card.json.tmp", "zarr.json", "ids", "labels", "key_bytes", "key_ends", "ledger", "manifest.json"}
+_ARRAYS = ("zarr.json", "ids", "labels", "key_bytes", "key_ends", "ledger", "manifest.json")
 
 
 class CacheError(ExplainedError):
@@ -58,7 +58,7 @@ def _check_empty(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, but a cache is a folder: give another one")
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    others = [name for name in found if name not in _OURS and not name.startswith(".")]
+    others = [name for name in found if name != "card.json.tmp" and not name.startswith(".")]  # the card comes first
     if others:
         raise ValueError(
             f"{folder} holds {', '.join(others[:3])}{' ...' if len(others) > 3 else ''} and no card.json, so it is no "
@@ -73,12 +73,13 @@ def begin(folder: Path, wanted: Card, index: Index) -> tuple[Card, Entries]:
     """
     card = form.read_card(folder)
     if card is None:
+        _check_empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
         card = wanted
         form.write_card(folder, card)
     entries = form.finished(folder, card)
     if not entries:  # nothing to lose; and a first start may have been killed before all was there
-        for name in _OURS - {"card.json"}:
+        for name in _ARRAYS:
             _remove(folder / name)
         form.create(folder, card)
     form.write_flat(folder, "labels", index.samples.labels.astype(np.int64))
@@ -104,7 +105,7 @@ class Writer:
     def __init__(self, folder: Path, card: Card, rank: int = 0) -> None:
         self.folder, self.card = folder, card
         self.entries: Entries = {}
-        self._ids = form.open_ids(folder, write=True)
+        self._ids = form.open_ids(folder, card, write=True)
         self._ledger = folder / "ledger" / f"{time.time_ns():020d}-{rank:05d}-{uuid.uuid4().hex[:8]}.jsonl"
 
     def empty(self) -> NDArray[np.int64]:
@@ -153,7 +154,7 @@ def verify(folder: Path, card: Card, entries: Entries, shards: Iterable[int]) ->
 
     The files of those are removed, so that the next start writes them anew.
     """
-    ids, found = form.open_ids(folder), []
+    ids, found = form.open_ids(folder, card), []
     for shard in shards:
         path, span, entry = form.shard_file(folder, card, shard), card.span(shard), entries[shard]
         if not path.exists():

@@ -4,8 +4,9 @@
     vqscale page --dense FOLDER ... --out runs/dense.html
 
 The folders are those of two runs of `vqscale train` and one of `vqscale sample`. Real images stand beside the samples:
-of data.val of the tokenizer's run, or of data.train where there is none. With --classifier it tells what the shapes
-classifier recognises in the samples. With --dense it puts folders of `vqscale evaluate dense --out` on one page.
+of data.val of the tokenizer's run, or of data.train where there is none; what is no local file is read with --fetch
+alone. With --classifier it tells what the shapes classifier recognises in the samples. With --dense it puts folders of
+`vqscale evaluate dense --out` on one page.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("folders", type=Path, nargs="*", metavar="TOKENIZER_RUN PRIOR_RUN SAMPLES", help=FOLDERS)
     parser.add_argument("--dense", type=Path, nargs="+", metavar="FOLDER", help="of `vqscale evaluate dense --out`")
     parser.add_argument("--classifier", metavar="FOLDER", help="of `vqscale classifier`: what it says of the samples")
+    fetch = "read real images of URLs and `pipe:` commands too, which TOKENIZER_RUN/run.yaml names: if you trust it"
+    parser.add_argument("--fetch", action="store_true", help=fetch)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
     args = parser.parse_args(given)
     if len(args.folders) != (0 if args.dense else 3):
@@ -74,7 +77,7 @@ def _page(args: argparse.Namespace) -> int:
     if pictures:
         parts.append(run_page.reconstructions(pictures[-1]))
     parts.append(run_page.prior(*second))
-    source = config.data.val or config.data.train
+    source = _trusted(config.data.val or config.data.train, args)
     how = _how(second[0].prior.name, settings)
     names = _names(source)
     parts.append(run_page.samples(drawn, _real(source, list(drawn)), names, how))
@@ -97,7 +100,24 @@ def _run(folder: Path, task: str) -> tuple[Any, dict[str, Any], list[dict[str, A
     if config.task != task:
         raise ValueError(f"{folder} is a run of task {config.task}: give one of task {task} in its place")
     *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
-    return config, json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines]
+    summary = json.loads((folder / "summary.json").read_text())
+    wrong = [key for key in ("steps", "processes") if not isinstance(summary.get(key), int)]
+    if wrong:
+        raise ValueError(f"{folder / 'summary.json'} has no whole number as {' and '.join(wrong)}: train the run again")
+    return config, summary, [json.loads(line) for line in lines]
+
+
+def _trusted(source: ImagesConfig, args: argparse.Namespace) -> ImagesConfig:
+    """The source, when it is of local files, or when the user says that the run may fetch and start what it names."""
+    from vqscale.data.shards.patterns import expand, is_local
+
+    others = [shard for shard in expand(source.patterns, must_exist=False) if not is_local(shard)]
+    if others and not args.fetch:
+        raise ValueError(
+            f"{args.tokenizer / 'run.yaml'} has its real images from {', '.join(others[:3])}, and nothing is fetched "
+            "or started that a run folder names: give --fetch if you trust it"
+        )
+    return source
 
 
 def _drawn(folder: Path) -> tuple[dict[str, Any], dict[int, list[Picture]]]:

@@ -13,8 +13,9 @@ ranks or networks.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from vqscale.signals import Signal
 
 FACTS, FILE, GRID, PARTS = "sample.json", "samples.npz", "grid.png", "parts"
 GRID_ROWS, GRID_COLUMNS = 16, 8
+_NUMBER = re.compile(r"\d{6,}")  # of a batch or a sample, as files are named
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal samples are equal files, whenever they are written
 
 
@@ -45,19 +47,17 @@ def begin(
     old = read(folder)
     if old is not None:
         old = {**old, "settings": {**(before or {}), **old.get("settings", {})}}
-    if overwrite and (old is None or differences(old, facts)):
-        for path in (folder / FACTS, folder / FILE, folder / GRID, *folder.glob("[0-9]*.wav")):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
-        old = None
+    if overwrite and old is not None and differences(old, facts):
+        _remove_samples(folder)
+        return _begin_anew(folder, facts)
     if old is None:
-        if (folder / FILE).exists() or (folder / PARTS).exists():
+        there = [name for name in (FILE, GRID, PARTS) if (folder / name).exists()]
+        if there:
             raise ValueError(
-                f"{folder} has samples and no {FACTS} that says what they are: give another folder, or --overwrite"
+                f"{folder} has {' and '.join(there)} and no {FACTS} that says that they are samples of this program, "
+                "so they are not written over: give another folder, or remove them"
             )
-        (folder / PARTS).mkdir(parents=True)
-        write(folder, {"state": "begun", **facts})
-        return list(range(num_batches(facts["settings"])))
+        return _begin_anew(folder, facts)
     lines = differences(old, facts)
     if lines:
         raise ValueError(
@@ -65,10 +65,33 @@ def begin(
             "these back to go on with the old ones, or --overwrite to throw them away"
         )
     if old.get("state") == "done" and (folder / FILE).exists():
-        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a process that was killed before its last step
+        _remove_parts(folder)  # of a process that was killed before its last step
         return None
     (folder / PARTS).mkdir(exist_ok=True)
     return [batch for batch in range(num_batches(facts["settings"])) if not part(folder, batch).exists()]
+
+
+def _begin_anew(folder: Path, facts: Mapping[str, Any]) -> list[int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, {"state": "begun", **facts})  # first: it says whose the others are
+    (folder / PARTS).mkdir(exist_ok=True)
+    return list(range(num_batches(facts["settings"])))
+
+
+def _remove_samples(folder: Path) -> None:
+    """Remove what `write`, `write_part` and `finish` write, and nothing that somebody laid beside it."""
+    _remove_parts(folder)
+    for path in (folder / FILE, folder / GRID, *folder.glob("*.wav")):
+        if path.suffix != ".wav" or _NUMBER.fullmatch(path.stem):
+            path.unlink(missing_ok=True)
+
+
+def _remove_parts(folder: Path) -> None:
+    for path in (folder / PARTS).glob("*.npz*"):
+        if _NUMBER.fullmatch(path.name.removesuffix(".tmp").removesuffix(".npz")):
+            path.unlink()
+    with contextlib.suppress(OSError):  # there is none, or something else lies in it
+        (folder / PARTS).rmdir()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -135,7 +158,7 @@ def finish(folder: Path, facts: Mapping[str, Any], signal: Signal) -> None:
     pictures.save(folder / GRID, grid(parts, facts["settings"], signal))
     _write_each(folder, (_load(path, "images") for path in parts), signal)
     write(folder, {"state": "done", **facts})
-    shutil.rmtree(folder / PARTS)
+    _remove_parts(folder)
 
 
 def _write_each(folder: Path, arrays: Iterator[NDArray[Any]], signal: Signal) -> None:
