@@ -140,11 +140,11 @@ def _flip_byte(path):
 def test_damaged_checkpoints_are_passed_over(tmp_path, tiny_shards, whole):
     half, run = jobs.stopped(tmp_path, tiny_shards), tmp_path / "run"
     saved = run / "checkpoints"
-    _flip_byte(saved / "0000000005" / "replicated.pt")
+    _flip_byte(saved / "0000000005" / "ranges" / "00000.safetensors")
     next((saved / "0000000004" / "rows" / "parameter").rglob("c.*")).unlink()
     jobs.finish(half)
     output = (tmp_path / "log.txt").read_text()
-    assert f"passed over the checkpoint {saved}/0000000005: replicated.pt was changed after it was written" in output
+    assert f"passed over the checkpoint {saved}/0000000005: ranges/00000.safetensors was changed after" in output
     assert f"passed over the checkpoint {saved}/0000000004: rows/parameter/" in output
     assert f"going on after step 2 of {saved}/0000000002" in output
     jobs.same_bits(whole, run, 8)

@@ -44,12 +44,12 @@ def _averaged(data, codes, kinds, warmup):
                 answer = engine(torch.ones(4, 3)).z
         after = [*engine.dense.parts().values(), *engine.rows.values()]
         assert all(torch.equal(x, y) for x, y in zip(own, after, strict=True))
-        replicated, rows, facts = average.state()
+        replicated, rows, facts = engines.state(average)
         assert facts == {}
         again = Average(engine, AverageConfig(0.8, warmup))
-        again.load(replicated, rows, facts)
-        assert all(torch.equal(x, again.state()[0][name]) for name, x in replicated.items())
-        assert all(torch.equal(x, again.state()[1][name]) for name, x in rows.items())
+        engines.load(again, replicated, rows, facts)
+        assert all(torch.equal(x, engines.state(again)[0][name]) for name, x in replicated.items())
+        assert all(torch.equal(x, engines.state(again)[1][name]) for name, x in rows.items())
         engines.take_step(engine, 3)  # training goes on from its own weights
         history.append(_live(engine))
         out.append((history, replicated, rows, shown, answer))
@@ -97,10 +97,10 @@ def test_renewed_rows_begin_again_and_no_decay_is_no_average():
     average.forget(rows, torch.tensor([2, 5]))
     average.update(1)
     none.update(1)
-    kept = average.state()[1]["codes"]
+    kept = engines.state(average)[1]["codes"]
     assert (kept[[2, 5]] == 7).all()
     torch.testing.assert_close(kept[0], before[0] + 0.1)
-    assert none.state() == ({}, {}, {})
+    assert engines.state(none) == ({}, {}, {})
     with none.applied():
         assert (rows[2] == 7).all()
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import zarr
 
-from vqscale.disk import checkpoint
+from vqscale.disk import checkpoint, tensors, writer
 from vqscale.disk.checkpoint import CheckpointError
+from vqscale.disk.held import Held, share, shared
+from vqscale.disk.writer import Writer
 from vqscale.parallel.mesh import Mesh
 
 K = 37  # does not divide by 2, 3 or 4
@@ -33,29 +33,64 @@ def _bounds(rank, world):
     return rank * K // world, (rank + 1) * K // world
 
 
+def _replicated():
+    generator = torch.Generator().manual_seed(8)
+    return {
+        "w": torch.randn(3, 7, generator=generator),
+        "view": torch.arange(10.0)[2:4],
+        "moment": torch.randn(5, 11, generator=generator).double(),
+        "count": torch.tensor(2**40 + 1),
+        "nothing": torch.zeros(0, 3),
+        "half": torch.randn(9, generator=generator).bfloat16(),
+        "flags": torch.tensor([True, False, True]),
+    }
+
+
+def _held(rank, world):
+    """As a training holds it: all on every rank, but for a moment whose cuts lie as they please; one rank has none."""
+    held, moment = {name: shared(x) for name, x in _replicated().items()}, _replicated()["moment"].view(-1)
+    cuts = [0, *(55 * i // world + 3 for i in range(1, world - 1)), 55, 55] if world > 1 else [0, 55]
+    low, high = cuts[rank], cuts[rank + 1]
+    return {**held, "moment": Held(moment[low:high].clone(), low, (5, 11))}
+
+
+def save(folder, step, held, rows, facts, mesh, keep):
+    writing = Writer(folder, mesh, keep)
+    writing.save(step, held, rows, facts)
+    writing.wait()
+    return folder / f"{step:010d}"
+
+
 def _save(folder, step, data=1, codes=1, keep=3):
-    """Every rank saves its cut of the same whole tensors; what is replicated differs by rank, rank 0's counts."""
+    """Every rank saves its cut of the same whole tensors."""
     mesh = Mesh(data, codes)
     start, stop = _bounds(mesh.codes.rank, codes)
     rows = {name: (tensor[start:stop], start, K) for name, tensor in _whole().items()}
-    replicated = {"w": torch.full((3,), float(step + 100 * mesh.world.rank)), "view": torch.arange(10.0)[2:4]}
     facts = {"step": step, "rank": mesh.world.rank, "seed": 2**61 + 1}
-    return checkpoint.save(folder, step, replicated=replicated, rows=rows, facts=facts, mesh=mesh, keep=keep)
+    return save(folder, step, _held(mesh.world.rank, mesh.world.size), rows, facts, mesh, keep)
 
 
 def _load(folder, world):
+    """(path, reasons, rows of this rank, its facts); what is no rows is compared here, held and whole."""
     mesh = Mesh(1, world)
     path, passed_over = checkpoint.latest(folder, mesh)
     start, stop = _bounds(mesh.codes.rank, world)
-    state = checkpoint.load(path, rows=dict.fromkeys(_whole(), (start, stop, K)))
-    return path, passed_over, state
+    read = checkpoint.read(path)
+    held = _held(mesh.world.rank, world)
+    empty = {name: Held(torch.zeros_like(x.flat), x.start, x.shape, x.shared) for name, x in held.items()}
+    rows = {name: torch.zeros_like(x[start:stop]) for name, x in _whole().items()}
+    read.fill(empty, {name: (x, start, K) for name, x in rows.items()})
+    for name, x in _replicated().items():
+        assert torch.equal(empty[name].flat, held[name].flat), name
+        assert torch.equal(read.whole(name), x), name
+        assert read.whole(name).dtype == x.dtype
+    return path, passed_over, rows, read.facts
 
 
-def _same(states):
+def _same(answers):
     """The ranks' rows, one after the other, are the whole tensors to the bit."""
     for name, tensor in _whole().items():
-        assert torch.equal(torch.cat([state.rows[name] for state in states]), tensor)
-        assert states[0].rows[name].dtype == tensor.dtype
+        assert torch.equal(torch.cat([rows[name] for _, _, rows, _ in answers]), tensor)
 
 
 @pytest.mark.dist
@@ -64,55 +99,69 @@ def test_what_four_ranks_saved_any_number_loads(ranks, tmp_path):
     assert paths == [tmp_path / "0000000003"] * 4
     for world in (4, 2):
         answers = ranks(world, _load, tmp_path, world)
-        _same([state for _, _, state in answers])
-        assert all(path == paths[0] and not passed_over for path, passed_over, _ in answers)
-        assert all(torch.equal(s.replicated["w"], torch.full((3,), 3.0)) for _, _, s in answers)
-        assert all(s.facts == {"step": 3, "rank": 0, "seed": 2**61 + 1} for _, _, s in answers)
-    _, _, alone = _load(tmp_path, 1)
-    _same([alone])
-    assert torch.equal(alone.replicated["view"], torch.tensor([2.0, 3.0]))
+        _same(answers)
+        assert all(path == paths[0] and not passed_over for path, passed_over, *_ in answers)
+        assert all(facts == {"step": 3, "rank": 0, "seed": 2**61 + 1} for *_, facts in answers)
+    _same([_load(tmp_path, 1)])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_rank_writes_its_share_and_no_element_twice(world):
+    whole = {name: x for name, x in _replicated().items() if name != "moment"}
+    shares = [share({name: shared(x) for name, x in whole.items()}, rank, world) for rank in range(world)]
+    for name, x in whole.items():
+        parts = sorted(
+            [part[name] for part in shares if name in part], key=lambda part: part.start
+        )  # one after the other
+        assert torch.equal(torch.cat([x.view(-1)[:0], *(part.flat for part in parts)]), x.view(-1)), name
+        assert [part.start for part in parts] == [sum(len(p.flat) for p in parts[:i]) for i in range(len(parts))]
+    sizes = [sum(len(part.flat) for part in each.values()) for each in shares]
+    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.dist
-def test_replicas_write_nothing_and_each_array_has_one_writer(ranks, tmp_path):
+def test_replicas_share_the_writing_and_each_file_has_one_writer(ranks, tmp_path):
     ranks(4, _save, tmp_path, 1, 2, 2)
     starts = sorted(int(path.parent.name) for path in tmp_path.glob("0000000001/rows/counts/*/zarr.json"))
-    assert starts == [0, K // 2]  # two arrays from two writers, though four ranks hold rows
-    second = zarr.open_array(str(tmp_path / f"0000000001/rows/counts/{K // 2:012d}"), mode="r")
-    assert torch.equal(torch.from_numpy(second[...]), _whole()["counts"][K // 2 :])
-    _same([_load(tmp_path, 1)[2]])
+    assert starts == [0, 9, 18, 27]  # 18 and 19 rows of two code ranks, each halved over two replicas
+    second = zarr.open_array(str(tmp_path / f"0000000001/rows/counts/{9:012d}"), mode="r")
+    assert torch.equal(torch.from_numpy(second[...]), _whole()["counts"][9:18])
+    assert len(list(tmp_path.glob("0000000001/ranges/*"))) == 4
+    _same([_load(tmp_path, 1)])
 
 
 def _save_with_an_empty_rank(folder):
     mesh = Mesh(1, 2)
     rows = torch.arange(6.0).reshape(3, 2)
     mine = (rows, 0, 3) if mesh.codes.rank == 0 else (rows[3:], 3, 3)
-    return checkpoint.save(folder, 1, replicated={}, rows={"rows": mine}, facts={}, mesh=mesh, keep=1)
+    return save(folder, 1, {}, {"rows": mine}, {}, mesh, keep=1)
 
 
 @pytest.mark.dist
 def test_a_rank_may_own_no_rows(ranks, tmp_path):
     path = ranks(2, _save_with_an_empty_rank, tmp_path)[0]
     assert checkpoint.latest(tmp_path) == (path, [])
-    read = checkpoint.load(path, rows={"rows": (1, 3, 3)}).rows["rows"]
-    assert torch.equal(read, torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
-    assert checkpoint.load(path, rows={"rows": (3, 3, 3)}).rows["rows"].shape == (0, 2)
+    read = checkpoint.read(path)
+    assert torch.equal(read.some_rows("rows", 1, 3, 3), torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
+    assert read.some_rows("rows", 3, 3, 3).shape == (0, 2)
 
 
 def test_many_chunks_and_zero_chunks_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 64)
     rows = torch.cat([torch.zeros(20, 4), torch.ones(11, 4), torch.zeros(9, 4)])
-    path = checkpoint.save(tmp_path, 1, replicated={}, rows={"r": (rows, 0, 40)}, facts={}, mesh=Mesh(), keep=1)
-    assert torch.equal(checkpoint.load(path, rows={"r": (3, 38, 40)}).rows["r"], rows[3:38])
+    path = save(tmp_path, 1, {"x": shared(rows)}, {"r": (rows, 0, 40)}, {}, Mesh(), keep=1)
+    assert torch.equal(checkpoint.read(path).some_rows("r", 3, 38, 40), rows[3:38])
+    assert torch.equal(checkpoint.read(path).whole("x"), rows)
     assert len(list(path.glob("rows/r/*/c.*"))) == 3  # chunks of four rows: 5, 6 and 7 are the ones that hold ones
 
 
 def test_another_number_of_codes_or_another_model_is_refused(tmp_path):
     path = _save(tmp_path, 1)
     with pytest.raises(ValueError, match=r"counts has 64 rows in this configuration, but 37 in .* change the number"):
-        checkpoint.load(path, rows={"counts": (0, 8, 64)})
+        checkpoint.read(path).some_rows("counts", 0, 8, 64)
     with pytest.raises(ValueError, match=r"has no rows named code, only \['counts', 'exp_avg/rows', 'rows'\]"):
-        checkpoint.load(path, rows={"code": (0, 8, 37)})
+        checkpoint.read(path).some_rows("code", 0, 8, 37)
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -123,7 +172,7 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["0000000005", "0000000010"]
     _save(tmp_path, 10, keep=1)  # the same step again replaces
     assert sorted(os.listdir(tmp_path)) == ["0000000010"]
-    _same([_load(tmp_path, 1)[2]])
+    _same([_load(tmp_path, 1)])
 
 
 def _flip(file):
@@ -133,10 +182,10 @@ def _flip(file):
 
 
 DAMAGE = {
-    "replicated": (lambda p: _flip(p / "replicated.pt"), "replicated.pt was changed"),
+    "ranges": (lambda p: _flip(p / "ranges/00000.safetensors"), "ranges/00000.safetensors was changed"),
     "rows": (lambda p: _flip(next(p.glob("rows/rows/*/c.*"))), "rows/rows/000000000000/c.0.0 was changed"),
     "facts": (lambda p: (p / "facts.json").unlink(), "facts.json cannot be read"),
-    "truncated": (lambda p: os.truncate(p / "replicated.pt", 10), "replicated.pt has 10 bytes, not the"),
+    "truncated": (lambda p: os.truncate(p / "ranges/00000.safetensors", 10), "ranges/00000.safetensors has 10 bytes"),
     "manifest gone": (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
     "manifest cut": (lambda p: os.truncate(p / "manifest.json", 200), "manifest.json cannot be read"),
     "manifest edited": (
@@ -167,13 +216,13 @@ def test_no_folder_and_an_empty_folder_have_no_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path) == (None, [])
     (tmp_path / "0000000001").mkdir()
     with pytest.raises(ValueError, match=r"0000000001 is not a whole checkpoint: manifest.json cannot be read"):
-        checkpoint.load(tmp_path / "0000000001", rows={})
+        checkpoint.read(tmp_path / "0000000001")
 
 
 def _killed_while_writing(folder, rank):
     """One rank dies inside its writing, as kill -9 does: nothing is cleaned up."""
     if Mesh(1, 2).world.rank == rank:
-        checkpoint._write_rows = lambda part, rows: (part.mkdir(parents=True), os._exit(9))
+        writer._write_rows = lambda part, rows: (part.mkdir(parents=True), os._exit(9))
     return _save(folder, 2, 1, 2)
 
 
@@ -191,7 +240,7 @@ def test_a_killed_save_leaves_the_last_and_the_next_save_cleans(ranks, tmp_path)
 def _full_disk(folder, rank, small):
     """Rank `rank` has no space left; every rank says what it saw, then all save again elsewhere in good health."""
     mesh = Mesh(1, 2)
-    before = checkpoint._write_rows
+    before = writer._write_rows
     if mesh.world.rank == rank:
         if small is None:
 
@@ -199,7 +248,7 @@ def _full_disk(folder, rank, small):
                 before(part, rows)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part))
 
-            checkpoint._write_rows = full
+            writer._write_rows = full
         else:
             (small / "ballast").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - (16 << 10)))
     try:
@@ -208,7 +257,7 @@ def _full_disk(folder, rank, small):
     except CheckpointError as error:
         return str(error)
     finally:
-        checkpoint._write_rows = before
+        writer._write_rows = before
 
 
 def _check_full_disk(messages, folder, old):
@@ -245,10 +294,9 @@ def test_a_full_file_system_is_an_error_on_all(ranks, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_no_space_for_what_is_replicated_is_named(tmp_path, monkeypatch):
+def test_no_space_for_ranges_is_named(tmp_path, monkeypatch):
     old = _save(tmp_path, 1)
-
-    monkeypatch.setattr(checkpoint.torch, "save", _buried)
+    monkeypatch.setattr(writer.tensors, "write", _buried)
     with pytest.raises(
         CheckpointError, match=rf"OSError: \[Errno {errno.ENOSPC}\] No space left .* stands: {old}\. Make"
     ):
@@ -257,16 +305,8 @@ def test_no_space_for_what_is_replicated_is_named(tmp_path, monkeypatch):
 
 
 def _buried(*_):
-    """What torch.save does on a full disk: the error that counts is the context of another."""
+    """What a library does on a full disk: the error that counts is the context of another."""
     try:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         raise RuntimeError("unexpected pos 704 vs 598")
-
-
-def test_what_replicated_holds_is_not_more_than_its_views(tmp_path):
-    path = checkpoint.save(
-        tmp_path, 1, replicated={"v": torch.zeros(100_000)[:3]}, rows={}, facts={}, mesh=Mesh(), keep=1
-    )
-    assert json.loads((path / "manifest.json").read_text())["files"]["replicated.pt"]["bytes"] < 10_000
-    assert Path(path / "replicated.pt").stat().st_size < 10_000

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from vqscale.disk import checkpoint
+from vqscale.disk.writer import Writer
 from vqscale.engine.config import EngineConfig, OptimConfig, check_engine
 from vqscale.engine.engine import Engine, _sum_of_squares
 from vqscale.parallel.mesh import Mesh
@@ -61,9 +63,9 @@ def test_forgotten_rows_start_again():
     engine = engines.make(Mesh())
     engines.take_step(engine, 0)
     engines.take_step(engine, 1)
-    before, rows = engine.state()[1], engine.rows["codes"]
+    before, rows = engines.state(engine)[1], engine.rows["codes"]
     engine.forget(rows, torch.tensor([2, 7]))
-    after = engine.state()[1]
+    after = engines.state(engine)[1]
     for key in ("exp_avg/codes", "exp_avg_sq/codes"):
         assert before[key].abs().min() > 0
         assert after[key].abs().sum(1).nonzero().flatten().tolist() == [i for i in range(engines.K) if i not in (2, 7)]
@@ -79,14 +81,23 @@ def test_bf16_is_autocast_around_the_forward_pass():
     assert engines.make(Mesh())(engines.batch(0, 0, 0)).z.dtype == torch.float32
 
 
-def test_a_checkpoint_of_another_model_is_refused():
-    engine = engines.make(Mesh())
-    replicated, rows, facts = engine.state()
-    missing = {name: tensor for name, tensor in replicated.items() if name != "buffer/norm.running_var"}
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    held, rows, facts = engines.make(Mesh()).held()
+    rows = {name: (x, 0, engines.K) for name, x in rows.items()}
+    before = {name: each.flat.clone() for name, each in held.items()}
+
+    def fill(held_there, rows_there):
+        writing = Writer(tmp_path, Mesh(), keep=1)
+        writing.save(1, held_there, rows_there, facts)
+        writing.wait()
+        checkpoint.read(tmp_path / "0000000001").fill(held, rows)
+
+    missing = {name: each for name, each in held.items() if name != "buffer/norm.running_var"}
     with pytest.raises(ValueError, match=r"replicated tensors .* missing \['buffer/norm.running_var'\], unknown \[\]"):
-        engine.load(missing, rows, facts)
+        fill(missing, rows)
     with pytest.raises(ValueError, match=r"rows .* of another shape \['exp_avg/codes'\]"):
-        engine.load(replicated, {**rows, "exp_avg/codes": torch.zeros(3, engines.DIM)}, facts)
+        fill(held, {**rows, "exp_avg/codes": (torch.zeros(engines.K, 3), 0, engines.K)})
+    assert all(torch.equal(each.flat, before[name]) for name, each in held.items())
 
 
 def test_a_module_without_rows_and_rows_that_do_not_learn(tmp_path):
@@ -95,7 +106,7 @@ def test_a_module_without_rows_and_rows_that_do_not_learn(tmp_path):
     engine = Engine(net, {"fixed": rows}, EngineConfig(name="torch"), OptimConfig(), Mesh(), 3)
     engine.backward(engine(rows).square().mean())
     assert engine.step().stepped
-    assert list(engine.state()[1]) == ["parameter/fixed"]
+    assert list(engines.state(engine)[1]) == ["parameter/fixed"]
     assert torch.equal(rows, torch.ones(4, 2))
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import jobs
 import pytest
 
+from vqscale.disk import checkpoint
+
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 DROPOUT = "tokenizer.net.dropout=0.1"
@@ -61,43 +63,38 @@ def _dies(target, call, rank):
     return partial(jobs.at_call, target, call, partial(jobs.hear, signal.SIGKILL), rank)
 
 
-# In this order: (where a rank dies, more of the command, checkpoints that stand then, what else is left)
+# In this order: (where a rank dies, more of the command, whether the checkpoint in the making stands then)
 DEATHS = {
-    "in the backward pass of step 3": (_dies("vqscale.engine.engine:Engine.backward", 3, 1), (), [2], []),
-    "half its rows of step 4 written": (
-        _dies("vqscale.disk.checkpoint:_write_rows", 3, 1),
-        (),
-        [2],
-        ["0000000004.tmp"],
-    ),
-    "before the manifest of step 4": (_dies("vqscale.disk.manifest:write", 1, 0), (), [2], ["0000000004.tmp"]),
-    "before step 4 is renamed": (_dies("vqscale.disk.files:place", 1, 0), (), [2], ["0000000004.tmp"]),
-    "after step 4 is renamed": (_dies("vqscale.disk.checkpoint:_finished", 2, 0), (KEEP_ONE,), [2, 4], []),
-    "while old ones are removed": (
-        _dies("vqscale.disk.checkpoint:shutil.rmtree", 1, 0),
-        (KEEP_ONE,),
-        [6],
-        ["0000000002.old.tmp", "0000000004.old.tmp"],
-    ),
-    "within a line of metrics": (_tear, (), [6], ["0000000002.old.tmp", "0000000004.old.tmp"]),
-    "in the last evaluation": (
-        _dies("vqscale.show.pictures:usage", 1, 0),
-        (),
-        [6],
-        ["0000000002.old.tmp", "0000000004.old.tmp"],
-    ),
-    "before the summary": (_dies("vqscale.run.folder:write_summary", 1, 0), (), [6, 8], []),
+    "in the backward pass of step 3": (_dies("vqscale.engine.engine:Engine.backward", 3, 1), (), None),
+    "half its rows written": (_dies("vqscale.disk.writer:_write_rows", 3, 1), (), False),
+    "nothing told of what is written": (_dies("vqscale.disk.writer:_share_file", 1, 1), (), False),
+    "before the manifest": (_dies("vqscale.disk.manifest:write", 1, 0), (), False),
+    "before the checkpoint is renamed": (_dies("vqscale.disk.files:place", 1, 0), (), False),
+    "after it is renamed": (_dies("vqscale.disk.writer:finished", 1, 0), (KEEP_ONE,), True),
+    "while old ones are removed": (_dies("vqscale.disk.files:set_aside", 1, 0), (KEEP_ONE,), True),
+    "within a line of metrics": (_tear, (), None),
+    "in the last evaluation": (_dies("vqscale.show.pictures:usage", 1, 0), (), None),
+    "before the summary": (_dies("vqscale.run.folder:write_summary", 1, 0), (), None),
 }
 
 
 def test_a_run_that_dies_everywhere_ends_like_one_that_never_did(tmp_path, tiny_shards, whole):
     path, run = jobs.write_config(tmp_path, tiny_shards, DROPOUT), tmp_path / "run"
-    for place, (death, more, standing, left) in DEATHS.items():
+    newest = 0
+    for place, (death, more, stands) in DEATHS.items():
         job = jobs.start(path, *more, world=2, before=death)
         codes = job.wait()
         assert -9 in codes, f"{place}: exit codes {codes}:\n{job.output}"
-        assert _saved(run) == (standing, left), place
+        assert (f"going on after step {newest}" if newest else "a new run") in job.output, place
+        standing, left = _saved(run)
+        before, newest = newest, max(standing, default=0)
+        if stands is not None:
+            assert newest == (before + 2 if stands else before), place
+            assert stands or f"{before + 2:010d}.tmp" in left, place
+        assert newest >= before, place
+        assert checkpoint.latest(run / "checkpoints")[1] == [], place
         assert not (run / "summary.json").exists()
+    assert newest == 8
     jobs.finish(path, world=2)
     expected = whole(2, DROPOUT)
     jobs.same_bits(expected, run, 8)
@@ -134,7 +131,7 @@ def test_killed_in_the_warm_up_at_the_fit_and_after_it_a_run_goes_on_to_the_bit(
     backward, fits = "vqscale.engine.engine:Engine.backward", "vqscale.train.loop:tell_fits"
     # (call of this start before which it is killed, steps that are saved then)
     for target, call, saved in ((backward, at, at - 1), (fits, 1, at - 1), (backward, 3, at + 1)):
-        job = jobs.start(path, before=_dies(target, call, 0))
+        job = jobs.start(path, before=partial(jobs.saved_at_once, _dies(target, call, 0)))
         assert job.wait() == [-9], job.output
         assert (max(_saved(run)[0]) if (run / "checkpoints").exists() else 0) == saved
     jobs.finish(path)

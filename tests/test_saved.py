@@ -173,10 +173,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     tokenizer = small()
     run = write_run(tmp_path / "run", tokenizer, steps=(3, 7))
     newest = run / "checkpoints" / "0000000007"
-    (newest / "replicated.pt").write_bytes((newest / "replicated.pt").read_bytes()[:-9])
-    with pytest.warns(UserWarning, match=r"passed over.*0000000007.*replicated\.pt has \d+ bytes"):
+    file = newest / "ranges" / "00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=r"passed over.*0000000007.*safetensors has \d+ bytes"):
         same(tokenizer, Tokenizer.load(run))
-    with pytest.raises(ValueError, match=r"0000000007 is not whole: replicated.pt.*take.*newest"):
+    with pytest.raises(ValueError, match=r"0000000007 is not whole: ranges/.*take.*newest"):
         Tokenizer.load(newest)
 
 

@@ -162,7 +162,7 @@ def test_killed_and_stopped_and_continued_on_others(tmp_path, caches, alone):
     path = prior_runs.write_config(tmp_path, caches)
     backward = "vqscale.engine.engine:Engine.backward"
     kill = partial(jobs.at_call, backward, 4, partial(jobs.hear, signal.SIGKILL), 1)
-    assert jobs.start(path, world=2, before=kill).wait() == [1, -9]
+    assert jobs.start(path, world=2, before=partial(jobs.saved_at_once, kill)).wait() == [1, -9]
     run = tmp_path / "run"
     assert jobs.steps_saved(run) == [2]
     stop = partial(jobs.at_call, backward, 3, partial(jobs.hear, signal.SIGTERM), 0)

@@ -55,22 +55,22 @@ def _resumed(data, codes, kinds):
         engine = engines.make(Mesh(data, codes), **kind)
         for step in range(2):
             engines.take_step(engine, step)
-        first.append(engine.state())
+        first.append(engines.state(engine))
         for step in range(2, engines.STEPS):
             engines.take_step(engine, step)
-        final.append(engine.state())
+        final.append(engines.state(engine))
     resumed = {}
     for i, kind in enumerate(kinds):
         for j, state in enumerate(first):
             engine = engines.make(Mesh(data, codes), **kind)
             engines.take_step(engine, 4)  # to be overwritten, buffers and moments too
-            engine.load(*state)
-            again = engine.state()
+            engines.load(engine, *state)
+            again = engines.state(engine)
             for step in range(2, engines.STEPS):
                 engines.take_step(engine, step)
             resumed[i, j] = (
                 engines.largest_difference(again, state),
-                engines.largest_difference(engine.state(), final[i]),
+                engines.largest_difference(engines.state(engine), final[i]),
             )
     return resumed, first[0]
 
@@ -93,7 +93,7 @@ def _continue(data, codes, kinds, whole):
         replicated, rows, facts = whole
         axis = engine.mesh.codes
         mine = slice(engines.K * axis.rank // axis.size, engines.K * (axis.rank + 1) // axis.size)
-        engine.load(replicated, {name: tensor[mine] for name, tensor in rows.items()}, facts)
+        engines.load(engine, replicated, {name: tensor[mine] for name, tensor in rows.items()}, facts)
         before = engines.gathered(engine)[0]
         report = engines.take_step(engine, 2)
         out.append((report.lr, before, engines.gathered(engine)[0]))
@@ -158,7 +158,8 @@ def _two_engines(kinds, adaptive):
             real = torch.randn(6, engines.DIM, generator=torch.Generator().manual_seed(step + 50 * mesh.world.rank))
             judge.backward(torch.relu(1 - judge(real)).mean() + torch.relu(1 + judge(z.detach())).mean())
             norms.append(judge.step().grad_norm)
-        out.append((norms, {**engines.gathered(engine)[0], **{f"judge {n}": t for n, t in judge.state()[0].items()}}))
+        judged = {f"judge {name}": tensor for name, tensor in engines.state(judge)[0].items()}
+        out.append((norms, {**engines.gathered(engine)[0], **judged}))
     return out
 
 
@@ -184,7 +185,7 @@ for step in range(3):
     one, other = t.take_step(engine, step), t.take_step(twin, step)
     assert (one.stepped, one.lr) == (other.stepped, other.lr)
     assert abs(one.grad_norm / other.grad_norm - 1) < 1e-14  # summed group by group, and name by name
-assert t.largest_difference(engine.state(), twin.state()) == 0
+assert t.largest_difference(t.state(engine), t.state(twin)) == 0
 assert torch.nn.functional.linear is linear, "DeepSpeed has replaced it for every network of the process"
 mesh.disconnect()
 print("done")

@@ -163,9 +163,44 @@ def take_step(engine, step, accumulation=1, poison=False):
     return report
 
 
+def state(kept):
+    """(tensors, rows, facts) of an engine, or of what is kept beside it: what all ranks hold of the tensors put
+    together, rows of this rank. Collective."""
+    held, rows, facts = kept.held()
+    mine = {name: (each.flat.clone(), each.start, each.shape) for name, each in held.items()}
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    every = [None] * world
+    torch.distributed.all_gather_object(every, mine) if world > 1 else every.__setitem__(0, mine)
+    return {name: _whole([each[name] for each in every]) for name in mine}, _copies(rows), facts
+
+
+def _whole(parts):
+    out = torch.full((math.prod(parts[0][2]),), torch.nan).to(parts[0][0].dtype)
+    for flat, start, _ in parts:
+        out[start : start + len(flat)] = flat
+    return out.view(parts[0][2])
+
+
+def _copies(tensors):
+    return {name: x.detach().clone() for name, x in tensors.items()}
+
+
+@torch.no_grad()
+def load(kept, tensors, rows, facts):
+    """Continue from a `state`, of any number of ranks. Collective."""
+    held, mine, _ = kept.held()
+    assert (held.keys(), mine.keys()) == (tensors.keys(), rows.keys())
+    for name, each in held.items():
+        assert each.shape == tuple(tensors[name].shape)
+        each.flat.copy_(tensors[name].reshape(-1)[each.start : each.start + len(each.flat)])
+    for name, x in mine.items():
+        x.copy_(rows[name])
+    kept.loaded(facts)
+
+
 def gathered(engine):
     """The state with rows put together, named as the reference names it."""
-    replicated, rows, facts = engine.state()
+    replicated, rows, facts = state(engine)
     whole = {f"rows {n.split('/')[0]}": torch.cat(ops.gather_objects(t, engine.mesh.codes)) for n, t in rows.items()}
     return {**replicated, **whole}, facts
 

@@ -27,10 +27,11 @@ from pathlib import Path
 import forks
 import torch
 import yaml
-import zarr
 from PIL import Image
 
 from vqscale.data.made import shapes
+from vqscale.disk import checkpoint
+from vqscale.disk.writer import Writer
 from vqscale.run import folder as run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,6 +222,19 @@ def at_call(target: str, number: int, action: Callable[[], None], on_rank: int, 
     setattr(owner, name, counted)
 
 
+def saved_at_once(before: Callable[[int], None] | None, rank: int) -> None:
+    """For `before`, another one in it: a step that saves goes on when that is on the disk, so what stands is known."""
+    save = Writer.save
+
+    def save_and_wait(self, *args):
+        save(self, *args)
+        self.wait()
+
+    Writer.save = save_and_wait
+    if before is not None:
+        before(rank)
+
+
 def hear(number: int) -> None:
     """Get a signal; with SIGKILL, as when a machine is switched off."""
     os.kill(os.getpid(), number)
@@ -245,17 +259,16 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 def steps_saved(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    """Steps of the checkpoints that stand; one that is being written, or was when its rank died, does not."""
+    return [int(path.name) for path in checkpoint.finished(run / "checkpoints")]
 
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds, by name, rows whole."""
-    path = run / "checkpoints" / f"{step:010d}"
-    found = torch.load(path / "replicated.pt", weights_only=True)
-    for name, entry in json.loads((path / "manifest.json").read_text())["rows"].items():
-        parts = sorted(entry["parts"])
-        arrays = [zarr.open_array(str(path / "rows" / name / f"{start:012d}"), mode="r")[...] for start, _ in parts]
-        found[f"rows/{name}"] = torch.cat([torch.from_numpy(array) for array in arrays])
+    contents = checkpoint.read(run / "checkpoints" / f"{step:010d}")
+    found = {name: contents.whole(name) for name in contents.ranges}
+    for name, entry in contents.rows.items():
+        found[f"rows/{name}"] = contents.some_rows(name, 0, entry["shape"][0], entry["shape"][0])
     return found
 
 

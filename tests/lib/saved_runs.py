@@ -10,7 +10,8 @@ import torch
 
 from vqscale import config as configuration
 from vqscale.codes.rows import set_aside
-from vqscale.disk import checkpoint
+from vqscale.disk.held import shared
+from vqscale.disk.writer import Writer
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import entries
@@ -71,15 +72,14 @@ def write_run(folder: Path, tokenizer: Tokenizer, mesh=None, steps=(7,), average
         replicated |= {f"average/{name}": p + average for name, p in dense.items()}
         rows |= {f"average/{name}": x + average for name, x in learned.items()}
     for step in steps:
-        checkpoint.save(
-            folder / "checkpoints",
+        writing = Writer(folder / "checkpoints", mesh, keep=9)
+        writing.save(
             step,
-            replicated=replicated,
-            rows={name: (x.detach(), *loop._place(name, tables)) for name, x in rows.items()},
-            facts={"done": asdict(loop.Done(step=step))},
-            mesh=mesh,
-            keep=9,
+            {name: shared(x) for name, x in replicated.items()},
+            {name: (x.detach(), *loop._place(name, tables)) for name, x in rows.items()},
+            {"done": asdict(loop.Done(step=step))},
         )
+        writing.wait()
     if mesh.world.rank == 0:
         (folder / "run.yaml").write_text(configuration.dump(run))
         (folder / "code").mkdir(exist_ok=True)

@@ -1,87 +1,40 @@
 """Checkpoints that any number of processes can read, and that are either whole or not there.
 
     FOLDER/0000001000/
-      manifest.json      size and sha256 of every other file, and who wrote which rows; written last
+      manifest.json      size and sha256 of every other file, and who wrote what; written last
       facts.json         plain facts (step, configuration, samples seen, ...)
-      replicated.pt      tensors that are equal on all ranks, by name
-      rows/NAME/START/   zarr v3: rows START.. of the K-row tensor NAME, one array per writer, so that no two ranks
-                         ever write one file; the manifest lists the arrays, a reader takes any range of global rows
+      ranges/00003.safetensors   what rank 3 wrote of the tensors that are no rows: of each one range of its elements
+      rows/NAME/START/   zarr v3: rows START.. of the K-row tensor NAME, one array per writer
 
-A checkpoint is written as NNNNNNNNNN.tmp, made durable (fsync) and renamed: a killed process leaves a .tmp, which the
-next save removes. What fails on one rank is raised on all. Not here: what belongs into a checkpoint.
+No two ranks write one file; the manifest lists ranges and arrays, a reader takes any part of any tensor. A checkpoint
+is written as NNNNNNNNNN.tmp, made durable (fsync) and renamed: a killed process leaves a .tmp, which the next save
+removes. Older ones have replicated.pt, all that is no rows whole, in place of ranges/. Here: reading. Writing is in
+writer.py; what belongs into a checkpoint, held.py and the loops say.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import zarr
 from torch import Tensor
 
-from vqscale.disk import files, manifest
+from vqscale.disk import manifest
 from vqscale.disk.arrays import open_array
+from vqscale.disk.held import Held
+from vqscale.disk.tensors import Ranges, blocks
 from vqscale.errors import ExplainedError
 from vqscale.parallel import ops
-from vqscale.parallel.mesh import Axis, Mesh
-
-T = TypeVar("T")
-CHUNK_BYTES = 32 << 20
+from vqscale.parallel.background import Task, outlast
+from vqscale.parallel.mesh import Mesh
 
 
 class CheckpointError(ExplainedError):
     """A checkpoint could not be written or read; raised on all ranks, the checkpoints before it stand."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What `load` gives: tensors equal on all ranks, this rank's rows, and facts."""
-
-    replicated: dict[str, Tensor]
-    rows: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
-def save(
-    folder: Path | str,
-    step: int,
-    *,
-    replicated: Mapping[str, Tensor],
-    rows: Mapping[str, tuple[Tensor, int, int]],
-    facts: Mapping[str, Any],
-    mesh: Mesh,
-    keep: int,
-) -> Path:
-    """Write FOLDER/<step> and return it; collective, every rank gives its own rows as (rows_k..., start, K).
-
-    Rank 0 writes `replicated` and `facts` (those of other ranks are not looked at); rows are written by the ranks of
-    the first replica. Afterwards the newest `keep` checkpoints up to this step are there, older ones are removed.
-    CheckpointError on all ranks if any of them failed; then FOLDER is as before.
-    """
-    assert keep >= 1, f"keep {keep} would remove the checkpoint just written"
-    folder = Path(folder)
-    final = folder / f"{step:010d}"
-    new = folder / f"{final.name}.tmp"
-    first = mesh.world.rank == 0
-    try:
-        _agree(lambda: _clear(folder, new) if first else None, mesh.world)
-        mine = rows if mesh.data.rank == 0 else {}
-        written = _agree(lambda: _write(new, replicated, mine, facts, first), mesh.world)
-        _agree(lambda: _finish(new, final, written, step, keep) if first else None, mesh.world)
-    except CheckpointError as error:
-        if first:
-            shutil.rmtree(new, ignore_errors=True)
-        standing = [path for path in _finished(folder) if path != final]
-        raise CheckpointError(
-            f"the checkpoint of step {step} was not written: {error}. The last good one stands: "
-            f"{standing[-1] if standing else 'there is none yet'}. Make room under {folder}, or keep fewer checkpoints"
-        ) from None
-    return final
 
 
 def latest(folder: Path | str, mesh: Mesh | None = None) -> tuple[Path | None, list[str]]:
@@ -92,7 +45,7 @@ def latest(folder: Path | str, mesh: Mesh | None = None) -> tuple[Path | None, l
 
     def search() -> tuple[Path | None, list[str]]:
         passed_over: list[str] = []
-        for path in reversed(_finished(Path(folder))):
+        for path in reversed(finished(Path(folder))):
             damage = manifest.damage(path)
             if damage is None:
                 return path, passed_over
@@ -101,144 +54,139 @@ def latest(folder: Path | str, mesh: Mesh | None = None) -> tuple[Path | None, l
 
     if mesh is None:
         return search()
-    return _agree(lambda: search() if mesh.world.rank == 0 else (None, []), mesh.world)[0]
+    task = Task(search) if mesh.world.rank == 0 else None
+    outlast(task, mesh)
+    found, failure = ops.gather_objects((task.result, task.failure) if task else None, mesh.world)[0]
+    if found is None:
+        raise CheckpointError(f"rank 0: {failure}" if mesh.world.size > 1 else failure)
+    return found
 
 
-def load(path: Path | str, *, rows: Mapping[str, tuple[int, int, int]], mapped: bool = False) -> State:
-    """Read a checkpoint: all that is replicated, and of every named K-row tensor the rows [start, stop).
-
-    `rows` maps names to (start, stop, K); any number of ranks reads what any other number wrote. Not collective.
-    With `mapped` what is replicated is read from the file when it is looked at, so that moments nobody wants take no
-    memory: copy what is wanted, at once. ValueError where the checkpoint has no such tensor, or one of another K.
-    """
-    path = Path(path)
-    try:
-        layout = manifest.read(path)["rows"]
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {error}; start from another one") from None
-    read = {name: _read_rows(path, name, layout, *wanted) for name, wanted in rows.items()}
-    replicated = torch.load(path / "replicated.pt", map_location="cpu", weights_only=True, mmap=mapped)
-    return State(replicated, read, json.loads((path / "facts.json").read_text()))
-
-
-def _agree(work: Callable[[], T], axis: Axis) -> list[T]:
-    """work() of every rank, in rank order; where it failed on any rank, CheckpointError on all that names the first."""
-    try:
-        outcome: tuple[T | None, str] = (work(), "")
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__context__ is not None:  # torch.save buries "no space left" under an error of its own
-            cause = cause.__context__
-        outcome = (None, f"{type(cause).__name__}: {cause}")
-    outcomes = ops.gather_objects(outcome, axis)
-    for rank, (_, failure) in enumerate(outcomes):
-        if failure:
-            raise CheckpointError(f"rank {rank}: {failure}" if axis.size > 1 else failure)
-    return [result for result, _ in outcomes]
-
-
-def _finished(folder: Path) -> list[Path]:
+def finished(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, oldest first; whether they are undamaged is another question."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if len(path.name) == 10 and path.name.isdigit())
 
 
-def _clear(folder: Path, new: Path) -> None:
-    """Make the folder of a new checkpoint, and remove what killed runs left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("*.tmp"):
-        shutil.rmtree(left)
-    new.mkdir()
+def range_file(path: Path, rank: int) -> Path:
+    return path / "ranges" / f"{rank:05d}.safetensors"
 
 
-def _write(
-    new: Path,
-    replicated: Mapping[str, Tensor],
-    rows: Mapping[str, tuple[Tensor, int, int]],
-    facts: Mapping[str, Any],
-    first: bool,
-) -> dict[str, Any]:
-    """Write this rank's files; returns its share of the manifest. Only this rank's files are touched."""
-    written: list[Path] = []
-    if first:
-        # A view would drag the whole storage behind it into the file.
-        whole = {name: x.detach().cpu() for name, x in replicated.items()}
-        whole = {name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for name, x in whole.items()}
-        with files.writing(new / "replicated.pt") as file:
-            torch.save(whole, file)
-        files.write(new / "facts.json", json.dumps(dict(facts), indent=1))
-        written += [new / "replicated.pt", new / "facts.json"]
-    layout = {}
-    for name, (rows_k, start, num_rows) in rows.items():
-        assert 0 <= start <= start + len(rows_k) <= num_rows, f"{name}: rows {start}+{len(rows_k)} of {num_rows}"
-        layout[name] = {
-            "shape": [num_rows, *rows_k.shape[1:]],
-            "dtype": str(rows_k.dtype).removeprefix("torch."),
-            "parts": [[start, start + len(rows_k)]] if len(rows_k) else [],
-        }
-        if len(rows_k):
-            part = new / _part(name, start)
-            _write_rows(part, rows_k)
-            written += [file for file in part.rglob("*") if file.is_file()]
-    return {"files": {file.relative_to(new).as_posix(): manifest.seal(file) for file in written}, "rows": layout}
+def array_folder(path: Path, name: str, start: int) -> Path:
+    return path / "rows" / name / f"{start:012d}"
 
 
-def _part(name: str, start: int) -> Path:
-    return Path("rows") / name / f"{start:012d}"
+def read(path: Path | str) -> Contents:
+    """What is in a checkpoint, by name; its tensors are read when they are asked for. ValueError: it is not whole."""
+    path = Path(path)
+    try:
+        layout = manifest.read(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole checkpoint: {error}; start from another one") from None
+    facts = json.loads((path / "facts.json").read_text())
+    if "ranges" in layout:
+        return Contents(path, facts, layout["ranges"], layout["rows"], {})
+    old = torch.load(path / "replicated.pt", map_location="cpu", weights_only=True, mmap=True)
+    shapes = {name: _layout(tuple(x.shape), x.dtype) for name, x in old.items()}
+    return Contents(path, facts, shapes, layout["rows"], old)
 
 
-def _write_rows(part: Path, rows_k: Tensor) -> None:
-    # Uncompressed: weights are noise to a compressor. All-zero chunks (moments of unused codes) take no space anyway.
-    array = zarr.create_array(
-        store=str(part),
-        shape=tuple(rows_k.shape),
-        dtype=str(rows_k.dtype).removeprefix("torch."),
-        chunks=(max(1, min(len(rows_k), CHUNK_BYTES * len(rows_k) // max(1, rows_k.nbytes))), *rows_k.shape[1:]),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        compressors=None,
-        fill_value=0,
-    )
-    array[...] = rows_k.detach().cpu().numpy()
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "parts": []}
 
 
-def _finish(new: Path, final: Path, written: list[dict[str, Any]], step: int, keep: int) -> None:
-    """Write the manifest, make all durable, move it into place, then remove what is older than the newest `keep`."""
-    layout: dict[str, Any] = {}
-    for share in written:
-        for name, entry in share["rows"].items():
-            known = layout.setdefault(name, {**entry, "parts": []})
-            assert known["shape"] == entry["shape"], f"{name}: ranks differ about its shape"
-            known["parts"] += entry["parts"]
-    for name, entry in layout.items():
-        ends = [0, *(stop for _, stop in sorted(entry["parts"]))]
-        assert [start for start, _ in sorted(entry["parts"])] + entry["shape"][:1] == ends, f"{name}: rows are missing"
-    sealed = {name: entry for share in written for name, entry in share["files"].items()}
-    manifest.write(new, {"step": step, "rows": layout, "files": sealed})
-    if final.exists():  # a damaged one of the same step
-        files.set_aside(final)
-    files.place(new, final)
-    past = [path for path in _finished(final.parent) if path.name <= final.name]
-    for path in past[:-keep]:
-        files.set_aside(path)
-    for left in final.parent.glob("*.old.tmp"):
-        shutil.rmtree(left)
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint to read from, on any number of ranks, whatever number wrote it. Nothing of it is collective."""
+
+    path: Path
+    facts: dict[str, Any]
+    ranges: dict[str, Any]
+    """of what is no rows: shape, dtype, and (first element, last + 1, rank that wrote them) of every part"""
+    rows: dict[str, Any]
+    """of rows the same, with (first row, last + 1)"""
+    _old: dict[str, Tensor]
+
+    def fill(self, held: Mapping[str, Held], rows: Mapping[str, tuple[Tensor, int, int]]) -> None:
+        """Put everything that the checkpoint has where this rank holds it; rows by name as (rows_k..., start, K).
+
+        ValueError, and nothing is touched, unless names and shapes are the same on both sides.
+        """
+        _check({name: each.shape for name, each in held.items()}, self.ranges, "replicated tensors")
+        for name, (x, _, num_rows) in rows.items():
+            self.check_rows(name, num_rows)
+            _check({name: (num_rows, *x.shape[1:])}, {name: self.rows[name]}, "rows")
+        reader = Ranges()
+        for name, each in held.items():
+            self._fill(name, each, reader)
+        for name, (x, start, _) in rows.items():
+            self._fill_rows(name, x.detach(), start)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor that is no rows."""
+        shape = tuple(self.ranges[name]["shape"])
+        out = torch.empty(shape, dtype=getattr(torch, self.ranges[name]["dtype"]))
+        self._fill(name, Held(out.view(-1), 0, shape), Ranges())
+        return out
+
+    def some_rows(self, name: str, start: int, stop: int, num_rows: int) -> Tensor:
+        """Rows [start, stop) of a K-row tensor. ValueError where there is none, or one of another K."""
+        self.check_rows(name, num_rows)
+        shape = (stop - start, *self.rows[name]["shape"][1:])
+        out = torch.empty(shape, dtype=getattr(torch, self.rows[name]["dtype"]))
+        self._fill_rows(name, out, start)
+        return out
+
+    @torch.no_grad()
+    def _fill(self, name: str, held: Held, reader: Ranges) -> None:
+        start, stop = held.start, held.start + held.flat.numel()
+        if name in self._old:
+            for out, block in zip(blocks(held.flat), blocks(self._old[name].view(-1)[start:stop]), strict=True):
+                out.copy_(block)
+        for low, high, rank in self.ranges[name]["parts"]:
+            a, b = max(low, start), min(high, stop)
+            if a < b:
+                reader.fill(held.flat[a - start : b - start], range_file(self.path, rank), name, a - low)
+
+    def check_rows(self, name: str, num_rows: int) -> None:
+        """ValueError unless there are so many rows of this name."""
+        if name not in self.rows:
+            raise ValueError(
+                f"{self.path} has no rows named {name}, only {sorted(self.rows)}: it was saved by another model"
+            )
+        found = self.rows[name]["shape"][0]
+        if found != num_rows:
+            raise ValueError(
+                f"{name} has {num_rows} rows in this configuration, but {found} in {self.path}: "
+                "change the number of codes, or start from another checkpoint"
+            )
+
+    @torch.no_grad()
+    def _fill_rows(self, name: str, out: Tensor, start: int) -> None:
+        stop = start + len(out)
+        for low, high in self.rows[name]["parts"]:
+            a, b = max(low, start), min(high, stop)
+            if a < b:
+                array = open_array(array_folder(self.path, name, low), (high - low, *out.shape[1:]))
+                for first, last in _chunks(a - low, b - low, array.chunks[0]):
+                    block = torch.from_numpy(array[first:last])
+                    out[low + first - start : low + last - start].copy_(block)
 
 
-def _read_rows(path: Path, name: str, layout: Mapping[str, Any], start: int, stop: int, num_rows: int) -> Tensor:
-    """Rows [start, stop) of the K-row tensor `name`, put together from the arrays of its writers."""
-    if name not in layout:
-        raise ValueError(f"{path} has no rows named {name}, only {sorted(layout)}: it was saved by another model")
-    shape, dtype = layout[name]["shape"], getattr(torch, layout[name]["dtype"])
-    if shape[0] != num_rows:
+def _chunks(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
+    """[low, high) cut where chunks end: zarr reads whole ones."""
+    for first in range(low // size * size, high, size):
+        yield max(first, low), min(first + size, high)
+
+
+def _check(mine: Mapping[str, tuple[int, ...]], there: Mapping[str, Any], what: str) -> None:
+    """ValueError unless both have the same names and shapes."""
+    missing, unknown = sorted(mine.keys() - there.keys()), sorted(there.keys() - mine.keys())
+    shapes = [name for name in mine if name in there and list(mine[name]) != there[name]["shape"]]
+    if missing or unknown or shapes:
         raise ValueError(
-            f"{name} has {num_rows} rows in this configuration, but {shape[0]} in {path}: "
-            "change the number of codes, or start from another checkpoint"
+            f"the {what} of the checkpoint are not those of this model: missing {missing[:3]}, unknown {unknown[:3]}, "
+            f"of another shape {shapes[:3]} ({len(missing)}, {len(unknown)} and {len(shapes)} in all): "
+            "load it with the configuration it was saved with"
         )
-    out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-    for low, high in layout[name]["parts"]:
-        a, b = max(low, start), min(high, stop)
-        if a < b:
-            array = open_array(path / _part(name, low), (high - low, *shape[1:]))
-            out[a - start : b - start] = torch.from_numpy(array[a - low : b - low])
-    return out

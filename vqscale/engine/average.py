@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqscale.disk.held import Held
 from vqscale.engine.config import AverageConfig
 from vqscale.engine.engine import Engine
 
@@ -75,19 +76,10 @@ class Average:
         for name, row in rows.items():
             self._engine.rows[name].copy_(row)
 
-    def row_names(self) -> list[str]:
-        return list(self._rows)
+    def held(self) -> tuple[dict[str, Held], dict[str, Tensor], dict[str, Any]]:
+        """(held, rows, facts) as an engine's; empty without an average."""
+        part = self._engine.dense.held_part
+        return {name: part(name, x) for name, x in self._parts.items()}, dict(self._rows), {}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """(replicated, rows, facts) as an engine's, whole and on the CPU; empty without an average. Collective."""
-        join = self._engine.dense.join
-        replicated = {name: join(name, part).to("cpu", copy=True) for name, part in self._parts.items()}
-        return replicated, {name: row.to("cpu", copy=True) for name, row in self._rows.items()}, {}
-
-    @torch.no_grad()
-    def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave, on any number of ranks and at any stage."""
-        for name, part in self._parts.items():
-            part.copy_(self._engine.dense.split(name, replicated[name]))
-        for name, row in self._rows.items():
-            row.copy_(rows[name])
+    def loaded(self, facts: Mapping[str, Any]) -> None:
+        """Nothing is left to do when what `held` gave has been filled."""

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vqscale.disk.held import Held, shared
 from vqscale.engine import optimisers
 from vqscale.engine.buffers import Buffers
 from vqscale.engine.config import EngineConfig, OptimConfig
@@ -59,13 +60,13 @@ class Dense(Protocol):
     def advance(self) -> None: ...
     def gradients(self) -> list[Tensor]: ...
     def apply(self, lr: float, decay_share: float, skip: bool) -> None: ...
-    def read(self) -> dict[str, Tensor]: ...
-    def write(self, tensors: dict[str, Tensor], steps: int) -> None: ...
+    def held(self) -> dict[str, Held]: ...
+    def loaded(self, steps: int) -> None: ...
 
     # The live values of what learns, for averages of weights: each rank may hold a part of each parameter.
     def parts(self) -> dict[str, Tensor]: ...
     def join(self, name: str, part: Tensor) -> Tensor: ...
-    def split(self, name: str, whole: Tensor) -> Tensor: ...
+    def held_part(self, name: str, part: Tensor) -> Held: ...
     def put(self, name: str, whole: Tensor) -> None: ...
 
 
@@ -120,10 +121,6 @@ class Engine:
     def skipped(self) -> int:
         """Steps skipped so far because gradients were not finite."""
         return self._skipped
-
-    def row_names(self) -> list[str]:
-        """The names under which `state` gives rows and their moments, and `load` takes them."""
-        return list(self._rows_tensors())
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of the forward pass, for calls that do not go through the engine."""
@@ -201,33 +198,25 @@ class Engine:
             for key in optimisers.MOMENTS:
                 self._rows_adam.state[parameter][key][local_indices] = 0
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """(replicated, rows, facts): everything a step depends on, by name, whole and on the CPU. Collective.
+    def held(self) -> tuple[dict[str, Held], dict[str, Tensor], dict[str, Any]]:
+        """(held, rows, facts): everything a step depends on, by name, as this rank holds it; rows are its slices.
 
-        The same whatever the engine, the stage and the world; rows are this rank's slices. Between steps only.
+        Names and shapes are the same whatever the engine, the stage and the world. Nothing is copied or sent: tensors
+        change with the next step, and who fills them goes on from other ones, see `loaded`. Between steps only.
         """
         assert self._micro == 0, f"{self._micro} micro-batches of a step are under way"
-        live = {**self.dense.read(), **{f"buffer/{name}": buffer for name, buffer in self._buffers.named()}}
-        replicated = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
-        rows = {name: tensor.to("cpu", copy=True) for name, tensor in self._rows_tensors().items()}
+        buffers = {f"buffer/{name}": shared(buffer) for name, buffer in self._buffers.named()}
         facts = {"boundaries": self._boundaries, "skipped": self._skipped, "in_a_row": self._skipped_in_a_row}
-        return replicated, rows, facts
+        return {**self.dense.held(), **buffers}, self._rows_tensors(), facts
 
     @torch.no_grad()
-    def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave, on this or any other engine, stage and world. Collective."""
-        mine, buffers = self.dense.read(), dict(self._buffers.named())
-        wanted = {**mine, **{f"buffer/{name}": buffer for name, buffer in buffers.items()}}
-        _check(wanted, replicated, "replicated tensors")
-        _check(self._rows_tensors(), rows, "rows")
+    def loaded(self, facts: Mapping[str, Any]) -> None:
+        """Continue from what `held` showed, now that all of it was filled from another engine, stage or world with
+        these facts. Collective."""
         self._boundaries, self._skipped = int(facts["boundaries"]), int(facts["skipped"])
         self._skipped_in_a_row = int(facts["in_a_row"])
         steps = self._boundaries - self._skipped
-        self.dense.write({name: replicated[name] for name in mine}, steps)
-        for name, buffer in buffers.items():
-            buffer.copy_(replicated[f"buffer/{name}"])
-        for name, tensor in self._rows_tensors().items():
-            tensor.copy_(rows[name])
+        self.dense.loaded(steps)
         if self._rows_adam is not None:
             self._rows_adam.set_steps(steps)
 
@@ -250,15 +239,3 @@ def _sum_of_squares(parts: list[Tensor], device: torch.device) -> Tensor:
             wide = piece[: len(values)].copy_(values)
             square += wide.dot(wide)
     return square
-
-
-def _check(mine: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """ValueError unless both have the same names and shapes."""
-    missing, unknown = sorted(mine.keys() - given.keys()), sorted(given.keys() - mine.keys())
-    shapes = [n for n in mine if n in given and mine[n].shape != given[n].shape]
-    if missing or unknown or shapes:
-        raise ValueError(
-            f"the {what} of the checkpoint are not those of this model: missing {missing[:3]}, unknown {unknown[:3]}, "
-            f"of another shape {shapes[:3]} ({len(missing)}, {len(unknown)} and {len(shapes)} in all): "
-            "load it with the configuration it was saved with"
-        )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqscale.disk.held import Held, shared
 from vqscale.engine import optimisers
 from vqscale.engine.config import EngineConfig, OptimConfig
 from vqscale.parallel import ops
@@ -62,14 +63,15 @@ class Replicated:
         for p in self._parameters.values():
             p.grad = None
 
-    def read(self) -> dict[str, Tensor]:
-        """Full parameters and moments: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME (of matrices under Muon
-        momentum_buffer/NAME). Collective at ZeRO stages."""
-        return read_whole(self._module, self._parameters, self._adam)
+    def held(self) -> dict[str, Held]:
+        """What this rank holds of parameters and moments, alive: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME (of
+        matrices under Muon momentum_buffer/NAME). All names on every rank, though it may hold nothing of one."""
+        return held_whole(self._module, self._parameters, self._adam)
 
-    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Take over what `read` gave, here or anywhere, after `steps` steps."""
-        write_whole(self._module, self._parameters, self._adam, tensors, steps)
+    def loaded(self, steps: int) -> None:
+        """Go on from what `held` gave, which has been filled, after `steps` steps. Collective at ZeRO stage 3."""
+        if self._adam is not None:
+            self._adam.set_steps(steps)
 
     def parts(self) -> dict[str, Tensor]:
         """The live values of what learns, as far as this rank holds them: here all. To be read, not changed."""
@@ -79,38 +81,21 @@ class Replicated:
         """The whole of what has the form of a part. Collective where parts are not whole."""
         return part
 
-    def split(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a whole."""
-        return whole
+    def held_part(self, name: str, part: Tensor) -> Held:
+        """What has the form of a part, as what this rank holds of a whole."""
+        return shared(part)
 
     @torch.no_grad()
-    def put(self, name: str, whole: Tensor) -> None:
+    def put(self, name: str, tensor: Tensor) -> None:
         """Other values for a parameter, to compute with until the next `put`; the optimiser does not see them, so that
         the values it left must be back before the next step. Collective where parts are not whole."""
-        self._parameters[name].copy_(whole)
+        self._parameters[name].copy_(tensor)
 
 
-def read_whole(
-    module: nn.Module, trainable: dict[str, nn.Parameter], adam: optimisers.AdamW | None
-) -> dict[str, Tensor]:
-    """`read` where every rank holds whole parameters and moments."""
-    out = {f"parameter/{name}": p.detach() for name, p in module.named_parameters()}
+def held_whole(module: nn.Module, trainable: dict[str, nn.Parameter], adam: optimisers.AdamW | None) -> dict[str, Held]:
+    """`held` where every rank holds whole parameters and moments."""
+    out = {f"parameter/{name}": shared(p) for name, p in module.named_parameters()}
     for name, p in trainable.items() if adam is not None else ():
         assert adam is not None
-        out |= {f"{key}/{name}": moment for key, moment in adam.moments(p).items()}
+        out |= {f"{key}/{name}": shared(moment) for key, moment in adam.moments(p).items()}
     return out
-
-
-@torch.no_grad()
-def write_whole(
-    module: nn.Module,
-    trainable: dict[str, nn.Parameter],
-    adam: optimisers.AdamW | None,
-    tensors: dict[str, Tensor],
-    steps: int,
-) -> None:
-    """`write` where every rank holds whole parameters and moments."""
-    for name, tensor in read_whole(module, trainable, adam).items():
-        tensor.copy_(tensors[name])
-    if adam is not None:
-        adam.set_steps(steps)

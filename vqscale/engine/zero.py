@@ -5,22 +5,24 @@ norm, scales them, and lets DeepSpeed step. Its own clipping, schedules, loss sc
 at stage 0 uses the mean of local norms, a stage 0 step takes NaN gradients, and its checkpoints are for one world size.
 
 Private names of DeepSpeed 0.19 that are used here, each at one place: averaged_gradients (stages 1 to 3, between
-backward and step), fp32_partitioned_groups_flat (stage 3), _lazy_init_hp_params_optimizer_state (stages 1 and 2).
+backward and step), fp32_partitioned_groups_flat and persistent_parameters (stage 3), _hp_mapping and
+_lazy_init_hp_params_optimizer_state (stages 1 and 2).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vqscale.disk.held import Held, shared
 from vqscale.engine import optimisers
 from vqscale.engine.config import EngineConfig, OptimConfig
-from vqscale.engine.replicated import read_whole, write_whole
+from vqscale.engine.replicated import held_whole
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh, world_group
 
@@ -93,7 +95,8 @@ class Zero:
         self._module, self._stage, self._world = module, config.zero_stage, mesh.world
         self.whole = config.zero_stage == 0
         self.divided = config.zero_stage == 3 and mesh.world.size > 1
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._every = dict(module.named_parameters())
+        self._parameters = {name: p for name, p in self._every.items() if p.requires_grad}
         if not self._parameters:
             raise ValueError(
                 "engine.name deepspeed steps parameters, and this network has none that learn: use engine.name: torch"
@@ -149,39 +152,44 @@ class Zero:
             for gradient in gradients:
                 gradient.zero_()
 
-    def read(self) -> dict[str, Tensor]:
-        """See replicated.py. Above stage 0 it makes whole on every rank what ZeRO divided: 12 bytes a parameter on the
-        device, a clone of it and both moments, for as long as the caller keeps them, and as many bytes gathered.
-        """
+    def held(self) -> dict[str, Held]:
+        """See replicated.py. Of moments a rank holds its part alone, and at stage 3 of parameters too."""
         if self._stage == 0:
-            return read_whole(self._module, self._parameters, self._adam)
+            return held_whole(self._module, self._parameters, self._adam)
         out = {}
-        for name, p in self._module.named_parameters():
-            with self._whole(p):
-                out[f"parameter/{name}"] = p.detach().clone()
+        for name, p in self._every.items():
+            out[f"parameter/{name}"] = self.held_part(name, self._share(p)) if self._stage == 3 else shared(p)
         for name, p in self._parameters.items():
             for key in optimisers.MOMENTS:
-                out[f"{key}/{name}"] = self._deepspeed.utils.safe_get_full_optimizer_state(p, key)
+                out[f"{key}/{name}"] = self._moment(name, p, key)
         return out
 
+    def _moment(self, name: str, p: Any, key: str) -> Held:
+        if self._stage == 3:
+            return self.held_part(name, self._deepspeed.utils.safe_get_local_optimizer_state(p, key))
+        mapping = p._hp_mapping
+        if mapping is None:  # all of it is in the parts of other ranks
+            return Held(p.detach().view(-1)[:0], 0, tuple(p.shape))
+        return Held(mapping.get_optim_state_fragment(key), mapping.lp_fragment_address.start, tuple(p.shape))
+
     @torch.no_grad()
-    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
-        if self._stage == 0:
-            write_whole(self._module, self._parameters, self._adam, tensors, steps)
-            return
-        api = self._deepspeed.utils
-        put_moment = self._put_partition if self._stage == 3 else api.safe_set_full_optimizer_state
-        put_fp32 = self._put_partition if self._stage == 3 else api.safe_set_full_fp32_param
-        for name, p in self._module.named_parameters():
-            value = tensors[f"parameter/{name}"].to(p.device)
-            with self._whole(p, write=True):
-                p.copy_(value)
-            if name in self._parameters:
-                put_fp32(p, value)
-        for name, p in self._parameters.items():
-            for key in optimisers.MOMENTS:
-                put_moment(p, tensors[f"{key}/{name}"].to(p.device), key)
+    def loaded(self, steps: int) -> None:
+        """The parameters were filled; their copies that DeepSpeed steps, and those that it keeps whole, follow."""
         self._adam.set_steps(steps)
+        if self._stage == 3:
+            for p in self._parameters.values():
+                self._deepspeed.utils.safe_set_local_fp32_param(p, self._share(p))
+            kept = self._engine.optimizer.persistent_parameters
+            if kept:
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
+        elif self._stage > 0:
+            each: Any
+            for each in self._parameters.values():
+                mapping = each._hp_mapping
+                if mapping is not None:
+                    at = mapping.lp_fragment_address
+                    mapping.hp_fragment.copy_(each.view(-1)[at.start : at.start + at.numel])
 
     def parts(self) -> dict[str, Tensor]:
         """See replicated.py. At stage 3 a part is a share of the flattened parameter, the last padded with zeros."""
@@ -199,34 +207,15 @@ class Zero:
         p: Any = self._parameters[name]
         return ops.gather(part, self._world)[: p.ds_numel].view(p.ds_shape)
 
-    def split(self, name: str, whole: Tensor) -> Tensor:
-        return whole if self._stage < 3 else self._partition(self._parameters[name], whole)
+    def held_part(self, name: str, part: Tensor) -> Held:
+        p: Any = self._every[name]
+        if self._stage < 3:
+            return shared(part)
+        start = self._world.rank * len(part)
+        return Held(part[: max(0, p.ds_numel - start)], start, tuple(p.ds_shape))
 
     @torch.no_grad()
-    def put(self, name: str, whole: Tensor) -> None:
+    def put(self, name: str, tensor: Tensor) -> None:
         p = self._parameters[name]
-        with self._whole(p, write=True):
-            p.copy_(whole)
-
-    def _partition(self, p: Any, value: Tensor) -> Tensor:
-        """Stage 3: this rank's share of the flattened value of a parameter, padded with zeros."""
-        part = p.ds_tensor.numel()
-        flat = torch.nn.functional.pad(value.flatten(), (0, part * self._world.size - value.numel()))
-        return flat[part * self._world.rank :][:part]
-
-    def _whole(self, p: nn.Parameter, write: bool = False) -> AbstractContextManager[Any]:
-        """The whole parameter inside the block; at stage 3 it is gathered, and with `write` rank 0's is kept."""
-        if self._stage < 3:
-            return nullcontext()
-        gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(
-            [p], modifier_rank=0 if write else None
-        )
-        return gathered
-
-    def _put_partition(self, p: Any, value: Tensor, key: str | None = None) -> None:
-        """Stage 3: this rank's part of the fp32 parameter or a moment. DeepSpeed's own setter fails on padded parts."""
-        mine = self._partition(p, value)
-        if key is None:
-            self._deepspeed.utils.safe_set_local_fp32_param(p, mine)
-        else:
-            self._deepspeed.utils.safe_set_local_optimizer_state(p, mine, key)
+        with nullcontext() if self._stage < 3 else self._deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            p.copy_(tensor)

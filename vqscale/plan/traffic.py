@@ -189,8 +189,8 @@ def _world(work: Work, grid: Grid) -> Iterator[Message]:
         else:
             yield Message("gradients of the network", "world", "scatter", part)
             yield Message("parameters of the network", "world", "gather", part, 2 if work.zero_stage == 3 else 1)
-    for what in ("norm of the gradient", "buffers", "agreement to stop"):
-        yield Message(what, "world", "all_reduce", 8)
+    for what, nbytes in (("norm of the gradient", 8), ("buffers", 8), ("agreement to stop, and on what is saved", 16)):
+        yield Message(what, "world", "all_reduce", nbytes)
 
 
 def revival(work: Work, grid: Grid, dead: int = 0) -> list[Message]:

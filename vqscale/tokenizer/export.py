@@ -30,6 +30,7 @@ from vqscale.codes.rows import Rows, Table
 from vqscale.config.schema import fields_of, is_config
 from vqscale.disk import files, manifest
 from vqscale.disk.checkpoint import CheckpointError
+from vqscale.disk.tensors import BLOCK_BYTES, DTYPES, header
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
@@ -41,8 +42,6 @@ FORMATS: dict[Kind, str] = {
 }
 VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
-BLOCK_BYTES = 16 << 20
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 # These change how fast and in how much memory something is computed, not what.
 NOT_IDENTITY = ("scan_mib", "checkpointing", "clusters")
 UNNAMED = ("flat",)  # was the only head when its settings had no name
@@ -203,15 +202,7 @@ def _format(folder: Path) -> Any:
 
 
 def _header(tensors: Mapping[str, Entry]) -> bytes:
-    """The head of a safetensors file. By hand, because the library's writer wants every tensor whole in memory."""
-    names, at = {}, 0
-    for name, entry in tensors.items():
-        size = torch.Size(entry.shape).numel() * entry.tensor.element_size()
-        names[name] = {"dtype": DTYPES[entry.tensor.dtype], "shape": entry.shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **names}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return header({name: (entry.tensor.dtype, tuple(entry.shape)) for name, entry in tensors.items()})
 
 
 def _bytes(x: Tensor) -> bytes:

@@ -197,22 +197,23 @@ def _trained(folder: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
     order = ("average/", "parameter/", "buffer/", "") if weights == "average" else ("parameter/", "buffer/", "")
 
     def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
-        layout = manifest.read(folder)["rows"]
+        contents = checkpoint.read(folder)
         rows = {name: entry for name, entry in wanted.items() if entry.table is not None}
-        in_file = {name: _first(name, order, layout) for name in rows}
-        held = {in_file[name]: (*_range(entry), entry.shape[0]) for name, entry in rows.items() if in_file[name]}
-        state = checkpoint.load(folder, rows=held, mapped=True)  # `fill` copies the parameters alone
-        in_file |= {name: _first(name, order, state.replicated) for name in wanted if name not in rows}
-        given = {
-            name: layout[key]["shape"] if name in rows else state.replicated[key].shape
-            for name, key in in_file.items()
-            if key
-        }
-        for key in [*state.replicated, *layout]:  # parameters of another network must not go unnoticed
+        kinds = {name: contents.rows if name in rows else contents.ranges for name in wanted}
+        in_file = {name: _first(name, order, kinds[name]) for name in wanted}
+        for name in filter(in_file.get, rows):
+            contents.check_rows(in_file[name], rows[name].shape[0])
+        given = {name: kinds[name][key]["shape"] for name, key in in_file.items() if key}
+        for key in [*contents.ranges, *contents.rows]:  # parameters of another network must not go unnoticed
             if key.startswith("parameter/"):
                 given.setdefault(key.removeprefix("parameter/"), ())
         check_shapes(_shapes(wanted), given, what=str(folder))
-        return {name: (state.rows if name in rows else state.replicated)[key] for name, key in in_file.items()}
+        return {
+            name: contents.some_rows(key, *_range(wanted[name]), wanted[name].shape[0])
+            if name in rows
+            else contents.whole(key)
+            for name, key in in_file.items()
+        }
 
     return Saved(folder, config, _facts_of_run(run, folder, asked, weights), read)
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqscale.disk.held import Held, shared
 from vqscale.engine.engine import Engine, StepReport
 from vqscale.nets import discriminators
 from vqscale.nets.discriminators import Answer
@@ -126,17 +127,13 @@ class Discriminator:
         weights = {"adversarial": weight, "features": torch.full_like(weight, self.config.feature_weight)}
         return {"adversarial": loss, "features": matched}, weights
 
-    def row_names(self) -> list[str]:
-        return []
+    def held(self) -> tuple[dict[str, Held], dict[str, Tensor], dict[str, Any]]:
+        """(held, rows, facts) as an engine's."""
+        with self._learning():  # ZeRO-3 has no moments to show of what is frozen
+            found, rows, facts = self.engine.held()
+        return found | {"lecam": shared(self.averages_2A.view(-1))}, rows, facts
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """(replicated, rows, facts) as an engine's; collective."""
-        with self._learning():  # ZeRO-3 has no moments to give for what is frozen
-            replicated, rows, facts = self.engine.state()
-        return replicated | {"lecam": self.averages_2A.flatten().to("cpu", copy=True)}, rows, facts
-
-    def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave, on any number of ranks and at any stage; collective."""
-        self.averages_2A = replicated["lecam"].to(self._mesh.device, copy=True).view(2, -1)
+    def loaded(self, facts: Mapping[str, Any]) -> None:
+        """Go on from what was filled; collective."""
         with self._learning():
-            self.engine.load({name: x for name, x in replicated.items() if name != "lecam"}, rows, facts)
+            self.engine.loaded(facts)

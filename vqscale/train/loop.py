@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vqscale.codes import tally
-from vqscale.codes.rows import Rows, Table
+from vqscale.codes.rows import Table
 from vqscale.disk import checkpoint
+from vqscale.disk.held import Held
+from vqscale.disk.writer import Writer
 from vqscale.engine.engine import Engine
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
@@ -80,10 +82,15 @@ def seed_step(seed: int, step: int, mesh: Mesh) -> None:
     torch.manual_seed(derive(seed, "step", step, mesh.world.rank))
 
 
-def agree(mesh: Mesh, stop: bool, broken: int) -> tuple[bool, int]:
-    """(does any rank want to stop, how many broken samples did all ranks meet), the same answer on every rank."""
-    flags = ops.sum_over(torch.tensor([float(stop), float(broken)], device=mesh.device), mesh.world).tolist()
-    return flags[0] > 0, int(flags[1])
+def agree(mesh: Mesh, stop: bool, broken: int, writing: Writer | None = None) -> tuple[bool, int]:
+    """(does any rank want to stop, how many broken samples did all ranks meet), the same answer on every rank; and
+    what is being written goes on, or raises."""
+    state = (0.0, 0.0) if writing is None else writing.state()
+    here = torch.tensor([float(stop), float(broken), *state], device=mesh.device)
+    stops, every, *states = ops.sum_over(here, mesh.world).tolist()
+    if writing is not None:
+        writing.advance(*states)
+    return stops > 0, int(every)
 
 
 def check_broken(total: int, here: Iterable[str], limit: int) -> None:
@@ -145,38 +152,33 @@ class Kept(Protocol):
 
     name: str
 
-    def row_names(self) -> list[str]: ...
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]: ...
-    def load(self, replicated: Mapping[str, Tensor], rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None: ...
+    def held(self) -> tuple[dict[str, Held], dict[str, Tensor], dict[str, Any]]: ...
+    def loaded(self, facts: Mapping[str, Any]) -> None: ...
 
 
-def save(
-    place: Path,
-    done: Done,
-    engine: Engine,
-    tables: Mapping[str, Table],
-    mesh: Mesh,
-    keep: int,
-    more: Sequence[Kept] = (),
-) -> Path:
-    """Write a checkpoint of everything under place/checkpoints; collective."""
-    replicated, rows, engine_facts = engine.state()
-    rows = {**rows, **table_rows(tables, learned=False)}
-    facts = {"done": asdict(done), "engine": engine_facts}
+def writer(place: Path, mesh: Mesh, keep: int) -> Writer:
+    """Of the checkpoints of a run; what all ranks raise together, in the order of a loop, does not cut one short."""
+    return Writer(place / "checkpoints", mesh, keep, agreed=(RunError, FloatingPointError))
+
+
+def save(writing: Writer, done: Done, engine: Engine, tables: Mapping[str, Table], more: Sequence[Kept] = ()) -> None:
+    """Begin to write a checkpoint of everything; collective."""
+    held, rows, facts = _everything(engine, tables, more)
+    writing.save(done.step, held, rows, {"done": asdict(done), **facts})
+
+
+def _everything(
+    engine: Engine, tables: Mapping[str, Table], more: Sequence[Kept]
+) -> tuple[dict[str, Held], dict[str, tuple[Tensor, int, int]], dict[str, Any]]:
+    """(held, rows, facts) of a training, as a checkpoint has them by name."""
+    held, rows, engine_facts = engine.held()
+    rows, facts = {**rows, **table_rows(tables, learned=False)}, {"engine": engine_facts}
     for kept in more:
-        its_replicated, its_rows, its_facts = kept.state()
-        replicated |= {f"{kept.name}/{name}": x for name, x in its_replicated.items()}
-        rows |= {f"{kept.name}/{name}": x for name, x in its_rows.items()}
+        its_held, its_rows, its_facts = kept.held()
+        held |= under(kept.name, its_held)
+        rows |= under(kept.name, its_rows)
         facts |= {kept.name: its_facts} if its_facts else {}
-    return checkpoint.save(
-        place / "checkpoints",
-        done.step,
-        replicated=replicated,
-        rows={name: (x.detach().cpu(), *_place(name, tables)) for name, x in rows.items()},
-        facts=facts,
-        mesh=mesh,
-        keep=keep,
-    )
+    return held, {name: (x, *_place(name, tables)) for name, x in rows.items()}, facts
 
 
 def resume(
@@ -256,34 +258,17 @@ def close(batches: Generator[Any, None, None], trace: Trace, board: Board, progr
 
 def _place(name: str, tables: Mapping[str, Table]) -> tuple[int, int]:
     """(first row here, K) of a row tensor, by the table in its name: KIND/TABLE.TENSOR, or TABLE.TENSOR."""
-    layout = _layout(name, tables)
+    layout = tables[name.rpartition("/")[2].rpartition(".")[0]].layout
     return layout.start, layout.num_codes
 
 
-def _layout(name: str, tables: Mapping[str, Table]) -> Rows:
-    return tables[name.rpartition("/")[2].rpartition(".")[0]].layout
-
-
 def load(path: Path, engine: Engine, tables: Mapping[str, Table], more: Sequence[Kept] = ()) -> dict[str, Any]:
-    """Bring everything back from a checkpoint of any number of ranks; returns its facts."""
-    others = table_rows(tables, learned=False)
-    wanted = {}
-    for name in [*engine.row_names(), *others, *(f"{kept.name}/{name}" for kept in more for name in kept.row_names())]:
-        layout = _layout(name, tables)
-        wanted[name] = (layout.start, layout.stop, layout.num_codes)
-    state = checkpoint.load(path, rows=wanted)
-    replicated = dict(state.replicated)
+    """Bring everything back from a checkpoint of any number of ranks, each its own part; returns its facts.
+    Collective."""
+    held, rows, _ = _everything(engine, tables, more)
+    contents = checkpoint.read(path)
+    contents.fill(held, rows)
     for kept in more:
-        its_rows = {name: state.rows[f"{kept.name}/{name}"] for name in kept.row_names()}
-        kept.load(_take_under(kept.name, replicated), its_rows, state.facts.get(kept.name, {}))
-    engine.load(replicated, {name: state.rows[name] for name in engine.row_names()}, state.facts["engine"])
-    with torch.no_grad():
-        for name, x in others.items():
-            x.copy_(state.rows[name])
-    return state.facts
-
-
-def _take_under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the tensors named PREFIX/... out of a dictionary, and give them by what follows."""
-    names = [name for name in tensors if name.startswith(f"{prefix}/")]
-    return {name.removeprefix(f"{prefix}/"): tensors.pop(name) for name in names}
+        kept.loaded(contents.facts.get(kept.name, {}))
+    engine.loaded(contents.facts["engine"])
+    return contents.facts

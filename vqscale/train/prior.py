@@ -23,6 +23,7 @@ from vqscale.codes import noise, products, tally
 from vqscale.codes.clusters import Clusters
 from vqscale.codes.rows import Rows, set_aside
 from vqscale.data.config import TokensConfig
+from vqscale.disk.writer import Writer
 from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine
 from vqscale.metrics import unigram
@@ -111,11 +112,14 @@ def perplexity(nats: float) -> float:
 @folder.own_signals()
 def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
     """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
-    with products.precision(config.engine.matmul):
-        return _train(config, mesh)
+    with (
+        products.precision(config.engine.matmul),
+        loop.writer(Path(config.run.folder), mesh, config.run.keep) as writing,
+    ):
+        return _train(config, mesh, writing)
 
 
-def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
+def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | None:
     run, place, batch_size = config.run, Path(config.run.folder), config.data.batch
     mine = batch_size // config.engine.accumulation // mesh.world.size
 
@@ -184,7 +188,7 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
             progress.say(note)
         progress.advance(batch_size, waited)
 
-        stop, broken = loop.agree(mesh, request.here(), broken)
+        stop, broken = loop.agree(mesh, request.here(), broken, writing)
         done = done.after(step, batch_size, broken)
         loop.check_broken(done.broken, recent, most_broken)
         if log:
@@ -201,12 +205,14 @@ def _train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
                 scores = evaluate(engine, prior, held_out, mesh, 0 if last else run.eval_images, seen_Ik, run.seed)
             loop.tell_scores(step, scores, board, progress)
         if last or stop or step % run.checkpoint_every == 0:
-            loop.save(place, done, engine, tables, mesh, run.keep, [average])
+            loop.save(writing, done, engine, tables, [average])
         if stop and not last:
+            writing.wait()
             loop.tell_stop(step, request, progress)
             return loop.close(batches, trace, board, progress, None)
 
     # close
+    writing.wait()
     request.clear()
     if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
         with average.applied():

@@ -19,6 +19,7 @@ from vqscale import signals
 from vqscale.codes import noise, products
 from vqscale.codes.rows import set_aside
 from vqscale.data.samples import SampleStream
+from vqscale.disk.writer import Writer
 from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine
 from vqscale.nets.config import grid
@@ -57,11 +58,14 @@ def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[SampleStream, Sample
 @folder.own_signals()
 def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
     """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
-    with products.precision(config.engine.matmul):
-        return _train(config, mesh)
+    with (
+        products.precision(config.engine.matmul),
+        loop.writer(Path(config.run.folder), mesh, config.run.keep) as writing,
+    ):
+        return _train(config, mesh, writing)
 
 
-def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
+def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | None:
     run, place = config.run, Path(config.run.folder)
     mine = config.data.batch // config.engine.accumulation // mesh.world.size
 
@@ -153,7 +157,7 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
             progress.say(note)
         progress.advance(config.data.batch, waited)
 
-        stop, broken = loop.agree(mesh, request.here(), broken)
+        stop, broken = loop.agree(mesh, request.here(), broken, writing)
         done = done.after(step, config.data.batch, broken)
         loop.check_broken(done.broken, recent, config.data.train.max_broken)
         fitted = loop.tell_fits(step, quantizer.fits(), progress)
@@ -172,12 +176,14 @@ def _train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
                 scores = evaluate(engine, tokenizer, held_out, mesh, most=most, board=board, step=step)
             loop.tell_scores(step, scores, board, progress)
         if last or stop or step % run.checkpoint_every == 0:
-            loop.save(place, done, engine, tables, mesh, run.keep, kept)
+            loop.save(writing, done, engine, tables, kept)
         if stop and not last:
+            writing.wait()
             loop.tell_stop(step, request, progress)
             return loop.close(batches, trace, board, progress, None)
 
     # close
+    writing.wait()
     request.clear()
     if held_out is not None and not scores:  # the last start ended between its last checkpoint and the summary
         with average.applied():
