@@ -114,6 +114,13 @@ def test_closed_cases_of_the_head():
     expected[places] = 2 / 3
     expected[places[[0, -1]]] = 0.8
     torch.testing.assert_close(wave, expected, rtol=0, atol=1e-4)
+    torch.manual_seed(0)
+    published = Head(WaveConfig())
+    torch.manual_seed(0)
+    centred = Head(WaveConfig(centred_phases=True))
+    assert torch.equal(centred.out.bias[641:], head.out.bias[641:])
+    assert torch.equal(centred.out.bias[:641], published.out.bias[:641])
+    assert torch.equal(centred.out.weight, published.out.weight)
 
 
 def test_magnitudes_end_at_100_and_their_gradients_are_finite():

@@ -53,6 +53,9 @@ class WaveConfig(NetSettings):
     """groups of every group normalisation before the ConvNeXt blocks; must divide width"""
     dropout: float = 0.1
     """dropout inside the residual blocks before the ConvNeXt blocks, in training only"""
+    centred_phases: bool = False
+    """the decoder's phases begin at pi times the number of the frequency, which is a pulse in the middle of a frame;
+    about 0, as published, it is a pulse where the frame begins, which its window takes away"""
     in_channels: int = 1
     """channels of a wave"""
 

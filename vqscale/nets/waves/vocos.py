@@ -79,6 +79,9 @@ class Head(nn.Module):
         super().__init__()
         self.hop = config.hop
         self.out = nn.Linear(config.width, WINDOW_HOPS * self.hop + 2)
+        if config.centred_phases:
+            phases = self.out.bias.detach().chunk(2)[1]
+            phases.copy_(math.pi * torch.arange(len(phases)))
 
     def forward(self, frames: Tensor) -> Tensor:
         return inverse_stft(spectrum(self.out(frames)), self.hop)
