@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -29,6 +28,7 @@ from vqscale.data.config import VIEWS, ImagesConfig, TokensConfig
 from vqscale.data.made import shapes
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.stream import Cache, TokenStream
+from vqscale.disk.owner import own
 from vqscale.parallel.spawn import RankError
 from vqscale.run import folder as run_folder
 from vqscale.tokenizer.config import TokenizerConfig
@@ -322,9 +322,7 @@ def test_images_are_resized_as_the_tokenizer_knew_them(place, tmp_path):
 
 def test_two_writers_of_one_cache_are_one_too_many(place, tmp_path):
     out = tmp_path / "cache"
-    out.mkdir()
-    with (out / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with own(out, "the cache"):
         status, said = start(words(place, out))
     assert status == 2
     assert f"another process is writing the cache in {out}" in said

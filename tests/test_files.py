@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OTHERS = {
     "data/shards/cache.py": "a download of any size; files.place puts it in its place when it is whole",
     "disk/wav.py": "a file in memory",
+    "disk/owner.py": "what names the writer of a folder is made by a link, and goes with it",
+    "disk/writer.py": "renames what a killed one left, to be removed",
     "programs/sampling/folder.py": "an entry of the zip that files.writing writes",
     "run/processes.py": "words to whoever started this process, read when it has ended",
     "tokenizer/export.py": "weights come in blocks, over many calls; files.place puts them in their place",
@@ -216,5 +218,7 @@ def test_the_check_sees_what_writes(tmp_path):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, vqscale.disk.files, vqscale.disk.lock, vqscale.disk.manifest; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, vqscale.disk.files, vqscale.disk.owner, vqscale.disk.manifest; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from saved_runs import small
 
 from vqscale import signals
 from vqscale.config.schema import fields_of
-from vqscale.disk.lock import hold
+from vqscale.disk.owner import own
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError
@@ -213,7 +213,7 @@ def test_other_settings_are_refused_and_may_overwrite(tmp_path):
 
 
 def test_a_folder_that_another_process_writes_is_refused(tmp_path):
-    with hold(tmp_path / ".lock", wait=False), pytest.raises(ValueError, match="another process is writing samples"):
+    with own(tmp_path, "samples"), pytest.raises(ValueError, match="another process is writing samples"):
         draw(tmp_path)
     assert draw(tmp_path).state == "sampled"
 

@@ -20,7 +20,7 @@ from jobs import ROOT, write_config, write_shards
 
 from vqscale import config as configuration
 from vqscale.config.schema import classes_of, fields_of
-from vqscale.disk import lock
+from vqscale.disk import owner
 from vqscale.programs import launchers, study_report, study_runner
 from vqscale.programs import study as studies
 from vqscale.programs.commands import study as command
@@ -410,10 +410,9 @@ def test_a_report_elsewhere_leaves_the_study_as_it_is(prior, tmp_path, capsys):
 
 def test_two_do_not_start_the_same_runs(base, tmp_path, capsys):
     path = _write(base, dials=[K], folder=str(tmp_path / "study"))
-    with lock.hold(tmp_path / "study" / ".lock") as held:
-        assert held
+    with owner.own(tmp_path / "study", "runs"):
         assert command.main([str(path)]) == 2
-    assert "another process starts runs in" in capsys.readouterr().err
+    assert "another process is writing runs of the study in" in capsys.readouterr().err
     assert not [*(tmp_path / "study" / "logs").iterdir()]
 
 

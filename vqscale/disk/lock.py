@@ -1,12 +1,17 @@
-"""One process at a time: an advisory lock on a file, which the system frees when its holder dies. For processes that
-share a disk.
+"""One process at a time does what several want done (an index, shards), and the others wait: an advisory lock on a
+file, which names its holder, and which the system frees when that dies.
+
+Not here: the one writer of a folder (owner.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +29,10 @@ def hold(path: str | os.PathLike[str], wait: bool = True, why: str = "") -> Iter
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        yield _take(descriptor, wait, why)
+        mine = _take(descriptor, wait, why)
+        if mine and why:
+            _sign(descriptor)
+        yield mine
     finally:
         os.close(descriptor)
 
@@ -36,8 +44,17 @@ def _take(descriptor: int, wait: bool, why: str) -> bool:
         if not wait:
             return False
         if why:
-            log.info("waiting for another process: %s", why)
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            log.info("waiting for %s: %s", holder, why)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         log.warning("no lock on this disk (%s): going on without", error)
     return True
+
+
+def _sign(descriptor: int) -> None:
+    """Write down who holds a lock, for those who wait."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} of {socket.gethostname()} since {since}".encode(), 0)

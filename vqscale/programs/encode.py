@@ -26,7 +26,7 @@ from torch import Tensor
 from vqscale.data.tokens import write as writing
 from vqscale.data.tokens.format import Card, Entries, storage_for
 from vqscale.data.views import Source, ViewBatch, lists
-from vqscale.disk.lock import hold
+from vqscale.disk.owner import own
 from vqscale.parallel import ops
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
@@ -146,11 +146,8 @@ def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> C
 
 
 def _begin(folder: Path, wanted: Card, source: Source, held: ExitStack) -> tuple[Card, Entries]:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not held.enter_context(hold(folder / ".lock", wait=False)):
-        raise ValueError(
-            f"another process is writing the cache in {folder}: wait until it has ended, or give another folder"
-        )
+    held.enter_context(own(folder, "the cache"))
+    writing.check(folder, wanted)  # another one may have begun since it was looked at
     return writing.begin(folder, wanted, source.index)
 
 

@@ -5,6 +5,7 @@ code/            commit, diff, versions.json, the command, the submit script und
 metrics.jsonl    one JSON object per logged step        tb/  TensorBoard        samples/  pictures
 checkpoints/     NNNNNNNNNN/ per saved step             summary.json  when the run is done
 tokens.json      of a prior: which cache, and whose ids
+.writer          while a process writes here: which (disk/owner.py)
 STOP             made by hand: the run saves and leaves at the next step
 """
 

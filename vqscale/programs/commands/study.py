@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vqscale import config as configuration
 from vqscale.config.text import inline
-from vqscale.disk import lock
+from vqscale.disk.owner import own
 from vqscale.programs import launchers
 from vqscale.programs import study as studies
 from vqscale.programs.commands import words
@@ -70,11 +70,7 @@ def _study(argv: list[str]) -> int:
     if launcher is None:  # --prepare
         return _say([str(trial.file) for trial in trials])
     runner = Runner(study, trials, launcher, command)
-    with lock.hold(Path(study.folder) / ".lock", wait=False) as alone:
-        if not alone:
-            raise ValueError(
-                f"another process starts runs in {study.folder}: wait for it, or change the study's folder"
-            )
+    with own(study.folder, "runs of the study"):
         _listen(runner)
         _print_results(runner.run(), Path(study.folder))
     return _end(runner, words.command("study", [*(word for word in argv if not word.startswith("-")), "--report"]))

@@ -19,10 +19,13 @@ launch/slurm/train.sbatch. In a checkout launch/train.py is the same program.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqscale import config as configuration
+from vqscale.disk.owner import own
 from vqscale.programs.commands import words
 from vqscale.run import checkout, folder, processes
 from vqscale.train.config import Run, TokenizerRun
@@ -53,7 +56,9 @@ def _start(argv: list[str]) -> int:
             print("\n".join([costs_of(config, world).text(), *looked_up]))
         return 0
     folder.check(config)
-    return _run(config, _check_machine(config))
+    device = _check_machine(config)
+    with _owned(config):
+        return _run(config, device)
 
 
 def _help(keys: list[str]) -> int:
@@ -122,6 +127,18 @@ def _check_images(config: TokenizerRun) -> None:
             except (ValueError, OSError) as error:
                 kind = ValueError if isinstance(error, ValueError) else OSError
                 raise kind(f"{key}: {error}") from error
+
+
+@contextmanager
+def _owned(config: Run) -> Iterator[None]:
+    """Rank 0 is the one writer of the run folder in this block; ValueError where there is another one, or where one has
+    begun another run since it was looked at."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with own(config.run.folder, "the run"):
+        folder.check(config)
+        yield
 
 
 def _run(config: Run, device: str) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqscale.disk.lock import hold
+from vqscale.disk.owner import own
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior, SampleWarning
@@ -154,11 +154,7 @@ def sample(
 def _begin(
     folder: Path, facts: Mapping[str, Any], request: SampleRequest, overwrite: bool, held: ExitStack
 ) -> list[int] | None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not held.enter_context(hold(folder / ".lock", wait=False)):
-        raise ValueError(
-            f"another process is writing samples to {folder}: wait until it has ended, or give another folder"
-        )
+    held.enter_context(own(folder, "samples"))
     return sample_folder.begin(folder, facts, overwrite, request.how.before())
 
 
