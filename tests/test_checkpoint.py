@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vqscale.disk import checkpoint, tensors, writer
 from vqscale.disk.checkpoint import CheckpointError
 from vqscale.disk.held import Held, share, shared
 from vqscale.disk.writer import Writer
+from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
 K = 37  # does not divide by 2, 3 or 4
@@ -235,6 +237,44 @@ def test_a_killed_save_leaves_the_last_and_the_next_save_cleans(ranks, tmp_path)
     assert checkpoint.latest(tmp_path) == (old, [])
     ranks(2, _save, tmp_path, 3, 1, 2)
     assert sorted(os.listdir(tmp_path)) == ["0000000001", "0000000003"]
+
+
+def _steps_beside(folder, slow):
+    """(what was saved, the steps until it stood, whether it stood before); rank `slow` writes as long as it is told."""
+    mesh, told = Mesh(1, 2), threading.Event()
+    before = writer._write_rows
+    if mesh.world.rank == slow:
+        writer._write_rows = lambda part, rows: told.wait(30) and before(part, rows)
+    tensor = torch.arange(5.0)
+    held, start = {"w": shared(tensor)}, 3 * mesh.codes.rank
+    rows = torch.full((3, 2), 7.0)
+    try:
+        writing = Writer(folder, mesh, keep=2)
+        writing.save(1, held, {"r": (rows, start, 6)}, {})
+        tensor += 100  # the next step
+        rows += 100
+        stood = []
+        for step in range(40):
+            writing.advance(*ops.sum_over(torch.tensor(writing.state()), mesh.world).tolist())
+            stood.append((folder / "0000000001").exists())
+            if step == 20:
+                told.set()
+        writing.save(2, held, {"r": (rows, start, 6)}, {})  # waits for the first
+        first_stands = (folder / "0000000001").exists()
+        writing.wait()
+    finally:
+        writer._write_rows = before
+    read = [checkpoint.read(folder / f"000000000{step}") for step in (1, 2)]
+    return any(stood[:21]), first_stands, [(x.whole("w").tolist(), x.some_rows("r", 0, 6, 6).unique()) for x in read]
+
+
+@pytest.mark.dist
+def test_steps_go_on_while_a_rank_writes_what_was_there_when_it_saved(ranks, tmp_path):
+    for slow in (0, 1):
+        for early, stands, (first, second) in ranks(2, _steps_beside, tmp_path / str(slow), slow):
+            assert (early, stands) == (False, True)
+            assert first == ([0.0, 1.0, 2.0, 3.0, 4.0], torch.tensor([7.0]))
+            assert second == ([100.0, 101.0, 102.0, 103.0, 104.0], torch.tensor([107.0]))
 
 
 def _full_disk(folder, rank, small):

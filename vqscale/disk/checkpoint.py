@@ -28,8 +28,7 @@ from vqscale.disk.arrays import open_array
 from vqscale.disk.held import Held
 from vqscale.disk.tensors import Ranges, blocks
 from vqscale.errors import ExplainedError
-from vqscale.parallel import ops
-from vqscale.parallel.background import Task, outlast
+from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 
 
@@ -54,9 +53,7 @@ def latest(folder: Path | str, mesh: Mesh | None = None) -> tuple[Path | None, l
 
     if mesh is None:
         return search()
-    task = Task(search) if mesh.world.rank == 0 else None
-    outlast(task, mesh)
-    found, failure = ops.gather_objects((task.result, task.failure) if task else None, mesh.world)[0]
+    found, failure = on_first(search, mesh)
     if found is None:
         raise CheckpointError(f"rank 0: {failure}" if mesh.world.size > 1 else failure)
     return found

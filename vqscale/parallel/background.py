@@ -47,6 +47,13 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def on_first(work: Callable[[], T], mesh: Mesh) -> tuple[T | None, str]:
+    """What work() gives on rank 0, or in words what it raised, on all ranks, however long it takes. Collective."""
+    task = Task(work) if mesh.world.rank == 0 else None
+    outlast(task, mesh)
+    return ops.gather_objects((task.result, task.failure) if task else (None, ""), mesh.world)[0]
+
+
 def outlast(task: Task[T] | None, mesh: Mesh) -> None:
     """Wait until no rank's task runs; a rank without one only waits. Collective."""
     while ops.sum_over(torch.tensor(float(task is not None and task.running), device=mesh.device), mesh.world) > 0:

@@ -26,6 +26,7 @@ from vqscale import config as configuration
 from vqscale.disk import checkpoint, manifest
 from vqscale.nets.weights import check_shapes
 from vqscale.parallel import ops
+from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import CARD, FORMATS, VERSION, WEIGHTS, Entry, Kind, entries
@@ -64,8 +65,8 @@ def find(
     path = Path(path)
     if weights not in ("average", "parameters"):
         raise ValueError(f"weights are {weights!r}, and a checkpoint has 'average' and 'parameters': give one of them")
-    first = mesh.world.rank == 0
-    verified = ops.gather_objects(_attempt(lambda: _verified(path, task) if first else None), mesh.world)[0]
+    verified, failure = on_first(lambda: _attempt(lambda: _verified(path, task)), mesh)
+    assert verified is not None, failure
     found = _result(verified)
     assert found is not None
     return _together(lambda: _read(found, weights, task, schema), mesh)
