@@ -132,7 +132,7 @@ def test_the_help_of_runs_names_every_key_in_lines_of_120():
         assert key in text or key.rpartition(".")[2] in text, key
     for key in ("data", "tokenizer.quantizer", "tokenizer.quantizer.window_decay", "prior"):
         assert max(map(len, config.describe(runs.Run, key).splitlines())) <= 120
-    assert text.count("(keys as in data.train)") == 2  # of data.val, for each task
+    assert text.count("(keys as in data.train)") == 3  # of data.val, for each task, and of the contexts of a cache
     both = config.describe(runs.Run, "data.train")
     assert both.startswith("task=tokenizer:\n  data.train: {medium: images | ")
     assert "\ntask=prior:\n  data.train: {medium: tokens | images | " in both

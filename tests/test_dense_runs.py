@@ -61,13 +61,14 @@ def test_a_tokenizer_with_a_context_trains_saves_loads_and_encodes(tmp_path, tin
     made = encode.encode(tokenizer, Source(config, "center"), tmp_path / "cache", Mesh(), encode.Options(storage=8))
     assert (made.state, made.card.grid, made.card.num_codes) == ("encoded", dense_runs.GRID, dense_runs.CODES)
     assert torch.equal(torch.from_numpy(open_ids(tmp_path / "cache")[...])[:, 0].long(), ids)
-    refused = jobs.start(
-        dense_runs.prior(tmp_path, tiny_shards, stage_1, f"data.train={{path: {tmp_path / 'cache'}}}", "data.val=null")
-    )
-    assert refused.wait() == [2]
-    assert "prior.condition is context, and data.train is a token cache, which has ids and no contexts" in (
-        " ".join(refused.output.split())
-    )
+    shards = f"shards: {tiny_shards / 'val.tar'}, image_size: {jobs.SIDE}, index_dir: {tmp_path}, num_workers: 1"
+    cached = f"{{path: {tmp_path / 'cache'}, contexts: {{{shards}}}}}"
+    path = dense_runs.prior(tmp_path / "prior", tiny_shards, stage_1, f"data.train={cached}", f"data.val={cached}")
+    rows = (jobs.finish(path, world=2) / "metrics.jsonl").read_text().splitlines()
+    prior, last = Prior.load(path.parent / "run"), json.loads(rows[-1])
+    with torch.no_grad():
+        assert prior(ids, context).loss.item() == pytest.approx(last["val/loss"], abs=1e-6)
+    assert last["val/loss"] < json.loads(rows[0])["loss"]
 
 
 def test_a_prior_learns_from_samples_that_are_encoded_as_they_come(tiny_shards, stage_1, stage_2):

@@ -271,6 +271,8 @@ class TokensConfig:
     "storage shards whose samples are shuffled together; a rank holds its part of two windows in memory; 0 = all"
     tokenizer: str | None = None
     "fingerprint, or how it begins, that the tokenizer of the cache must have; null = not asked for"
+    contexts: MediumConfig | None = None
+    "shards that the cache was encoded from, for a prior whose condition is their contexts; null = ids alone"
     medium: Literal["tokens"] = "tokens"
     "ids that lie in a cache"
 

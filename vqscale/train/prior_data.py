@@ -16,7 +16,8 @@ from vqscale.metrics import unigram
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.config import PriorConfig
 from vqscale.seed import derive
-from vqscale.tokenizer import clusters
+from vqscale.signals import check_reads
+from vqscale.tokenizer import clusters, saved
 from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import nulls
 from vqscale.train.config.prior import PriorRun
@@ -45,19 +46,25 @@ def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[IdStr
 def check(config: PriorRun) -> None:
     """All that can be wrong with the ids of a run, before there is a process group. ValueError."""
     open_streams(config)
+    for shards in config.data.contexts.values():
+        if shards is not None and config.tokenizer is not None:
+            _expect_context(config.tokenizer, shards)
     if not isinstance(config.data.train, TokensConfig):
         _expect_tokenizer(config, nulls.of_tokenizer(config))
 
 
 def _open(source: TokensConfig | ShardsConfig, batch: int, rank: int, world: int, **how: Any) -> IdStream:
     if isinstance(source, TokensConfig):
+        if source.contexts is not None:
+            samples.prepare(source.contexts)
         return TokenStream(source, batch, rank, world, **how)
     samples.prepare(source)
     return EncodedStream(source, batch, rank, world, **how)
 
 
 def begin(streams: list[IdStream], config: PriorRun, mesh: Mesh) -> None:
-    """Give those that encode the tokenizer of the run; collective."""
+    """Give those that encode the tokenizer of the run, and those that read contexts its signal; collective."""
+    _begin_cached([each for each in streams if isinstance(each, TokenStream) and each.contexts], config, mesh)
     encoded = [each for each in streams if isinstance(each, EncodedStream)]
     if not encoded:
         return
@@ -67,6 +74,26 @@ def begin(streams: list[IdStream], config: PriorRun, mesh: Mesh) -> None:
     fingerprint = tokenizer.fingerprint
     for each in encoded:
         each.begin(tokenizer, fingerprint, mesh.device)
+
+
+def _begin_cached(streams: list[TokenStream], config: PriorRun, mesh: Mesh) -> None:
+    if not streams:
+        return
+    assert config.tokenizer is not None, "the config says that contexts want one"
+    signal = tokenizer_of(config.tokenizer, streams[0].tokenizer_fingerprint, mesh).signal
+    for each in streams:
+        each.begin(lambda samples: signal.enter(samples)[1])
+
+
+def _expect_context(path: str, config: ShardsConfig) -> None:
+    """ValueError where the tokenizer in a folder has no context of samples of this medium."""
+    found = saved.config_of(path)
+    check_reads(found.signal, config)
+    if not found.net.takes_context:
+        raise ValueError(
+            f"contexts of {', '.join(config.patterns)} are asked for, and the tokenizer in {path} encodes without one "
+            f"(its signal is {found.signal.name}): give that of depth, color or panoptic, or prior.condition classes"
+        )
 
 
 def expect(cache: Cache, tokenizer: str | None, config: PriorConfig) -> None:
@@ -104,10 +131,10 @@ def check_labels(stream: IdStream, config: PriorConfig) -> list[str]:
     together."""
     labels: NDArray[Any]
     if isinstance(stream, TokenStream):
-        if config.condition.wants_context:
+        if config.condition.wants_context and stream.contexts is None:
             raise ValueError(
                 f"prior.condition is {config.condition.name}, and the token cache in {stream.config.path} has ids "
-                "and no contexts: give the shards that it was made of, whose samples the tokenizer then encodes"
+                "and no contexts: give the shards that it was encoded from as `contexts` beside its path"
             )
         labels, path = stream.cache.labels, stream.config.path
     else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from vqscale.data.config import TokensConfig
 from vqscale.data.order import Ints, Order, Sequential
 from vqscale.data.tokens import format as form
+from vqscale.data.tokens.contexts import ContextOf, Contexts
 from vqscale.data.tokens.write import bad_rows
 from vqscale.disk.arrays import open_array
 from vqscale.errors import ExplainedError
@@ -39,7 +40,7 @@ class TokenBatch:
     valid: Tensor  # (b,) bool; false only in evaluation, past the last sample
     numbers: Tensor  # (b,) int64: number of the image in the cache; -1 past the last
     views: Tensor  # (b,) int64: which view of it
-    context: Tensor | None = None  # (b, ...) that the tokenizer was given beside each; a cache has none
+    context: Tensor | None = None  # (b, ...) that the tokenizer was given beside each; of a cache only where asked for
     broken: list[str] = field(default_factory=list)  # of samples that are encoded as they come: see data/samples.py
 
 
@@ -153,11 +154,23 @@ class TokenStream:
         counts = np.array([good[span.start : span.stop].sum() for span in spans])
         self.order = Order(counts, seed, config.window_shards) if train else Sequential(counts)
         self.num_views = len(self.card.views) if train and config.views == "all" else 1
+        self.contexts = None if config.contexts is None else Contexts(config.contexts, self.card, config.path)
+        self._context_of: ContextOf | None = None
+
+    def begin(self, context_of: ContextOf) -> None:
+        """What makes a context of a sample, before any batch of a cache that is read with contexts."""
+        self._context_of = context_of
 
     def batches(self, consumed: int = 0) -> Iterator[TokenBatch]:
         """Training: endless, from sample number `consumed` of the run. Evaluation: from `consumed` to the last sample,
         each once, in order, with as many batches on every rank; what lies past the last sample has valid = False.
         """
+        if self.contexts is None:
+            return self._batches(consumed)
+        assert self._context_of is not None, "begin comes first"
+        return self.contexts.beside(self._batches(consumed), self._context_of, self.rank)
+
+    def _batches(self, consumed: int) -> Generator[TokenBatch, None, None]:
         part = self.batch // self.world
         left = None if isinstance(self.order, Order) else max(0, -(-(self.num_samples - consumed) // self.batch))
         kept: list[_Piece] = []

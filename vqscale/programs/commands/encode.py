@@ -1,7 +1,8 @@
-"""Encode the images or sounds of WebDataset shards into a token cache: the ids that a prior is trained on.
+"""Encode the images, sounds or labels of WebDataset shards into a token cache: the ids that a prior is trained on.
 
     vqscale encode runs/quickstart caches/shapes --shards 'runs/shards/train-{0000..0003}.tar' --views flip
     torchrun --nproc_per_node=8 -m vqscale encode TOKENIZER OUT --shards '/data/imagenet1k-train-{0000..1023}.tar'
+    vqscale encode runs/dense/panoptic caches/scenes --medium panoptic --shards runs/shards/scenes32-val-000.tar
     vqscale encode runs/sound caches/sounds --medium sounds --shards 'runs/shards/sounds16k-train-{000..007}.tar'
 
 TOKENIZER is a run folder (its newest whole checkpoint, averaged weights where there are any), one of its checkpoints,
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, MediumConfig, as_trained
+from vqscale.data.config_dense import DenseConfig, DepthConfig, PanopticConfig
 from vqscale.data.config_sounds import SoundsConfig
 from vqscale.data.config_sounds import as_trained as as_heard
 from vqscale.programs.commands import words
 from vqscale.run import processes
+
+DENSE: dict[str, type[DenseConfig]] = {"depth": DepthConfig, "panoptic": PanopticConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """The arguments, checked as far as no file is needed; ValueError for options that do not go together."""
     args = _parser().parse_args(given)
-    _sounds(args, {}) if args.medium == "sounds" else _images(args, args.image_size)
+    _pictures(args, args.image_size, {}) if args.medium != "sounds" else _sounds(args, {})
     return args
 
 
@@ -47,7 +51,7 @@ def _encode(args: argparse.Namespace, command: str) -> int:
     from vqscale.run.folder import EXIT_STOPPED
     from vqscale.tokenizer.model import Tokenizer
 
-    samples.prepare(_sounds(args, {}) if sounds else _images(args))
+    samples.prepare(_sounds(args, {}) if sounds else _pictures(args, None, {}))
     with processes.joined(args.device, grid, args.timeout_s) as mesh:
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
         if sounds:
@@ -55,13 +59,34 @@ def _encode(args: argparse.Namespace, command: str) -> int:
             medium: MediumConfig = _sounds(args, as_heard(tokenizer.card, rate, args.seconds))
         else:
             size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
-            medium = _images(args, size, tokenizer.card)
+            medium = _pictures(args, size, tokenizer.card)
         source = Source(medium, args.views)
         options = encode.Options(args.batch, args.max_broken, args.storage, str(args.tokenizer), command)
         outcome = encode.encode(tokenizer, source, args.out, mesh, options)
     if mesh.world.rank == 0:
         print(encode.summary(outcome, args.out, mesh.world.size), flush=True)
     return EXIT_STOPPED if outcome.state == "stopped" else 0
+
+
+def _pictures(args: argparse.Namespace, size: int | None, card: Mapping[str, Any]) -> ImagesConfig | DenseConfig:
+    return _dense(args, size, card) if args.medium in DENSE else _images(args, size, card)
+
+
+def _dense(args: argparse.Namespace, size: int | None, card: Mapping[str, Any]) -> DenseConfig:
+    """The config of images with labels; what is not asked for is as in a tokenizer's card, and what the labels mean as
+    `_info.json` beside the shards says. ValueError for options that do not go together.
+    """
+    places = {"num_workers": args.workers, "index_dir": args.index_dir, "cache_dir": args.cache_dir}
+    how = {"interpolation": args.interpolation or card.get("interpolation")} | {"image_size": size}
+    config = DENSE[args.medium](tuple(args.shards), **places, **{key: x for key, x in how.items() if x is not None})
+    problems = [message for _, message in config.problems()]
+    if args.resize:
+        problems.append("--resize is about the crop of plain images, and these are stretched: leave it out")
+    if args.views not in config.views:
+        problems.append(f"--views {args.views} is about plain images: use {' or '.join(config.views)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
 
 
 def _images(args: argparse.Namespace, size: int | None = None, card: Mapping[str, Any] | None = None) -> ImagesConfig:
@@ -114,7 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     add("tokenizer", type=Path, metavar="TOKENIZER", help="run folder, checkpoint, or exported folder")
     add("out", type=Path, metavar="OUT", help="folder of the cache: new, or begun by the same command")
     add("--shards", required=True, nargs="+", help="tar shards, as in data.train.shards of a config")
-    add("--medium", choices=["images", "sounds"], default="images", help="what lies in the shards (default: images)")
+    add(
+        "--medium",
+        choices=["images", "sounds", *DENSE],
+        default="images",
+        help="what lies in the shards (default: images)",
+    )
     add("--seconds", type=float, help="sounds: length of what is encoded (default: what the run was trained with)")
     add("--image-size", type=words.count, help="pixels of a side (default: what the run was trained with)")
     add(

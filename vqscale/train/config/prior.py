@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vqscale.config import Free, FreeToChange
-from vqscale.data.config import SourceConfig, TokensConfig
+from vqscale.data.config import ShardsConfig, SourceConfig, TokensConfig
 from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, check_whole
 from vqscale.nets.config import by
 from vqscale.parallel.config import MeshConfig
@@ -34,6 +34,17 @@ class TokenDataConfig:
         train, val = _what(self.train), None if self.val is None else _what(self.val)
         if val not in (None, train):
             yield "val", f"val is {val}, and train {train}: measure on ids that come as those do that are trained on"
+
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """train, and val where there is one."""
+        return {"train": self.train} | ({} if self.val is None else {"val": self.val})
+
+    @property
+    def contexts(self) -> dict[str, ShardsConfig | None]:
+        """Of each source that is a cache the shards of its contexts."""
+        caches = {name: source for name, source in self.sources.items() if isinstance(source, TokensConfig)}
+        return {name: cache.contexts for name, cache in caches.items()}
 
 
 def _what(source: SourceConfig) -> str:
@@ -73,18 +84,22 @@ class PriorRun:
                 f"tokenizer is null, and data.train is {_what(self.data.train)}, which a tokenizer has to encode: give "
                 "its folder, or a token cache as data.train",
             )
-        if self.prior.condition.wants_context and not encodes:
+        looks, contexts = self.prior.condition.wants_context, self.data.contexts
+        for name in [name for name, given in contexts.items() if (given is None) == looks]:
             yield (
-                "data.train",
-                f"prior.condition is {self.prior.condition.name}, and data.train is a token cache, which has ids and "
-                "no contexts: give the shards that it was made of (medium, shards), and the folder of the tokenizer",
+                f"data.{name}.contexts",
+                f"prior.condition is {self.prior.condition.name}, and a token cache has ids and no contexts: give the "
+                "shards that it was encoded from as contexts, and the folder of the tokenizer"
+                if looks
+                else f"prior.condition is {self.prior.condition.name}, which looks at no context: use contexts: null",
             )
-        if not encodes and (self.tokenizer is None) == wants:
-            takes = "takes" if wants else "takes no"
+        if not encodes and (self.tokenizer is None) == (wants or looks):
+            takes = "takes" if wants or looks else "takes no"
             yield (
                 "tokenizer",
-                f"tokenizer is {self.tokenizer}, and the head of the prior {takes} vectors of its codes; give the "
-                "folder of the tokenizer with prior.head.embedding: codebook, and null with the others",
+                f"tokenizer is {self.tokenizer}, and the prior {takes} vectors of its codes or contexts; give the "
+                "folder of the tokenizer with prior.head.embedding: codebook or prior.condition: context, and null "
+                "with the others",
             )
         if self.prior.wants_clusters and self.prior.clusters is None:
             yield (
