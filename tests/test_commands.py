@@ -76,6 +76,7 @@ def test_every_file_of_commands_is_a_program_or_serves_them():
         "drawing",
         "evaluate_options",
         "evaluate_dense",
+        "evaluate_networks",
         "evaluate_sounds",
     }
 

@@ -15,6 +15,7 @@ import torch
 from dense_files import CATEGORIES, depth_sample, depth_shard, image, panoptic_sample, panoptic_shard, segment
 from PIL import Image
 from shard_files import write_tar
+from slow_metrics import Small, slow_frechet
 
 from vqscale import config as configuration
 from vqscale.data.config import ImagesConfig
@@ -23,6 +24,7 @@ from vqscale.data.samples import SampleStream
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs import dense
 from vqscale.programs.dense_truth import Files
+from vqscale.signals.color import as_published
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
 
@@ -199,14 +201,15 @@ def test_a_tokenizer_without_a_context_is_refused():
 
 def run_yaml(folder, held_out, task="depth"):
     data = {"shards": str(held_out.shards), "image_size": SIDE, "num_workers": 0}
-    data |= {"medium": "depth", "unit_m": 0.001} if task == "depth" else {"medium": task}
+    data |= {"medium": "depth", "unit_m": 0.001} if task == "depth" else {}
+    data |= {"medium": "panoptic"} if task == "panoptic" else {}
     data |= {"categories": held_out.categories} if task == "panoptic" else {}
     whole = {
         "task": "tokenizer",
         "run": {"folder": str(folder), "steps": 1},
         "data": {"batch": 2, "train": data, "val": data},
         "tokenizer": config(task),
-        "loss": {"reconstruction": "cross_entropy"},
+        "loss": {"reconstruction": "l2" if task == "color" else "cross_entropy"},
     }
     (folder / "config.yaml").write_text(json.dumps(whole))
     return folder / "config.yaml"
@@ -319,3 +322,42 @@ def test_predicted_segments_are_files_whose_pq_is_that_of_the_table(tmp_path, ca
     assert "of 2 keys that are to be measured 1 are of no sample (7)" in capsys.readouterr().err
     assert main([str(word) for word in [*words, *files[1:]]]) == 2
     assert "give --own-size too" in capsys.readouterr().err
+
+
+def test_the_distance_of_colored_images_from_listed_ones(tmp_path, capsys, monkeypatch):
+    """FID-5k's: one list is predicted, another is the reference; values are round((x + 1) 128) and no more than 255."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("vqscale.nets.inception.load", lambda path, sha256: Small(published=True))
+    main = runpy.run_path(str(Path(__file__).parent.parent / "tools/evaluate.py"))["main"]
+    held_out, tokenizer = medium("color", tmp_path), tokenizer_of("color")
+    shards, options = str(held_out.shards), ["--inception", "x", "--device", "cpu", "--batch", 2]
+    lists = {"first": ["000", "003", "004"], "second": ["001", "002", "003", "004"]}
+    for name, keys in lists.items():
+        (tmp_path / name).write_text("\n".join(f"val/{key}.JPEG" for key in keys))
+    words = ["statistics", tmp_path / "second.npz", "--shards", shards, "--image-size", SIDE, "--workers", 0]
+    assert main([str(x) for x in [*words, *options, "--keys", tmp_path / "second"]]) == 0
+    words = ["dense", tokenizer.save(tmp_path / "saved"), "--config", run_yaml(tmp_path, held_out, "color")]
+    words += ["--out", tmp_path / "out", "--training-images", 0, "--keys", tmp_path / "first", *options]
+    assert main([str(x) for x in [*words, "--reference", tmp_path / "second.npz"]]) == 0
+
+    (batch,) = SampleStream(held_out, COUNT, train=False).batches()
+    chosen = {name: [key in keys for key in batch.keys] for name, keys in lists.items()}
+    _, context = tokenizer.signal.enter(batch.samples[chosen["first"]])
+    ids, none = torch.zeros(3, 4, 4, dtype=torch.int64), torch.zeros(3, 4, 4, dtype=torch.bool)
+    with torch.no_grad():
+        predicted = tokenizer.decode(ids, context, none).clamp(-1, 1)
+    seen = ((predicted + 1) * 128).round().clamp(max=255).to(torch.uint8)
+    real = ((batch.samples[chosen["second"]] + 1) * 127.5).round().to(torch.uint8)
+    expected = slow_frechet(*(Small()(images)[0].numpy() for images in (seen, real)))
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["rows"]["no code"]["fid"] == pytest.approx(expected, rel=1e-4)
+    assert result["rows"]["no code"]["images"] == 3
+    assert main([str(x) for x in words]) == 2
+    assert "FID takes a reference and Inception" in capsys.readouterr().err
+
+
+def test_larger_predictions_are_brought_to_256_pixels_by_area():
+    images = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    means = images.view(1, 3, 256, 2, 256, 2).mean((3, 5))
+    expected = ((means + 1) * 128).round().clamp(max=255)
+    assert ((as_published(images) + 1) * 127.5 - expected).abs().max() < 1e-3

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,19 +54,20 @@ def measure(
     draws: Mapping[str, Draw] | None = None,
     truth: Samples | Files | None = None,
     keep: Keep | None = None,
+    measures: Any = None,
     advance: Advance | None = None,
 ) -> Measured:
     """Look at an evaluation stream twice: for the codes of all, then for what is made of them. Collective.
 
     `constant` is what `label_sums` says of a training set; `draws` become a row each, by their names; `truth` is what
-    predictions are compared with, or the samples; `keep` is given all predictions. ValueError for a signal without a
-    context, or a quantizer whose ids do not say its codes.
+    predictions are compared with, or the samples; `keep` is given all predictions, `measures` is as in Signal.sums.
+    ValueError for a signal without a context, or a quantizer whose ids do not say its codes.
     """
     signal, truth = labelled(tokenizer), truth or Samples()
     with evaluating(tokenizer):
         ids, is_there = codes(tokenizer, stream, mesh, advance)
         ways = dict(_ways(tokenizer, ids, following(is_there), constant, draws or {}))
-        sums, shown, firsts = {name: signal.sums(mesh) for name in ways}, dict[str, Tensor](), list[Tensor]()
+        sums, shown, firsts = {name: signal.sums(mesh, measures) for name in ways}, dict[str, Tensor](), list[Tensor]()
 
         def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
             first = not shown

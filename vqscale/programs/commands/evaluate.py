@@ -27,12 +27,11 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vqscale.data.config import ImagesConfig, TokensConfig, as_trained
-from vqscale.programs.commands import evaluate_dense, evaluate_options, evaluate_sounds, words
+from vqscale.programs.commands import evaluate_dense, evaluate_networks, evaluate_options, evaluate_sounds, words
 from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.data.samples import SampleStream
-    from vqscale.metrics.features import Measures
     from vqscale.metrics.sample_file import SampleFile
     from vqscale.nets.inception import Inception
     from vqscale.parallel.mesh import Mesh
@@ -79,38 +78,10 @@ def _images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> 
     return config
 
 
-def _inception(args: argparse.Namespace, mesh: Mesh) -> Inception:
-    from vqscale.nets.inception import load
-
-    return load(args.inception, args.inception_sha256).to(mesh.device)
-
-
 def _progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
     from vqscale.show.progress import Progress
 
     return Progress(-(-images // (args.batch * mesh.world.size)), rank=mesh.world.rank, stream=sys.stderr)
-
-
-def _measures(args: argparse.Namespace, mesh: Mesh) -> Measures:
-    from vqscale.metrics import fid
-    from vqscale.metrics.features import Measures
-    from vqscale.nets import lpips
-
-    inception = reference = distance = None
-    if args.inception:
-        inception = _inception(args, mesh)
-        if args.reference:
-            reference = fid.read(args.reference, inception.facts, inception.dims)
-            if reference.pool is None:
-                raise ValueError(
-                    f"--reference {args.reference} has images and no statistics: make some with "
-                    "`vqscale evaluate statistics`"
-                )
-    if args.vgg:
-        expected = None if args.vgg_sha256 == "any" else args.vgg_sha256
-        distance = lpips.load(args.vgg, args.heads, vgg_sha256=expected).to(mesh.device)
-    published = args.vgg_sha256.startswith("397923af")
-    return Measures(inception, distance, "lpips" if published else "distance_other_vgg", reference)
 
 
 def _tokenizer(args: argparse.Namespace) -> str:
@@ -125,7 +96,7 @@ def _tokenizer(args: argparse.Namespace) -> str:
     from vqscale.tokenizer.model import Tokenizer
 
     with _joined(args) as mesh:
-        measures = _measures(args, mesh)
+        measures = evaluate_networks.measures(args, mesh)
         tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
         config = _images(args, tokenizer.card)
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
@@ -171,14 +142,17 @@ def _tokenizer(args: argparse.Namespace) -> str:
 def _statistics(args: argparse.Namespace) -> str:
     config = _images(args)
     from vqscale.data.samples import SampleStream
+    from vqscale.data.shards import chosen
     from vqscale.metrics import fid
     from vqscale.nets.inception import PREPROCESSING
     from vqscale.programs import score
     from vqscale.show import report
 
     with _joined(args) as mesh:
-        inception = _inception(args, mesh)
-        stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
+        inception = evaluate_networks.inception(args, mesh)
+        keys = chosen.read_keys(args.keys) if args.keys else None
+        place = (args.batch * mesh.world.size, mesh.world.rank, mesh.world.size)
+        stream = SampleStream(config, *place, train=False, keys=keys)
         progress = _progress(stream.num_samples, args, mesh)
         found, seen = score.statistics(stream, inception, mesh, progress.advance, points=args.images)
         progress.close()
@@ -205,7 +179,7 @@ def _samples(args: argparse.Namespace) -> str:
     numbers, protocol = dict[str, float](), dict[str, Any]()
     with _joined(args) as mesh:
         if args.inception:
-            inception = _inception(args, mesh)
+            inception = evaluate_networks.inception(args, mesh)
             numbers, protocol = _against_reference(images, inception, args, mesh)
         if args.classifier:
             progress = _progress(len(images), args, mesh)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from vqscale import config as configuration
 from vqscale.data.config_dense import PanopticConfig
-from vqscale.programs.commands import words
+from vqscale.programs.commands import evaluate_networks, words
 from vqscale.run import processes
 
 if TYPE_CHECKING:
     from vqscale.data.config import MediumConfig
+    from vqscale.metrics.features import Measures
     from vqscale.train.config.tokenizer import TokenizerRun
 
 Rows = Mapping[str, Mapping[str, float]]
@@ -57,9 +58,11 @@ def told(args: argparse.Namespace) -> str:
         maps, written = None, list[Path]()
         if truth is not None and isinstance(held_out, PanopticConfig) and args.predictions:
             maps = Maps(Path(args.predictions), held_out, truth, (dense.CEILING, *draws, dense.NO_CODE))
+        measures = evaluate_networks.against(args, mesh)
         progress = Progress(-(-2 * seen.num_samples // seen.batch), rank=world.rank, stream=sys.stderr)
         options: Any = {"constant": constant, "draws": draws, "truth": truth, "advance": progress.advance}
-        found = dense.measure(tokenizer, seen, mesh, keep=maps.keep if maps else None, **options)
+        options |= {"measures": measures, "keep": maps.keep if maps else None}
+        found = dense.measure(tokenizer, seen, mesh, **options)
         if maps:
             written = maps.finish(mesh)
         progress.close()
@@ -78,6 +81,7 @@ def told(args: argparse.Namespace) -> str:
             "codes of another image": "those of the next image of the set",
             "a part of the codes": "at places drawn anew for each image, a smaller part among those of a larger",
             "constant": f"from the first {args.training_images} images of {', '.join(run.data.train.patterns)}",
+            **(_about_fid(args, measures) if args.inception else {}),
         },
         "notes": [f"{len(found.broken)} images or more could not be read: {found.broken[0]}"] if found.broken else [],
         **words.made_by("evaluate"),
@@ -94,6 +98,19 @@ def _classes(
         return {}
     names = [category.name for category in medium.classes()]
     return {name: {way: of[number] for way, of in by_class.items()} for number, name in enumerate(names, 1)}
+
+
+def _about_fid(args: argparse.Namespace, measures: Measures) -> dict[str, Any]:
+    """How the distance of colored images was taken, and in what that is not FID-5k's protocol."""
+    from vqscale.nets.inception import PREPROCESSING
+    from vqscale.show import report
+
+    return {
+        "fid": "of pooled features; predictions of more than 256 pixels brought there by area, values round((x + 1) "
+        "128); images are read as in training, where FID-5k brings their centre to its size by area and divides by 128",
+        "reference": report.file(args.reference),
+        **report.about_inception(measures.inception, PREPROCESSING),
+    }
 
 
 def _picture(signal: Any, found: Any) -> Any:
@@ -135,5 +152,10 @@ def _held_out(args: argparse.Namespace, run: TokenizerRun) -> MediumConfig:
     if args.predictions and not isinstance(found, PanopticConfig):
         raise ValueError(
             f"the held-out shards of {args.path} are of {found.kind}, and --predictions writes segments: leave it out"
+        )
+    if args.inception and run.tokenizer.signal.name != "color":
+        raise ValueError(
+            f"{args.path} is of {run.tokenizer.signal.name}, and Inception looks at colors: leave out --inception and "
+            "--reference"
         )
     return found

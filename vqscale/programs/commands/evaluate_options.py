@@ -11,6 +11,7 @@ LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
 CONSTANT = "of the training set, for the constant that codes are compared with; 0 is none (default: %(default)s)"
 OWN_SIZE = "measure at the size of the files, as published, in place of that of the samples"
 KEYS = "measure the samples whose keys this file lists, one a line (a file's name does too), and no others"
+REFERENCE = "statistics that the predictions of each row are compared with, as FID-5k does (with --inception, --keys)"
 PREDICTIONS = "segments: write those with all codes, of the prior and without as COCO's PNG and JSON; with --own-size"
 MOST = "of a longer recording the beginning alone is looked at: memory grows with its square (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
@@ -53,6 +54,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     words.add_codes(dense)
     dense.add_argument("--own-size", action="store_true", help=OWN_SIZE)
     dense.add_argument("--keys", metavar="FILE", help=KEYS)
+    dense.add_argument("--reference", help=f"colors: {REFERENCE}")
     dense.add_argument("--predictions", metavar="FOLDER", help=PREDICTIONS)
     dense.add_argument("--json", action="store_true", help="print everything as JSON in place of the table")
     sounds = commands.add_parser("sounds", help="whole recordings through a tokenizer of sounds, and a page of them")
@@ -72,7 +74,8 @@ def parser(about: str | None) -> argparse.ArgumentParser:
         images.add_argument("--image-size", type=int, help=f"pixels of a side {LEARNT}, 256)")
         images.add_argument("--interpolation", choices=INTERPOLATIONS, help=f"of the resize {LEARNT}, bicubic)")
         images.add_argument("--workers", type=int, default=2, help="reading processes per rank (default: %(default)s)")
-    for command in (tokenizer, statistics, samples):
+    statistics.add_argument("--keys", metavar="FILE", help=KEYS)
+    for command in (tokenizer, statistics, samples, dense):
         command.add_argument("--inception", required=command is statistics, help="weights of FID's Inception, a path")
         command.add_argument("--inception-sha256", default="6726825d", help=ANY)
     for command in (tokenizer, statistics, samples, prior, dense):
@@ -108,6 +111,8 @@ def check(args: argparse.Namespace) -> None:
         wrong.append(f"--images is {args.images}, and a third neighbour takes 4: give at least 4, or 0 to keep none")
     elif args.command == "dense" and args.training_images < 0:
         wrong.append(f"--training-images is {args.training_images}: give 0 (no constant) or more")
+    elif args.command == "dense" and bool(args.inception) != bool(args.reference):
+        wrong.append("FID takes a reference and Inception, and one was given: give --reference and --inception")
     elif args.command == "dense" and args.predictions and not args.own_size:
         wrong.append("--predictions writes maps of the size of their files, which evaluators want: give --own-size too")
     elif args.command == "prior" and args.images < 0:
