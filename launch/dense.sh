@@ -32,9 +32,9 @@ pages=()
 for task in "${tasks[@]}"; do
     run=$place/$task
     stage "$task: the tokenizer"
-    start launch/train.py "configs/quickstart/$task.yaml" run.folder="$run" ${first[@]+"${first[@]}"}
+    start launch/train.py "configs/quickstart/$task.yaml" run.folder="$(quoted "$run")" ${first[@]+"${first[@]}"}
     stage "$task: the prior"
-    start launch/train.py "configs/quickstart/${task}_prior.yaml" run.folder="$run-prior" tokenizer="$run" \
+    start launch/train.py "configs/quickstart/${task}_prior.yaml" run.folder="$(quoted "$run-prior")" tokenizer="$(quoted "$run")" \
         ${second[@]+"${second[@]}"}
     stage "$task: what the ids tell"
     start tools/evaluate.py dense "$run" --prior "$run-prior" --out "$run-measured"

@@ -1,6 +1,7 @@
 # Sourced by quickstart.sh and tests/run.sh: a virtual environment .venv with vqscale in it, made once, activated.
 #
 #   environment [EXTRA]         e.g. environment test; installs again only when pyproject.toml or EXTRA changed
+#   quoted TEXT                 a path as the value of key=value, whatever signs it has
 #   start PROGRAM [word ...]    on $processes processes; one needs no torchrun, which listens to the network
 
 environment() {
@@ -28,3 +29,5 @@ CHECK
 start() {
     if [ "$processes" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$processes" "$@"; fi
 }
+
+quoted() { printf "'%s'" "${1//\'/\'\'}"; }

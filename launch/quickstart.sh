@@ -45,12 +45,12 @@ encode train --views flip
 held_out=data.val=null
 if [ -n "$(asked data.val.shards)" ]; then
     encode val
-    held_out=data.val.path=$run-cache/val
+    held_out=data.val.path=$(quoted "$run-cache/val")
 fi
 
 stage "3 of 6: the prior"
-start launch/train.py configs/quickstart/prior.yaml run.folder="$run-prior" tokenizer="$run" \
-    data.train.path="$run-cache/train" "$held_out" ${second[@]+"${second[@]}"}
+start launch/train.py configs/quickstart/prior.yaml run.folder="$(quoted "$run-prior")" tokenizer="$(quoted "$run")" \
+    data.train.path="$(quoted "$run-cache/train")" "$held_out" ${second[@]+"${second[@]}"}
 
 stage "4 of 6: new pictures of every class"
 start tools/sample.py "$run-prior" "$run" "$run-samples" --per-class 8 --guidance 3 --temperature 0.8 --batch 20 \

@@ -40,13 +40,13 @@ if [ -n "${SOURCE:-}" ]; then
     last=$((${#shards[@]} - 1))
     number() { local name=${shards[$1]##*-}; printf %s "${name%.tar}"; }
     train="$run-shards/all-{$(number 0)..$(number $((last - 1)))}.tar"
-    own=("data.train.shards=$train" data.train.make=null "data.val.shards=${shards[$last]}" data.val.make=null)
+    own=("data.train.shards=$(quoted "$train")" data.train.make=null "data.val.shards=$(quoted "${shards[$last]}")" data.val.make=null)
     classes=0
     [ ! -f "$run-shards/classes.txt" ] || classes=$(wc -l <"$run-shards/classes.txt")
     second=("prior.num_classes=$classes" ${second[@]+"${second[@]}"})
 fi
 
-tokenizer=(configs/quickstart/sound.yaml "run.folder=$run" ${own[@]+"${own[@]}"} ${first[@]+"${first[@]}"})
+tokenizer=(configs/quickstart/sound.yaml "run.folder=$(quoted "$run")" ${own[@]+"${own[@]}"} ${first[@]+"${first[@]}"})
 asked() { python tools/summary.py --key "$1" "${tokenizer[@]}"; } # a key of its config
 
 stage "1 of 5: the tokenizer"
@@ -60,8 +60,8 @@ encode train
 encode val
 
 stage "3 of 5: the prior"
-start launch/train.py configs/quickstart/sound_prior.yaml run.folder="$run-prior" tokenizer="$run" \
-    data.train.path="$run-cache/train" data.val.path="$run-cache/val" ${second[@]+"${second[@]}"}
+start launch/train.py configs/quickstart/sound_prior.yaml run.folder="$(quoted "$run-prior")" tokenizer="$(quoted "$run")" \
+    data.train.path="$(quoted "$run-cache/train")" data.val.path="$(quoted "$run-cache/val")" ${second[@]+"${second[@]}"}
 
 stage "4 of 5: new sounds"
 start tools/sample.py "$run-prior" "$run" "$run-samples" --num-images 20 --batch 10 --temperature 0.9 --overwrite

@@ -184,7 +184,7 @@ def test_a_save_on_a_full_disk_leaves_the_tokenizer_that_was_there(saved, monkey
 
 
 def test_a_save_that_fails_when_the_weights_are_replaced_leaves_no_tokenizer(saved, monkeypatch):
-    monkeypatch.setattr(files, "write_json", _full)
+    monkeypatch.setattr(files, "place", _full)
     with pytest.raises(RuntimeError, match="No space left on device"):
         small().save(saved)
     monkeypatch.undo()

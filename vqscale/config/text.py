@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -77,6 +78,10 @@ def read(text: str, name: str, problems: list[str]) -> Node | None:
     """The nodes of a YAML text, None if it is empty or no YAML. `name` is its file, or COMMAND_LINE, without lines."""
     try:
         root = yaml.compose(text, Loader=_Loader)
+        return None if root is None else _node(root, _place(name, root.start_mark), name, "", problems)
+    except RecursionError:
+        problems.append(f"{name}: this is nested too deep to be read; no config is")
+        return None
     except yaml.MarkedYAMLError as error:
         place = _place(name, error.problem_mark or error.context_mark)
         reason = " ".join(filter(None, [error.context, error.problem]))
@@ -86,7 +91,24 @@ def read(text: str, name: str, problems: list[str]) -> Node | None:
     except yaml.YAMLError as error:
         problems.append(f"{name}: this is not YAML: {' '.join(str(error).split())}; save it as plain text in UTF-8")
         return None
-    return None if root is None else _node(root, _place(name, root.start_mark), name, "", problems)
+
+
+def data_of(path: Path) -> Any:
+    """What a YAML file says, as plain data, by the rules of configs. ValueError for what is none; OSError."""
+    problems: list[str] = []
+    try:
+        node = read(path.read_text(encoding="utf-8"), str(path), problems)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: this is no text in UTF-8 ({error})") from None
+    if problems:
+        raise ValueError("; ".join(problems))
+    return None if node is None else _plain(node)
+
+
+def _plain(node: Node) -> Any:
+    if isinstance(node.value, dict):
+        return {key: _plain(child) for key, child in node.value.items()}
+    return [_plain(item) for item in node.value] if isinstance(node.value, list) else node.value
 
 
 def _place(name: str, mark: yaml.Mark | None) -> str:

@@ -23,6 +23,7 @@ from vqscale.data.config import ImagesConfig, Interpolation, Views
 
 # Pictures alone, decoded in this process: Pillow gives EPS to a program, which runs what is in the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+MOST_ASPECT = 16  # of an image that is enlarged or reduced whole
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[float, float, float, float]
 Places = NDArray[np.intp]
@@ -143,9 +144,18 @@ def _resized(size: tuple[int, int], short: int) -> tuple[int, int]:
 
 
 def resize_short(image: Image.Image, short: int, how: Interpolation) -> Image.Image:
-    """The whole image with its short side at `short` pixels."""
+    """The image with its short side at `short` pixels; of one that is longer than MOST_ASPECT of them, the middle."""
+    image = _middle(image)
     size = _resized(image.size, short)
     return image if size == image.size else resize(image, size, how, (0, 0, *image.size))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Without the ends of a long side of which no view sees anything, so that a thin file does not grow into a huge
+    image."""
+    width, height = (min(side, MOST_ASPECT * min(image.size)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
 def resize(image: Image.Image, size: tuple[int, int], how: Interpolation, box: Box) -> Image.Image:

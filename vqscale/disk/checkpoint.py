@@ -81,12 +81,36 @@ def read(path: Path | str) -> Contents:
         layout = manifest.read(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}; start from another one") from None
-    facts = json.loads((path / "facts.json").read_text())
+    try:
+        facts = dict(json.loads((path / "facts.json").read_text()))
+        _check_layout({kind: layout[kind] for kind in ("ranges", "rows") if kind != "ranges" or kind in layout})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint that was written here ({type(error).__name__}: {error}); start from another one"
+        ) from None
     if "ranges" in layout:
         return Contents(path, facts, layout["ranges"], layout["rows"], {})
     old = torch.load(path / "replicated.pt", map_location="cpu", weights_only=True, mmap=True)
     shapes = {name: _layout(tuple(x.shape), x.dtype) for name, x in old.items()}
     return Contents(path, facts, shapes, layout["rows"], old)
+
+
+def _check_layout(layout: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError unless types are torch's and every element of every tensor is in one part: else memory would be taken
+    for weights as it is."""
+    for kind, entries in layout.items():
+        for name, entry in entries.items():
+            if not isinstance(getattr(torch, entry["dtype"], None), torch.dtype):
+                raise ValueError(f"{name} has the type {entry['dtype']}")
+            if not covered(kind, entry):
+                raise ValueError(f"{name}: {kind} are missing, or there twice")
+
+
+def covered(kind: str, entry: Mapping[str, Any]) -> bool:
+    """Whether the parts of a tensor, rows or ranges of elements, are all of it, and none of it twice."""
+    last = entry["shape"][0] if kind == "rows" else torch.Size(entry["shape"]).numel()
+    parts = sorted(entry["parts"])
+    return [part[0] for part in parts] + [last] == [0, *(part[1] for part in parts)]
 
 
 def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:

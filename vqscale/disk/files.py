@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,14 @@ def set_aside(folder: Name) -> Path:
     away = Path(f"{os.fspath(folder)}.old.tmp")
     os.rename(folder, away)
     return away
+
+
+def remove(path: Name) -> None:
+    """Remove a file, a link (not what it leads to) or a folder with all that is in it."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        os.unlink(path)
+    else:
+        shutil.rmtree(path)
 
 
 def append(path: Name, line: str) -> None:

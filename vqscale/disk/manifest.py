@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqscale.disk import files
@@ -40,11 +41,31 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / NAME).read_text())
         claimed = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{NAME} cannot be read ({type(error).__name__}: {error})") from None
     if claimed != _hash(manifest):
         raise ValueError(f"{NAME} was changed after it was written")
+    _check_entries(manifest.get("files"))
     return manifest
+
+
+def _check_entries(entries: Any) -> None:
+    """ValueError unless these are entries of files inside the folder: a manifest may be a stranger's."""
+    if not isinstance(entries, dict):
+        raise ValueError(f"{NAME} has no files")
+    for name, entry in entries.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{NAME} names {name}, which is not in its folder")
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"{NAME} does not say size and sha256 of {name}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file that ends, or not there: no folder, pipe or device, from which reading might not return."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def damage(folder: Path) -> str | None:
@@ -52,6 +73,8 @@ def damage(folder: Path) -> str | None:
 
     def check(item: tuple[str, dict[str, Any]]) -> str | None:
         name, entry = item
+        if not is_file(folder / name):
+            return f"{name} is no file"
         try:
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:

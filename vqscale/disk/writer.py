@@ -12,11 +12,13 @@ leaves the checkpoints before, and a .tmp.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -26,13 +28,16 @@ import zarr
 from torch import Tensor
 
 from vqscale.disk import files, held, manifest, tensors
-from vqscale.disk.checkpoint import CheckpointError, array_folder, finished, range_file
+from vqscale.disk.checkpoint import CheckpointError, array_folder, covered, finished, range_file
 from vqscale.disk.held import Held
 from vqscale.parallel import ops
 from vqscale.parallel.background import PAUSE_S, Task, explain
 from vqscale.parallel.mesh import Mesh
 
+log = logging.getLogger(__name__)
+
 CHUNK_BYTES = 16 << 20
+_LEFT = re.compile(r"(\d{10}(\.old)?|left-\w+)\.tmp")
 Rows = Mapping[str, tuple[Tensor, int, int]]
 
 
@@ -154,7 +159,7 @@ def _make(folder: Path, new: Path) -> None:
     """Make the folder of a new checkpoint; what a killed run left under its name is put where `_write` removes it."""
     folder.mkdir(parents=True, exist_ok=True)
     if new.exists():
-        os.rename(new, Path(tempfile.mkdtemp(suffix=".tmp", dir=folder)) / new.name)
+        os.rename(new, Path(tempfile.mkdtemp(prefix="left-", suffix=".tmp", dir=folder)) / new.name)
     new.mkdir()
 
 
@@ -169,8 +174,7 @@ def _write(
     """Write this rank's files, and its share of the manifest last. Only this rank's files are touched."""
     written: list[Path] = []
     if facts is not None:
-        for left in set(new.parent.glob("*.tmp")) - {new}:
-            shutil.rmtree(left)
+        _tidy(new.parent, {new})
         files.write(new / "facts.json", json.dumps(facts, indent=1))
         written.append(new / "facts.json")
     if mine:
@@ -225,9 +229,21 @@ def _seal(new: Path, final: Path, world: int, step: int, keep: int) -> None:
     files.place(new, final)
     past = [path for path in finished(final.parent) if path.name <= final.name]
     for path in past[:-keep]:
-        files.set_aside(path)
-    for left in final.parent.glob("*.old.tmp"):
-        shutil.rmtree(left)
+        try:
+            files.set_aside(path)
+        except OSError as error:
+            log.warning("the checkpoint %s cannot be removed (%s): remove it by hand", path, error)
+    _tidy(final.parent, set())
+
+
+def _tidy(folder: Path, kept: Collection[Path]) -> None:
+    """Remove what is left of saves that were killed, and of older checkpoints; what is called otherwise is not ours."""
+    for left in folder.glob("*.tmp"):
+        if left not in kept and _LEFT.fullmatch(left.name):
+            try:
+                files.remove(left)
+            except OSError as error:  # what is written stands all the same
+                log.warning("%s, of a checkpoint that is gone, cannot be removed (%s): remove it by hand", left, error)
 
 
 def _joined(kind: str, layouts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -240,7 +256,5 @@ def _joined(kind: str, layouts: list[dict[str, Any]]) -> dict[str, Any]:
             known["parts"] += entry["parts"]
     for name, entry in out.items():
         entry["parts"].sort()
-        last = entry["shape"][0] if kind == "rows" else torch.Size(entry["shape"]).numel()
-        ends = [0, *(part[1] for part in entry["parts"])]
-        assert [part[0] for part in entry["parts"]] + [last] == ends, f"{name}: {kind} are missing"
+        assert covered(kind, entry), f"{name}: {kind} are missing"
     return out

@@ -8,7 +8,11 @@ from pathlib import Path
 def checkout() -> Path | None:
     """The root of the checkout; None where the package is installed without one."""
     above = Path(__file__).resolve().parents[2]
-    return above if (above / "pyproject.toml").is_file() and (above / "configs").is_dir() else None
+    try:
+        ours = 'name = "vqscale"' in (above / "pyproject.toml").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    return above if ours and (above / "configs").is_dir() else None
 
 
 def config(name: str) -> Path:

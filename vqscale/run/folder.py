@@ -23,9 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vqscale import config as configuration
+from vqscale.config.text import data_of
 from vqscale.disk import files
 from vqscale.errors import ExplainedError
 from vqscale.run.checkout import checkout
@@ -40,6 +39,7 @@ class RunError(ExplainedError):
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved on request, run me again
+CODE = ("vqscale", "launch", "tools", "configs", "pyproject.toml")  # what a run follows from, in a checkout
 PACKAGES = ("vqscale", "torch", "deepspeed", "webdataset", "zarr", "numpy", "pillow", "tensorboard")
 
 
@@ -56,8 +56,8 @@ def check(config: Any) -> None:
     if not old.exists():
         return
     try:
-        before = dict(yaml.safe_load(old.read_text()))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        before = dict(data_of(old))
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{old}, the config of the run in {config.run.folder}, cannot be read ({error}): put it back, or remove it "
             "if you are sure that this is the same run"
@@ -124,7 +124,9 @@ def _git() -> tuple[str, str]:
         return done.stdout
 
     try:
-        return ask("rev-parse", "HEAD").strip(), ask("diff", "HEAD")
+        if Path(ask("rev-parse", "--show-toplevel").rstrip("\n")).resolve() != root:
+            return "unknown", ""  # a repository of somebody else, in which this code lies
+        return ask("rev-parse", "HEAD").strip(), ask("diff", "HEAD", "--", *CODE)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", ""
 

@@ -183,14 +183,19 @@ class _Target:
         if self.failure is not None:
             with contextlib.suppress(OSError):
                 files.beside(self.folder / WEIGHTS).unlink(missing_ok=True)
+                self._new_card.unlink(missing_ok=True)
 
     def _finish(self, card: Mapping[str, Any]) -> None:
-        """What lay there stands until the new weights are on the disk; without a card the folder is nothing."""
+        """What lay there stands until weights and card are on the disk; without a card the folder is nothing."""
         made = files.beside(self.folder / WEIGHTS)
-        seal = manifest.seal(made)
+        files.write_json(self._new_card, {**card, "weights": {"file": WEIGHTS, **manifest.seal(made)}})
         (self.folder / CARD).unlink(missing_ok=True)
         files.place(made, self.folder / WEIGHTS)
-        files.write_json(self.folder / CARD, {**card, "weights": {"file": WEIGHTS, **seal}})
+        files.place(self._new_card, self.folder / CARD)
+
+    @property
+    def _new_card(self) -> Path:
+        return files.beside(self.folder / CARD)
 
 
 def _format(folder: Path) -> Any:

@@ -227,9 +227,13 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, samples: Tensor, context: Tensor | None = None) -> Tensor:
-        """Samples -> int64 ids (B, *grid), or (B, *grid, num_ids): the search alone, in evaluation in any mode."""
+        """Samples -> int64 ids (B, *grid), or (B, *grid, num_ids): the search alone, in evaluation in any mode.
+
+        FloatingPointError, on all ranks of a split codebook, where latents are not finite: nothing is nearest to them.
+        """
         with evaluating(self):
             x_ND = self.latents(samples, context)
+            self._check_finite(x_ND)
             with _no_autocast(x_ND):
                 ids_N = self.quantizer.encode(x_ND)
             return ids_N.view(*self.grid(samples), *ids_N.shape[1:])
@@ -245,8 +249,18 @@ class Tokenizer(nn.Module):
         with evaluating(self):
             last = len(self.net.strides)
             with _no_autocast(ids):
-                z_ND = self.quantizer.decode(ids.flatten(0, last))
+                z_ND = self.quantizer.decode(ids.long().flatten(0, last))  # torch takes bytes for a mask
             return self.reconstruct(z_ND, ids.shape[: last + 1], context, kept)
+
+    def _check_finite(self, x_ND: Tensor) -> None:
+        wrong = (~x_ND.isfinite().all(-1)).sum()
+        if self.mesh is not None:
+            wrong = ops.max_over(wrong, self.mesh.codes)
+        if wrong.item():
+            raise FloatingPointError(
+                f"{int(wrong)} of {len(x_ND)} latents are not finite, and have no nearest code: look for samples or "
+                "weights of this tokenizer that are nan or infinite"
+            )
 
     def _check_ids(self, ids: Tensor) -> None:
         """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -30,9 +29,9 @@ from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import CARD, FORMATS, VERSION, WEIGHTS, Entry, Kind, entries
+from vqscale.tokenizer.run_files import Weights, facts_of_run, run_config
 
 T = TypeVar("T")
-Weights = Literal["average", "parameters"]
 NOT_FACTS = ("format", "version", "fingerprint", "config", "weights")
 
 
@@ -52,6 +51,17 @@ class Saved:
         with torch.no_grad():
             for name, entry in wanted.items():
                 entry.tensor.copy_(tensors[name])
+        wrong = [name for name, entry in wanted.items() if not entry.tensor.isfinite().all()]
+        _together(lambda: _check_finite(self.path, wrong), mesh)
+
+
+def _check_finite(path: Path, wrong: Sequence[str]) -> bool:
+    if wrong:
+        raise ValueError(
+            f"{path}: {', '.join(wrong[:3])} has values that are not finite, and so would be all that follows from it: "
+            "load another checkpoint"
+        )
+    return True
 
 
 def find(
@@ -82,7 +92,7 @@ def config_of(path: str | Path, task: Kind = "tokenizer", schema: Any = Tokenize
         raise ValueError(
             f"{path} has neither {CARD} nor run.yaml: give the folder of a {task} that was trained or saved"
         )
-    return configuration.parse(schema, _run_config(file, path, task)[task], source=f"{file}: {task}")
+    return configuration.parse(schema, run_config(file, path, task)[task], source=f"{file}: {task}")
 
 
 def run_file(path: str | Path) -> Path | None:
@@ -136,7 +146,7 @@ def _verified(path: Path, task: Kind) -> Path:
 def _card(folder: Path, task: Kind) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CARD} cannot be read ({error}): save the {task} again") from None
     kind = card.get("format") if isinstance(card, dict) else type(card).__name__
     if kind != FORMATS[task]:
@@ -193,7 +203,7 @@ def _exported(folder: Path, task: Kind, schema: Any) -> Saved:
 def _trained(folder: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
     """A checkpoint: its run.yaml is two folders up."""
     run = folder.absolute().parent.parent
-    asked = _run_config(run / "run.yaml", folder, task)
+    asked = run_config(run / "run.yaml", folder, task)
     config = configuration.parse(schema, asked[task], source=f"{run / 'run.yaml'}: {task}", written=True)
     order = ("average/", "parameter/", "buffer/", "") if weights == "average" else ("parameter/", "buffer/", "")
 
@@ -216,48 +226,7 @@ def _trained(folder: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
             for name, key in in_file.items()
         }
 
-    return Saved(folder, config, _facts_of_run(run, folder, asked, weights), read)
-
-
-def _run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
-    try:
-        asked = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is a checkpoint, but the config of its run, {file}, cannot be read ({error}): a "
-            "checkpoint is loaded where it lies, in RUN/checkpoints with RUN/run.yaml"
-        ) from None
-    task = asked.get("task") if isinstance(asked, dict) else None
-    if task != wanted or wanted not in asked:
-        raise ValueError(
-            f"{file} is the config of task {task!r}, and a {wanted} comes from a run with task {wanted!r}: give the "
-            "folder of such a run"
-        )
-    return dict(asked)
-
-
-# settings of a medium, of images and of sounds, that ids depend on
-_SEEN = ("image_size", "resize", "interpolation", "sample_rate", "seconds", "short", "peak_db", "clip")
-
-
-def _facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
-    """What the run folder says about the weights of a checkpoint; what it does not say is left out."""
-    data = asked.get("data") or {}
-    seen = data.get("val") or data.get("train") or {}
-    kept = (asked.get("average") or {}).get("decay") != 0
-    taken = weights if kept else "parameters"
-    facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}"}
-    facts |= {key: seen[key] for key in _SEEN if seen.get(key)}
-    commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
-    if tokens.is_file():  # of a prior: the tokenizer that its ids are of, by fingerprint
-        facts |= json.loads(tokens.read_text())
-    if commit.is_file():
-        facts["commit"] = commit.read_text().strip()
-    if summary.is_file():
-        found = json.loads(summary.read_text())
-        if found.get("steps") == int(folder.name):
-            facts["metrics"] = {key: x for key, x in found.items() if isinstance(x, int | float)}
-    return facts
+    return Saved(folder, config, facts_of_run(run, folder, asked, weights), read)
 
 
 def _first(name: str, order: tuple[str, ...], there: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from vqscale.data.shards.tar import Damage, Member, members
 LABEL_KEYS = ("cls", "class", "txt")
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's skip_meta
 _NO_MEMBER = (0, 0)
+_MOST_JSON = 1 << 20  # bytes in which a label is looked for
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ def read_contents(descriptor: int, wanted: Sequence[tuple[str, ...]]) -> Content
 
 
 def _place(sample: _Sample, suffixes: tuple[str, ...]) -> tuple[int, int]:
-    """(offset, size) of the member with the first of these suffixes that is there."""
-    return next((sample.members[suffix] for suffix in suffixes if suffix in sample.members), _NO_MEMBER)
+    """(offset, size) of the member with the first of these suffixes that is there; one of 4 GiB is none."""
+    found = next((sample.members[suffix] for suffix in suffixes if suffix in sample.members), _NO_MEMBER)
+    return found if found[1] < 2**32 else _NO_MEMBER
 
 
 def _group(found: Iterable[Member | Damage]) -> tuple[list[_Sample], list[str], str]:
@@ -115,10 +117,10 @@ def _label(descriptor: int, members: dict[str, tuple[int, int]]) -> int:
                 break
             except ValueError:
                 continue
-    if found is None and "json" in members:
+    if found is None and members.get("json", (0, _MOST_JSON))[1] < _MOST_JSON:
         try:
             facts = json.loads(_read(descriptor, members["json"]))
-        except ValueError:
+        except (ValueError, RecursionError):
             return -1
         named = [facts[key] for key in ("label", "cls", "class") if key in facts] if isinstance(facts, dict) else []
         found = next((value for value in named if isinstance(value, int) and not isinstance(value, bool)), None)

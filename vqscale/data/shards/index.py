@@ -30,7 +30,7 @@ from vqscale.disk.lock import hold
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3  # of the file; another one is made again
+_VERSION = 4  # of the file; another one is made again
 _SAVE_EVERY_S = 60.0
 _THREADS = 8  # reading headers waits for the disk more than it computes
 _ARRAYS = ("offsets", "sizes", "labels", "key_ends", "key_bytes")
@@ -69,7 +69,7 @@ class _Part:
     """One shard: its contents, and the size and time it had when they were read."""
 
     size: int
-    mtime_ns: int  # 0 where the shard has none (a URL, a command)
+    times: tuple[int, int]  # of its content and of its entry, in ns; 0 where it has none (a URL, a command)
     direct: bool
     contents: Contents
 
@@ -124,12 +124,14 @@ def _address(shard: str) -> str:
     return os.path.abspath(shard) if is_local(shard) else shard
 
 
-def _stamp(shard: str) -> tuple[int, int] | None:
-    """(size, mtime) by which a change shows; None for what is not local."""
+def _stamp(shard: str) -> tuple[int, tuple[int, int]] | None:
+    """(size, times) by which a change shows; None for what is not local. Whoever copies a file over another may keep
+    the time of its content (cp -p, rsync -t), and not that of its entry.
+    """
     if not is_local(shard):
         return None
     facts = os.stat(shard)
-    return facts.st_size, facts.st_mtime_ns
+    return facts.st_size, (facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 def _read_missing(config: MediumConfig, shards: list[str], parts: dict[str, _Part], file: Path | None) -> None:
@@ -163,8 +165,8 @@ def _read_part(cache: ShardCache, shard: str, wanted: Sequence[tuple[str, ...]])
     stamp = _stamp(shard)
     descriptor = cache.open(shard)
     try:
-        size, mtime_ns = stamp or (os.fstat(descriptor).st_size, 0)
-        return _Part(size, mtime_ns, is_direct(shard), read_contents(descriptor, wanted))
+        size, times = stamp or (os.fstat(descriptor).st_size, (0, 0))
+        return _Part(size, times, is_direct(shard), read_contents(descriptor, wanted))
     finally:
         os.close(descriptor)
 
@@ -208,7 +210,7 @@ def _save(file: Path, shards: Iterable[str], parts: Mapping[str, _Part]) -> None
     facts = {
         "version": _VERSION,
         "shards": [_address(shard) for shard in index.shards],
-        "stamps": [(parts[shard].size, parts[shard].mtime_ns, parts[shard].direct) for shard in index.shards],
+        "stamps": [(parts[shard].size, parts[shard].times, parts[shard].direct) for shard in index.shards],
         "damage": [parts[shard].contents.damage for shard in index.shards],
     }
     arrays = {name: getattr(index.samples, name) for name in _ARRAYS}
@@ -229,7 +231,7 @@ def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:
         return {}
     ends = np.cumsum(counts)
     found = {}
-    for shard, (size, mtime_ns, direct), damage, begin, end in zip(
+    for shard, (size, times, direct), damage, begin, end in zip(
         facts["shards"], facts["stamps"], facts["damage"], ends - counts, ends, strict=True
     ):
         first = int(data["key_ends"][begin - 1]) if begin else 0
@@ -237,6 +239,6 @@ def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:
         rows = {name: data[name][begin:end] for name in ("offsets", "sizes", "labels")}
         keys = data["key_ends"][begin:end] - first
         contents = Contents(key_ends=keys, key_bytes=data["key_bytes"][first:last], damage=tuple(damage), **rows)
-        found[shard] = _Part(size, mtime_ns, direct, contents)
+        found[shard] = _Part(size, (times[0], times[1]), direct, contents)
     parts = {shard: found[_address(shard)] for shard in shards if _address(shard) in found}
-    return {shard: part for shard, part in parts.items() if _stamp(shard) in (None, (part.size, part.mtime_ns))}
+    return {shard: part for shard, part in parts.items() if _stamp(shard) in (None, (part.size, part.times))}

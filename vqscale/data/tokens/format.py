@@ -212,6 +212,8 @@ def damage(folder: Path, seal: Mapping[str, Any]) -> str:
         path = folder / name
         if not path.exists():
             return f"{name} is not there"
+        if not manifest.is_file(path):
+            return f"{name} is no file"
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes and not {entry['bytes']}"

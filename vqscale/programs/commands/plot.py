@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vqscale.config.text import data_of
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
@@ -100,8 +99,8 @@ def labels(runs: Sequence[Path]) -> list[str]:
 def quantizer(run: Path) -> str:
     """The name of the run's quantizer; nothing where its run.yaml does not say one."""
     try:
-        return str(yaml.safe_load((run / "run.yaml").read_text())["tokenizer"]["quantizer"]["name"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return str(data_of(run / "run.yaml")["tokenizer"]["quantizer"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 

@@ -13,12 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.config.schema import doc_lines, fields_of
-from vqscale.config.text import COMMAND_LINE, inline, read
+from vqscale.config.text import COMMAND_LINE, data_of, inline, read
 from vqscale.disk import manifest
 from vqscale.priors.config import PriorConfig, SampleConfig
 
@@ -137,9 +135,8 @@ def prior_config(path: Path) -> PriorConfig:
 def _prior_in(file: Path) -> Mapping[str, Any]:
     """The part of a run's config, or of a card, that is a prior's."""
     try:
-        text = file.read_text(encoding="utf-8")
-        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else data_of(file)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}): copy the folder again") from None
     keys: Sequence[str] = ("format", "config") if file.suffix == ".json" else ("task", "prior")
     kind, part = (found.get(key) if isinstance(found, dict) else None for key in keys)
