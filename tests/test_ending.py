@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from vqscale.run import processes
@@ -135,3 +136,20 @@ def _parted(error, agreed):
 )
 def test_processes_part_when_all_are_there(ranks, error, agreed, parted):
     assert ranks(2, _parted, error, agreed) == [((1, 2), parted)] * 2
+
+
+def test_auto_takes_the_gpus_that_there_are_or_says_what_does_not_fit(monkeypatch):
+    for gpus, local, name, expected in (
+        (0, 2, "auto", "cpu"),
+        (2, 2, "auto", "cuda"),
+        (4, 2, "auto", "cuda"),
+        (1, 2, "cpu", "cpu"),
+        (0, 2, "cuda", "cuda"),  # that there is none is said by check_engine
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        assert processes.pick_device(name) == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("auto", "cuda"):
+        with pytest.raises(ValueError, match=r"1 GPUs .* 2 processes were started .* start 1, or use run.device=cpu"):
+            processes.pick_device(name)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vqscale.parallel import ops
+from vqscale.parallel.config import MeshConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError, run
 
@@ -162,3 +163,43 @@ def _hang():
 def test_a_hang_is_an_error_that_names_the_rank():
     with pytest.raises(RankError, match=r"no answer from rank 1 of 2 within 5 s"):
         run(_hang, 2, timeout_s=5)
+
+
+def test_the_processes_of_a_machine_share_a_codebook_unless_told(monkeypatch):
+    assert MeshConfig().resolve(64, local=8) == (8, 8)
+    assert MeshConfig().resolve(8, local=8) == (1, 8)
+    assert MeshConfig().resolve(12, local=8) == (1, 12)  # machines that are not filled alike
+    assert MeshConfig(data=2).resolve(64, local=8) == (2, 32)
+    assert MeshConfig(codes=16).resolve(64, local=8) == (4, 16)
+    assert (MeshConfig().planned(64), MeshConfig().planned(4)) == ((8, 8), (1, 4))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert MeshConfig().resolve(64) == MeshConfig().planned(64) == (16, 4)
+
+
+def _broadcast(rank_values):
+    mesh = Mesh(1, 2)
+    rank = mesh.world.rank
+    tensors = [torch.full(shape, 10.0 * rank + i, dtype=dtype) for i, (shape, dtype) in enumerate(rank_values)]
+    tensors[2] = tensors[2].t()  # not as it lies in memory
+    calls, broadcast = [], torch.distributed.broadcast
+    with pytest.MonkeyPatch.context() as patch, ops.count_bytes() as sent:
+        patch.setattr(ops, "BUCKET_BYTES", 64)
+        patch.setattr(torch.distributed, "broadcast", lambda x, **how: calls.append(x.nbytes) or broadcast(x, **how))
+        ops.broadcast_(tensors, mesh.world)
+    return [x.unique().tolist() for x in tensors], [tuple(x.shape) for x in tensors], calls, dict(sent)
+
+
+@pytest.mark.dist
+def test_many_tensors_are_broadcast_together(ranks):
+    kinds = [((3,), torch.float32), ((2,), torch.int64), ((2, 3), torch.float32), ((), torch.float32)]
+    kinds += [((100,), torch.float32), ((1,), torch.float32)]
+    for rank, (values, shapes, calls, sent) in enumerate(ranks(2, _broadcast, kinds)):
+        assert values == [[float(i)] for i in range(6)]
+        assert shapes == [(3,), (2,), (3, 2), (), (100,), (1,)]
+        assert calls == [
+            12 + 24 + 4,
+            400,
+            4,
+            16,
+        ]  # floats to 64 bytes, one of more, the rest; an int64
+        assert sent == ({"world": 460} if rank == 0 else {"world": 0})

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqscale import config as configuration
+from vqscale.plan import costs_of
 from vqscale.programs.commands import plan as command
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
@@ -108,9 +109,10 @@ def test_without_kernels_the_blocks_are_priced(plan, capsys):
     for words in (["engine.matmul=highest"], ["engine.matmul=medium", "--dim", "512"]):
         found = _json(plan, capsys, *words)
         assert found["code_axis"]["passes"] > 0
-        rate = found["machine"]["tflops"]["fp32" if "highest" in words[0] else "bf16"] * 1e12
-        step = found["steps"][0]
-        assert step["seconds"]["code axis: products"] == pytest.approx(step["products"] / rate)
+        single, step = found["machine"]["tflops"]["fp32"], found["steps"][0]
+        other = single if "highest" in words[0] else found["machine"]["tflops"]["bf16"]
+        a_third = step["products"] / 3 / 1e12  # logits are two of six products, in float32 whatever is asked for
+        assert step["seconds"]["code axis: products"] == pytest.approx(a_third / single + 2 * a_third / other)
 
 
 def test_a_fixed_batch_divides_the_work(plan, capsys):
@@ -155,3 +157,13 @@ def test_the_check_finds_bytes_and_operations_equal():
     assert two["gflop_counted"] == alone["gflop_counted"] / 2
     assert two["bytes_counted"] == two["bytes_predicted"] > 0 == alone["bytes_counted"]
     assert alone["seconds_predicted"] > 0 < two["seconds_measured"]
+
+
+def test_a_codebook_over_too_many_processes_is_warned_of():
+    quickstart = ROOT / "configs" / "quickstart" / "tokenizer.yaml"
+    wide = costs_of(configuration.load(Run, quickstart, ["mesh.codes=64", "data.batch=4096"]), 64).text()
+    assert "warning: the code axis sends" in wide
+    assert "give fewer (mesh.codes)" in wide
+    null = costs_of(configuration.load(Run, quickstart, ["data.batch=64"]), 64).text()
+    assert "data 8 x codes 8 = 64 processes" in null
+    assert "warning" not in null

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from whole import GRIDS, engine_gradient, mine, normal, put
 
+from vqscale import quantizers
 from vqscale.codes import dense, products
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.softmax import forward
@@ -88,7 +90,7 @@ def test_they_are_taken_where_they_are_asked_for_and_the_machine_is_worth_it(mon
             with products.precision(precision):
                 assert torch.get_float32_matmul_precision() == precision
                 assert products.wanted("cpu", torch.float32) == ("bf16" if medium and fast else "fp32")
-                assert products.wanted("cuda", torch.float32) == ("bf16" if medium else "fp32")
+                assert products.wanted("cuda", torch.float32) == products.ROUNDINGS[precision]
                 assert products.wanted("cpu", torch.float64) == products.wanted("cuda", torch.float64) == "fp32"
 
 
@@ -117,3 +119,83 @@ def test_a_mixture_asks_for_them(monkeypatch):
         with products.precision(precision):
             Codebook(40, 4).mix(torch.randn(3, 4))
     assert [wanted.products for wanted in asked] == ["fp32", "bf16"]
+
+
+class Switched(TorchDispatchMode):
+    """What torch's switch says at each float32 product; where it allows, operands are rounded as TF32 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        single = any(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in args)
+        if single and operation._schema.name.removeprefix("aten::").rstrip("_") in ("mm", "addmm", "bmm", "mv"):
+            self.seen.add(torch.get_float32_matmul_precision())
+            if torch.get_float32_matmul_precision() != "highest":
+                sums = int(operation._schema.name.startswith("aten::addmm"))  # what is added to is no operand
+                args = (*args[:sums], *(self._round(x) for x in args[sums:]))
+        return operation(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _round(x):
+        """To 10 bits of mantissa."""
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+            return x
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_under_tf32_ids_logits_and_softmaxes_are_those_of_float32(similarity, monkeypatch):
+    """As on a GPU: the network's products are rounded, and those with probabilities."""
+    monkeypatch.setattr(products, "wanted", lambda kind, dtype: products._asked.get())
+
+    def answers(precision):
+        codebook = put(Codebook(CODES, DIM, similarity=similarity), normal(CODES, DIM, seed=1).float())
+        x = normal(400, DIM, seed=2).float().requires_grad_()
+        with Switched() as switched, products.precision(precision):
+            network = x @ torch.eye(DIM)
+            out = codebook.mix(x, 0.7, 0.01)
+            ids = codebook.nearest(x)[0]
+            (out.mean_ND.sum() + out.lse_N.sum()).backward()
+        return switched.seen, network.detach(), out, ids, x.grad
+
+    seen, exact, plain, ids, gradient = answers("highest")
+    seen_low, rounded, low, low_ids, low_gradient = answers("high")
+    assert (seen, seen_low) == ({"highest"}, {"highest", "high"})
+    assert not torch.equal(exact, rounded)
+    assert torch.equal(low.ids_N, ids)
+    assert torch.equal(low_ids, ids)
+    for name in ("score_N", "lse_N", "entropy_N", "columns_k", "code_ND"):
+        assert torch.equal(getattr(low, name), getattr(plain, name)), name
+    assert not torch.equal(low.mean_ND, plain.mean_ND)
+    torch.testing.assert_close(low.mean_ND, plain.mean_ND, rtol=0, atol=2e-3)
+    torch.testing.assert_close(low_gradient, gradient, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", quantizers.QUANTIZERS)
+def test_no_quantizer_leaves_its_codes_to_tf32(name):
+    """But for products with probabilities, which on a CPU are float32, too."""
+    sizes = {"fsq": {"levels": [5, 4, 3]}, "lfq": {"dim": 6}, "bsq": {"dim": 6}, "residual": {}, "grouped": {}}
+    quantizer = quantizers.build({"name": name, **sizes.get(name, {"num_codes": 37, "dim": 6})})
+    quantizer.begin()
+    with Switched() as switched, products.precision("high"):
+        for _ in range(2):
+            answer = quantizer(normal(24, quantizer.dim, seed=5).float().requires_grad_())
+            (answer.z.sum() + sum(answer.losses.values())).backward()
+            quantizer.update()
+        quantizer.encode(normal(24, quantizer.dim, seed=6).float())
+    assert switched.seen <= {"highest"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_on_a_gpu_ids_of_training_are_those_of_encoding_under_tf32(similarity):
+    mesh = Mesh(device="cuda")
+    rows, x = normal(4096, 64, seed=1).float(), normal(8192, 64, seed=2).float()
+    codebook = put(Codebook(4096, 64, mesh=mesh, similarity=similarity), rows).to("cuda")
+    with products.precision("high"):
+        mixed, ids = codebook.mix(x.cuda(), 1.0, 0.01), codebook.nearest(x.cuda())[0]
+    truth = dense.nearest(x.double(), rows.double(), similarity)[0]
+    assert (mixed.ids_N.cpu() == truth).double().mean() > 0.9999  # ties within rounding of float32
+    assert torch.equal(ids.cpu(), truth)

@@ -204,3 +204,15 @@ def test_nobody_drives_nothing_happens():
     assert len(upkeep.update()) == 0
     assert torch.equal(codebook.rows, rows)
     assert float(upkeep.window.age_k.sum()) == 0
+
+
+def test_the_number_of_steps_stays_with_the_host_and_in_checkpoints():
+    """A GPU is stood for by the device meta, whose numbers nobody can read: a wait for it would be an error."""
+    upkeep = Upkeep(Codebook(K, DIM), UpkeepConfig(init="data", warmup_steps=2), Mesh(), seed=5)
+    upkeep.begin()
+    upkeep.to("meta")
+    assert upkeep.steps.device.type == "cpu"
+    assert upkeep.window.counts_k.device.type == "meta"
+    assert (upkeep.warming, upkeep.landing) == (True, 0.0)
+    assert "steps" in upkeep.state_dict()
+    assert "steps" in dict(upkeep.named_buffers())

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import scan
-from vqscale.codes.config import Products
 from vqscale.codes.constant import constant_result
+from vqscale.codes.products import Rounding
 from vqscale.codes.softmax import backward, forward
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
@@ -36,7 +36,7 @@ class Passes:
 BLOCKS = Passes(scan.best, forward.mix, forward.column_sums, forward.row_means, backward.mix_backward)
 
 
-def pick(x_BD: Tensor, products: Products = "fp32") -> Passes:
+def pick(x_BD: Tensor, products: Rounding = "fp32") -> Passes:
     """The passes for tokens on x's device, in x's type.
 
     With a CUDA device of capability 8.0, Triton and at most 256 dimensions the search is fused: it is exact in any

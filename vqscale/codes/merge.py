@@ -5,22 +5,34 @@ A few numbers per token and collective; nothing here knows rows. With one proces
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from vqscale.codes.products import matmul_precision
 from vqscale.codes.rows import Rows
 from vqscale.codes.softmax.forward import Softmax
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
 
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which products keep the precision of their operands, whatever the caller's autocast."""
+@contextmanager
+def full_precision(x: Tensor) -> Iterator[None]:
+    """A context in which products keep the precision of their operands, whatever the caller's autocast, and whatever
+    torch is told of TF32 (engine.matmul: high): ids of a training are those of encoding.
+
+    A graph that is compiled cannot turn that switch, which is the process's: what is compiled with codes in it (no
+    training of ours is) needs engine.matmul: highest.
+    """
     kind = x.device.type  # devices that know no autocast (meta) need nothing
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        if torch.compiler.is_compiling():
+            yield
+        else:
+            with matmul_precision("highest"):
+                yield
 
 
 def refuse_second_order(what: str) -> None:

@@ -93,11 +93,19 @@ class Upkeep(nn.Module):
         self.window = tally.Window(codebook.num_codes, mesh, config.window_decay)
         self._tokens = 0
         self.steps: Tensor
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # always in host memory, see _apply
         self.driven = False
         self.filled: Filled | None = None  # by the last update, if it was the one that completed the first values
         self._counts_k: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Upkeep:
+        """Move all to a device but the number of steps: every step looks at it, and must not wait for a GPU."""
+        steps = self._buffers.pop("steps")
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._buffers["steps"] = steps
 
     def begin(self) -> None:
         """From here on a training loop calls `update`; with init: data the warm-up begins."""

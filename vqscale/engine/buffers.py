@@ -15,7 +15,8 @@ from vqscale.parallel.mesh import Mesh
 
 
 class Buffers:
-    """The persistent buffers of a module, averaged over the world after each step.
+    """The persistent buffers of a module, averaged over the world after each step, but for whole numbers: these count
+    steps, and are the same on all ranks by themselves.
 
     They are averaged in float64, in which sums of equal numbers are exact: a constant stays what it is to the bit. A
     batch that is not finite ruins running statistics in its forward pass already, before its step can be skipped.
@@ -31,8 +32,11 @@ class Buffers:
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     yield f"{prefix}.{name}" if prefix else name, buffer
 
+    def _averaged(self) -> Iterator[Tensor]:
+        yield from (buffer for _, buffer in self.named() if buffer.is_floating_point())
+
     def _flat(self) -> Tensor | None:
-        parts = [buffer.detach().to(torch.float64).flatten() for _, buffer in self.named()]
+        parts = [buffer.detach().to(torch.float64).flatten() for buffer in self._averaged()]
         return torch.cat(parts) if parts else None
 
     @torch.no_grad()
@@ -45,6 +49,6 @@ class Buffers:
         mean = ops.sum_over(flat, self._mesh.world) / self._mesh.world.size
         self._kept = torch.where(mean.isfinite(), mean, self._kept)
         start = 0
-        for _, buffer in self.named():
+        for buffer in self._averaged():
             buffer.copy_(self._kept[start : start + buffer.numel()].view_as(buffer))
             start += buffer.numel()

@@ -24,7 +24,8 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the forward pass (autocast); parameters and moments are fp32 in both"""
     matmul: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision while a run trains; on a GPU high is TF32, and medium fuses the softmax over
+    """torch.set_float32_matmul_precision while a run trains, but for the search, logits and softmaxes over codes, which
+    stay float32; on a GPU high is TF32, and medium fuses the softmax over
     codes in bf16; on a CPU with bfloat16 products medium rounds soft mean rows to 2^-8 and gradients over codes to
     2^-6, but no logits"""
     accumulation: int = 1

@@ -98,10 +98,10 @@ class Engine:
         self.module, self.rows, self.mesh = module, dict(rows), mesh
         self._config, self._optim, self._total_steps = config, optim, total_steps
         with torch.no_grad():
-            for tensor in [*module.parameters(), *module.buffers()]:
-                tensor.copy_(ops.broadcast(tensor, mesh.world))
-            for row in self.rows.values():
-                row.copy_(ops.broadcast(row, mesh.data))
+            every = [*module.parameters(), *module.buffers()]
+            # a count that the host keeps (codes/revival.py) begins at the same number everywhere
+            ops.broadcast_([x for x in every if x.device.type == mesh.device.type], mesh.world)
+            ops.broadcast_(list(self.rows.values()), mesh.data)
         self._buffers = Buffers(module, mesh)
         self._learned = {name: row for name, row in self.rows.items() if row.requires_grad}
         self._rows_adam = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,22 +18,30 @@ def check_product(data: int, codes: int, world: int) -> None:
         )
 
 
+PER_NODE = 8
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """The grid of processes: data x codes = all of them."""
 
     data: int | None = None
-    """replicas of the whole codebook; null: what `codes` leaves, 1 when both are null"""
+    """replicas of the whole codebook; null: what `codes` leaves"""
     codes: int | None = None
-    """processes that share one codebook; null: all processes / data"""
+    """processes that share one codebook; null: those of one machine (LOCAL_WORLD_SIZE, which torchrun sets) where they
+    divide all, for tokens x dim numbers go between them in every step; with `data`, all processes / data"""
+
+    def planned(self, world: int) -> tuple[int, int]:
+        """`resolve` for processes that nobody started: PER_NODE of them on each machine, if torchrun says no number."""
+        return self.resolve(world, int(os.environ.get("LOCAL_WORLD_SIZE", min(world, PER_NODE))))
 
     def problems(self) -> Iterable[tuple[str, str]]:
         for key, size in (("data", self.data), ("codes", self.codes)):
             if size is not None and size < 1:
                 yield key, f"an axis has at least 1 process, not {size}: give a positive number, or null to derive it"
 
-    def resolve(self, world: int) -> tuple[int, int]:
-        """(data, codes) for `world` processes; ValueError where they do not fit."""
+    def resolve(self, world: int, local: int | None = None) -> tuple[int, int]:
+        """(data, codes) for `world` processes, `local` of them on each machine; ValueError where they do not fit."""
         given = self.data if self.data is not None else self.codes
         if given is not None and world % given:
             key = "data" if self.data is not None else "codes"
@@ -40,7 +49,9 @@ class MeshConfig:
                 f"mesh.{key} {given} does not divide the {world} processes that were started: "
                 f"change mesh.{key} or --nproc_per_node"
             )
-        data = self.data if self.data is not None else world // (self.codes or world)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if local is None else local
+        near = local if local and world % local == 0 else world
+        data = self.data if self.data is not None else world // (self.codes or near)
         codes = self.codes if self.codes is not None else world // data
         check_product(data, codes, world)
         return data, codes

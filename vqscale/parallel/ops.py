@@ -4,7 +4,7 @@
     scatter_sum  forward reduce-scatter (sum), dim 0    backward all-gather along dim 0
     sum_over     forward all-reduce (sum)               backward all-reduce (sum)
     share        forward identity                       backward all-reduce (sum)
-    max_over, min_over, broadcast, gather_objects, barrier   no gradient
+    max_over, min_over, broadcast, broadcast_, gather_objects, barrier   no gradient
 
 Shapes are equal on all ranks of the axis. `count_bytes` counts what this rank sends, by axis, as a ring would send it.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from vqscale.parallel.mesh import Axis
 # torch 2.13 renames the two collectives on tensors; the new names are not in all versions that we run with.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
 
+BUCKET_BYTES = 32 << 20
 _meters: list[dict[str, int]] = []
 
 
@@ -165,6 +166,32 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
     dist.broadcast(out, src=dist.get_global_rank(_group(axis), source), group=axis.group)
     _count(axis, _nbytes(out) if axis.rank == source else 0)
     return out
+
+
+@torch.no_grad()
+def broadcast_(tensors: Sequence[Tensor], axis: Axis) -> None:
+    """Each tensor becomes what rank 0 of the axis has, in place; many small ones are sent as one."""
+    if axis.size == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = broadcast(torch.cat([tensor.reshape(-1) for tensor in bucket]), axis)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type and device at a time, BUCKET_BYTES together if none alone has more."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        kinds[tensor.dtype, tensor.device].append(tensor)
+    for members in kinds.values():
+        bucket: list[Tensor] = []
+        for tensor in members:
+            if bucket and sum(map(_nbytes, bucket)) + _nbytes(tensor) > BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
 
 
 def gather_objects(value: Any, axis: Axis) -> list[Any]:

@@ -130,7 +130,9 @@ def codes_rate(work: Work, machine: Machine) -> float:
     """1e12 operations per second of products on the code axis."""
     if has_kernels(work, machine):
         return machine.tflops["bf16"] * machine.kernels
-    return machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[work.codes_precision]]
+    other = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[work.codes_precision]]
+    logits = 1 / 3 if work.quantizer == "ibq" else 1.0  # of the products: these are float32 whatever is asked for
+    return 1 / (logits / machine.tflops["fp32"] + (1 - logits) / other)
 
 
 def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:

@@ -30,7 +30,7 @@ FP32, INT64 = 4, 8
 
 def plan(config: PriorRun, world: int) -> Costs:
     """The costs of a run on `world` processes."""
-    data, codes = config.mesh.resolve(world)
+    data, codes = config.mesh.planned(world)
     with torch.device("meta"):
         prior = priors.build(config.prior, planned_mesh(data, codes))
     tables = {name: table for name, table in set_aside(prior).items() if isinstance(table, Codebook)}

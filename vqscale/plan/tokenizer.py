@@ -62,13 +62,26 @@ class Costs:
                 *_table("memory per rank (fp32 state)", _mib(self.memory)),
                 *_table("bytes sent per rank and step", _mib(self.sent)),
                 *(_table("GFLOP per image", flops) if (flops := _gflop(self.operations)) else []),
+                *self.warnings(),
             ]
         )
+
+    def warnings(self) -> list[str]:
+        """Where a step sends more tokens on the code axis than gradients and parameters of the network."""
+        tokens = sum(n for name, n in self.sent.items() if "code axis" in name)
+        network = sum(n for name, n in self.sent.items() if "code axis" not in name and "rows" not in name)
+        if tokens <= network or not network:
+            return []
+        return [
+            f"warning: the code axis sends {tokens / MIB:,.1f} MiB of tokens a step and rank, more than the network's "
+            f"{network / MIB:,.1f} MiB: it grows with the processes that share a codebook; give fewer (mesh.codes), "
+            "those of one machine, if their rows fit"
+        ]
 
 
 def plan(config: TokenizerRun, world: int) -> Costs:
     """The costs of a run on `world` processes."""
-    data, codes = config.mesh.resolve(world)
+    data, codes = config.mesh.planned(world)
     mesh = planned_mesh(data, codes)
     with torch.device("meta"):
         tokenizer = Tokenizer.from_config(config.tokenizer, mesh, config.run.seed)

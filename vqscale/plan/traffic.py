@@ -26,7 +26,7 @@ parameters, W = R M ranks (data R x codes M). A gather or a scatter sends its pa
             gradient of the rows                 all-reduce            4 k D            ibq, vq; once a step
             sums of tokens for averages          all-reduce            4 k D            ema
     world   gradients of the network             by engine and stage   4 P              once a step
-            norm, buffers, agreement             all-reduce            8, 8, 8          once a step
+            norm, agreement                      all-reduce            8, 16            once a step
     every revive_every steps how many codes are dead: all-reduce 8 on the codes axis; if any, Q = min(candidates, dead):
     gather 8 Q and 8 N, scatter 4 N on the codes axis; gather 8 min(Q, N) twice, all-reduce 4 Q D on the world
 """
@@ -189,7 +189,7 @@ def _world(work: Work, grid: Grid) -> Iterator[Message]:
         else:
             yield Message("gradients of the network", "world", "scatter", part)
             yield Message("parameters of the network", "world", "gather", part, 2 if work.zero_stage == 3 else 1)
-    for what, nbytes in (("norm of the gradient", 8), ("buffers", 8), ("agreement to stop, and on what is saved", 16)):
+    for what, nbytes in (("norm of the gradient", 8), ("agreement to stop, and on what is saved", 16)):
         yield Message(what, "world", "all_reduce", nbytes)
 
 

@@ -41,12 +41,18 @@ def divide(codes: int = 1) -> tuple[int, int]:
 
 
 def pick_device(name: str) -> str:
-    """cpu or cuda for run.device; auto takes CUDA where there is a device for every local process."""
+    """cpu or cuda for run.device; auto takes CUDA where there is a GPU. ValueError where some process has none."""
     import torch  # here, so that tools can say what is wrong with their words without it
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "cpu"
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "cpu" or (name == "auto" and not gpus):
+        return "cpu"
+    if 0 < gpus < local:  # without any, check_engine says what is lacking
+        raise ValueError(
+            f"there are {gpus} GPUs that torch can use here (CUDA_VISIBLE_DEVICES counts), and {local} processes were "
+            f"started on this machine (--nproc_per_node): start {gpus}, or use run.device=cpu (--device cpu)"
+        )
+    return "cuda"
 
 
 def check_compiler(device: str) -> None:

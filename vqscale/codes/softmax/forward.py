@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import scan
-from vqscale.codes.config import Products
-from vqscale.codes.products import add_product, operand
+from vqscale.codes.products import Rounding, add_product, operand
 from vqscale.codes.scan import BITS, LOWEST, Keys, exp2_
 from vqscale.codes.softmax import pairs
 from vqscale.codes.softmax.pairs import Collector, Pairs
@@ -48,7 +47,7 @@ class Wanted:
     budget: int  # bytes of the blocks
     temperature: float = 1.0
     entropy_temperature: float | None = None  # of a second softmax, whose entropies and column sums are asked for
-    products: Products = "fp32"  # of all but the logits
+    products: Rounding = "fp32"  # of all but the logits
 
     @property
     def scale(self) -> float:

@@ -24,7 +24,7 @@ class RunConfig:
     seed: int = 0
     """everything random in the run follows from it"""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
-    """auto takes a GPU per process where there are GPUs"""
+    """auto takes a GPU per process where there are GPUs, and says so where they are too few"""
     log_every: Free[int] = 10
     """steps between rows of metrics.jsonl and TensorBoard"""
     eval_every: Free[int] = 1000
