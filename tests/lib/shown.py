@@ -62,6 +62,8 @@ def check(name: str, words: list[str]) -> None:
         if not args.check:
             module._run(args)
     elif name == "bench":
+        if not words or words[0] not in module.subcommand("__main__").SUBCOMMANDS:
+            raise SystemExit(module.main(words))
         module.subcommand(words[0]).arguments(words[1:])
     else:
         module.arguments(words)
@@ -69,7 +71,8 @@ def check(name: str, words: list[str]) -> None:
 
 def _check_train(module, words: list[str]) -> None:
     if "--help" in words:
-        assert module.main(words) == 0
+        if status := module.main(words):
+            raise SystemExit(status)
         return
     path, changes, _, _ = module._arguments(words)
     configuration.load(Run, path or "configs/quickstart/tokenizer.yaml", changes)

@@ -14,7 +14,6 @@ errors come at once.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
@@ -32,7 +31,7 @@ from vqscale.config.schema import (
     plain,
     type_name,
 )
-from vqscale.config.text import COMMAND_LINE, Node, inline, leaves, nodes_of, read, words, write
+from vqscale.config.text import COMMAND_LINE, Node, as_text, inline, is_number, leaves, nodes_of, read, words, write
 
 T = TypeVar("T")
 _FAILED = object()
@@ -189,10 +188,10 @@ class _Builder:
 
     def scalar(self, kind: type, node: Node, key: str) -> Any:
         value = node.value
-        number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        number = is_number(value)
         if (isinstance(value, kind) and (number or kind in (bool, str))) or (kind is float and number):
             return kind(value)
-        change = _REWRITE.get(kind) or f"put it in quotes: '{inline(value)}'"
+        change = _REWRITE.get(kind) or as_text(value)
         if kind is int and number and value == value // 1:
             change = f"write {int(value)}"
         return self.report(node.source, key, f"expected {type_name(kind)}, found {words(value)}; {change}")

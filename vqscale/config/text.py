@@ -7,6 +7,7 @@ values, all else is text. Aliases and tags are refused.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 COMMAND_LINE = "command line"
+_MOST_DIGITS = 300  # of a whole number
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|\.inf)")
@@ -147,9 +149,12 @@ def _scalar(text: str) -> Any:
     """What text without quotes means. 007, 1_000, 0x10, 1:30, on and yes are text: no other meaning of them is sure."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INT.fullmatch(text):
+    if len(text) <= _MOST_DIGITS and _INT.fullmatch(text):
         return int(text)
-    return float(text.replace(".inf", "inf")) if _FLOAT.fullmatch(text) else text
+    if not _FLOAT.fullmatch(text):
+        return text
+    number = float(text.replace(".inf", "inf"))
+    return text if math.isinf(number) and ".inf" not in text else number  # 1e999 means no number that there is
 
 
 def nodes_of(data: Any, source: str) -> Node:
@@ -218,7 +223,19 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def words(value: Any) -> str:
     """A value of a node, or of plain data, as an error names it."""
     if isinstance(value, str):
-        return f"the text {value!r}"
+        return f"the text {value!r}" if len(value) <= 200 else f"a text of {len(value)} signs, {value[:40]!r} first"
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "a mapping"
     return inline(value) if value is None or isinstance(value, bool | int | float) else f"a {type(value).__name__}"
+
+
+def as_text(value: Any) -> str:
+    """What to change where text is wanted and a value was found."""
+    return "write one text" if isinstance(value, list | dict) else f"put it in quotes: '{inline(value)}'"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, none of nan, that fits into a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value in (math.inf, -math.inf) or abs(value) < 10**_MOST_DIGITS
