@@ -55,7 +55,7 @@ class Writer:
         self._phase: Literal["ranges", "whole"] | None = None
         self._task: Task[None] | None = None
 
-    def save(self, step: int, held_: Mapping[str, Held], rows: Rows, facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, every: Mapping[str, Held], rows: Rows, facts: Mapping[str, Any]) -> None:
         """Begin to write; collective. It waits for the one before, and returns when tensors may change again.
 
         Every rank gives what it holds (held.py) and its own rows as (rows_k..., start, K); `facts` are rank 0's.
@@ -63,8 +63,8 @@ class Writer:
         """
         self.wait()
         self._step, mesh = step, self._mesh
-        mine = {name: _copied(each) for name, each in held.share(held_, mesh.world.rank, mesh.world.size).items()}
-        layout = {name: _layout(each.shape, each.flat.dtype) for name, each in held_.items()}
+        mine = {name: _copied(each) for name, each in held.share(every, mesh.world.rank, mesh.world.size).items()}
+        layout = {name: _layout(each.shape, each.flat.dtype) for name, each in every.items()}
         cut = {name: _cut(*each, mesh) for name, each in rows.items()}
         self._together(lambda: _make(self.folder, self._new) if self._first else None)
         said = dict(facts) if self._first else None
