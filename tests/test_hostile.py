@@ -4,6 +4,7 @@ nothing of the user's lost."""
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,8 @@ from vqscale import config as configuration
 from vqscale.data.config import ImagesConfig
 from vqscale.data.pixels import MOST_ASPECT, augment, resize_short, views
 from vqscale.data.samples import SampleStream
-from vqscale.data.shards import contents, index
+from vqscale.data.shards import contents, index, tar
+from vqscale.data.shards.patterns import expand
 from vqscale.disk import checkpoint, files, manifest
 from vqscale.disk.held import Held
 from vqscale.disk.writer import Writer
@@ -69,6 +71,17 @@ def test_every_path_that_a_script_puts_into_an_override_is_quoted(script):
     values = [value for _, value in re.findall(rf"[ (\"]({keys})=([^\s(*]\S*)", text)]
     assert values
     assert all(value.startswith(('"$(quoted', "$(quoted")) for value in values)
+
+
+@pytest.mark.parametrize(("processes", "started"), [(1, "python"), (2, "torchrun")])
+def test_one_process_is_started_without_torchrun(processes, started):
+    script = (
+        'python() { echo python "$@"; }; torchrun() { echo torchrun "$@"; }; source launch/environment.sh; start a b'
+    )
+    environment = {**os.environ, "processes": str(processes)}
+    said = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+    assert said.stdout.split()[0] == started
+    assert said.stdout.split()[-2:] == ["a", "b"]
 
 
 def test_thin_images_take_memory_by_their_pixels(tmp_path):
@@ -219,6 +232,45 @@ def test_odd_members_are_broken_samples_and_unknown_labels(tmp_path):
     config = ImagesConfig(str(large), image_size=8, num_workers=0, index_dir=str(tmp_path))
     (batch,) = SampleStream(config, 4, train=False).batches(0)
     assert batch.valid.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rule"),
+    [
+        ("a-{0..99999999}.tar", "names 100000000 shards, and at most 1000000 are read"),
+        ("{a,b}" * 40 + ".tar", "names 1099511627776 shards"),
+        ("${NOBODY_SET_IT}/a.tar", "in the environment: set it"),
+    ],
+)
+def test_a_pattern_of_too_many_shards_is_refused(pattern, rule):
+    with pytest.raises(ValueError, match=rule):
+        expand([pattern])
+
+
+def test_a_header_of_very_many_records_is_read_by_its_length():
+    records = b"4 =\n" * 250_000 + b"12 path=abc\n"
+    assert tar._extended(records, None) == ("abc", None)
+    for wrong in (b"0 a=b\n", b"99 a=b\n", b"x a=b\n", b"-5 a=b\n", b"a" * 30, b"1 "):
+        with pytest.raises(ValueError):
+            tar._extended(wrong, None)
+
+
+@pytest.mark.parametrize("change", ["facts", "stamps", "counts", "less", "more"])
+def test_an_index_that_does_not_fit_together_is_made_again(tmp_path, change):
+    shard_files.write_shards(tmp_path, [3])
+    config = ImagesConfig(str(tmp_path / "s-0.tar"), index_dir=str(tmp_path / "index"))
+    labels = index.build(config).samples.labels.tolist()
+    (path,) = (tmp_path / "index").glob("*.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    facts = json.loads(arrays["facts"].tobytes())
+    told = {"facts": [1, 2], "stamps": {**facts, "stamps": []}}.get(change, facts)
+    arrays["facts"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    arrays["counts"] = {"counts": np.array([10**12]), "less": np.array([-3]), "more": np.array([4])}.get(
+        change, arrays["counts"]
+    )
+    np.savez(path, **arrays)
+    assert index.build(config).samples.labels.tolist() == labels
 
 
 @pytest.fixture

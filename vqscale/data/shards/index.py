@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,9 +228,18 @@ def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:
             if facts["version"] != _VERSION:
                 return {}
             counts, data = arrays["counts"], {name: arrays[name] for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        parts = _cut(facts, counts, data)
+        found = {shard: parts[_address(shard)] for shard in shards if _address(shard) in parts}
+        return {shard: part for shard, part in found.items() if _stamp(shard) in (None, (part.size, part.times))}
+    except (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, RecursionError):
         return {}
+
+
+def _cut(facts: Mapping[str, Any], counts: NDArray[np.int64], data: Mapping[str, NDArray[Any]]) -> dict[str, _Part]:
+    """The parts of a file, by address. ValueError or so where it does not fit together: it may be a stranger's."""
     ends = np.cumsum(counts)
+    if counts.min(initial=0) < 0 or any(len(data[name]) != counts.sum() for name in _ARRAYS if name != "key_bytes"):
+        raise ValueError("counts that are not those of the samples")
     found = {}
     for shard, (size, times, direct), damage, begin, end in zip(
         facts["shards"], facts["stamps"], facts["damage"], ends - counts, ends, strict=True
@@ -240,5 +250,4 @@ def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:
         keys = data["key_ends"][begin:end] - first
         contents = Contents(key_ends=keys, key_bytes=data["key_bytes"][first:last], damage=tuple(damage), **rows)
         found[shard] = _Part(size, (times[0], times[1]), direct, contents)
-    parts = {shard: found[_address(shard)] for shard in shards if _address(shard) in found}
-    return {shard: part for shard, part in parts.items() if _stamp(shard) in (None, (part.size, part.times))}
+    return found

@@ -5,6 +5,7 @@ open.
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections import Counter
@@ -15,6 +16,8 @@ from urllib.request import url2pathname
 from webdataset.gopen import gopen_schemes, rewrite_url
 from webdataset.shardlists import expand_urls
 
+MOST_SHARDS = 1_000_000
+_GROUP = re.compile(r"\{([^{}]*)\}")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 
 
@@ -24,7 +27,7 @@ def expand(patterns: Sequence[str], must_exist: bool = True) -> list[str]:
     """
     shards: list[str] = []
     for pattern in patterns:
-        found = [shard for name in expand_urls(pattern) for shard in _expand_name(name)]
+        found = [shard for name in _expand_braces(pattern) for shard in _expand_name(name)]
         if not found:
             raise ValueError(
                 f"no shard: the pattern {pattern!r} of `shards` matches no file, looked up from {os.getcwd()}: "
@@ -43,6 +46,26 @@ def expand(patterns: Sequence[str], must_exist: bool = True) -> list[str]:
         hint = f"for a folder write {folders[0]}/*.tar" if folders else "change the pattern, or put the shards there"
         raise ValueError(f"{len(missing)} of {len(shards)} shards do not exist: {_few(missing)}; {source}: {hint}")
     return shards
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """The names of a pattern. ValueError where they are too many, or where one of the environment is missing."""
+    count = math.prod(_choices(group) for group in _GROUP.findall(pattern))
+    if count > MOST_SHARDS:
+        raise ValueError(
+            f"the pattern {pattern[:200]!r} of `shards` names {count} shards, and at most {MOST_SHARDS} are read: "
+            "change the numbers in its braces"
+        )
+    try:
+        return list(expand_urls(pattern))
+    except AssertionError as error:  # of webdataset: ${NAME} is taken from the environment
+        raise ValueError(f"the pattern {pattern!r} of `shards` needs {error} in the environment: set it") from None
+
+
+def _choices(group: str) -> int:
+    """How many names a pair of braces gives."""
+    ends = re.fullmatch(r"(-?\d{1,30})\.\.(-?\d{1,30})(\.\.-?\d+)?", group)
+    return abs(int(ends[2]) - int(ends[1])) + 1 if ends else group.count(",") + 1
 
 
 def is_local(shard: str) -> bool:

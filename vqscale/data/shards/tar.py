@@ -15,6 +15,7 @@ BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size says nothing
 _ABOUT_NEXT = (b"L", b"K", b"x", b"g")  # headers that belong to the member after them
+_LONGEST_NUMBER = 20  # digits
 _MOST_EXTENDED = 1 << 20  # bytes of a long name or PAX header that are still believed
 
 
@@ -127,17 +128,18 @@ def _extended(records: bytes, name: str | None) -> tuple[str | None, int | None]
     """(path, size) of a PAX header, lines of `length key=value`; the webdataset library writes one before every
     member.
     """
-    size = None
-    while records:
-        length = int(records.split(b" ", 1)[0])
-        if not 0 < length <= len(records):
+    size, at = None, 0
+    while at < len(records):  # by offset: a header may have very many records, and nothing is copied for each
+        space = records.find(b" ", at, at + _LONGEST_NUMBER)
+        length = int(records[at:space]) if space > at else 0
+        if not space - at < length <= len(records) - at:
             raise ValueError("a PAX record of wrong length")
-        key, _, value = records[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        key, _, value = records[space + 1 : at + length].rstrip(b"\n").partition(b"=")
+        at += length
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
             size = int(value)
         elif key.startswith(b"GNU.sparse"):
             raise ValueError("a sparse file")
-        records = records[length:]
     return name, size
