@@ -132,7 +132,7 @@ def _extended(records: bytes, name: str | None) -> tuple[str | None, int | None]
     while at < len(records):  # by offset: a header may have very many records, and nothing is copied for each
         space = records.find(b" ", at, at + _LONGEST_NUMBER)
         length = int(records[at:space]) if space > at else 0
-        if not space - at < length <= len(records) - at:
+        if not 0 < space - at < length <= len(records) - at:
             raise ValueError("a PAX record of wrong length")
         key, _, value = records[space + 1 : at + length].rstrip(b"\n").partition(b"=")
         at += length
