@@ -174,7 +174,7 @@ def test_help_and_errors_come_without_torch_and_the_plan_without_processes(confi
 
 @pytest.mark.slow
 def test_a_dry_run_starts_nothing(config):
-    job = jobs.start(config, "--dry-run", WORLD_SIZE="8")  # seven of them would never come
+    job = jobs.start(config, "--dry-run", WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")  # seven of them would never come
     assert job.wait() == [0]
     for part in ("data 1 x codes 8 = 8 processes", "parameters", "memory per rank", "bytes sent per rank and step"):
         assert part in job.output

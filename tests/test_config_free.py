@@ -38,6 +38,7 @@ FREE = {
     """,
     PriorRun: EVERY_RUN
     + SHARDS
+    + SHARDS.replace("data.train.", "data.train.contexts.").replace("data.val.", "data.val.contexts.")
     + """
     data.train.path data.val.path data.val.views data.val.window_shards data.val.tokenizer tokenizer
     prior.head.scan_mib prior.coarse_head.scan_mib prior.net.checkpointing prior.fine_net.checkpointing prior.clusters

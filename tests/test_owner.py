@@ -53,7 +53,7 @@ def test_of_several_that_start_at_once_one_writes_and_the_others_name_it(tmp_pat
         assert line == "mine\n" or line.startswith(f"another process is writing the run in {tmp_path / 'run'}: {who}")
     for process in processes:
         end(process)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [owner.GUARD]
+    assert {path.name for path in tmp_path.glob("run/*")} <= {owner.GUARD}  # nothing if the one who wrote had made it
 
 
 def test_a_killed_writer_is_no_obstacle_and_a_stopped_one_is(tmp_path):

@@ -173,7 +173,9 @@ def test_the_processes_of_a_machine_share_a_codebook_unless_told(monkeypatch):
     assert MeshConfig(codes=16).resolve(64, local=8) == (4, 16)
     assert (MeshConfig().planned(64), MeshConfig().planned(4)) == ((8, 8), (1, 4))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "64")
     assert MeshConfig().resolve(64) == MeshConfig().planned(64) == (16, 4)
+    assert MeshConfig().planned(32) == (4, 8)  # others than those that were started
 
 
 def _broadcast(rank_values):

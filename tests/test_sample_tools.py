@@ -7,7 +7,6 @@ import io
 import json
 import os
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -299,7 +298,7 @@ def test_the_tools_resize(place, tmp_path):
 
 
 def test_parts_that_a_killed_process_left_are_removed(tmp_path, ranks):
-    kill = partial(at, "vqscale.programs.sampling.folder:shutil.rmtree", 1, 0, partial(hear, signal.SIGKILL))
+    kill = partial(at, "vqscale.programs.sampling.folder:_remove_parts", 1, 0, partial(hear, signal.SIGKILL))
     with pytest.raises(RankError):
         ranks(2, test_sample.draw, tmp_path, 1, kill)
     assert json.loads((tmp_path / "sample.json").read_text())["state"] == "done"
@@ -323,13 +322,13 @@ def test_parts_are_removed_when_what_replaces_them_is_on_the_disk(tmp_path, monk
 
     told(os, "fsync", lambda handle: os.readlink(f"/proc/self/fd/{handle}"))
     told(os, "replace", str)
-    told(shutil, "rmtree", str)
+    told(os, "rmdir", str)
     test_sample.draw(tmp_path)
     last = ["samples.npz.tmp", "sample.json.tmp"]
     assert [call for call in done[done.index(("fsync", last[0])) :] if call[1] in last] == [
         (name, file) for file in last for name in ("fsync", "replace")
     ]
-    assert done[-2:] == [("fsync", tmp_path.name), ("rmtree", "parts")]
+    assert done[-2:] == [("fsync", tmp_path.name), ("rmdir", "parts")]
 
 
 def test_guidance_without_a_null_class_is_warned_of_once(place, tmp_path):

@@ -144,7 +144,7 @@ def test_a_save_that_fails_in_the_middle_leaves_no_prior(prior, tmp_path, monkey
     with pytest.raises(RuntimeError, match=r"the prior was not written to .*No space left on device"):
         prior.save(tmp_path / "out")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"has weights and no card\.json.*or a folder that a prior was saved to"):
+    with pytest.raises(ValueError, match=r"has neither card\.json.*or a folder that a prior was saved to"):
         Prior.load(tmp_path / "out")
     prior.save(tmp_path / "out")
     same(prior, Prior.load(tmp_path / "out"))

@@ -219,7 +219,7 @@ def test_with_dropout_to_the_bit(tmp_path, caches):
         ("prior.num_classes=3", r"labels up to 4, and prior.num_classes is 3: use at least prior.num_classes=5"),
         ("data.train.tokenizer=beef", "the one in use has beef"),
         ("data.val.path=OTHER", f"with fingerprint {'e' * 64}.*the one in use has {TOKENIZER}"),
-        ("prior.head.embedding=codebook", "tokenizer is None, and the head of the prior takes vectors of its codes"),
+        ("prior.head.embedding=codebook", "tokenizer is None, and the prior takes vectors of its codes or contexts"),
         ("prior.nett.width=3", "prior.nett.*did you mean prior.net"),
         ("task=priors", "did you mean prior"),
     ],

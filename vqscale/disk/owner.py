@@ -47,6 +47,7 @@ def own(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     ends at once with status 1, so that two never write.
     """
     folder = Path(folder)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     mine, path, done = _me(), folder / NAME, threading.Event()
     _take(folder, what, mine)
@@ -59,6 +60,10 @@ def own(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         beating.join()
         if _read(path) == mine:
             path.unlink(missing_ok=True)
+        if made and {each.name for each in folder.iterdir()} <= {GUARD}:  # nothing was written
+            (folder / GUARD).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _take(folder: Path, what: str, mine: Holder) -> None:

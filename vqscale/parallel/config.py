@@ -32,8 +32,11 @@ class MeshConfig:
     divide all, for tokens x dim numbers go between them in every step; with `data`, all processes / data"""
 
     def planned(self, world: int) -> tuple[int, int]:
-        """`resolve` for processes that nobody started: PER_NODE of them on each machine, if torchrun says no number."""
-        return self.resolve(world, int(os.environ.get("LOCAL_WORLD_SIZE", min(world, PER_NODE))))
+        """`resolve` for processes that nobody started: PER_NODE of them on each machine, unless torchrun has started so
+        many and says how they lie.
+        """
+        started = os.environ.get("WORLD_SIZE") == str(world)
+        return self.resolve(world, None if started else min(world, PER_NODE))
 
     def problems(self) -> Iterable[tuple[str, str]]:
         for key, size in (("data", self.data), ("codes", self.codes)):
