@@ -122,6 +122,7 @@ def broken_members(kind: str) -> list[tuple[str, bytes]]:
 KINDS = ["no image", "another member", "empty image", "cut image", "flipped bytes", "not an image"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_sample_is_replaced_by_the_next_of_the_order(shards: list[Path], kind: str) -> None:
     good = take(config(shards), 12, batch=8)

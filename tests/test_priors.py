@@ -147,6 +147,7 @@ def draws(name, order, options, codes):
 OPTIONS = [{}, {"guidance": 2.0, "temperature": 0.9}, {"guidance": 3.0, "schedule": "cosine", "top_k": 7, "top_p": 0.9}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", PRIORS)
 def test_samples_are_legal_and_follow_from_their_number(name, options):

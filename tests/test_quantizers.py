@@ -166,6 +166,7 @@ def _train(data, codes, case, init):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FROM_DATA)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_driven_training_is_the_same_on_every_grid(ranks, grid, case):

@@ -111,6 +111,7 @@ def test_the_table_is_kept_whole(whole):
     assert len(told) == 7
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_measured_again(whole, tmp_path):
     rows, batches = run(tmp_path, {"guidance": [1.0, 2.0]})
     assert batches == 6
