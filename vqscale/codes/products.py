@@ -9,7 +9,7 @@ for it: ids and softmaxes keep the precision of the rows (merge.full_precision).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from typing import Literal
@@ -88,16 +88,21 @@ def product(a: Tensor, b: Tensor, products: Rounding, scale: float = 1.0, buffer
     """
     out = None if buffer is None else buffer.view(a, len(a), b.shape[1])
     if products != "bf16":
-        with nullcontext() if products == "fp32" else matmul_precision("high"):
+        with _switch(products):
             return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scale, out=out)
     low = _low(a, b)
     return (low.to(a.dtype) if out is None else out.copy_(low)).mul_(scale)
 
 
+def _switch(products: Rounding) -> AbstractContextManager[None]:
+    """torch's switch for a product of numbers in their own type: TF32 where it is wanted, else as it is."""
+    return matmul_precision("high") if products == "tf32" else nullcontext()
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor, products: Rounding) -> None:
     """out += a @ b, where a and b may be operands."""
     if products != "bf16":
-        with nullcontext() if products == "fp32" else matmul_precision("high"):
+        with _switch(products):
             out.addmm_(a, b)
     else:
         out.add_(_low(a, b))

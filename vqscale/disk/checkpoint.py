@@ -91,7 +91,7 @@ def read(path: Path | str) -> Contents:
     if "ranges" in layout:
         return Contents(path, facts, layout["ranges"], layout["rows"], {})
     old = torch.load(path / "replicated.pt", map_location="cpu", weights_only=True, mmap=True)
-    shapes = {name: _layout(tuple(x.shape), x.dtype) for name, x in old.items()}
+    shapes = {name: layout_of(tuple(x.shape), x.dtype) for name, x in old.items()}
     return Contents(path, facts, shapes, layout["rows"], old)
 
 
@@ -113,7 +113,8 @@ def covered(kind: str, entry: Mapping[str, Any]) -> bool:
     return [part[0] for part in parts] + [last] == [0, *(part[1] for part in parts)]
 
 
-def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+def layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """What a manifest says of a tensor, without the parts that were written of it."""
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "parts": []}
 
 

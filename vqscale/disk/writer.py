@@ -28,7 +28,7 @@ import zarr
 from torch import Tensor
 
 from vqscale.disk import files, held, manifest, tensors
-from vqscale.disk.checkpoint import CheckpointError, array_folder, covered, finished, range_file
+from vqscale.disk.checkpoint import CheckpointError, array_folder, covered, finished, layout_of, range_file
 from vqscale.disk.held import Held
 from vqscale.parallel import ops
 from vqscale.parallel.background import PAUSE_S, Task, explain
@@ -64,7 +64,7 @@ class Writer:
         self.wait()
         self._step, mesh = step, self._mesh
         mine = {name: _copied(each) for name, each in held.share(every, mesh.world.rank, mesh.world.size).items()}
-        layout = {name: _layout(each.shape, each.flat.dtype) for name, each in every.items()}
+        layout = {name: layout_of(each.shape, each.flat.dtype) for name, each in every.items()}
         cut = {name: _cut(*each, mesh) for name, each in rows.items()}
         self._together(lambda: _make(self.folder, self._new) if self._first else None)
         said = dict(facts) if self._first else None
@@ -151,10 +151,6 @@ def _cut(rows_k: Tensor, start: int, num_rows: int, mesh: Mesh) -> tuple[Tensor,
     return rows_k[low:high].detach().to("cpu", copy=True), start + low, num_rows
 
 
-def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "parts": []}
-
-
 def _make(folder: Path, new: Path) -> None:
     """Make the folder of a new checkpoint; what a killed run left under its name is put where `_write` removes it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +182,7 @@ def _write(
         layout[name]["parts"] = [[each.start, each.start + each.flat.numel(), rank]]
     arrays = {}
     for name, (rows_k, start, num_rows) in rows.items():
-        arrays[name] = _layout((num_rows, *rows_k.shape[1:]), rows_k.dtype)
+        arrays[name] = layout_of((num_rows, *rows_k.shape[1:]), rows_k.dtype)
         if len(rows_k):
             arrays[name]["parts"] = [[start, start + len(rows_k)]]
             part = array_folder(new, name, start)

@@ -25,9 +25,8 @@ class EngineConfig:
     """of the forward pass (autocast); parameters and moments are fp32 in both"""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision while a run trains, but for the search, logits and softmaxes over codes, which
-    stay float32; on a GPU high is TF32, and medium fuses the softmax over
-    codes in bf16; on a CPU with bfloat16 products medium rounds soft mean rows to 2^-8 and gradients over codes to
-    2^-6, but no logits"""
+    stay float32; on a GPU high is TF32, and medium fuses the softmax over codes in bf16; on a CPU with bfloat16
+    products medium rounds soft mean rows to 2^-8 and gradients over codes to 2^-6, but no logits"""
     accumulation: int = 1
     """micro-batches added up before a step; entropies and the tokens for revival are those of one micro-batch"""
     clip_norm: float = 1.0

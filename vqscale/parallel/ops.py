@@ -186,11 +186,13 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         kinds[tensor.dtype, tensor.device].append(tensor)
     for members in kinds.values():
         bucket: list[Tensor] = []
+        held = 0
         for tensor in members:
-            if bucket and sum(map(_nbytes, bucket)) + _nbytes(tensor) > BUCKET_BYTES:
+            if bucket and held + _nbytes(tensor) > BUCKET_BYTES:
                 yield bucket
-                bucket = []
+                bucket, held = [], 0
             bucket.append(tensor)
+            held += _nbytes(tensor)
         yield bucket
 
 

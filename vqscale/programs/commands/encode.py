@@ -68,6 +68,11 @@ def _encode(args: argparse.Namespace, command: str) -> int:
     return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 
+def _places(args: argparse.Namespace) -> dict[str, Any]:
+    """What is the same of every medium, and no part of what is encoded."""
+    return {"num_workers": args.workers, "index_dir": args.index_dir, "cache_dir": args.cache_dir}
+
+
 def _pictures(args: argparse.Namespace, size: int | None, card: Mapping[str, Any]) -> ImagesConfig | DenseConfig:
     return _dense(args, size, card) if args.medium in DENSE else _images(args, size, card)
 
@@ -76,9 +81,9 @@ def _dense(args: argparse.Namespace, size: int | None, card: Mapping[str, Any]) 
     """The config of images with labels; what is not asked for is as in a tokenizer's card, and what the labels mean as
     `_info.json` beside the shards says. ValueError for options that do not go together.
     """
-    places = {"num_workers": args.workers, "index_dir": args.index_dir, "cache_dir": args.cache_dir}
-    how = {"interpolation": args.interpolation or card.get("interpolation")} | {"image_size": size}
-    config = DENSE[args.medium](tuple(args.shards), **places, **{key: x for key, x in how.items() if x is not None})
+    asked: dict[str, Any] = {"interpolation": args.interpolation or card.get("interpolation"), "image_size": size}
+    how = {key: x for key, x in asked.items() if x is not None}
+    config = DENSE[args.medium](tuple(args.shards), **_places(args), **how)
     problems = [message for _, message in config.problems()]
     if args.resize:
         problems.append("--resize is about the crop of plain images, and these are stretched: leave it out")
@@ -93,9 +98,7 @@ def _images(args: argparse.Namespace, size: int | None = None, card: Mapping[str
     """The config of the images, of which only the shards count without a size; what is not asked for is as in a
     tokenizer's card. ValueError for options that do not go together.
     """
-    config = ImagesConfig(
-        tuple(args.shards), num_workers=args.workers, index_dir=args.index_dir, cache_dir=args.cache_dir
-    )
+    config = ImagesConfig(tuple(args.shards), **_places(args))
     problems = []
     if size is not None:
         known = as_trained(card or {}, args.image_size, args.resize, args.interpolation)
@@ -113,8 +116,7 @@ def _sounds(args: argparse.Namespace, known: Mapping[str, Any]) -> SoundsConfig:
     """The config of the recordings, of which only the shards count where nothing is known of a tokenizer. ValueError
     for options that do not go together.
     """
-    places = {"num_workers": args.workers, "index_dir": args.index_dir, "cache_dir": args.cache_dir}
-    config = SoundsConfig(tuple(args.shards), **places, **known)
+    config = SoundsConfig(tuple(args.shards), **_places(args), **known)
     problems = [message for _, message in config.problems()]
     others = [f"--{key.replace('_', '-')}" for key in ("image_size", "resize", "interpolation") if getattr(args, key)]
     others += [] if args.views == "center" else ["--views"]
