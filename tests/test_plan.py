@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqscale import config as configuration
 from vqscale.plan import costs_of
 from vqscale.programs.commands import plan as command
+from vqscale.programs.commands import train
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
 
@@ -167,3 +169,16 @@ def test_a_codebook_over_too_many_processes_is_warned_of():
     null = costs_of(configuration.load(Run, quickstart, ["data.batch=64"]), 64).text()
     assert "data 8 x codes 8 = 64 processes" in null
     assert "warning" not in null
+
+
+def test_a_start_warns_too_and_by_one_rank_where_a_codebook_is_shared(monkeypatch, capsys):
+    monkeypatch.setattr(train, "_train", lambda config, mesh: {})
+    monkeypatch.setattr(train.processes, "joined", lambda *args, **others: contextlib.nullcontext())
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    for rank, codes, says in (("0", 64, True), ("5", 64, False), ("0", 1, False)):
+        monkeypatch.setenv("RANK", rank)
+        config = configuration.load(
+            Run, ROOT / "configs" / "quickstart" / "tokenizer.yaml", [f"mesh.codes={codes}", "data.batch=4096"]
+        )
+        assert train._run(config, "cpu") == 0
+        assert capsys.readouterr().out.startswith("warning: the code axis sends") == says

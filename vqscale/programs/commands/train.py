@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,9 +144,21 @@ def _owned(config: Run) -> Iterator[None]:
 
 def _run(config: Run, device: str) -> int:
     grid = config.mesh.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    _tell_traffic(config, *grid)
     with processes.joined(device, grid, config.engine.timeout_s, agreed=()) as mesh:
         summary = _train(config, mesh)
     return 0 if summary is not None else folder.EXIT_STOPPED
+
+
+def _tell_traffic(config: Run, data: int, codes: int) -> None:
+    """Say, before the processes meet, what --dry-run warns of: tokens on the code axis that outweigh the network."""
+    if codes == 1 or os.environ.get("RANK", "0") != "0":
+        return
+    from vqscale.plan import costs_of
+
+    here = replace(config, mesh=replace(config.mesh, data=data, codes=codes))
+    for line in costs_of(here, data * codes).warnings():
+        print(line, flush=True)
 
 
 def _train(config: Run, mesh: Mesh) -> dict[str, Any] | None:
