@@ -13,12 +13,37 @@ WINDOW_HOPS = 4  # samples of a spectrum in the decoder, in hops
 
 
 @dataclass(frozen=True)
+class SpectraConfig:
+    """An encoder that begins with log magnitudes of frames, which no weight has to learn."""
+
+    window: int = 800
+    """samples of a transform; net.ratios[0] samples lie between two of them"""
+    floor: float = 1e-5
+    """magnitude below which nothing is told apart, of a sine that fills [-1, 1]"""
+    width: int = 128
+    """numbers per frame"""
+    hidden: int = 384
+    """numbers between the two layers of a ConvNeXt block"""
+    num_blocks: int = 2
+    """ConvNeXt blocks at the rate of the tokens"""
+    kernel: int = 7
+    """of the convolutions of the ConvNeXt blocks; odd"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from too_few(self, ("window", "width", "hidden", "num_blocks", "kernel"))
+        yield from _even_kernel("kernel", self.kernel)
+        if not 0 < self.floor < 1:
+            yield "floor", f"floor is {self.floor}, but lies between silence and a full sine: use a number in (0, 1)"
+
+
+@dataclass(frozen=True)
 class WaveConfig(NetSettings):
     """SEANet's encoder and Vocos' decoder, by default those of the published SimVQ tokenizers of speech.
 
     A frame stands for as many samples as the product of the ratios says, the hop. Level i of the encoder has
     channels * 2**i channels; the last are the LSTM's. The decoder works at the rate of the frames, width numbers each,
-    and ends in one inverse Fourier transform of 4 hops per frame.
+    and ends in one inverse Fourier transform of 4 hops per frame. With `spectra` another encoder stands in SEANet's
+    place, which has no use for channels and residual_kernel.
     """
 
     module: ClassVar[str] = "vqscale.nets.waves.net:build"
@@ -28,7 +53,8 @@ class WaveConfig(NetSettings):
     channels: int = 32
     """channels of the first convolution; every level doubles them"""
     ratios: tuple[int, ...] = (2, 4, 5, 8)
-    """stride of each level of the encoder, from the samples on; its kernel is twice that"""
+    """stride of each level of the encoder, from the samples on; its kernel is twice that. With spectra the first is the
+    hop of the transform"""
     kernel: int = 7
     """of the encoder's first and last convolution"""
     residual_kernel: int = 3
@@ -58,6 +84,8 @@ class WaveConfig(NetSettings):
     about 0, as published, it is a pulse where the frame begins, which its window takes away"""
     in_channels: int = 1
     """channels of a wave"""
+    spectra: SpectraConfig | None = None
+    """an encoder of spectra in place of SEANet; null is SEANet"""
 
     @property
     def hop(self) -> int:
@@ -86,12 +114,13 @@ class WaveConfig(NetSettings):
                 f"ratios are {list(self.ratios)}, but the hop is their product, and a window of {WINDOW_HOPS} hops is "
                 "cut to its middle hop, which takes an even hop: give numbers of at least 1 with an even product",
             )
-        if self.decoder_kernel % 2 == 0:
+        if self.spectra is not None and self.ratios and self.spectra.window < self.ratios[0]:
             yield (
-                "decoder_kernel",
-                f"decoder_kernel is {self.decoder_kernel}, and a convolution that keeps the number of frames has a "
-                "middle: use an odd number",
+                "spectra.window",
+                f"a window of {self.spectra.window} samples every {self.ratios[0]} (ratios {list(self.ratios)}) leaves "
+                "samples unseen: raise spectra.window, or lower ratios[0]",
             )
+        yield from _even_kernel("decoder_kernel", self.decoder_kernel)
         if self.num_groups >= 1 and self.width % self.num_groups:
             yield (
                 "num_groups",
@@ -100,3 +129,11 @@ class WaveConfig(NetSettings):
             )
         if not 0 <= self.dropout < 1:
             yield "dropout", f"dropout is {self.dropout}, but a share of zeroed values lies in [0, 1): change dropout"
+
+
+def _even_kernel(key: str, kernel: int) -> Iterable[tuple[str, str]]:
+    if kernel % 2 == 0:
+        yield (
+            key,
+            f"{key} is {kernel}, and a convolution that keeps the number of frames has a middle: use an odd number",
+        )

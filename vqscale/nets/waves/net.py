@@ -1,4 +1,5 @@
-"""The network of waves: SEANet's encoder (seanet.py) and Vocos' decoder (vocos.py) around a quantizer of frames.
+"""The network of waves: SEANet's encoder (seanet.py), or one of spectra (spectral.py), and Vocos' decoder (vocos.py)
+around a quantizer of frames.
 
 That of the published SimVQ tokenizers of speech: 71.95 M parameters with its defaults and SimVQ of dim 512, one token
 for 320 samples. The whole SEANet decoder that their checkpoints hold beside it is never called, and is not built here.
@@ -9,11 +10,13 @@ from __future__ import annotations
 from torch import nn
 
 from vqscale.nets import Parts
+from vqscale.nets.waves import seanet, spectral
 from vqscale.nets.waves.config import WaveConfig
-from vqscale.nets.waves.seanet import Encoder
 from vqscale.nets.waves.vocos import Decoder
 
 
 def build(config: WaveConfig, dim: int) -> Parts:
     """Encoder to a quantizer of `dim`, and decoder from it; nothing stands between."""
-    return Parts(Encoder(config, dim), nn.Identity(), nn.Identity(), Decoder(config, dim), "head.out.weight")
+    seen = config.spectra
+    encoder = seanet.Encoder(config, dim) if seen is None else spectral.Encoder(config, seen, dim)
+    return Parts(encoder, nn.Identity(), nn.Identity(), Decoder(config, dim), "head.out.weight")

@@ -26,16 +26,18 @@ class Conv(nn.Module):
         self.kernel, self.stride, self.causal = kernel, stride, causal
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = self.padding(x.shape[-1])
+        left, right = padding(x.shape[-1], self.kernel, self.stride, self.causal)
         out: Tensor = self.conv(mirrored(x, left, right) if left or right else x)
         return out
 
-    def padding(self, length: int) -> tuple[int, int]:
-        """(left, right) of so long a signal."""
-        both = self.kernel - self.stride
-        full = -(-length // self.stride) * self.stride - length  # what the last window lacks
-        right = 0 if self.causal else both // 2
-        return both - right, right + full
+
+def padding(length: int, window: int, stride: int, causal: bool) -> tuple[int, int]:
+    """(left, right) of so long a signal: ceil(length / stride) windows, each ending with its own stride if causal, else
+    lying about its middle."""
+    both = window - stride
+    full = -(-length // stride) * stride - length  # what the last window lacks
+    right = 0 if causal else both // 2
+    return both - right, right + full
 
 
 def mirrored(x: Tensor, left: int, right: int) -> Tensor:
@@ -87,16 +89,18 @@ class Encoder(nn.Module):
         layers += [nn.ELU(), Conv(channels, dim, config.kernel, causal=causal)]
         self.model = nn.Sequential(*layers)
         if config.encoder_gain is not None:
-            self._begin(config.encoder_gain)
-
-    @torch.no_grad()
-    def _begin(self, gain: float) -> None:
-        for layer in self.modules():
-            if isinstance(layer, NormedConv):
-                layer.weight_g.mul_(gain)
-                assert layer.bias is not None
-                layer.bias.zero_()
+            begin(self, config.encoder_gain)
 
     def forward(self, waves: Tensor) -> Tensor:
         latents: Tensor = self.model(waves)
         return latents
+
+
+@torch.no_grad()
+def begin(encoder: nn.Module, gain: float) -> None:
+    """Weights of its normed convolutions so many times as large, and no biases."""
+    for layer in encoder.modules():
+        if isinstance(layer, NormedConv):
+            layer.weight_g.mul_(gain)
+            assert layer.bias is not None
+            layer.bias.zero_()

@@ -20,19 +20,23 @@ LOUDEST = 100.0  # the largest magnitude of a bin of a frame
 
 
 class ConvNeXt(nn.Module):
-    """(B, width, n) -> the same: a convolution of each channel alone, two layers on each frame, plus the input."""
+    """(B, width, n) -> the same: a convolution of each channel alone, two layers on each frame, plus the input.
 
-    def __init__(self, config: WaveConfig) -> None:
+    It is one of `num_blocks`. Causal: a frame sees no later ones.
+    """
+
+    def __init__(self, width: int, hidden: int, kernel: int, num_blocks: int, causal: bool = False) -> None:
         super().__init__()
-        width, kernel = config.width, config.decoder_kernel
-        self.dwconv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        padding = kernel - 1 if causal else kernel // 2
+        self.dwconv = nn.Conv1d(width, width, kernel, padding=padding, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pwconv1 = nn.Linear(width, config.hidden)
-        self.pwconv2 = nn.Linear(config.hidden, width)
-        self.gamma = nn.Parameter(torch.full((width,), 1 / config.num_blocks))
+        self.pwconv1 = nn.Linear(width, hidden)
+        self.pwconv2 = nn.Linear(hidden, width)
+        self.gamma = nn.Parameter(torch.full((width,), 1 / num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = self.norm(self.dwconv(x).transpose(1, 2))
+        convolved = self.dwconv(x)[..., : x.shape[-1]]  # causal ones are padded at both ends
+        frames = self.norm(convolved.transpose(1, 2))
         return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(frames)))).transpose(1, 2)
 
 
@@ -44,7 +48,8 @@ class Backbone(nn.Module):
         width, kernel = config.width, config.decoder_kernel
         self.embed = nn.Conv1d(dim, width, kernel, padding=kernel // 2)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.convnext = nn.ModuleList(ConvNeXt(config) for _ in range(config.num_blocks))
+        sizes = (width, config.hidden, kernel, config.num_blocks)
+        self.convnext = nn.ModuleList(ConvNeXt(*sizes) for _ in range(config.num_blocks))
         self.final_layer_norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(_initialise)
         # made after that, and begins as torch draws it
