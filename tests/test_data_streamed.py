@@ -100,7 +100,8 @@ def test_a_source_that_dries_up_under_the_run_is_broken_samples(tmp_path: Path) 
     assert {int(key) for batch in found for key in batch.keys} == set(range(6, 12))
     assert all("cannot fetch pipe:cat" in reason for batch in found for reason in batch.broken)
     (tmp_path / "data/s-1.tar").unlink()
-    shutil.rmtree(tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("*.tar"):  # the folder is in use: something is still fetched ahead
+        path.unlink()
     with pytest.raises(BrokenData, match=r"16 samples in a row.*pipe:cat"):
         next(SampleStream(piped, batch=4).batches(0))
 

@@ -212,15 +212,19 @@ def test_usr1_reaches_the_workers_and_requeues(start):
 
 
 def test_a_task_of_an_array_takes_its_line(start, tmp_path):
-    (tmp_path / "list.txt").write_text("a.yaml\nb.yaml\n")
+    (tmp_path / "list.txt").write_text("a.yaml\nb.yaml\n-rf\na=b.yaml\n")
     more = {"TOLD": "0", "SLURM_ARRAY_TASK_ID": "1"}
     fakes, process = start("array.sbatch", str(tmp_path / "list.txt"), "run.steps=3", **more)
     assert _ended(process)[0] == 0
     assert (fakes / "torchrun").read_text().splitlines()[-2:] == ["b.yaml", "run.steps=3"]
-    fakes, process = start("array.sbatch", str(tmp_path / "list.txt"), **{**more, "SLURM_ARRAY_TASK_ID": "2"})
+    for number, name in enumerate(["-rf", "a=b.yaml"], 2):  # neither an option nor a change of a key
+        fakes, process = start("array.sbatch", str(tmp_path / "list.txt"), TOLD="0", SLURM_ARRAY_TASK_ID=str(number))
+        assert _ended(process)[0] == 0
+        assert (fakes / "torchrun").read_text().splitlines()[-1] == f"./{name}"
+    fakes, process = start("array.sbatch", str(tmp_path / "list.txt"), **{**more, "SLURM_ARRAY_TASK_ID": "4"})
     status, out = _ended(process)
     assert status == 2
-    assert "no line for task 2, counted from 0: change --array" in out
+    assert "no line for task 4, counted from 0: change --array" in out
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import lzma
 import os
-import shutil
 import threading
 import time
 import zlib
@@ -33,7 +32,12 @@ ATTEMPTS = 3
 _PAUSE_S = 1.0
 _STALE_S = 3600.0
 _CHUNK = 1 << 20
+_SILENCE_S = 30.0  # after which it is told that nothing comes
 _UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+class TooLarge(OSError):
+    """A shard, as it comes or unpacked, is larger than all that may be kept."""
 
 
 class ShardCache:
@@ -67,7 +71,7 @@ class ShardCache:
                 if not mine:
                     return ""
                 if not _touch(path):
-                    _download(shard, path)
+                    _download(shard, path, self.limit)
                     self._make_room({path, *(self.path(other) for other in keep if not is_direct(other))})
         return path
 
@@ -124,14 +128,16 @@ def _touch(path: str) -> bool:
     return True
 
 
-def _download(shard: str, path: str) -> None:
+def _download(shard: str, path: str, limit: int) -> None:
     """Stream `shard` whole, unpack it if it is compressed; it appears at `path` when all is on disk. OSError after
-    ATTEMPTS failures.
+    ATTEMPTS failures, and at once for more than `limit` bytes.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _unpack(shard, path) if is_local(shard) else _stream(shard, path)
+            _unpack(shard, path, limit) if is_local(shard) else _stream(shard, path, limit)
             return
+        except TooLarge as error:
+            raise TooLarge(f"{shard} {error}") from None
         except OSError as error:
             if attempt == ATTEMPTS or is_local(shard):
                 raise OSError(f"cannot fetch {shard} (attempt {attempt} of {ATTEMPTS}): {error}") from error
@@ -139,33 +145,53 @@ def _download(shard: str, path: str) -> None:
             time.sleep(_PAUSE_S * attempt)
 
 
-def _stream(shard: str, path: str) -> None:
+def _stream(shard: str, path: str, limit: int) -> None:
     """All that the command or the URL gives. OSError if it says that it failed, even after giving something."""
     given = f"{_working(path)}.given.tmp"
     try:
         source: Any = gopen(shard)
         try:
             with open(given, "wb") as file:
-                shutil.copyfileobj(source, file, _CHUNK)
+                _copy(lambda: _read_patiently(source, shard), file, limit)
         finally:
             source.close()
         if _unpacker(given):
-            _unpack(given, path)
+            _unpack(given, path, limit)
         else:
             files.place(given, path)
     finally:
         Path(given).unlink(missing_ok=True)
 
 
-def _unpack(source: str, path: str) -> None:
+def _copy(read: Callable[[], bytes], file: IO[bytes], limit: int) -> None:
+    """What `read` gives, until it gives nothing. TooLarge before more than `limit` bytes are on the disk."""
+    room = limit
+    while chunk := read():
+        room -= len(chunk)
+        if room < 0:
+            raise TooLarge(f"has more than the {limit / 1e9:.3g} GB that cache_gb allows for all: raise cache_gb")
+        file.write(chunk)
+
+
+def _read_patiently(source: IO[bytes], shard: str) -> bytes:
+    """The next of what a command or a URL gives, however long it takes; after a while it is told what is waited for."""
+    told = threading.Timer(_SILENCE_S, log.warning, ("nothing comes from %s: waiting since %g s", shard, _SILENCE_S))
+    told.daemon = True
+    told.start()
+    try:
+        return source.read(_CHUNK)
+    finally:
+        told.cancel()
+
+
+def _unpack(source: str, path: str, limit: int) -> None:
     """Decompress as far as it goes: what is missing from a cut or damaged archive is then reported like that of any
     other shard.
     """
     opener = _unpacker(source)
     assert opener is not None
     with files.writing(path, f"{_working(path)}.tmp") as file, opener(source) as packed:
-        while chunk := _read_packed(packed, source):
-            file.write(chunk)
+        _copy(lambda: _read_packed(packed, source), file, limit)
 
 
 def _working(path: str) -> str:

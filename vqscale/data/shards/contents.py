@@ -24,6 +24,7 @@ LABEL_KEYS = ("cls", "class", "txt")
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's skip_meta
 _NO_MEMBER = (0, 0)
 _MOST_JSON = 1 << 20  # bytes in which a label is looked for
+_MOST_LINES = 100  # of damage in one shard that are told one by one
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,13 @@ def read_contents(descriptor: int, wanted: Sequence[tuple[str, ...]]) -> Content
         np.array([_label(descriptor, sample.members) for sample in kept], dtype=np.int32),
         np.cumsum([len(key) for key in keys], dtype=np.int64),
         np.frombuffer(b"".join(keys), dtype=np.uint8),
-        tuple(damage),
+        _first(damage),
     )
+
+
+def _first(damage: list[str]) -> tuple[str, ...]:
+    more = len(damage) - _MOST_LINES
+    return tuple(damage) if more <= 0 else (*damage[:_MOST_LINES], f"{more} more places are damaged")
 
 
 def _place(sample: _Sample, suffixes: tuple[str, ...]) -> tuple[int, int]:

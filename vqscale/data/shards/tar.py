@@ -84,8 +84,8 @@ def members(descriptor: int) -> Iterator[Member | Damage]:
 
 def next_header(descriptor: int, at: int, size: int) -> int | None:
     """The offset of the first block from `at` on that is an intact header; None if there is none."""
-    chunk = 2048 * BLOCK
-    for begin in range(at, size - BLOCK + 1, chunk):
+    begin, chunk = at, 8 * BLOCK
+    while begin + BLOCK <= size:
         blocks = os.pread(descriptor, chunk, begin)
         for inner in range(0, len(blocks) - BLOCK + 1, BLOCK):
             header = blocks[inner : inner + BLOCK]
@@ -95,6 +95,10 @@ def next_header(descriptor: int, at: int, size: int) -> int | None:
                 except ValueError:
                     continue
                 return begin + inner
+        begin, chunk = (
+            begin + chunk,
+            min(2 * chunk, 2048 * BLOCK),
+        )  # small first: holes may be many, and mostly are short
     return None
 
 
