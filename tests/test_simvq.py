@@ -11,6 +11,7 @@ from whole import GRIDS, integers, mine, normal, put
 from vqscale import quantizers
 from vqscale.codes.rows import Rows, draw
 from vqscale.parallel.mesh import Mesh
+from vqscale.quantizers.simvq import LONGEST, _back_through
 
 K, DIM, TOKENS = 37, 6, 48
 
@@ -104,3 +105,23 @@ def test_the_basis_comes_from_the_seed_and_does_not_learn():
     quantizer(torch.randn(50, 4))
     assert quantizer.update() == []
     assert torch.equal(quantizer.codebook.rows, before)
+
+
+def test_revived_rows_are_never_so_long_that_a_step_of_the_map_throws_their_codes():
+    """Exact where the map keeps all directions; else the least squares of [W; d 1] c = [x; 0], and at most LONGEST."""
+    turn, other = torch.linalg.qr(normal(DIM, DIM, seed=1)).Q, torch.linalg.qr(normal(DIM, DIM, seed=2)).Q
+    x = normal(TOKENS, DIM, seed=3)
+    sizes = torch.tensor([5, 4, 3, 2, 1, 1], dtype=torch.float64)
+    plain = turn @ sizes.diag() @ other
+    torch.testing.assert_close(_back_through(plain, x) @ plain.t(), x)
+    lost = turn @ torch.tensor([5, 4, 3, 2, 1, 1e-7], dtype=torch.float64).diag() @ other
+    gain = lost.norm() / DIM**0.5
+    damping = gain / (2 * LONGEST) * torch.eye(DIM, dtype=torch.float64)
+    wanted = torch.linalg.lstsq(torch.cat([lost, damping]), F.pad(x, (0, DIM)).t()).solution.t()
+    rows = _back_through(lost, x)
+    torch.testing.assert_close(rows, wanted)
+    assert (rows.norm(dim=1) * gain <= LONGEST * x.norm(dim=1)).all()
+    assert (torch.linalg.solve(lost, x.t()).norm(dim=0) * gain > 1e4 * x.norm(dim=1)).all()
+    off = (rows @ lost.t() - x) @ turn
+    assert off[:, :5].abs().max() < 0.05 * x.abs().max()  # all that is left of x lies where the map loses it
+    assert torch.equal(_back_through(0 * plain, x), x)

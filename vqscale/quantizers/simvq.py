@@ -15,7 +15,7 @@ of the map, so the first codes are those very latents:
 
 What is learned is W as before, by the same steps: the frame S^(1/2) - W'_0 and m - b'_0 lies in buffers beside the
 parameters (W'_0, b'_0: their first values), so that no engine has to set them. A dead row is revived where the map
-takes it to a token x: c = W^(-1) (x - b).
+takes it to a token x, c = W^(-1) (x - b), or near it where the map has all but lost a direction that x needs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from vqscale.quantizers.config.tables import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 from vqscale.quantizers.moments import BLOCK, roots
 from vqscale.seed import derive
+
+LONGEST = 10.0  # of revived rows, as a multiple of |x - b| over the root mean square of the map's singular values
 
 
 class SimVQ(UpheldQuantizer):
@@ -119,11 +121,10 @@ class SimVQ(UpheldQuantizer):
         return []
 
     def _back(self, x_PD: Tensor) -> Tensor:
-        """Basis rows that the map of the last forward pass takes to x."""
+        """Basis rows that the map of the last forward pass takes to x, or near it where they would be too long."""
         assert self._seen is not None, "codes are revived after a forward pass"
         weight_DD, bias_D = (part.double() for part in self._seen)
-        c_PD = torch.linalg.solve_ex(weight_DD, (x_PD.double() - bias_D).t()).result.t()
-        return torch.where(c_PD.isfinite().all(1, keepdim=True), c_PD, x_PD.double())  # a map that loses dimensions
+        return _back_through(weight_DD, x_PD.double() - bias_D)
 
     @torch.no_grad()
     def fit(self, filled: Filled) -> Fit:
@@ -163,3 +164,19 @@ class Frame(nn.Module):
 
     def around(self, weight_DD: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
         return self.root_DD + weight_DD, self.mean_D + bias_D
+
+
+def _back_through(weight_DD: Tensor, x_PD: Tensor) -> Tensor:
+    """c_PD with W c = x; where a row would be LONGEST times as long as a map that treats all directions alike makes it,
+    the c that minimises |W c - x|^2 + damping |c|^2.
+
+    A map loses directions that latents do not need. Rows that are to reach a latent there grow without bound, a step of
+    the map throws their codes as far, and the losses follow.
+    """
+    gain = weight_DD.square().mean().mul(len(weight_DD)).sqrt()  # the root mean square of singular values
+    c_PD = torch.linalg.solve_ex(weight_DD, x_PD.t()).result.t()
+    damping = (gain / (2 * LONGEST)).square() * torch.eye(len(weight_DD), dtype=x_PD.dtype, device=x_PD.device)
+    damped_PD = torch.linalg.solve_ex(weight_DD.t() @ weight_DD + damping, weight_DD.t() @ x_PD.t()).result.t()
+    usual = gain * c_PD.norm(dim=1, keepdim=True) <= LONGEST * x_PD.norm(dim=1, keepdim=True)
+    near_PD = torch.where(usual, c_PD, damped_PD)
+    return torch.where(near_PD.isfinite().all(1, keepdim=True), near_PD, x_PD)  # a map that is lost
