@@ -14,7 +14,7 @@ from vqscale.engine.config import OptimConfig
 from vqscale.engine.optimisers import groups
 from vqscale.nets.waves.config import WaveConfig
 from vqscale.nets.waves.seanet import Encoder
-from vqscale.nets.waves.vocos import Decoder, Head, inverse_stft, spectrum
+from vqscale.nets.waves.vocos import Decoder, Head, inverse_stft, spectrum, turned
 from vqscale.nets.waves.weight_norm import NormedConv
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan.count import network
@@ -121,6 +121,23 @@ def test_closed_cases_of_the_head():
     assert torch.equal(centred.out.bias[641:], head.out.bias[641:])
     assert torch.equal(centred.out.bias[:641], published.out.bias[:641])
     assert torch.equal(centred.out.weight, published.out.weight)
+
+
+def test_frames_that_are_alike_are_steady_tones_where_phases_turn_and_pulses_where_not():
+    config, spectra = dataclasses.replace(SMALL, turning_phases=True), torch.zeros(1, 12, 17, dtype=torch.complex64)
+    spectra[..., 3], spectra[..., 6] = 16, 8j
+    places = 2 * math.pi * torch.arange(96) / 32
+    places = places + 2 * math.pi * 12 / 32  # a window begins 12 samples before its frame
+    tones = ((3 * places).cos() - (6 * places).sin() / 2) * 2 / 1.5  # the sum of windows over that of their squares
+    torch.testing.assert_close(inverse_stft(turned(spectra), 8)[0, 16:-16], tones[16:-16], rtol=0, atol=1e-5)
+    same = inverse_stft(spectra, 8)[0, 16:-16]
+    torch.testing.assert_close(same[8:], same[:-8])  # overtones of the frames' rate alone
+    torch.manual_seed(0)
+    turning, still = Decoder(config, 3), Decoder(SMALL, 3)
+    still.load_state_dict(turning.state_dict())
+    latents = torch.randn(1, 3, 6)
+    first, second = turning.eval()(latents), still.eval()(latents)
+    assert (first - second).abs().max() > 1e-4
 
 
 def test_magnitudes_end_at_100_and_their_gradients_are_finite():

@@ -134,7 +134,8 @@ def test_a_tokenizer_of_it_is_saved_and_loaded_to_the_bit(tmp_path):
 
 
 def test_a_plan_counts_it_without_computing_it():
-    counted, parts = network(SMALL, (210,), 5), nets.build(SMALL, 5)
+    config = dataclasses.replace(SMALL, turning_phases=True)
+    counted, parts = network(config, (210,), 5), nets.build(config, 5)
     parameters = [p.numel() for part in (parts.encoder, parts.decoder) for p in part.parameters()]
     assert (counted.tokens, counted.parameters) == (11, sum(parameters))
     first = 2 * 12 * 21 * 3 * 21  # the convolution of 21 levels of 21 frames

@@ -82,6 +82,10 @@ class WaveConfig(NetSettings):
     centred_phases: bool = False
     """the decoder's phases begin at pi times the number of the frequency, which is a pulse in the middle of a frame;
     about 0, as published, it is a pulse where the frame begins, which its window takes away"""
+    turning_phases: bool = False
+    """the decoder's phases are beside those of steady tones at the frequencies of its transform, so that frames that
+    are alike are these tones, a quarter of the frames' rate apart; else such frames are one pulse after the other, with
+    overtones of the frames' rate alone"""
     in_channels: int = 1
     """channels of a wave"""
     spectra: SpectraConfig | None = None

@@ -30,6 +30,13 @@ def log_spectra(waves: Tensor, window: int, hop: int, floor: float, causal: bool
     return levels.transpose(-1, -2).flatten(1, 2)
 
 
+class FrameNorm(nn.LayerNorm):
+    """(B, width, n) -> the same, each frame normalised: without it latents may grow until no code reaches them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
 class Encoder(nn.Module):
     """Waves (B, in_channels, T) -> latents (B, dim, ceil(T / hop)).
 
@@ -48,7 +55,7 @@ class Encoder(nn.Module):
         layers += [ConvNeXt(*sizes, causal=causal) for _ in range(spectra.num_blocks)]
         if config.lstm_layers:
             layers.append(LSTM(width, config.lstm_layers))
-        layers.append(Conv(width, dim, kernel, causal=causal))
+        layers += [FrameNorm(width), Conv(width, dim, kernel, causal=causal)]
         self.model = nn.Sequential(*layers)
         if config.encoder_gain is not None:
             begin(self, config.encoder_gain)

@@ -82,14 +82,15 @@ class Head(nn.Module):
 
     def __init__(self, config: WaveConfig) -> None:
         super().__init__()
-        self.hop = config.hop
+        self.hop, self.turning = config.hop, config.turning_phases
         self.out = nn.Linear(config.width, WINDOW_HOPS * self.hop + 2)
         if config.centred_phases:
             phases = self.out.bias.detach().chunk(2)[1]
             phases.copy_(math.pi * torch.arange(len(phases)))
 
     def forward(self, frames: Tensor) -> Tensor:
-        return inverse_stft(spectrum(self.out(frames)), self.hop)
+        spectra = spectrum(self.out(frames))
+        return inverse_stft(turned(spectra) if self.turning else spectra, self.hop)
 
 
 def spectrum(numbers: Tensor) -> Tensor:
@@ -97,6 +98,14 @@ def spectrum(numbers: Tensor) -> Tensor:
     m, p = numbers.float().chunk(2, dim=-1)
     size = m.clamp(max=math.log(LOUDEST)).exp()  # exp first would overflow, and its gradient be nan
     return torch.complex(size * p.cos(), size * p.sin())
+
+
+def turned(spectra: Tensor) -> Tensor:
+    """(B, n, F) complex, each frequency turned as a steady tone of it turns from one frame to the next: spectra that
+    are the same in every frame become tones."""
+    n, count = spectra.shape[1:]
+    quarters = torch.arange(n, device=spectra.device)[:, None] * torch.arange(count, device=spectra.device)
+    return spectra * torch.tensor([1, 1j, -1, -1j], device=spectra.device)[quarters % WINDOW_HOPS]
 
 
 def inverse_stft(spectra: Tensor, hop: int) -> Tensor:
