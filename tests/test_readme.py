@@ -48,6 +48,8 @@ SHORTER = {
     "python launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
     "torchrun --nproc_per_node=2 launch/train.py": SHORT_RUN,
     "torchrun --nproc_per_node=8 launch/train.py": "--dry-run",
+    # with weights to begin from: test_first_weights.py
+    **{f"python launch/train.py run.folder=runs/{name}": "--dry-run" for name in ("finetuned", "wider", "decoder")},
     "python launch/train.py": "",
     "python tools/study.py": "--dry-run",
     "python tools/bench codes": "--tokens 16 --codes 64 --dim 8 --repeats 1",

@@ -94,7 +94,7 @@ class Upkeep(nn.Module):
         self._tokens = 0
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # always in host memory, see _apply
-        self.driven = False
+        self.driven = self.settled = self.frozen = False
         self.filled: Filled | None = None  # by the last update, if it was the one that completed the first values
         self._counts_k: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
@@ -111,14 +111,28 @@ class Upkeep(nn.Module):
         """From here on a training loop calls `update`; with init: data the warm-up begins."""
         self.driven = True
 
+    def settle(self) -> None:
+        """The rows are those of another training: no warm-up, no first values from data, no landing."""
+        self.settled = True
+
+    def freeze(self) -> None:
+        """The rows stand still: hits are counted, and no row is drawn or revived."""
+        self.settled = self.frozen = True
+
+    @property
+    def _from_data(self) -> bool:
+        return self.config.init == "data" and not self.settled
+
     @property
     def warming(self) -> bool:
         """True while tokens pass unquantized because the rows have not been drawn from data yet."""
-        return self.driven and self.config.init == "data" and int(self.steps) < self.config.warmup_steps
+        return self.driven and self._from_data and int(self.steps) < self.config.warmup_steps
 
     @property
     def beginning(self) -> tuple[int, int]:
         """(steps of the warm-up, steps until tokens are given whole codes) of a driven training."""
+        if self.settled:
+            return 0, 0
         first = self.config.warmup_steps if self.config.init == "data" else 0
         return first, first + self.config.landing_steps
 
@@ -133,7 +147,7 @@ class Upkeep(nn.Module):
     def shortages(self, tokens: int) -> list[str]:
         """What is told beforehand of a warm-up that sees too few tokens, `tokens` of all ranks in a pass."""
         warmup, num_codes = self.config.warmup_steps, self._codebook[0].num_codes
-        if self.config.init != "data" or num_codes <= warmup * tokens:
+        if not self._from_data or num_codes <= warmup * tokens:
             return []
         revived = (
             f"revival gives them to tokens, at most {self._most(tokens):,} a time"
@@ -179,7 +193,9 @@ class Upkeep(nn.Module):
             self.window.add(counts_k, tokens)
         step, candidates = int(self.steps), len(x_ND) * self.mesh.world.size
         self.steps += 1
-        if config.init == "data" and step < config.warmup_steps:
+        if self.frozen:
+            return changed
+        if self._from_data and step < config.warmup_steps:
             left = config.warmup_steps - 1 - step
             num = min(candidates, codebook.num_codes)
             changed = self._fill(x_ND, left, num)

@@ -98,7 +98,7 @@ def _fields(cls: type, default: Any, above: tuple[type, ...], free: tuple[str, .
     for name, field in fields_of(cls).items():
         if name == key:
             continue
-        value = getattr(default, name) if isinstance(default, cls) else field.default
+        value = getattr(default, field.attribute) if isinstance(default, cls) else field.default
         star = f" {STAR}" if "" in field.free or name in free else ""
         below = tuple(_entries(field.kind, value, above, field.free))
         yield Entry(name, f": {_type_and_default(field.kind, value)}{star}", docs.get(name, ""), below)

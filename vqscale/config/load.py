@@ -261,7 +261,7 @@ class _Builder:
         if any(value is _FAILED for value in values.values()):
             return _FAILED
         try:
-            built = cls(**values)
+            built = cls(**{field.attribute: values[name] for name, field in fields_of(cls).items()})
         except (ValueError, ArithmeticError) as error:
             return self.report(node.source, key, str(error))
         self.check(built, node, key)

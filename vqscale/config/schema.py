@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import keyword
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
@@ -34,6 +35,8 @@ class Field:
     default: Any
     before: Any
     free: tuple[str, ...] = ()
+    attribute: str = ""
+    """its name in Python: the key, and an underscore behind one that Python has a use for (from)"""
 
 
 @functools.cache
@@ -51,17 +54,23 @@ def fields_of(cls: type) -> dict[str, Field]:
             free = [key for mark in marks if isinstance(mark, FreeToChange) for key in mark.keys]
             earlier = [mark.value for mark in marks if isinstance(mark, Before)]
             before = earlier[0] if earlier else as_before(default)
-            found[field.name] = Field(kinds[field.name], default, before, tuple(free))
+            found[key_of(field.name)] = Field(kinds[field.name], default, before, tuple(free), field.name)
     return found
+
+
+def key_of(attribute: str) -> str:
+    """The key of an attribute: itself, but for the underscore of one that would be a word of Python."""
+    key = attribute.removesuffix("_")
+    return key if keyword.iskeyword(key) else attribute
 
 
 def as_before(value: Any) -> Any:
     """A default as it was: every marked key of its dataclasses at what it was before."""
     if not is_config(value):
         return value
-    fields = fields_of(value.__class__).items()
-    changed = {key: field.before for key, field in fields if field.before != field.default}
-    kept = {key: as_before(getattr(value, key)) for key, _ in fields if key not in changed}
+    fields = {field.attribute: field for field in fields_of(value.__class__).values()}
+    changed = {name: field.before for name, field in fields.items() if field.before != field.default}
+    kept = {name: as_before(getattr(value, name)) for name in fields if name not in changed}
     return dataclasses.replace(value, **kept, **changed)
 
 
@@ -82,7 +91,7 @@ def doc_lines(cls: type) -> dict[str, str]:
         for field, below in itertools.pairwise(tree.body[0].body):
             match field, below:
                 case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[key] = " ".join(text.split())
+                    docs[key_of(key)] = " ".join(text.split())
     return docs
 
 
@@ -177,7 +186,7 @@ def is_config(value: Any) -> bool:
 def plain(value: Any) -> Any:
     """A value with dataclasses as dicts in the order of declaration, and tuples as lists."""
     if is_config(value):
-        return {key: plain(getattr(value, key)) for key in fields_of(value.__class__)}
+        return {key: plain(getattr(value, field.attribute)) for key, field in fields_of(value.__class__).items()}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value
@@ -187,10 +196,10 @@ def notes(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, doc line) of all keys of a config; items of lists go by their number."""
     if is_config(value):
         docs = doc_lines(value.__class__)
-        for name in fields_of(value.__class__):
+        for name, field in fields_of(value.__class__).items():
             if name in docs:
                 yield join(key, name), docs[name]
-            yield from notes(getattr(value, name), join(key, name))
+            yield from notes(getattr(value, field.attribute), join(key, name))
     elif isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from notes(item, join(key, str(i)))

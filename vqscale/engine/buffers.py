@@ -18,7 +18,8 @@ class Buffers:
     """The persistent buffers of a module, averaged over the world after each step, but for whole numbers: these count
     steps, and are the same on all ranks by themselves.
 
-    They are averaged in float64, in which sums of equal numbers are exact: a constant stays what it is to the bit. A
+    They are averaged in float64, in which sums of equal numbers are exact: a constant stays what it is to the bit; so
+    do those of a module that says that it is `frozen`, of whatever type, which are not averaged at all. A
     batch that is not finite ruins running statistics in its forward pass already, before its step can be skipped.
     """
 
@@ -28,12 +29,13 @@ class Buffers:
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._module.named_modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    yield f"{prefix}.{name}" if prefix else name, buffer
+            for name, buffer in _persistent(module):
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
     def _averaged(self) -> Iterator[Tensor]:
-        yield from (buffer for _, buffer in self.named() if buffer.is_floating_point())
+        for module in self._module.modules():
+            if getattr(module, "frozen", None) is not True:
+                yield from (buffer for _, buffer in _persistent(module) if buffer.is_floating_point())
 
     def _flat(self) -> Tensor | None:
         parts = [buffer.detach().to(torch.float64).flatten() for buffer in self._averaged()]
@@ -52,3 +54,10 @@ class Buffers:
         for buffer in self._averaged():
             buffer.copy_(self._kept[start : start + buffer.numel()].view_as(buffer))
             start += buffer.numel()
+
+
+def _persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of a module itself that are saved."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer

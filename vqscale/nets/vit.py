@@ -74,6 +74,8 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """Tokens (B, T, D) with learned positions through blocks and a last norm."""
 
+    grid_parameters = ("positions",)  # a row for each place: resized where weights begin another grid
+
     def __init__(
         self, num_tokens: int, num_layers: int, width: int, num_heads: int, mlp_width: int, checkpointing: bool = False
     ) -> None:

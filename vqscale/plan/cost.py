@@ -27,13 +27,13 @@ def products(work: Work, grid: Grid, axis: CodeAxis) -> int:
     return axis.products * each * work.accumulation
 
 
-def split_bytes(parameters: int, stage: int, world: int, muon: int = 0) -> int:
+def split_bytes(parameters: int, stage: int, world: int, muon: int = 0, frozen: int = 0) -> int:
     """fp32 parameters, gradients and two moments on one rank at a ZeRO stage (0 for the plain engine). `muon` of the
-    parameters have one moment; the stages that split moments refuse them."""
-    part = -(-parameters // world)
-    moments = part if stage >= 1 else parameters
-    gradients = part if stage >= 2 else parameters
-    weights = part if stage >= 3 else parameters
+    parameters have one moment; the stages that split moments refuse them. `frozen` ones have neither."""
+    learned, part = parameters - frozen, -(-(parameters - frozen) // world)
+    moments = part if stage >= 1 else learned
+    gradients = part if stage >= 2 else learned
+    weights = -(-parameters // world) if stage >= 3 else parameters
     return 4 * (weights + gradients + 2 * moments - muon)
 
 

@@ -24,6 +24,7 @@ from vqscale.plan.count import KernelCounter
 from vqscale.plan.tokenizer import MIB, Costs, planned_mesh
 from vqscale.priors.base import Prior
 from vqscale.train.config.prior import PriorRun
+from vqscale.train.frozen import freeze
 
 FP32, INT64 = 4, 8
 
@@ -33,26 +34,27 @@ def plan(config: PriorRun, world: int) -> Costs:
     data, codes = config.mesh.planned(world)
     with torch.device("meta"):
         prior = priors.build(config.prior, planned_mesh(data, codes))
+    freeze(config, prior)
     tables = {name: table for name, table in set_aside(prior).items() if isinstance(table, Codebook)}
     images = config.data.batch // world // config.engine.accumulation
     tokens = images * config.prior.num_tokens
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.named_children()}
     parameters |= {name: p.numel() for name, p in prior.named_parameters(recurse=False)}
-    dense = sum(parameters.values())
+    dense, still = sum(parameters.values()), sum(p.numel() for p in prior.parameters() if not p.requires_grad)
     muon = sum(p.numel() for p in muon_matrices(prior, config.optim))
     parameters |= {name: table.num_codes * table.dim for name, table in tables.items()}
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     engine = config.engine.name if config.engine.name == "torch" else f"deepspeed, stage {stage}"
     held = [table.rows.numel() * FP32 * (4 if table.rows.requires_grad else 1) for table in tables.values()]
     learned = sum(table.rows.numel() for table in tables.values() if table.rows.requires_grad)
-    average = FP32 * (learned + (-(-dense // world) if stage == 3 else dense))
+    average = FP32 * (learned + (-(-(dense - still) // world) if stage == 3 else dense - still))
     widths = [net.width for net in config.prior.transformers.values()]
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
         parameters,
         {
-            f"transformer, classes ({engine})": split_bytes(dense, stage, world, muon),
+            f"transformer, classes ({engine})": split_bytes(dense, stage, world, muon, still),
             "rows, their gradients and moments": sum(held),
             **({"average of the weights": average} if config.average.decay else {}),
             f"activations of {images} images": _activations(config, prior, images),
@@ -61,7 +63,7 @@ def plan(config: PriorRun, world: int) -> Costs:
             "blocks of the scan": config.prior.head.scan_mib * MIB,
         },
         {
-            "gradients of the replicated part": _ring(2, world, dense * FP32),
+            "gradients of the replicated part": _ring(2, world, (dense - still) * FP32),
             "gradients of the rows (data axis)": _ring(2, data, learned * FP32),
             "tokens of the head (code axis)": config.engine.accumulation
             * (sum(_head_bytes(tokens, width, codes, tables) for width in widths) // max(1, len(widths))),

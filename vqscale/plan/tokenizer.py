@@ -31,6 +31,7 @@ from vqscale.plan.traffic import KNOWN, Grid, Work, messages, revival, sent
 from vqscale.quantizers.config.tables import EMAConfig, IBQConfig, VQConfig
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import TokenizerRun
+from vqscale.train.frozen import freeze
 
 MIB = 2**20
 
@@ -85,22 +86,23 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     mesh = planned_mesh(data, codes)
     with torch.device("meta"):
         tokenizer = Tokenizer.from_config(config.tokenizer, mesh, config.run.seed)
+    freeze(config, tokenizer)
     tables = set_aside(tokenizer)
     images = config.data.batch // world // config.engine.accumulation
     places, dim = grid(config.tokenizer.net, config.data.train.sides), tokenizer.quantizer.dim
     tokens = images * math.prod(places)
     parameters = {name: _parameters(part) for name, part in tokenizer.named_children()}
-    dense = sum(parameters.values())
+    dense, still = sum(parameters.values()), _still(tokenizer)
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
-    step = replace(work(config, images, tokens, dim, dense), muon=_muon(tokenizer, config))
+    step = replace(work(config, images, tokens, dim, dense - still), muon=_muon(tokenizer, config))
     others = auxiliary(config, images, world, dense, _learned(tables))
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
         parameters | others.parameters,
         {
-            f"encoder, decoder ({_engine(config)})": split_bytes(dense, stage, world, step.muon),
+            f"encoder, decoder ({_engine(config)})": split_bytes(dense, stage, world, step.muon, still),
             "rows, their gradients and moments": _rows_bytes(tables),
             f"activations of {images} images": _activations(tokenizer, images, config),
             "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
@@ -189,6 +191,11 @@ def _engine(config: TokenizerRun) -> str:
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _still(module: nn.Module) -> int:
+    """Numbers that stand still."""
+    return sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
 
 
 def _learned(tables: dict[str, Table]) -> int:

@@ -79,6 +79,13 @@ class Prior(nn.Module, ABC):
         return cast(conditions.Condition, getattr(self, self._condition_name))
 
     @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What init and trained of a run name, as the children that it is made of."""
+        one = {"head": "head", "condition": self._condition_name}
+        others = tuple(name for name, _ in self.named_children() if name not in one.values())
+        return {"network": others} | {part: (name,) for part, name in one.items()}
+
+    @property
     def num_codes(self) -> int:
         assert self.config.num_codes is not None, "priors.build refuses null"
         return self.config.num_codes
@@ -104,8 +111,7 @@ class Prior(nn.Module, ABC):
     def fingerprint(self) -> str:
         """sha256 over the config and every parameter with all rows, the same on any number of ranks; hexadecimal.
 
-        Computed when asked; collective on the code axis.
-        """
+        Computed when asked; collective on the code axis."""
         return export.fingerprint(self, self.config)
 
     @abstractmethod
@@ -266,10 +272,7 @@ class Prior(nn.Module, ABC):
         all. Collective. ValueError on all ranks of the code group for what is no condition.
         """
         given = self.condition.checked(condition, self.mesh.codes)
-        if null:
-            null_B: Tensor | None = torch.ones(len(given), dtype=torch.bool, device=given.device)
-        else:
-            null_B = self.condition.dropped(given, keys_B)
+        null_B = given.new_ones(len(given), dtype=torch.bool) if null else self.condition.dropped(given, keys_B)
         vectors: Tensor = self.condition(given, null_B)
         return vectors
 

@@ -13,6 +13,8 @@ from vqscale.nets.config.transformer import TransformerConfig
 class Places(nn.Module):
     """Adds to the vector of each token that of its place, and where it is masked that of the mask."""
 
+    grid_parameters = ("table",)  # a row for each place: resized where weights begin another grid
+
     def __init__(self, num_tokens: int, net: TransformerConfig, *, masks: bool = False) -> None:
         super().__init__()
         self.mask = nn.Parameter(torch.empty(net.width).normal_(0.0, net.init_scale)) if masks else None

@@ -72,6 +72,19 @@ class Quantizer(nn.Module, ABC):
         Returns (parameter, local rows) that got new values: an optimiser forgets its moments of them.
         """
 
+    def settle(self) -> None:
+        """Codes were put here that another training has made: no warm-up, no first values from data, no landing, and
+        what is kept beside codes begins at them. Before a training loop resumes."""
+
+    def freeze(self) -> None:
+        """Codes stand still from here on: nothing learns, moves or is revived; hits are counted all the same. Before
+        tables are set aside."""
+        self.requires_grad_(False)
+
+    def freeze_frame(self) -> None:
+        """What is measured of latents to bring them to where codes are (running moments) stands still: part of
+        `freeze`, and for latents that do not change."""
+
     @property
     def beginning(self) -> tuple[int, int]:
         """(steps of a training without codes, steps until the decoder is given whole codes)."""
@@ -111,6 +124,13 @@ class UpheldQuantizer(Quantizer):
 
     def begin(self) -> None:
         self.upkeep.begin()
+
+    def settle(self) -> None:
+        self.upkeep.settle()
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.upkeep.freeze()
 
     @property
     def beginning(self) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.revival import Filled
-from vqscale.quantizers.moments import RIDGE, moments, spread
+from vqscale.codes.rows import draw
+from vqscale.quantizers.moments import BLOCK, RIDGE, moments, roots, spread
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,19 @@ def undrawn(codebook: Codebook, filled: Filled) -> int:
     """How many rows of this rank, its first ones, were left without a token: the last codes are drawn."""
     layout = codebook.layout
     return min(max(filled.num_codes - filled.drawn - layout.start, 0), layout.count)
+
+
+@torch.no_grad()
+def draw_beyond(codebook: Codebook, known: int, seed: int) -> None:
+    """The rows of the codes from number `known` on become normal with the mean and covariance of those before them.
+    Collective, and the same on any number of ranks."""
+    layout = codebook.layout
+    held = min(max(known - layout.start, 0), layout.count)
+    mean_D, covariance_DD = moments(codebook.rows[:held], codebook.axis)
+    root_DD = roots(covariance_DD)[0]
+    drawn_kD = draw(layout, codebook.dim, "normal", 1.0, seed).to(codebook.rows.device)[held:]
+    for rows_kD, unit_kD in zip(codebook.rows[held:].split(BLOCK), drawn_kD.split(BLOCK), strict=True):
+        rows_kD.copy_(mean_D + unit_kD.double() @ root_DD)
 
 
 def late(beginning: tuple[int, int], steps: int) -> list[str]:

@@ -35,6 +35,18 @@ class Columns(Quantizer):
         for column in self.quantizers():
             column.begin()
 
+    def settle(self) -> None:
+        for column in self.quantizers():
+            column.settle()
+
+    def freeze(self) -> None:
+        for column in self.quantizers():
+            column.freeze()
+
+    def freeze_frame(self) -> None:
+        for column in self.quantizers():
+            column.freeze_frame()
+
     def update(self, stepped: bool = True) -> list[Renewed]:
         return [renewed for column in self.quantizers() for renewed in column.update(stepped)]
 

@@ -52,7 +52,7 @@ class EMA(TableQuantizer):
         stats["saturation"] = x_ND.new_ones(())
         if self.passing:
             return Quantized(x_ND, ids_N, {}, stats)
-        if self.training:
+        if self.training and not self.upkeep.frozen:
             self._count(x_ND.detach(), ids_N, seen_k)
         c_ND = self.codebook.lookup(ids_N)
         losses = {"commitment": self.config.commitment_weight * F.mse_loss(x_ND, c_ND)}
@@ -68,7 +68,17 @@ class EMA(TableQuantizer):
         self._new = (old[0] + counts_k, old[1] + sums_kD)
 
     @torch.no_grad()
+    def settle(self) -> None:
+        super().settle()
+        self._normalise()
+        self.averages.counts_k.fill_(1.0)
+        self.averages.sums_kD.copy_(self.codebook.rows)
+
+    @torch.no_grad()
     def update(self, stepped: bool = True) -> list[Renewed]:
+        if self.upkeep.frozen:
+            self.renew(stepped)
+            return []
         counts_k, sums_kD, decay = self.averages.counts_k, self.averages.sums_kD, self.config.decay
         if self._new is not None and stepped:
             counts_k.lerp_(self._new[0].to(counts_k.dtype), 1.0 - decay)

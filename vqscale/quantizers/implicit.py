@@ -40,6 +40,14 @@ class ImplicitQuantizer(Quantizer):
         if self.whitening is not None:
             self.whitening.driven = True
 
+    def freeze(self) -> None:
+        super().freeze()
+        self.freeze_frame()
+
+    def freeze_frame(self) -> None:
+        if self.whitening is not None:
+            self.whitening.frozen = True
+
     def update(self, stepped: bool = True) -> list[Renewed]:
         self.usage.update(stepped)
         if self.whitening is not None:

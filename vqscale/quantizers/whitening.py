@@ -6,6 +6,8 @@ A frame that is fitted once is soon worse than none, because nothing holds the s
 training m and C are those of the step's tokens of all ranks (of a micro-batch with accumulation), with a gradient; in
 evaluation they are running averages, which are part of the saved tokenizer, so that `encode` is a fixed function.
 
+Frozen, it whitens by the running moments in training too, and these stay as they are.
+
 As with rows from data, it begins when a training loop calls `begin`: until then, and where it has seen no step,
 latents pass as they are, the published form.
 """
@@ -27,7 +29,7 @@ class Whitening(nn.Module):
     def __init__(self, dim: int, mesh: Mesh, decay: float, gradient: bool) -> None:
         super().__init__()
         self.mesh, self.decay, self.gradient = mesh, decay, gradient
-        self.driven = False
+        self.driven = self.frozen = False
         self.mean_D: Tensor
         self.covariance_DD: Tensor
         self.steps: Tensor
@@ -44,12 +46,17 @@ class Whitening(nn.Module):
         return bool(self.steps[0] > 0)
 
     @property
+    def _follows(self) -> bool:
+        """Whether latents are whitened by the moments of the step."""
+        return self.training and self.driven and not self.frozen
+
+    @property
     def acts(self) -> bool:
-        return (self.training and self.driven) or self.fitted
+        return self._follows or self.fitted
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """y_ND in the type of x; x itself where `acts` is false. Collective in a driven training."""
-        if not (self.training and self.driven):
+        if not self._follows:
             return self._framed(x_ND, self.mean_D, self.covariance_DD) if self.fitted else x_ND
         with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
             mean_D, covariance_DD = moments(x_ND, self.mesh.world)

@@ -4,7 +4,7 @@ run.yaml         the resolved config, itself a valid config
 code/            commit, diff, versions.json, the command, the submit script under SLURM
 metrics.jsonl    one JSON object per logged step        tb/  TensorBoard        samples/  pictures
 checkpoints/     NNNNNNNNNN/ per saved step             summary.json  when the run is done
-tokens.json      of a prior: which cache, and whose ids
+tokens.json      of a prior: which cache, and whose ids         init.json     weights that it began from, if any
 .writer          while a process writes here: which (disk/owner.py)
 STOP             made by hand: the run saves and leaves at the next step
 """

@@ -227,7 +227,7 @@ def _identity(value: Any) -> Any:
     change the fingerprint of what is."""
     if is_config(value):
         keys = fields_of(value.__class__)
-        chosen = {key: getattr(value, key) for key in keys if key not in NOT_IDENTITY}
+        chosen = {key: getattr(value, field.attribute) for key, field in keys.items() if key not in NOT_IDENTITY}
         told = {key for key, x in chosen.items() if x != keys[key].before or (key == "name" and x not in UNNAMED)}
         return {key: _identity(x) for key, x in chosen.items() if key in told}
     return [_identity(item) for item in value] if isinstance(value, tuple) else value

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,12 @@ class Tokenizer(nn.Module):
     where the weights come from (origin, commit, image_size, metrics); it goes with them into a saved folder.
     """
 
+    # What init and trained of a run name, as the modules that it is made of.
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "encoder": ("encoder", "quant_conv"),
+        "codes": ("quantizer",),
+        "decoder": ("post_quant_conv", "decoder", "no_code"),
+    }
     no_code: nn.Parameter | None
 
     def __init__(

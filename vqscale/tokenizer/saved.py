@@ -36,22 +36,42 @@ NOT_FACTS = ("format", "version", "fingerprint", "config", "weights")
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """A tensor of a model on disk: the shape of all of it, and what is to be read of it."""
+
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    """of rows over the code axis the first that is read, and the last + 1"""
+    read: bool = True
+    """False: it has to be there, and no more"""
+
+
+@dataclass(frozen=True)
 class Saved:
     """A model on disk: how to build it, what is known of it, and `fill`, which puts its weights into the built."""
 
     path: Path
     config: Any
     card: dict[str, Any]
-    _read: Callable[[Mapping[str, Entry]], dict[str, Tensor]]
+    _read: Callable[[Mapping[str, Wanted]], dict[str, Tensor]]
 
     def fill(self, module: nn.Module, mesh: Mesh) -> None:
         """Copy the weights into the parameters of a module, on each rank its own rows. Collective."""
         wanted = entries(module)
-        tensors = _together(lambda: self._read(wanted), mesh)
+        tensors = self.tensors({name: Wanted(entry.shape, _range(entry)) for name, entry in wanted.items()}, mesh)
         with torch.no_grad():
             for name, entry in wanted.items():
                 entry.tensor.copy_(tensors[name])
-        wrong = [name for name, entry in wanted.items() if not entry.tensor.isfinite().all()]
+        self.check_finite({name: entry.tensor for name, entry in wanted.items()}, mesh)
+
+    def tensors(self, wanted: Mapping[str, Wanted], mesh: Mesh) -> dict[str, Tensor]:
+        """What is wanted of a model, all of whose tensors are told; collective, each rank its own rows. ValueError on
+        all ranks where names or shapes are others."""
+        return _together(lambda: self._read(wanted), mesh)
+
+    def check_finite(self, taken: Mapping[str, Tensor], mesh: Mesh) -> None:
+        """ValueError on all ranks if any took what is not finite."""
+        wrong = [name for name, x in taken.items() if not x.isfinite().all()]
         _together(lambda: _check_finite(self.path, wrong), mesh)
 
 
@@ -86,13 +106,13 @@ def config_of(path: str | Path, task: Kind = "tokenizer", schema: Any = Tokenize
     """The config of what lies at `path`, as `find` gives it, without a look at the weights."""
     path = Path(path)
     if (path / CARD).is_file():
-        return configuration.parse(schema, _card(path, task)["config"], source=f"{path / CARD}: config")
+        return configuration.parse(schema, _card(path, task)["config"], source=f"{path / CARD}: config", written=True)
     file = run_file(path)
     if file is None:
         raise ValueError(
             f"{path} has neither {CARD} nor run.yaml: give the folder of a {task} that was trained or saved"
         )
-    return configuration.parse(schema, run_config(file, path, task)[task], source=f"{file}: {task}")
+    return configuration.parse(schema, run_config(file, path, task)[task], source=f"{file}: {task}", written=True)
 
 
 def run_file(path: str | Path) -> Path | None:
@@ -184,14 +204,15 @@ def _exported(folder: Path, task: Kind, schema: Any) -> Saved:
     card = _card(folder, task)
     config = configuration.parse(schema, card["config"], source=f"{folder / CARD}: config", written=True)
 
-    def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
+    def read(wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:
         try:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 given = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
                 check_shapes(_shapes(wanted), {n: x.get_shape() for n, x in given.items()}, what=str(folder))
                 return {
-                    name: given[name][:] if entry.table is None else given[name][slice(*_range(entry))]
-                    for name, entry in wanted.items()
+                    name: given[name][:] if each.rows is None else given[name][slice(*each.rows)]
+                    for name, each in wanted.items()
+                    if each.read
                 }
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}): copy the folder again") from None
@@ -207,23 +228,22 @@ def _trained(folder: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
     config = configuration.parse(schema, asked[task], source=f"{run / 'run.yaml'}: {task}", written=True)
     order = ("average/", "parameter/", "buffer/", "") if weights == "average" else ("parameter/", "buffer/", "")
 
-    def read(wanted: Mapping[str, Entry]) -> dict[str, Tensor]:
+    def read(wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:
         contents = checkpoint.read(folder)
-        rows = {name: entry for name, entry in wanted.items() if entry.table is not None}
+        rows = {name: each.rows for name, each in wanted.items() if each.rows is not None}
         kinds = {name: contents.rows if name in rows else contents.ranges for name in wanted}
         in_file = {name: _first(name, order, kinds[name]) for name in wanted}
         for name in filter(in_file.get, rows):
-            contents.check_rows(in_file[name], rows[name].shape[0])
+            contents.check_rows(in_file[name], wanted[name].shape[0])
         given = {name: kinds[name][key]["shape"] for name, key in in_file.items() if key}
         for key in [*contents.ranges, *contents.rows]:  # parameters of another network must not go unnoticed
             if key.startswith("parameter/"):
                 given.setdefault(key.removeprefix("parameter/"), ())
         check_shapes(_shapes(wanted), given, what=str(folder))
         return {
-            name: contents.some_rows(key, *_range(wanted[name]), wanted[name].shape[0])
-            if name in rows
-            else contents.whole(key)
+            name: contents.some_rows(key, *rows[name], wanted[name].shape[0]) if name in rows else contents.whole(key)
             for name, key in in_file.items()
+            if wanted[name].read
         }
 
     return Saved(folder, config, facts_of_run(run, folder, asked, weights), read)
@@ -233,13 +253,13 @@ def _first(name: str, order: tuple[str, ...], there: Mapping[str, Any]) -> str:
     return next((prefix + name for prefix in order if prefix + name in there), "")
 
 
-def _shapes(wanted: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
-    return {name: entry.shape for name, entry in wanted.items()}
+def _shapes(wanted: Mapping[str, Wanted]) -> dict[str, tuple[int, ...]]:
+    return {name: each.shape for name, each in wanted.items()}
 
 
-def _range(entry: Entry) -> tuple[int, int]:
-    assert entry.table is not None
-    return entry.table.layout.start, entry.table.layout.stop
+def _range(entry: Entry) -> tuple[int, int] | None:
+    """The rows of a table that are this rank's."""
+    return None if entry.table is None else (entry.table.layout.start, entry.table.layout.stop)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:

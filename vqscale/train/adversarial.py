@@ -16,21 +16,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vqscale import config as configuration
+from vqscale.config.text import data_of
+from vqscale.disk import checkpoint
 from vqscale.disk.held import Held, shared
+from vqscale.engine.buffers import Buffers
 from vqscale.engine.engine import Engine, StepReport
 from vqscale.nets import discriminators
 from vqscale.nets.discriminators import Answer
+from vqscale.nets.weights import check_shapes
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
+from vqscale.tokenizer import saved
+from vqscale.tokenizer.export import CARD
 from vqscale.train import adversarial_losses as losses
+from vqscale.train import loop
 from vqscale.train.config import TokenizerRun
+from vqscale.train.config.first_weights import Init
 from vqscale.train.config.losses import AdversarialConfig
+
+# Of what a checkpoint has of a discriminator, what is no moment.
+OWN = ("discriminator/parameter/", "discriminator/buffer/", "discriminator/lecam")
 
 
 class Discriminator:
@@ -46,9 +59,11 @@ class Discriminator:
         torch.manual_seed(derive(run.run.seed, "discriminator"))
         net = discriminators.build(config.net, partial(ops.gather, axis=mesh.world)).to(mesh.device)
         steps = max(1, run.run.steps - config.start_step)
+        self.averages_2A = torch.zeros(2, config.net.num_answers, device=mesh.device)
+        if run.init is not None and "discriminator" in run.init.parts and loop.begins(run.run.folder, mesh):
+            _take(run.init, net, self.averages_2A, mesh)
         self.engine = Engine(net, {}, run.engine, config.optim or run.optim, mesh, steps)
         self.config, self._mesh, self._accumulation = config, mesh, run.engine.accumulation
-        self.averages_2A = torch.zeros(2, config.net.num_answers, device=mesh.device)
         self._answers_2A = torch.zeros_like(self.averages_2A)
         self._report: StepReport | None = None
         net.requires_grad_(False)
@@ -137,3 +152,40 @@ class Discriminator:
         """Go on from what was filled; collective."""
         with self._learning():
             self.engine.loaded(facts)
+
+
+@torch.no_grad()
+def _take(init: Init, net: nn.Module, averages_2A: Tensor, mesh: Mesh) -> None:
+    """Put the discriminator of the run that init names into `net`, and its averages of answers. Collective."""
+    source = saved.find(init.from_, mesh, init.weights)
+    contents = checkpoint.read(source.path)
+    wanted: dict[str, Tensor] = {f"parameter/{name}": x for name, x in net.named_parameters()}
+    wanted |= {f"buffer/{name}": x for name, x in Buffers(net, mesh).named()}
+    wanted["lecam"] = averages_2A.view(-1)
+    check_shapes(
+        {f"discriminator/{name}": x.shape for name, x in wanted.items()},
+        {name: entry["shape"] for name, entry in contents.ranges.items() if name.startswith(OWN)},
+        what=f"the discriminator of {source.path}",
+    )
+    for name, x in wanted.items():
+        x.copy_(contents.whole(f"discriminator/{name}").view_as(x))
+
+
+def check_taken(run: TokenizerRun) -> None:
+    """ValueError unless the run that init names trains a discriminator like this one's."""
+    assert run.init is not None, "the config says so"
+    path, own = Path(run.init.from_), run.loss.adversarial
+    file = None if (path / CARD).is_file() else saved.run_file(path)
+    if file is None or own is None:
+        raise ValueError(
+            f"init takes a discriminator, and {path} is a saved tokenizer, which has none: leave discriminator out of "
+            "init.parts, or name a run that trained one"
+        )
+    theirs = configuration.parse(TokenizerRun, dict(data_of(file)), source=str(file), written=True).loss.adversarial
+    there = None if theirs is None else configuration.to_dict(theirs.net)
+    different = ["there is none"] if there is None else configuration.differences(there, configuration.to_dict(own.net))
+    if different:
+        raise ValueError(
+            f"init takes the discriminator of {path}, and loss.adversarial.net is another one (there -> here): "
+            f"{'; '.join(different)}: use the settings there, or leave discriminator out of init.parts"
+        )

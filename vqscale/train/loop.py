@@ -156,6 +156,17 @@ class Kept(Protocol):
     def loaded(self, facts: Mapping[str, Any]) -> None: ...
 
 
+def finished_steps(place: str | Path) -> list[Path]:
+    """The checkpoints in a run folder, damaged ones too."""
+    return checkpoint.finished(Path(place) / "checkpoints")
+
+
+def begins(place: str | Path, mesh: Mesh) -> bool:
+    """Whether there is no checkpoint that a run would go on from. What rank 0 finds is what all get; collective."""
+    found: bool = ops.gather_objects(not finished_steps(place), mesh.world)[0]
+    return found
+
+
 def writer(place: Path, mesh: Mesh, keep: int) -> Writer:
     """Of the checkpoints of a run; what all ranks raise together, in the order of a loop, does not cut one short."""
     return Writer(place / "checkpoints", mesh, keep, agreed=(RunError, FloatingPointError))

@@ -40,7 +40,7 @@ from vqscale.show.board import Board
 from vqscale.show.progress import Progress
 from vqscale.tokenizer import clusters
 from vqscale.tokenizer.matching import tokenizer_of
-from vqscale.train import loop
+from vqscale.train import first_weights, frozen, loop
 from vqscale.train.config.prior import PriorRun
 from vqscale.train.prior_data import IdStream, begin, check_labels, open_streams, seen, whose
 
@@ -131,11 +131,13 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | No
 
     # build
     prior = priors.build(config.prior, mesh, seed=derive(run.seed, "model"))
+    frozen.freeze(config, prior)
     tables = set_aside(prior)
     if config.prior.head.wants_features and config.tokenizer is not None:
         take_features(prior, config.tokenizer, stream.tokenizer_fingerprint, mesh)
     if config.prior.wants_clusters and config.prior.clusters is not None:
         take_clusters(prior, config.prior.clusters)
+    taken = first_weights.take(config, prior, mesh)
     engine = Engine(prior, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
     if run.compile:
         for part in [part for part in prior.modules() if isinstance(part, Block)]:
@@ -151,8 +153,11 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | No
         return ended
     for each in streams:
         notes += check_labels(each, config.prior)
+    notes += [*taken.lines, *frozen.frozen_line(config)]
     for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
         progress.say(note)
+    if taken.facts:
+        folder.write_note(place, first_weights.NOTE, taken.facts, mesh)
     folder.write_note(place, "tokens.json", whose(stream, config), mesh)
     board = Board(place, mesh.world.rank, done.step)
     seen_Ik = None if held_out is None else seen(stream, mesh)

@@ -31,7 +31,7 @@ from vqscale.seed import derive
 from vqscale.show.board import Board
 from vqscale.show.progress import Progress
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import loop
+from vqscale.train import first_weights, frozen, loop
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
@@ -77,6 +77,8 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
 
     # build
     tokenizer = Tokenizer.from_config(config.tokenizer, mesh, run.seed)
+    taken = first_weights.take(config, tokenizer, mesh)
+    frozen.freeze(config, tokenizer)
     tables = set_aside(tokenizer)
     quantizer = tokenizer.quantizer
     quantizer.begin()
@@ -97,8 +99,11 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
     tokens = (
         config.data.batch // config.engine.accumulation * math.prod(grid(config.tokenizer.net, config.data.train.sides))
     )
-    for note in [*folder.prepare(config, sys.argv, mesh), *notes, *quantizer.forecast(run.steps, tokens)]:
+    notes += [*taken.lines, *frozen.frozen_line(config), *quantizer.forecast(run.steps, tokens)]
+    for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
         progress.say(note)
+    if taken.facts:
+        folder.write_note(place, first_weights.NOTE, taken.facts, mesh)
     board = Board(place, mesh.world.rank, done.step)
 
     # loop

@@ -98,7 +98,7 @@ def _filled(config: Run) -> Run:
 
 def _check_machine(config: Run) -> str:
     """Everything about this machine that can be wrong, before any process group: device, compiler, weights,
-    shards or caches."""
+    shards or caches, and what it begins from."""
     from vqscale.engine.config import check_engine
 
     device = processes.pick_device(config.run.device)
@@ -111,6 +111,10 @@ def _check_machine(config: Run) -> str:
         prior_data.check(config)
     else:
         _check_images(config)
+    if config.init is not None or config.trained is not None:
+        from vqscale.train import first_weights
+
+        first_weights.check(config)
     return device
 
 

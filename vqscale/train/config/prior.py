@@ -13,6 +13,7 @@ from vqscale.nets.config import by
 from vqscale.parallel.config import MeshConfig
 from vqscale.priors.config import PriorConfig
 from vqscale.priors.config.autoregressive import AutoregressiveConfig
+from vqscale.train.config.first_weights import PRIOR_PARTS, PriorInit, PriorPart, trained_problems
 from vqscale.train.config.run import RunConfig, check_batch, check_compile
 
 
@@ -66,6 +67,10 @@ class PriorRun:
     tokenizer: Free[str | None] = None
     """folder of the tokenizer, with shards, whose samples it encodes, or with prior.head.embedding: codebook, where the
     vectors of its codes embed the ids; it is frozen"""
+    init: PriorInit | None = None
+    """weights that are there to begin from; null draws all anew"""
+    trained: tuple[PriorPart, ...] | None = None
+    """the parts that learn, the others stay to the bit what init took; null is all"""
     average: AverageConfig = field(default_factory=AverageConfig)
     """moving average of the weights"""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -107,6 +112,7 @@ class PriorRun:
                 "prior.clusters is null, and this prior is of clusters of the tokenizer's codes: give the file that "
                 "vqscale cluster TOKENIZER has written",
             )
+        yield from trained_problems(self.trained, PRIOR_PARTS, self.init)
         yield from check_compile(self.run, self.engine)
         yield from check_whole(self.engine, self.optim)
 

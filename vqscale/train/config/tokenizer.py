@@ -12,6 +12,7 @@ from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, chec
 from vqscale.nets.config import by, grid
 from vqscale.parallel.config import MeshConfig
 from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.train.config.first_weights import TOKENIZER_PARTS, TokenizerInit, TokenizerPart, trained_problems
 from vqscale.train.config.losses import LossConfig
 from vqscale.train.config.run import RunConfig, check_batch, check_compile
 
@@ -50,6 +51,10 @@ class TokenizerRun:
     """what is trained"""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """the model"""
+    init: TokenizerInit | None = None
+    """weights that are there to begin from; null draws all anew"""
+    trained: tuple[TokenizerPart, ...] | None = None
+    """the parts that learn, the others stay to the bit what init took; null is all"""
     loss: LossConfig = field(default_factory=LossConfig)
     """losses on images"""
     average: AverageConfig = field(default_factory=AverageConfig)
@@ -68,6 +73,7 @@ class TokenizerRun:
             yield "data.train.image_size", str(error)
         yield from self.tokenizer.signal.misfits(self.data.train, self.loss)
         yield from self._loss_problems(min(self.data.train.sides))
+        yield from trained_problems(self.trained, TOKENIZER_PARTS, self.init)
         yield from check_compile(self.run, self.engine)
         yield from check_whole(self.engine, self.optim)
         if self.loss.adversarial is not None and self.loss.adversarial.optim is not None:
@@ -75,6 +81,12 @@ class TokenizerRun:
 
     def _loss_problems(self, size: int) -> Iterable[tuple[str, str]]:
         adversarial = self.loss.adversarial
+        if self.init is not None and "discriminator" in self.init.parts and adversarial is None:
+            yield (
+                "init.parts",
+                "init takes a discriminator, and loss.adversarial is null: leave discriminator out, or give "
+                "loss.adversarial as the run has it that it is taken from",
+            )
         if adversarial is None:
             return
         if not self.tokenizer.signal.returns_samples:
@@ -90,6 +102,12 @@ class TokenizerRun:
                 f"the discriminator {adversarial.net.name} has no answer for samples with a side of {size} "
                 f"(data.train.image_size), it needs {adversarial.net.least_side}: change its settings (num_layers of "
                 "patchgan), or use larger samples",
+            )
+        if adversarial.adaptive and "decoder" not in (self.trained or TOKENIZER_PARTS):
+            yield (
+                "loss.adversarial.adaptive",
+                f"adaptive asks for a gradient at the decoder's last layer, and trained {list(self.trained or ())} "
+                "freezes the decoder: use adaptive: false with a constant weight, or train the decoder",
             )
         if adversarial.adaptive and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
             yield (
