@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +18,15 @@ import prior_runs
 import pytest
 import yaml
 from jobs import ROOT, write_config, write_shards
+from saved_runs import IBQ, small
 
 from vqscale import config as configuration
 from vqscale.config.schema import classes_of, fields_of
 from vqscale.disk import owner
-from vqscale.programs import launchers, study_report, study_runner
+from vqscale.plan import costs_of
+from vqscale.programs import launchers, study_report, study_runner, study_samples
 from vqscale.programs import study as studies
+from vqscale.programs.commands import evaluate_options, words
 from vqscale.programs.commands import study as command
 from vqscale.programs.launchers import Launcher, State
 from vqscale.programs.launchers.local import Local
@@ -40,9 +44,13 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory):
-    """A base run of another task, on caches that are there already."""
+    """A base run of another task, on caches that are there already, beside the tokenizer that made them."""
     folder = tmp_path_factory.mktemp("prior-study")
-    return prior_runs.write_config(folder, prior_runs.write_caches(folder / "caches"))
+    tokenizer = small(quantizer={**IBQ, "num_codes": prior_runs.CODES})
+    tokenizer.save(folder / "tokenizer")
+    for split, number in (("train", prior_runs.NUM_TRAIN), ("val", prior_runs.NUM_VAL)):
+        prior_runs.write_cache(folder / "caches" / split, number, 1, tokenizer=tokenizer.fingerprint)
+    return prior_runs.write_config(folder, folder / "caches")
 
 
 def _write(base: Path, **keys) -> Path:
@@ -238,11 +246,17 @@ def test_from_nothing_to_the_page_with_one_run_that_dies(base):
 @pytest.mark.slow
 def test_a_study_of_a_prior_from_nothing_to_its_page(prior):
     place = prior.parent / "study"
-    path = _write(prior, dials=[RATE], set=["run.steps=4"])
+    hot = {"label": "hot", "set": ["optim.lr=0.01"], "sample": ["--temperature=2"]}
+    dial = {"name": "rate", "choices": [{"label": "cold", "set": ["optim.lr=0.001"]}, hot]}
+    samples = {
+        "tokenizer": str(prior.parent / "tokenizer"),
+        "options": ["--num-images=10", "--batch=5", "--device=cpu"],
+    }
+    path = _write(prior, dials=[dial], set=["run.steps=4"], samples=samples)
     done = subprocess.run(_tool(path), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = _results(place)
-    assert [line["rate"] for line in lines.values()] == ["0.001", "0.01"]
+    assert [line["rate"] for line in lines.values()] == ["cold", "hot"]
     for name, line in lines.items():
         summary = json.loads((place / "runs" / name / "summary.json").read_text())
         rows = [json.loads(row) for row in (place / "runs" / name / "metrics.jsonl").read_text().splitlines()]
@@ -251,15 +265,62 @@ def test_a_study_of_a_prior_from_nothing_to_its_page(prior):
         )
         assert float(line["training loss"]) == next(row["loss"] for row in rows[::-1] if "loss" in row)
         assert {"perplexity", "accuracy", "unigram", "tokens_per_s", "verdict"} <= {k for k, v in line.items() if v}
+        assert 300 < float(line["memory_mib"]) < 3000, "resident memory of a process with torch in it"
+        drawn = json.loads((place / "runs" / name / "samples" / "sample.json").read_text())
+        assert float(line["samples_per_s"]) == drawn["made"]["images_per_s"] > 0
+        assert drawn["settings"]["temperature"] == {"cold": 1.0, "hot": 2.0}[line["rate"]]
+        planned = costs_of(configuration.load(Run, place / "configs" / f"{name}.yaml"), 1).operations
+        trained = sum(planned[f"training: {part}"] for part in ("transformer", "head"))
+        assert float(line["training_gflop"]) == pytest.approx(trained / 1e9)
     text = (place / "index.html").read_text()
-    samples = {"recognised"}  # of what was drawn from a run, which these have not
+    assert text.count("data:image/png;base64,") == len(study_page.TASKS["prior"].figures) - 1 + 2
     for key, figure in study_page.TASKS["prior"].figures.items():
-        if key in samples:
+        if key == "recognised":  # a classifier would say it, and there is none
             continue
         assert (place / "figures" / f"{key}.png").stat().st_size > 1000
         assert html.escape(figure.caption) in text
     assert "psnr" not in text
     assert "psnr" not in done.stdout
+    # again: what is drawn stays as it is
+    stamp = (place / "runs" / "hot-seed0" / "samples" / "samples.npz").stat().st_mtime_ns
+    assert subprocess.run(_tool(path), capture_output=True, text=True, timeout=300).returncode == 0
+    assert (place / "runs" / "hot-seed0" / "samples" / "samples.npz").stat().st_mtime_ns == stamp
+
+
+def test_samples_are_drawn_anew_where_other_options_are_asked_for_and_judged_once(prior, tmp_path):
+    asked = {"tokenizer": "tokenizer", "options": ["--num-images=10"], "classifier": "judge"}
+    study, trials = _expand(_write(prior, dials=[RATE], folder=str(tmp_path / "study"), samples=asked))
+    trial, samples = trials[0], study.samples
+    assert study_samples.missing(samples, trials) == []  # no run is done
+    (trial.folder / "samples").mkdir(parents=True)
+    (trial.folder / "summary.json").write_text("{}")
+    assert study_samples.missing(samples, trials) == [trial]
+    draw, judge = study_samples.steps(samples, trial)
+    given = [str(trial.folder), "tokenizer", str(trial.folder / "samples"), "--num-images=10"]
+    assert draw == [str(ROOT / "tools" / "sample.py"), *given]
+    assert evaluate_options.parser(None).parse_args(judge[1:]).classifier == "judge"
+    done = {"state": "done", "command": words.command("sample", given)}
+    (trial.folder / "samples" / "sample.json").write_text(json.dumps(done))
+    assert list(study_samples.steps(samples, trial)) == [judge]
+    (trial.folder / "judged").mkdir()
+    (trial.folder / "judged" / "result.json").write_text("{}")
+    assert study_samples.missing(samples, trials) == []
+    other = replace(trial, sample=("--num-images=20",))
+    assert len(list(study_samples.steps(samples, other))) == 2
+
+
+def test_samples_are_of_priors_and_their_options_are_read_before_a_run_starts(base, prior, tmp_path, capsys):
+    samples, folder = {"tokenizer": "tokenizer"}, str(tmp_path / "study")
+    with pytest.raises(ValueError, match="samples are what priors draw, and its runs are of the task tokenizer"):
+        _expand(_write(base, dials=[K], samples=samples))
+    choices = [{"label": "slow", "sample": ["--temperature=2"]}]
+    with pytest.raises(ValueError, match=r"slow say how samples are drawn, .* give samples.tokenizer"):
+        _expand(_write(prior, dials=[{"name": "way", "choices": choices}]))
+    with pytest.raises(SystemExit) as left:
+        command.main([str(_write(prior, dials=[RATE], folder=folder, samples=samples | {"options": ["--guidence=2"]}))])
+    assert left.value.code == 2
+    assert "--guidence=2" in capsys.readouterr().err
+    assert not Path(folder).exists()
 
 
 @pytest.mark.slow

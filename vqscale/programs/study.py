@@ -4,6 +4,7 @@
     FOLDER/runs/NAME/     the run folders               FOLDER/logs/NAME.txt       what they printed
     FOLDER/results.csv    a line per run                FOLDER/laws.csv            a line per law that was fitted
     FOLDER/study.json     what made the numbers         FOLDER/index.html          the page, with figures/
+    FOLDER/runs/NAME/samples/, judged/                  what a prior draws (study_samples.py), and what is said of it
 
 The base run may be of any task. A study continues where it was left: runs that are done are not started again, the
 others resume from their checkpoints. The expansion is here; study_runner.py brings the runs to their end, launchers/
@@ -37,6 +38,8 @@ class ChoiceConfig:
     """its name in tables and figures"""
     set: tuple[str, ...] = ()
     """dotted.key=value, as on the command line of `vqscale train`"""
+    sample: tuple[str, ...] = ()
+    """options of `vqscale sample` for the runs of this position, after those of samples.options"""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,10 @@ class DialConfig:
         if self.values and self.choices:
             yield "choices", f"dial {self.name} has values and choices: give one of them"
 
-    def positions(self) -> list[tuple[str, tuple[str, ...]]]:
-        """(label, overrides) of each position."""
+    def positions(self) -> list[ChoiceConfig]:
         if self.choices:
-            return [(choice.label, choice.set) for choice in self.choices]
-        return [(str(value), (f"{self.key}={inline(value)}",)) for value in self.values]
+            return list(self.choices)
+        return [ChoiceConfig(str(value), (f"{self.key}={inline(value)}",)) for value in self.values]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,18 @@ class PartConfig:
     """run.seed of the repetitions; null: those of the study"""
     processes: int | None = None
     """processes of each run; null: as many as in the study"""
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """What the priors of a study draw."""
+
+    tokenizer: str
+    """the tokenizer whose ids they learn: a run, one of its checkpoints, or a saved folder"""
+    options: tuple[str, ...] = ()
+    """of `vqscale sample`, as [--num-images=500, --guidance=2]"""
+    classifier: str | None = None
+    """folder of the shapes classifier that judges samples; null: nobody does"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,8 @@ class StudyConfig:
     """processes of each run"""
     parts: tuple[PartConfig, ...] = ()
     """more runs, with other positions, seeds or processes, as a size that only some are run at"""
+    samples: SamplesConfig | None = None
+    """what each prior draws when all runs are done, one after the other on this machine; null: nothing"""
     launcher: str = "local"
     """where the runs go: local is this machine, slurm an array of jobs"""
     launcher_options: tuple[str, ...] = ()
@@ -161,6 +177,8 @@ class Trial:
     config: Run
     study_folder: Path
     processes: int
+    sample: tuple[str, ...] = ()
+    """options of `vqscale sample`"""
 
     @property
     def file(self) -> Path:
@@ -190,9 +208,9 @@ def expand(study: StudyConfig, path: Path) -> list[Trial]:
     is wrong, for all."""
     trials, problems = [], list[str]()
     combinations = ((grid, run) for grid in study.grids() for run in _combinations(grid))
-    for grid, (labels, overrides) in combinations:
+    for grid, (labels, choices) in combinations:
         try:
-            trials.append(_trial(grid, path, labels, overrides))
+            trials.append(_trial(grid, path, labels, choices))
         except ValueError as error:
             told = ", ".join(f"{dial} {label}" for dial, label in labels.items())
             problems.append(f"{path}: {_name(labels)} ({told}): {error}")
@@ -201,27 +219,45 @@ def expand(study: StudyConfig, path: Path) -> list[Trial]:
     tasks = sorted({trial.config.task for trial in trials})
     if len(tasks) > 1:
         raise ValueError(f"{path}: its runs are of the tasks {' and '.join(tasks)}: make a study of each")
+    _check_samples(study, path, tasks)
     shared = [name for name, count in Counter(trial.name for trial in trials).items() if count > 1]
     if shared:
         raise ValueError(f"{path}: several runs would be called {', '.join(shared)}: give their labels other names")
     return trials
 
 
-def _combinations(study: StudyConfig) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """(labels, overrides) of each combination of positions and seed."""
-    seeds = [(str(seed), (f"run.seed={seed}",)) for seed in study.seeds]
+def _check_samples(study: StudyConfig, path: Path, tasks: Sequence[str]) -> None:
+    asked = [choice.label for dial in study.dials for choice in dial.positions() if choice.sample]
+    if study.samples is None and asked:
+        raise ValueError(
+            f"{path}: {', '.join(asked)} say how samples are drawn, and there is no key samples, which says with "
+            "which tokenizer: give samples.tokenizer, or leave the choices' key sample out"
+        )
+    if study.samples is not None and tasks != ["prior"]:
+        raise ValueError(
+            f"{path}: samples are what priors draw, and its runs are of the task {' and '.join(tasks)}: leave the key "
+            "samples out"
+        )
+
+
+def _combinations(study: StudyConfig) -> Iterator[tuple[dict[str, str], list[ChoiceConfig]]]:
+    """(labels, choices) of each combination of positions and seed."""
+    seeds = [ChoiceConfig(str(seed), (f"run.seed={seed}",)) for seed in study.seeds]
     names = [*(dial.name for dial in study.dials), SEED]
-    for combination in itertools.product(*(dial.positions() for dial in study.dials), seeds):
-        labels = dict(zip(names, (label for label, _ in combination), strict=True))
-        yield labels, [line for _, lines in combination for line in lines]
+    for choices in itertools.product(*(dial.positions() for dial in study.dials), seeds):
+        yield dict(zip(names, (choice.label for choice in choices), strict=True)), list(choices)
 
 
-def _trial(study: StudyConfig, path: Path, labels: dict[str, str], overrides: list[str]) -> Trial:
+def _trial(study: StudyConfig, path: Path, labels: dict[str, str], choices: Sequence[ChoiceConfig]) -> Trial:
     name, place = _name(labels), Path(study.folder)
+    overrides = [line for choice in choices for line in choice.set]
     folder = f"run.folder={inline(str(place / 'runs' / name))}"
     config: Run = configuration.load(Run, path.parent / study.base, [*study.set, *overrides, folder])
     config.check_world(study.processes)
-    return Trial(name, labels, config, place, study.processes)
+    options = () if study.samples is None else study.samples.options
+    return Trial(
+        name, labels, config, place, study.processes, (*options, *(o for choice in choices for o in choice.sample))
+    )
 
 
 def _name(labels: dict[str, str]) -> str:

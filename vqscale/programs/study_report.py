@@ -12,17 +12,21 @@ import io
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vqscale import config as configuration
 from vqscale.disk import files
+from vqscale.plan import costs_of
+from vqscale.programs import study_samples
 from vqscale.programs.launchers.base import State
 from vqscale.programs.study import StudyConfig, Trial, last_row, logged_rows
 from vqscale.run import folder as run_folder
 from vqscale.run import machine
 from vqscale.show import laws, study_page
 from vqscale.show.study_page import Results
+from vqscale.train.config import Run
 
 Line = dict[str, Any]
 
@@ -54,14 +58,13 @@ def report(
 def result_line(trial: Trial, state: State | None = None) -> Line:
     """A line of results.csv: labels, status, steps, and the numbers of a run that is done.
 
-    The status of a run that is not is its launcher's; nobody's is waiting, or begun where it has steps. What `vqscale
-    evaluate samples` wrote to RUN/judged of the run's samples is among the numbers.
+    The status of a run that is not is its launcher's; nobody's is waiting, or begun where it has steps. What there is
+    of its samples (study_samples.py) is among the numbers.
     """
     line: Line = {"run": trial.name, **trial.labels, "status": "waiting"}
     summary, row = run_folder.read_json(trial.folder / "summary.json"), last_row(trial.folder)
     if summary:
-        judged = run_folder.read_json(trial.folder / "judged" / "result.json").get("numbers", {})
-        summary = {key: value for key, value in judged.items() if key != "images"} | summary | _of_the_run(trial)
+        summary = study_samples.numbers(trial) | summary | _of_the_run(trial)
         line |= {"status": "done"} | study_page.result(study_page.TASKS[trial.config.task], summary, row)
     elif state is not None:
         line |= {"status": state.status, "steps": row.get("step", 0)}
@@ -73,8 +76,8 @@ def result_line(trial: Trial, state: State | None = None) -> Line:
 
 def _of_the_run(trial: Trial) -> Line:
     """What the config and the log say and the summary does not: how many ids a token of a tokenizer has, where that is
-    one, and process_s, the seconds of a step times the processes, a median over the logged steps of the second half
-    (warm-ups are over there)."""
+    one; the operations of an image, as the plan counts them; and process_s, the seconds of a step times the processes,
+    a median over the logged steps of the second half (warm-ups are over there)."""
     tokenizer = getattr(trial.config, "tokenizer", None)
     said: Line = {"ids_per_token": 1} if getattr(getattr(tokenizer, "quantizer", None), "composes", False) else {}
     seconds = [
@@ -82,7 +85,19 @@ def _of_the_run(trial: Trial) -> Line:
         for row in logged_rows(trial.folder)
         if "time/step_s" in row and 2 * row["step"] > trial.config.run.steps
     ]
+    said |= _operations(trial.folder, trial.processes)
     return said | ({"process_s": trial.processes * statistics.median(seconds)} if seconds else {})
+
+
+@cache
+def _operations(folder: Path, processes: int) -> Line:
+    """GFLOP of an image of a run that is done, in training and in sampling with the settings at their default."""
+    if not (folder / "run.yaml").exists():
+        return {}
+    config: Run = configuration.load(Run, folder / "run.yaml", written=True)
+    counted = costs_of(config, processes).operations
+    sums = {kind: sum(n for name, n in counted.items() if name.startswith(kind)) for kind in ("training", "sampling")}
+    return {f"{kind}_gflop": n / 1e9 for kind, n in sums.items() if n}
 
 
 def _card(study: StudyConfig, trials: Sequence[Trial], lines: Sequence[Line], command: str) -> Line:

@@ -1,4 +1,5 @@
-"""Brings the runs of a study to their end with a launcher, and writes what there is of results as they come in."""
+"""Brings the runs of a study to their end with a launcher, draws their samples where it asks for some, and writes what
+there is of results as they come in."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from vqscale.programs import study_samples
 from vqscale.programs.launchers.base import Launcher, State
 from vqscale.programs.study import StudyConfig, Trial
 from vqscale.programs.study_report import report
@@ -25,13 +27,18 @@ class Runner:
         self.study, self.trials, self.launcher, self.command = study, trials, launcher, command
         self.states: dict[str, State] = {}
         self.stopping = False
+        self.undrawn: list[str] = []
+        """runs whose samples could not be drawn or judged"""
+        self._drawing = None if study.samples is None else study_samples.Drawing(study.samples)
 
     @property
     def failed(self) -> list[str]:
-        return [name for name, state in self.states.items() if state.status == "failed"]
+        return [*(name for name, state in self.states.items() if state.status == "failed"), *self.undrawn]
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
+        if self._drawing is not None:
+            self._drawing.stop()
 
     def run(self) -> Results:
         """Start, wait if it is for us to wait, and report."""
@@ -44,7 +51,25 @@ class Runner:
             self._stay()
         else:
             self.states = self.launcher.poll()
+        if not any(state.active for state in self.states.values()):
+            self.draw()
         return report(self.study, self.trials, self.states, self.command)
+
+    def draw(self) -> None:
+        """Draw and judge what is missing of the samples of runs that are done, one after the other."""
+        drawing = self._drawing
+        left = study_samples.missing(drawing.samples, self.trials) if drawing is not None else []
+        if drawing is None or self.stopping or not left:
+            return
+        for trial in (bar := tqdm(left, unit="run", desc="samples", dynamic_ncols=True)):
+            if self.stopping:
+                return
+            bar.set_postfix_str(trial.name)
+            why = drawing.draw(trial)
+            if why and not self.stopping:
+                tqdm.write(f"samples of {trial.name} failed: {why}")
+                self.undrawn.append(trial.name)
+            report(self.study, self.trials, self.states, self.command)
 
     def _stay(self) -> None:
         steps = sum(trial.config.run.steps for trial in self.trials)

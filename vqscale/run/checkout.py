@@ -24,3 +24,10 @@ def config(name: str) -> Path:
             "installed package: give the path of a CONFIG"
         )
     return root / "configs" / name
+
+
+def program(name: str) -> list[str]:
+    """What python is given to start a program: its file of the checkout, or else a name of the installed package."""
+    root = checkout()
+    room = "launch" if name == "train" else "tools"
+    return ["-m", "vqscale", name] if root is None else [str(root / room / f"{name}.py")]

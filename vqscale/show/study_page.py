@@ -101,7 +101,7 @@ TASKS = {
         columns={
             "num_codes": "{:,.0f}", "usage": "{:.1%}", "ceiling": "{:.1%}", "perplexity": "{:,.0f}", "psnr": "{:.2f}",
             "ssim": "{:.3f}", "bits": "{:.2f}", "loss": "{:.4f}", "reconstruction": "{:.4f}", "images_per_s": "{:.0f}",
-            "process_s": "{:.3f}", "code_axis_share": "{:.0%}",
+            "memory_mib": "{:,.0f}", "process_s": "{:.3f}", "code_axis_share": "{:.0%}",
         },
         figures={
             "usage": Figure("usage: share of codes that held-out images use", beside="ceiling"),
@@ -134,19 +134,23 @@ TASKS = {
         columns={
             "num_codes": "{:,.0f}", "loss": "{:.4f}", "perplexity": "{:,.1f}", "accuracy": "{:.1%}",
             "unigram": "{:.4f}", "recognised": "{:.1%}", "recognised_real": "{:.1%}", "shapes_distance": "{:.3f}",
-            "shapes_distance_real": "{:.3f}", "training loss": "{:.4f}", "images_per_s": "{:.0f}",
-            "process_s": "{:.3f}", "code_axis_share": "{:.0%}",
+            "shapes_distance_real": "{:.3f}", "training loss": "{:.4f}", "training_gflop": "{:.3f}",
+            "sampling_gflop": "{:.3f}", "samples_per_s": "{:.1f}", "images_per_s": "{:.0f}",
+            "memory_mib": "{:,.0f}", "process_s": "{:.3f}", "code_axis_share": "{:.0%}",
         },
         figures={
             "loss": Figure("loss on held-out ids, nats per id", from_zero=False),
             "perplexity": Figure("perplexity on held-out ids", log=True),
             "accuracy": Figure("share of held-out ids that were the most probable"),
             "recognised": Figure("share of samples that the shapes classifier recognises as their class"),
+            "samples_per_s": Figure("samples per second, drawn by one run after the other"),
             "images_per_s": Figure("images per second in training"),
             "process_s": COST,
         },
         verdict=_of_ids,
         logged={"loss": "training loss"},
+        pictures="samples/grid.png",
+        about_pictures="Samples, a row for each class",
         laws=(Law("loss", "power"), Law("perplexity", "power"), Law("process_s", "linear")),
     ),
 }  # fmt: skip

@@ -27,6 +27,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.beginning import Fit
+from vqscale.run import machine
 from vqscale.run.folder import RunError, StopRequest, read_json
 from vqscale.run.profile import Trace
 from vqscale.seed import derive
@@ -75,6 +76,14 @@ class Watch:
         share = statistics.median(self.shares) if self.shares else float("nan")
         rate = self.steps * batch / self.seconds
         return {"images_per_s": rate, "code_axis_share": share, "data_wait": self.waited / self.seconds}
+
+
+def peak_mib(mesh: Mesh) -> float:
+    """The most memory that a process has had at once in this start, of its GPU where it has one, or else of the
+    machine; of all ranks the greatest. Collective."""
+    cuda = mesh.device.type == "cuda"
+    here = torch.cuda.max_memory_allocated(mesh.device) if cuda else machine.peak_bytes()
+    return ops.max_over(torch.tensor([here / 2**20], dtype=torch.float64, device=mesh.device), mesh.world).item()
 
 
 def seed_step(seed: int, step: int, mesh: Mesh) -> None:

@@ -225,7 +225,12 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | No
     summary: dict[str, Any] = {"num_codes": prior.num_codes, **scores, **watch.summary(batch_size)}
     if "images_per_s" in summary:
         summary["tokens_per_s"] = summary["images_per_s"] * config.prior.num_tokens
-    summary |= {"steps": done.step, "processes": mesh.world.size, "prior": config.prior.name}
+    summary |= {
+        "memory_mib": loop.peak_mib(mesh),
+        "steps": done.step,
+        "processes": mesh.world.size,
+        "prior": config.prior.name,
+    }
     summary |= {"bound": True} if config.prior.bound else {}  # of loss, perplexity
     folder.write_summary(place, summary, mesh)
     return loop.close(batches, trace, board, progress, summary)

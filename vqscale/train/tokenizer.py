@@ -195,7 +195,12 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
             scores = evaluate(engine, tokenizer, held_out, mesh, most=0, board=board, step=done.step)
     summary: dict[str, Any] = {"num_codes": quantizer.num_codes, **scores, **watch.summary(config.data.batch)}
     summary |= dict(zip(("codes_begin", "codes_landed"), quantizer.beginning, strict=True))
-    summary |= {"steps": done.step, "processes": mesh.world.size, "quantizer": config.tokenizer.quantizer.name}
+    summary |= {
+        "memory_mib": loop.peak_mib(mesh),
+        "steps": done.step,
+        "processes": mesh.world.size,
+        "quantizer": config.tokenizer.quantizer.name,
+    }
     folder.write_summary(place, summary, mesh)
     return loop.close(batches, trace, board, progress, summary)
 

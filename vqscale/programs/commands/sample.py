@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """As drawing.arguments."""
-    return drawing.arguments(_parser(), given, _problems)
+    return drawing.arguments(parser(), given, _problems)
 
 
 def _sample(args: argparse.Namespace, command: str) -> int:
@@ -128,12 +128,12 @@ def _request(args: argparse.Namespace, classes: tuple[int, ...], how: SampleConf
     return SampleRequest(num_images, classes, how, args.seed, args.batch, args.resize)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = drawing.parser(__doc__, "folder of the samples: new, or begun by the same command")
-    number = parser.add_mutually_exclusive_group()
+def parser() -> argparse.ArgumentParser:
+    out = drawing.parser(__doc__, "folder of the samples: new, or begun by the same command")
+    number = out.add_mutually_exclusive_group()
     number.add_argument("--num-images", type=int, default=100, help="images in all (default: 100)")
     number.add_argument("--per-class", type=int, help="images of every class, instead of --num-images")
-    known = parser.add_argument_group("known ids, of which a region is drawn anew (masked priors)")
+    known = out.add_argument_group("known ids, of which a region is drawn anew (masked priors)")
     add: Any = known.add_argument
     sources = "a token cache, a folder of samples, or a picture: image i has the ids (and the class, unless --classes "
     sources += "says another) of number i mod how many there are"
@@ -141,5 +141,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--draw-rows", metavar="ROWS", help="rows of ids that are drawn, such as 4-11 (default: all)")
     add("--draw-columns", metavar="COLUMNS", help="and columns (default: all); what lies in both is drawn")
     overwrite = "throw away what is in OUT if it is not the same samples"
-    parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    return parser
+    out.add_argument("--overwrite", action="store_true", help=overwrite)
+    return out

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from vqscale.programs.launchers.base import Launcher, State, argument, last_words
 from vqscale.programs.study import StudyConfig, Trial
-from vqscale.run.checkout import checkout
+from vqscale.run.checkout import program
 from vqscale.run.folder import EXIT_STOPPED
 
 
@@ -74,16 +74,10 @@ class Local(Launcher):
 
     def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
         many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={trial.processes}"]
-        command = [*(many if trial.processes > 1 else []), *_program(), argument(trial.file)]
+        command = [*(many if trial.processes > 1 else []), *program("train"), argument(trial.file)]
         threads = max(1, (os.cpu_count() or 1) // max(self.places, trial.processes))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with trial.log.open("a") as log:  # in a group of its own: Ctrl-C is for this process, which lets the run save
             return subprocess.Popen(
                 [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
             )
-
-
-def _program() -> list[str]:
-    """The training program: of the checkout, or of an installed package, which has no launch/."""
-    root = checkout()
-    return ["-m", "vqscale", "train"] if root is None else [str(root / "launch" / "train.py")]
