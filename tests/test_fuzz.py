@@ -19,7 +19,7 @@ import pytest
 from tests.lib import shown
 from vqscale import config as configuration
 from vqscale.plan import costs_of
-from vqscale.programs.study import StudyConfig
+from vqscale.programs.study_config import StudyConfig
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[1]

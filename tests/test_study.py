@@ -30,7 +30,7 @@ from vqscale.programs.commands import evaluate_options, words
 from vqscale.programs.commands import study as command
 from vqscale.programs.launchers import Launcher, State
 from vqscale.programs.launchers.local import Local
-from vqscale.programs.study import StudyConfig
+from vqscale.programs.study_config import StudyConfig
 from vqscale.show import page, study_page
 from vqscale.show.study_page import Results
 from vqscale.train.config import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vqscale import config as configuration
 from vqscale.programs.commands import COMMANDS
-from vqscale.programs.study import StudyConfig
+from vqscale.programs.study_config import StudyConfig
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,8 @@ from vqscale.disk import files
 from vqscale.plan import costs_of
 from vqscale.programs import study_samples
 from vqscale.programs.launchers.base import State
-from vqscale.programs.study import StudyConfig, Trial, last_row, logged_rows
+from vqscale.programs.study import Trial, last_row, logged_rows
+from vqscale.programs.study_config import StudyConfig
 from vqscale.run import folder as run_folder
 from vqscale.run import machine
 from vqscale.show import laws, study_page

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from vqscale.programs import study_samples
 from vqscale.programs.launchers.base import Launcher, State
-from vqscale.programs.study import StudyConfig, Trial
+from vqscale.programs.study import Trial
+from vqscale.programs.study_config import StudyConfig
 from vqscale.programs.study_report import report
 from vqscale.show.study_page import Results
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from vqscale.programs.commands.words import command
 from vqscale.programs.launchers.base import last_words
-from vqscale.programs.study import SamplesConfig, Trial
+from vqscale.programs.study import Trial
+from vqscale.programs.study_config import SamplesConfig
 from vqscale.run import checkout
 from vqscale.run import folder as run_folder
 

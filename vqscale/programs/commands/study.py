@@ -31,7 +31,8 @@ from vqscale.programs import launchers, study_samples
 from vqscale.programs import study as studies
 from vqscale.programs.commands import sample, words
 from vqscale.programs.launchers import Launcher
-from vqscale.programs.study import StudyConfig, Trial
+from vqscale.programs.study import Trial
+from vqscale.programs.study_config import StudyConfig
 from vqscale.programs.study_report import report
 from vqscale.programs.study_runner import Runner
 from vqscale.run import folder as run_folder

@@ -10,7 +10,8 @@ from vqscale.errors import ExplainedError
 from vqscale.programs.launchers.base import Launcher, State
 from vqscale.programs.launchers.local import Local
 from vqscale.programs.launchers.slurm import Slurm
-from vqscale.programs.study import StudyConfig, Trial
+from vqscale.programs.study import Trial
+from vqscale.programs.study_config import StudyConfig
 
 LAUNCHERS: dict[str, type[Launcher]] = {"local": Local, "slurm": Slurm}
 

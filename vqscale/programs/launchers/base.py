@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vqscale.programs.study import StudyConfig, Trial
+from vqscale.programs.study import Trial
+from vqscale.programs.study_config import StudyConfig
 
 Status = Literal["waiting", "running", "failed", "stopped"]
 

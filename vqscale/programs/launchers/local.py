@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from vqscale.programs.launchers.base import Launcher, State, argument, last_words
-from vqscale.programs.study import StudyConfig, Trial
+from vqscale.programs.study import Trial
+from vqscale.programs.study_config import StudyConfig
 from vqscale.run.checkout import program
 from vqscale.run.folder import EXIT_STOPPED
 
