@@ -127,6 +127,7 @@ def make(
     accumulation=1,
     clip=0.5,
     precision="fp32",
+    communication=None,
     max_skipped=3,
     dtype=torch.float32,
     decays=DECAYS,
@@ -138,6 +139,7 @@ def make(
         accumulation=accumulation,
         clip_norm=clip,
         precision=precision,
+        communication=communication,
         max_skipped=max_skipped,
     )
     rows = nn.Parameter(whole_rows()[start:stop].to(dtype, copy=True))

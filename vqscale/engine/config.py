@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from vqscale.config import Free
+from vqscale.config import Before, Free
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class EngineConfig:
     """what DeepSpeed splits over the processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the forward pass (autocast); parameters and moments are fp32 in both"""
+    communication: Free[Annotated[Literal["fp32", "bf16"] | None, Before("fp32")]] = None
+    """of messages about the replicated parameters; null: as precision. bf16 halves them: gradients are rounded to it,
+    and so are their sums; parameters are where autocast rounds them at every use, which changes nothing"""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision while a run trains, but for the search, logits and softmaxes over codes, which
     stay float32; on a GPU high is TF32, and medium fuses the softmax over codes in bf16; on a CPU with bfloat16
@@ -36,7 +39,18 @@ class EngineConfig:
     timeout_s: Free[float] = 600.0
     """how long a process waits for the others before it calls them lost"""
 
+    @property
+    def sends_bf16(self) -> bool:
+        """Whether messages about the replicated parameters are in bfloat16."""
+        return (self.communication or self.precision) == "bf16"
+
     def problems(self) -> Iterable[tuple[str, str]]:
+        if self.communication == "bf16" and self.precision != "bf16":
+            yield (
+                "communication",
+                "communication bf16 sends parameters as autocast rounds them, and with precision fp32 there is none: "
+                "use precision bf16, or communication fp32",
+            )
         if self.accumulation < 1:
             yield "accumulation", f"a step needs at least 1 micro-batch, not {self.accumulation}: use 1 or more"
         if self.clip_norm < 0:

@@ -4,10 +4,10 @@
     replicated          of its own loss                           their mean over the world
     rows (K split)      of the losses of its code group, summed   their sum over the data axis / (M x replicas)
 
-so that a fixed global batch gives the same step on any mesh. One norm over both kinds, every parameter counted once,
-clips both. A step whose gradients are not finite anywhere is skipped everywhere. The replicated part is DeepSpeed's
-(zero.py) or the plain twin's (replicated.py); all of this file is the same for both. Not here: what is trained, in
-which order, and when to save.
+so that a fixed global batch gives the same step on any mesh. With `communication: bf16` the first row is sent rounded,
+and held in float32. One norm over both kinds, every parameter counted once, clips both. A step whose gradients are not
+finite anywhere is skipped everywhere. The replicated part is DeepSpeed's (zero.py) or the plain twin's (replicated.py);
+all of this file is the same for both. Not here: what is trained, in which order, and when to save.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Replicated:
     divided = False
 
     def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
-        self._module, self._mesh = module, mesh
+        self._module, self._mesh, self._low = module, mesh, config.sends_bf16
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._adam = optimisers.build(module, optim) if self._parameters else None
         if self._adam is not None:
@@ -42,7 +42,8 @@ class Replicated:
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
-        """All gradients, averaged over the world in one flat buffer per dtype; zeros where there were none."""
+        """All gradients, averaged over the world in one flat buffer per dtype; zeros where there were none. In bfloat16
+        every rank rounds its own, and each sum is rounded."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
         for p in self._parameters.values():
             if p.grad is None:
@@ -50,7 +51,8 @@ class Replicated:
             by_dtype[p.dtype].append(p)
         for members in by_dtype.values() if self._mesh.world.size > 1 else ():
             flat = torch.cat([p.grad.flatten() for p in members if p.grad is not None])
-            flat = ops.sum_over(flat, self._mesh.world).div_(self._mesh.world.size)
+            sent = flat.bfloat16() if self._low else flat
+            flat = ops.sum_over(sent, self._mesh.world).div_(self._mesh.world.size).to(flat.dtype)
             for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
                 p.grad = part.view_as(p)
         return [p.grad for p in self._parameters.values() if p.grad is not None]

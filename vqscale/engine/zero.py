@@ -4,16 +4,22 @@ DeepSpeed averages gradients in its backward pass and holds the part of this ran
 norm, scales them, and lets DeepSpeed step. Its own clipping, schedules, loss scaling and checkpoints stay off: clipping
 at stage 0 uses the mean of local norms, a stage 0 step takes NaN gradients, and its checkpoints are for one world size.
 
+With `communication: bf16` DeepSpeed still holds float32, and the module computes under autocast (rounded.py): gradients
+are reduced in bfloat16 (communication_data_type), and parameters come rounded. At stage 3 DeepSpeed casts the shares
+that it gathers, at stages 1 and 2 `_gather` stands in for its gather after a step: then a rank has its own part of the
+unrounded parameters in what the optimiser steps, and nowhere else.
+
 Private names of DeepSpeed 0.19 that are used here, each at one place: averaged_gradients (stages 1 to 3, between
-backward and step), fp32_partitioned_groups_flat and persistent_parameters (stage 3), _hp_mapping and
-_lazy_init_hp_params_optimizer_state (stages 1 and 2).
+backward and step), fp32_partitioned_groups_flat, persistent_parameters and comm_dtype (stage 3), _hp_mapping,
+_lazy_init_hp_params_optimizer_state, update_lp_params and all_gather_dp_groups (stages 1 and 2).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +29,7 @@ from vqscale.disk.held import Held, shared
 from vqscale.engine import optimisers
 from vqscale.engine.config import EngineConfig, OptimConfig
 from vqscale.engine.replicated import held_whole
+from vqscale.engine.rounded import rounded
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh, world_group
 
@@ -30,12 +37,14 @@ LARGEST_BUCKET = 50_000_000
 _joined: Any = None  # the process group that DeepSpeed was last started in
 
 
-def settings(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
+def settings(config: EngineConfig, num_parameters: int, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's dictionary. A misspelt key at its top level passes silently, so nothing else writes it."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage in (1, 2):
         # Buckets are allocated whole (2 GB by default); the norm is engine.py's.
         zero |= {"reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_parameters)), "compute_grad_norm": False}
+        # Reduced on a stream beside the backward pass, as at stage 3 by default; a CPU has no streams.
+        zero |= {"overlap_comm": mesh.device.type != "cpu"}
     if config.zero_stage == 3:
         # It would replace torch.nn.functional.linear in the whole process, for every other network in it too.
         zero |= {"memory_efficient_linear": False}
@@ -46,6 +55,7 @@ def settings(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
+        **({"communication_data_type": "bf16"} if config.sends_bf16 and mesh.world.size > 1 else {}),
     }
 
 
@@ -87,14 +97,17 @@ class Zero:
     Forward goes through the module itself at all stages: the hooks that stage 3 needs are on the modules, while those
     of DeepSpeed's forward, on its outputs, would take torch.autograd.grad for a backward pass. At stage 3 a module that
     owns parameters of more than 100,000 elements directly must return tensors, tuples or dicts: DeepSpeed does not
-    look into dataclasses for what to fetch before the backward pass, which then fails at once. Stages 2 and 3 pair the
-    gradients of the ranks by the order in which backward makes them, so every rank must build the same graph.
+    look into dataclasses for what to fetch before the backward pass, which then fails at once. Stages 2 and 3, and 1 on
+    a GPU, pair the gradients of the ranks by the order in which backward makes them, so every rank must build the same
+    graph.
     """
 
     def __init__(self, module: nn.Module, config: EngineConfig, optim: OptimConfig, mesh: Mesh) -> None:
         self._module, self._stage, self._world = module, config.zero_stage, mesh.world
         self.whole = config.zero_stage == 0
-        self.divided = config.zero_stage == 3 and mesh.world.size > 1
+        low = config.sends_bf16 and mesh.world.size > 1
+        self._parted = low and config.zero_stage in (1, 2)  # and the module has the parameters rounded
+        self.divided = self._parted or (config.zero_stage == 3 and mesh.world.size > 1)
         self._every = dict(module.named_parameters())
         self._parameters = {name: p for name, p in self._every.items() if p.requires_grad}
         if not self._parameters:
@@ -103,9 +116,14 @@ class Zero:
             )
         self._deepspeed = _import(mesh.device)
         self._adam = optimisers.build(module, optim)
+        low_ids = {id(p) for p in rounded(module)} if low else set()
+        self._low_groups = _split(self._adam, low_ids) if self._parted else []
+        for p in self._parameters.values() if self._stage == 3 else ():
+            if id(p) in low_ids:
+                p.comm_dtype = torch.bfloat16  # type: ignore[attr-defined]
         numel = sum(p.numel() for p in self._parameters.values())
         self._engine, *_ = self._deepspeed.initialize(
-            model=module, optimizer=self._adam, config=settings(config, numel), dist_init_required=False
+            model=module, optimizer=self._adam, config=settings(config, numel, mesh), dist_init_required=False
         )
         self._prepare()
 
@@ -145,20 +163,47 @@ class Zero:
                 gradient.zero_()
         self._adam.idle = skip
         self._adam.set_rates(lr, decay_share)
-        self._engine.step()
+        with self._gathering():
+            self._engine.step()
         self._adam.idle = False
         if self._stage == 3:
             # Its buffers live on: a parameter without a gradient in the next step would step with this one's.
             for gradient in gradients:
                 gradient.zero_()
 
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """Inside, DeepSpeed's gather of the parameters after a step is `_gather`, where these are to be rounded."""
+        if not self._parted:
+            yield
+            return
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        usual = stage_1_and_2.all_gather_dp_groups
+        stage_1_and_2.all_gather_dp_groups = self._gather
+        try:
+            yield
+        finally:
+            stage_1_and_2.all_gather_dp_groups = usual
+
+    @torch.no_grad()
+    def _gather(self, *, partitioned_param_groups: list[list[Tensor]], **others: Any) -> None:
+        """Every flat group from the parts of all ranks: in bfloat16 where autocast rounds it, a bucket at a time."""
+        for parts, low in zip(partitioned_param_groups, self._low_groups, strict=True):
+            for pieces in zip(*(part.split(max(1, LARGEST_BUCKET // len(parts))) for part in parts), strict=True):
+                mine = pieces[self._world.rank]
+                sent = ops.gather(mine.bfloat16() if low else mine, self._world)
+                for piece, values in zip(pieces, sent.split(len(mine)), strict=True):
+                    piece.copy_(values)
+
     def held(self) -> dict[str, Held]:
-        """See replicated.py. Of moments a rank holds its part alone, and at stage 3 of parameters too."""
+        """See replicated.py. Of moments a rank holds its part alone, and of parameters too where they are `divided`."""
         if self._stage == 0:
             return held_whole(self._module, self._parameters, self._adam)
         out = {}
         for name, p in self._every.items():
-            out[f"parameter/{name}"] = self.held_part(name, self._share(p)) if self._stage == 3 else shared(p)
+            whole = self._stage < 3 and (name not in self._parameters or not self._parted)
+            out[f"parameter/{name}"] = shared(p) if whole else self.held_part(name, self._part(p))
         for name, p in self._parameters.items():
             for key in optimisers.MOMENTS:
                 out[f"{key}/{name}"] = self._moment(name, p, key)
@@ -167,14 +212,13 @@ class Zero:
     def _moment(self, name: str, p: Any, key: str) -> Held:
         if self._stage == 3:
             return self.held_part(name, self._deepspeed.utils.safe_get_local_optimizer_state(p, key))
+        nothing = p.detach().view(-1)[:0]  # where all of it is in the parts of other ranks
         mapping = p._hp_mapping
-        if mapping is None:  # all of it is in the parts of other ranks
-            return Held(p.detach().view(-1)[:0], 0, tuple(p.shape))
-        return Held(mapping.get_optim_state_fragment(key), mapping.lp_fragment_address.start, tuple(p.shape))
+        return Held(mapping.get_optim_state_fragment(key) if mapping else nothing, _start(p), tuple(p.shape))
 
     @torch.no_grad()
     def loaded(self, steps: int) -> None:
-        """The parameters were filled; their copies that DeepSpeed steps, and those that it keeps whole, follow."""
+        """What `held` gave was filled; copies that DeepSpeed steps, and what it and the module keep whole, follow."""
         self._adam.set_steps(steps)
         if self._stage == 3:
             for p in self._parameters.values():
@@ -183,6 +227,9 @@ class Zero:
             if kept:
                 kept[0].partition(kept)
                 kept[0].all_gather(kept)
+        elif self._parted:
+            with self._gathering():
+                self._engine.optimizer.update_lp_params()
         elif self._stage > 0:
             each: Any
             for each in self._parameters.values():
@@ -193,7 +240,15 @@ class Zero:
 
     def parts(self) -> dict[str, Tensor]:
         """See replicated.py. At stage 3 a part is a share of the flattened parameter, the last padded with zeros."""
-        return {name: p.detach() if self._stage < 3 else self._share(p) for name, p in self._parameters.items()}
+        return {name: self._part(p) for name, p in self._parameters.items()}
+
+    def _part(self, p: Any) -> Tensor:
+        if self._stage == 3:
+            return self._share(p)
+        if not self._parted:
+            out: Tensor = p.detach()
+            return out
+        return p._hp_mapping.hp_fragment.detach() if p._hp_mapping else p.detach().view(-1)[:0]
 
     def _share(self, p: Any) -> Tensor:
         """This rank's share of a parameter, as it lies there. Its padding is whatever memory held: it is cleared."""
@@ -202,15 +257,19 @@ class Zero:
         return share
 
     def join(self, name: str, part: Tensor) -> Tensor:
+        p: Any = self._parameters[name]
+        if self._parted:
+            whole = torch.zeros_like(p).view(-1)
+            whole[_start(p) : _start(p) + len(part)] = part
+            return ops.sum_over(whole, self._world).view(p.shape)
         if self._stage < 3:
             return part
-        p: Any = self._parameters[name]
         return ops.gather(part, self._world)[: p.ds_numel].view(p.ds_shape)
 
     def held_part(self, name: str, part: Tensor) -> Held:
         p: Any = self._every[name]
         if self._stage < 3:
-            return shared(part)
+            return Held(part, _start(p), tuple(p.shape)) if self._parted else shared(part)
         start = self._world.rank * len(part)
         return Held(part[: max(0, p.ds_numel - start)], start, tuple(p.ds_shape))
 
@@ -219,3 +278,20 @@ class Zero:
         p = self._parameters[name]
         with nullcontext() if self._stage < 3 else self._deepspeed.zero.GatheredParameters([p], modifier_rank=0):
             p.copy_(tensor)
+
+
+def _split(adam: optimisers.AdamW, low_ids: Collection[int]) -> list[bool]:
+    """Make the groups of the optimiser such that each is sent in one precision; whether that is bfloat16."""
+    split = [
+        (group | {"params": members}, low)
+        for group in adam.param_groups
+        for low in (False, True)
+        if (members := [p for p in group["params"] if (id(p) in low_ids) == low])
+    ]
+    adam.param_groups[:] = [group for group, _ in split]
+    return [low for _, low in split]
+
+
+def _start(p: Any) -> int:
+    """Where this rank's part of a parameter begins, at stages 1 and 2."""
+    return p._hp_mapping.lp_fragment_address.start if p._hp_mapping else 0

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from vqscale.engine.optimisers import muon_matrices
+from vqscale.engine.rounded import num_rounded
 from vqscale.nets import discriminators
 from vqscale.nets.lpips import LPIPS
 from vqscale.plan.activations import activation_bytes
-from vqscale.plan.cost import split_bytes
+from vqscale.plan.cost import averaged, split_bytes
+from vqscale.plan.traffic import network_bytes
 from vqscale.train.config import TokenizerRun
 
 
@@ -46,7 +48,9 @@ def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: i
             found.memory[f"activations of the discriminator, {images} images twice"] = 2 * activation_bytes(
                 net, samples
             )
-            found.sent["data axis and ZeRO: gradients of the discriminator"] = 8 * params * (world - 1) // world
+            found.sent["data axis and ZeRO: gradients, parameters of the discriminator"] = network_bytes(
+                params, num_rounded(net, config.engine), config.engine, world
+            )
         if config.loss.perceptual is not None:
             lpips = LPIPS()
             found.parameters["LPIPS (frozen)"] = _count(lpips.parameters())
@@ -56,8 +60,7 @@ def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: i
     if config.engine.precision == "bf16":
         found.memory = {name: x // 2 if name.startswith("activations") else x for name, x in found.memory.items()}
     if config.average.decay:
-        here = -(-dense // world) if stage >= 3 else dense
-        found.memory["average of the weights"] = 4 * (here + rows)
+        found.memory["average of the weights"] = 4 * (averaged(config.engine, dense, world) + rows)
     return found
 
 

@@ -12,6 +12,7 @@ from math import log
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
+from vqscale.engine.config import EngineConfig
 from vqscale.plan.machines import Machine
 from vqscale.plan.traffic import Grid, Work, candidates, messages, revival, rows, sent
 
@@ -35,6 +36,12 @@ def split_bytes(parameters: int, stage: int, world: int, muon: int = 0, frozen: 
     gradients = part if stage >= 2 else learned
     weights = -(-parameters // world) if stage >= 3 else parameters
     return 4 * (weights + gradients + 2 * moments - muon)
+
+
+def averaged(engine: EngineConfig, parameters: int, world: int) -> int:
+    """Of how many parameters a rank keeps the average: its own where the unrounded ones are divided, or all."""
+    divided = engine.name == "deepspeed" and (engine.zero_stage == 3 or (engine.zero_stage > 0 and engine.sends_bf16))
+    return -(-parameters // world) if divided else parameters
 
 
 def memory(work: Work, grid: Grid) -> dict[str, int]:

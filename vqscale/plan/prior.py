@@ -16,12 +16,14 @@ from vqscale import priors
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import set_aside
 from vqscale.engine.optimisers import muon_matrices
+from vqscale.engine.rounded import num_rounded
 from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.transformer import Transformer, rotary
 from vqscale.plan.activations import activation_bytes
-from vqscale.plan.cost import split_bytes
+from vqscale.plan.cost import averaged, split_bytes
 from vqscale.plan.count import KernelCounter
 from vqscale.plan.tokenizer import MIB, Costs, planned_mesh
+from vqscale.plan.traffic import network_bytes
 from vqscale.priors.base import Prior
 from vqscale.train.config.prior import PriorRun
 from vqscale.train.frozen import freeze
@@ -47,7 +49,8 @@ def plan(config: PriorRun, world: int) -> Costs:
     engine = config.engine.name if config.engine.name == "torch" else f"deepspeed, stage {stage}"
     held = [table.rows.numel() * FP32 * (4 if table.rows.requires_grad else 1) for table in tables.values()]
     learned = sum(table.rows.numel() for table in tables.values() if table.rows.requires_grad)
-    average = FP32 * (learned + (-(-(dense - still) // world) if stage == 3 else dense - still))
+    low = num_rounded(prior, config.engine)
+    average = FP32 * (learned + averaged(config.engine, dense - still, world))
     widths = [net.width for net in config.prior.transformers.values()]
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
@@ -63,7 +66,7 @@ def plan(config: PriorRun, world: int) -> Costs:
             "blocks of the scan": config.prior.head.scan_mib * MIB,
         },
         {
-            "gradients of the replicated part": _ring(2, world, (dense - still) * FP32),
+            "gradients and parameters of the replicated part": network_bytes(dense - still, low, config.engine, world),
             "gradients of the rows (data axis)": _ring(2, data, learned * FP32),
             "tokens of the head (code axis)": config.engine.accumulation
             * (sum(_head_bytes(tokens, width, codes, tables) for width in widths) // max(1, len(widths))),

@@ -21,13 +21,14 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table, set_aside
 from vqscale.config import to_dict
 from vqscale.engine.optimisers import muon_matrices
+from vqscale.engine.rounded import num_rounded
 from vqscale.nets.config import NetConfig, example, grid
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.auxiliary import auxiliary
 from vqscale.plan.cost import split_bytes
 from vqscale.plan.count import CodeAxis, Network, code_axis, network
-from vqscale.plan.traffic import KNOWN, Grid, Work, messages, revival, sent
+from vqscale.plan.traffic import KNOWN, Grid, Work, engine_terms, messages, network_bytes, revival, sent
 from vqscale.quantizers.config.tables import EMAConfig, IBQConfig, VQConfig
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import TokenizerRun
@@ -95,7 +96,8 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     dense, still = sum(parameters.values()), _still(tokenizer)
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
-    step = replace(work(config, images, tokens, dim, dense - still), muon=_muon(tokenizer, config))
+    low = num_rounded(tokenizer, config.engine)
+    step = replace(work(config, images, tokens, dim, dense - still), muon=_muon(tokenizer, config), rounded=low)
     others = auxiliary(config, images, world, dense, _learned(tables))
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
@@ -108,7 +110,7 @@ def plan(config: TokenizerRun, world: int) -> Costs:
             "blocks of the scan": getattr(config.tokenizer.quantizer, "scan_mib", 0) * MIB,
             **others.memory,
         },
-        _sent(step, Grid(data, codes), _learned(tables), parameters["codebook"] > 0) | others.sent,
+        _sent(step, config, Grid(data, codes), _learned(tables), parameters["codebook"] > 0) | others.sent,
     )
 
 
@@ -121,10 +123,8 @@ def work(config: TokenizerRun, images: int, tokens: int, dim: int, parameters: i
         tokens=tokens,
         quantizer=quantizer.name,
         entropy=bool(getattr(quantizer, "entropy_weight", 0)),
-        accumulation=engine.accumulation,
         parameters=parameters,
-        engine=engine.name,
-        zero_stage=engine.zero_stage,
+        **engine_terms(engine),
         scan_mib=getattr(quantizer, "scan_mib", 0),
         revive_every=getattr(quantizer, "revive_every", 0),
         revive_most=getattr(quantizer, "revive_most", None),
@@ -163,23 +163,24 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
         beside=sum(others.values()) - graphs,
         averaged=config.average.decay > 0,
         muon=_muon(tokenizer, config),
+        rounded=num_rounded(tokenizer, config.engine),
     )
     return step, found, axis
 
 
-def _sent(step: Work, grid: Grid, learned: int, table: bool) -> dict[str, int]:
+def _sent(step: Work, config: TokenizerRun, grid: Grid, learned: int, table: bool) -> dict[str, int]:
     if step.quantizer in KNOWN:
         found = sent([*messages(step, grid), *revival(step, grid)], grid)
     else:
         # Without a table an id (8 bytes), and log-odds with their gradient if there are entropies; with one, roughly.
         numbers = 6 * step.dim + 10 if table else 2 + (2 * step.dim if step.entropy else 0)
         found = {
-            "world": 8 * step.parameters * (grid.world - 1) // grid.world,
+            "world": network_bytes(step.parameters, step.rounded, config.engine, grid.world),
             "data": 2 * 4 * (grid.data - 1) * learned // grid.data,
             "codes": step.accumulation * 4 * step.tokens * numbers * (grid.codes - 1),
         }
     return {
-        "data axis and ZeRO: gradients of encoder and decoder": found["world"],
+        "data axis and ZeRO: gradients, parameters of encoder and decoder": found["world"],
         "data axis: gradients of rows": found["data"],
         "code axis: tokens (does not grow with K)": found["codes"],
     }

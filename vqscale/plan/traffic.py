@@ -25,7 +25,8 @@ parameters, W = R M ranks (data R x codes M). A gather or a scatter sends its pa
             mean probability, its gradient       all-reduce            4 k, 4 k         entropy
             gradient of the rows                 all-reduce            4 k D            ibq, vq; once a step
             sums of tokens for averages          all-reduce            4 k D            ema
-    world   gradients of the network             by engine and stage   4 P              once a step
+    world   gradients of the network             by engine and stage   4 P, 2 P in bf16
+            parameters of the network            gather at stages 1-3  4 P, less 2 for what autocast rounds
             norm, agreement                      all-reduce            8, 16            once a step
     every revive_every steps how many codes are dead: all-reduce 8 on the codes axis; if any, Q = min(candidates, dead):
     gather 8 Q and 8 N, scatter 4 N on the codes axis; gather 8 min(Q, N) twice, all-reduce 4 Q D on the world
@@ -35,11 +36,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from vqscale.engine.config import EngineConfig
 from vqscale.plan.machines import Kind
 
 KNOWN = ("ibq", "vq", "ema")
+REUSED = 500_000_000  # numbers: half of DeepSpeed's max_reuse_distance, to the end of the forward pass and back
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Work:
     """replicated and trained: encoder, decoder, 1x1 convolutions"""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """of messages about the parameters"""
+    rounded: int = 0
+    """of the parameters: numbers that bf16 messages have rounded (engine/rounded.py)"""
     scan_mib: int = 64
     revive_every: int = 1
     revive_most: int | None = None
@@ -181,16 +188,39 @@ def _data(work: Work, here: int) -> Iterator[Message]:
 
 
 def _world(work: Work, grid: Grid) -> Iterator[Message]:
-    """DeepSpeed's own are by the book (stages 1 and 2 scatter gradients and gather parameters, 3 gathers twice)."""
     if work.parameters:
-        whole, part = 4 * work.parameters, 4 * -(-work.parameters // grid.world)
-        if work.engine == "torch" or work.zero_stage == 0:
-            yield Message("gradients of the network", "world", "all_reduce", whole)
-        else:
-            yield Message("gradients of the network", "world", "scatter", part)
-            yield Message("parameters of the network", "world", "gather", part, 2 if work.zero_stage == 3 else 1)
+        yield from _network(work, grid.world)
     for what, nbytes in (("norm of the gradient", 8), ("agreement to stop, and on what is saved", 16)):
         yield Message(what, "world", "all_reduce", nbytes)
+
+
+def _network(work: Work, world: int) -> Iterator[Message]:
+    """DeepSpeed's stages 1 and 2 reduce gradients on all ranks, 3 to their owners; from 2 on for every micro-batch.
+    Parameters are gathered after a step, and at stage 3 in both passes of every micro-batch, but for the last REUSED of
+    the forward pass, which the backward pass begins with."""
+    low, stage = work.communication == "bf16", work.zero_stage if work.engine == "deepspeed" else 0
+    whole, often = (2 if low else 4) * work.parameters, work.accumulation if stage > 1 else 1
+    if stage == 3:
+        yield Message("gradients of the network", "world", "scatter", -(-whole // world), often)
+    else:
+        yield Message("gradients of the network", "world", "all_reduce", whole, often)
+    if stage:
+        part = -(-(4 * work.parameters - (2 * work.rounded if low else 0)) // world)
+        again = max(0.0, 1 - REUSED / work.parameters) if stage == 3 else 0.0
+        yield Message("parameters of the network", "world", "gather", part, often * (1 + again) if stage == 3 else 1)
+
+
+def engine_terms(engine: EngineConfig) -> dict[str, Any]:
+    """What an engine is, in the fields of Work."""
+    communication = "bf16" if engine.sends_bf16 else "fp32"
+    out = {"engine": engine.name, "zero_stage": engine.zero_stage, "communication": communication}
+    return {**out, "accumulation": engine.accumulation}
+
+
+def network_bytes(parameters: int, rounded: int, engine: EngineConfig, world: int) -> int:
+    """What a rank sends in a step of a network alone that has so many parameters, and so many of them rounded."""
+    work = Work(1, 1, 0, parameters=parameters, rounded=rounded, **engine_terms(engine))
+    return sum(round(message.times * message.sent(world)) for message in _network(work, world))
 
 
 def revival(work: Work, grid: Grid, dead: int = 0) -> list[Message]:

@@ -67,6 +67,7 @@ class Tokenizer(nn.Module):
         "decoder": ("post_quant_conv", "decoder", "no_code"),
     }
     no_code: nn.Parameter | None
+    unrounded = ("quant_conv", "post_quant_conv", "quantizer")  # they run without autocast: engine/rounded.py
 
     def __init__(
         self,

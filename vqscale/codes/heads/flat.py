@@ -99,6 +99,7 @@ class Head(Vocabulary):
         elif feature_dim is not None:
             self.inputs = table("features", feature_dim, 0.0, learned=False)
             self.map = nn.Linear(feature_dim, dim)
+            self.unrounded = ("map",)  # it runs without autocast: engine/rounded.py
 
     @classmethod
     def from_config(
