@@ -203,7 +203,7 @@ def _on(codes):
         for wrong in (8, -2):
             bad = torch.full((2, 2), wrong if mesh.codes.rank == codes - 1 else 0)
             for call in (head.embed, lambda bad, head=head: head.losses(torch.zeros(2, DIM).double(), bad)):
-                with pytest.raises(ValueError, match="for the head has 8 codes"):
+                with pytest.raises(ValueError, match="for there are 8 codes"):
                     call(bad)
         with pytest.raises(FloatingPointError, match="logits must be finite"):
             head.sample(h + (math.nan if mesh.codes.rank == codes - 1 else 0), keys)

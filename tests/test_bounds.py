@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
+import zipfile
 
+import numpy as np
 import pytest
 import shard_files
+import torch
 
 from vqscale.data.shards import cache, contents, tar
+from vqscale.metrics import fid
+from vqscale.nets import weights
+from vqscale.tokenizer import families, published
 
 
 def test_holes_are_looked_behind_in_steps_that_grow(tmp_path, monkeypatch):
@@ -58,3 +65,100 @@ def test_a_command_that_gives_nothing_is_named(tmp_path, monkeypatch, caplog):
     shard = f"pipe:sleep 0.4; cat {shard_files.write_tar(tmp_path / 'a.tar', [('a.png', b'x')])}"
     assert cache.ShardCache(tmp_path / "cache", 10**9).fetch(shard)
     assert f"nothing comes from {shard}: waiting since 0.05 s" in caplog.text
+
+
+def _pyramid(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the sizes of a published tokenizer are read from, and more."""
+    shapes = {
+        "encoder.conv_in.weight": (32, 3, 3, 3),
+        "encoder.conv_out.weight": (8, 32, 3, 3),
+        "encoder.down.0.block.0.conv1.weight": (32, 32, 3, 3),
+        "quantize.embedding.weight": (16, 8),
+    }
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | {
+        name.replace("__", "."): x for name, x in more.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        ({"encoder__down__999999999__block__0__conv1__weight": torch.zeros(1)}, r"are 0, 999999999, \.\.\. and not 0"),
+        ({"encoder__down__0__block__9999999__conv1__weight": torch.zeros(1)}, r"are 0, 9999999, \.\.\. and not 0, 1"),
+        ({"encoder__conv_in__weight": torch.zeros(0, 3, 3, 3)}, "by zero"),
+        ({"encoder__conv_in__weight": torch.zeros(32)}, "values to unpack"),
+        ({"encoder__conv_out__weight": torch.zeros(())}, "index out of range"),
+        ({"quantize__embedding__weight": torch.zeros(16)}, "values to unpack"),
+    ],
+)
+@pytest.mark.parametrize("family", ["ibq", "simvq"])
+def test_shapes_of_no_published_tokenizer_build_none(family, more, rule):
+    with pytest.raises(ValueError, match=rf"has no sizes of one \(.*{rule}.*these are other weights"):
+        published.convert(_pyramid(**more), family)
+
+
+def test_a_layer_of_a_published_tokenizer_of_speech_is_one_of_its_keys():
+    shapes = dict.fromkeys(families.FAMILIES["simvq_audio"].needs, (1, 1, 1))
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    state["encoder.model.1000000000.lstm.weight_ih_l0"] = torch.zeros(4, 1)
+    with pytest.raises(ValueError, match=r"there is a layer encoder.model.1000000000 among \d+ keys"):
+        published.convert(state, "simvq_audio")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "ckpt"])
+def test_weights_of_few_bytes_have_few_values(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    torch.save({"state_dict": {"quantize.embedding.weight": torch.zeros(1).expand(2**40, 8)}}, path)
+    with pytest.raises(ValueError, match=r"has fewer values than the shape of quantize.embedding.weight says"):
+        weights.read_state(path, what="it", where="there")
+    tied = torch.ones(4, 4)
+    torch.save({"a": tied, "b": tied.t(), "c": tied[1:]}, path)  # a part of a storage, or the same one, is no lie
+    assert weights.read_state(path, what="it", where="there")["c"].shape == (3, 4)
+
+
+GOOD = {"mu": np.zeros(2), "sigma": np.eye(2)}
+DEEP = np.array("[" * 200_000)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule"),
+    [
+        ({"facts": np.array("[1, 2]")}, "cannot be read"),
+        ({"facts": DEEP}, "cannot be read"),
+        ({"facts": np.array("3")}, "cannot be read"),
+        ({"count": np.arange(3)}, "cannot be read"),
+        ({"count": np.array(2.5)}, "cannot be read"),
+        ({"count": np.array("many")}, "cannot be read"),
+        ({"points": np.array([["a", "b"]])}, r"points is <U1 of shape \(1, 2\), and not floats of \(N, 2\)"),
+        ({"points": np.zeros(())}, "points is float64 of shape"),
+        ({"mu": np.zeros(2, complex)}, "mu is of complex128 and sigma of float64, and not real numbers"),
+        ({"mu": np.zeros(2, "datetime64[s]")}, "not real numbers"),
+        ({"sigma": np.array([["a", "b"], ["c", "d"]])}, "not real numbers"),
+        ({"sigma": -np.eye(2)}, "sigma has variances below 0, to -1"),
+    ],
+)
+def test_statistics_of_another_kind_are_refused(tmp_path, changed, rule):
+    np.savez(tmp_path / "a.npz", **GOOD)
+    assert fid.read(tmp_path / "a.npz").pool.dim == 2
+    np.savez(tmp_path / "a.npz", **{**GOOD, **changed})
+    with pytest.raises(ValueError, match=rule):
+        fid.read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,), }", "[" * 9000, "(" * 9000, "a", ""],
+)
+def test_headers_of_statistics_that_lie_are_refused(tmp_path, header):
+    said = header.encode() + b"\n"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("mu.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(said)) + said)
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read"):
+        fid.read(tmp_path / "a.npz")
+
+
+def test_statistics_that_unpack_to_very_many_bytes_are_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "MOST_BYTES", 1 << 20)
+    np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(200_000), sigma=np.zeros(()))
+    with pytest.raises(ValueError, match=r"\d+ bytes of statistics, and at most 1048576 are read"):
+        fid.read(tmp_path / "a.npz")

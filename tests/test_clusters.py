@@ -182,5 +182,5 @@ def test_clusters_know_what_ids_there_are():
     with pytest.raises(ValueError, match=r"num_clusters is 14, and there are 13 codes"):
         Clusters(13, 14, Mesh())
     for wrong in (-1, 13):
-        with pytest.raises(ValueError, match=r"ids must be in 0 \.\. 12, for the head has 13 codes, but"):
+        with pytest.raises(ValueError, match=r"ids must be in 0 \.\. 12, for there are 13 codes, but"):
             Clusters(13, 4, Mesh()).of(torch.tensor([2, wrong]))

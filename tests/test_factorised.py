@@ -279,7 +279,7 @@ def _refused(codes):
 @pytest.mark.parametrize("codes", CODES[:2])
 def test_ids_outside_are_refused_on_all_ranks_by_the_whole_id(ranks, codes):
     for targets, high, low in ranks(codes, _refused, codes):
-        assert "targets must be in 0 .. 5, for the head has 6 codes" in targets
+        assert "targets must be in 0 .. 5, for there are 6 codes" in targets
         assert "ids to embed must be in -1 .. 5" in high
         assert "they go from -2 to" in low
 

@@ -140,7 +140,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         ({"mu": mu}, r"mu has shape \(3,\) and sigma None"),
         ({"mu": mu, "sigma": sigma[:2]}, r"sigma \(2, 3\), and not \(D,\) and \(D, D\)"),
         ({"mu": mu, "sigma": sigma * np.nan}, "not finite"),
-        ({"mu": mu, "sigma": sigma, "points": sigma[:, :2]}, r"points has shape \(3, 2\), and not \(N, 3\)"),
+        (
+            {"mu": mu, "sigma": sigma, "points": sigma[:, :2]},
+            r"of shape \(3, 2\), and not floats of \(N, 3\)",
+        ),
         ({"mu": mu, "sigma": sigma, "points": np.full((2, 3), np.inf)}, "values that are not finite"),
     ):
         np.savez(tmp_path / "b.npz", **arrays)

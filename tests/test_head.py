@@ -356,9 +356,7 @@ def _wrong_ids(codes, where):
 @pytest.mark.parametrize("where", ["embed", "loss"])
 def test_ids_outside_the_vocabulary_are_refused_on_all_ranks(ranks, where):
     # a rank that did not see the error would wait for the others: the call would end in a timeout
-    with pytest.raises(
-        RankError, match=r"must be in -?\d \.\. 12, for the head has 13 codes, but they go from 0 to 13"
-    ):
+    with pytest.raises(RankError, match=r"must be in -?\d \.\. 12, for there are 13 codes, but they go from 0 to 13"):
         ranks(2, _wrong_ids, 2, where, timeout_s=20.0)
 
 
@@ -369,6 +367,9 @@ def test_ids_outside_the_vocabulary_are_refused_on_all_ranks(ranks, where):
         (lambda head: head.loss(torch.zeros(2, DIM), torch.tensor([-7, 3])), r"targets must be in 0 \.\. 12.* from -7"),
         (lambda head: head.loss(torch.zeros(1, DIM), torch.tensor([-1]), ignore=-100), "targets must be in 0"),
         (lambda head: head.loss(torch.zeros(1, DIM), torch.tensor([1]), label_smoothing=1.5), "label_smoothing is 1.5"),
+        (lambda head: head.loss(torch.zeros(1, DIM), torch.tensor([1]), z_loss=-1.0), "z_loss is -1.0"),
+        (lambda head: head.loss(torch.zeros(1, DIM), torch.tensor([1.0])), "targets are float32, and ids are whole"),
+        (lambda head: head.embed(torch.tensor([1.0])), "ids to embed are float32, and ids are whole"),
         (lambda _: Head(13, DIM, embedding="codebook"), "embedding is codebook and feature_dim is None"),
         (lambda _: Head(13, DIM, feature_dim=4), "embedding is rows and feature_dim is 4"),
         (

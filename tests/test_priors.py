@@ -410,7 +410,7 @@ def test_what_does_not_fit_is_said(name):
     with pytest.raises(ValueError, match=r"classes must be in"):
         prior.sample(torch.tensor([-2]), numbers_B=torch.tensor([0]))
     for wrong in (-1, CODES):
-        with pytest.raises(ValueError, match=f"must be in .* {CODES - 1}, for the head has {CODES} codes"):
+        with pytest.raises(ValueError, match=f"must be in .* {CODES - 1}, for there are {CODES} codes"):
             prior(ids.masked_fill(ids == ids[0, 0, 0], wrong), labels)
     with pytest.raises(ValueError, match=re.escape("ids have the shape [6, 4, 3]") + ".*one of 3 x 4 ids"):
         prior(ids.transpose(1, 2), labels)

@@ -61,6 +61,36 @@ def test_decode_is_exactly_what_forward_gave_and_encode_finds_its_ids(case, trai
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_what_is_none_of_its_own_a_quantizer_refuses_or_marks(case):
+    """Tokens that are not finite have no id, and in a training something shows it; nor are other ids, or widths."""
+    quantizer = built(case)
+    x = normal(TOKENS, DIM, seed=1).float()
+    ids = quantizer.encode(x)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        bad = x.clone()
+        bad[2, 1] = bad[5, 3] = value
+        with pytest.raises(FloatingPointError, match=rf"[12] of {TOKENS} latents are not finite, and have no nearest"):
+            quantizer.encode(bad)
+        out = quantizer.train()(bad)
+        assert not all(torch.isfinite(part).all() for part in (out.z, *out.losses.values())) or case.startswith("fsq")
+        if value is torch.nan:
+            assert not torch.isfinite(out.z).all()
+    for number in (-1, quantizer.num_codes, 2**40):
+        other = ids.clone()
+        other[3] = number
+        with pytest.raises(ValueError, match=rf"ids must be in 0 \.\. {quantizer.num_codes - 1}, for there are"):
+            quantizer.decode(other)
+    with pytest.raises(ValueError, match="ids are float32, and ids are whole numbers"):
+        quantizer.decode(ids.float())
+    for kind in (torch.int16, torch.uint8):
+        assert torch.equal(quantizer.decode((ids % 13).to(kind)), quantizer.decode(ids % 13))
+    for wrong in (torch.zeros(6, 1), torch.zeros(6, DIM + 2), torch.zeros(6, DIM, 1)):
+        for call in (quantizer, quantizer.encode):
+            with pytest.raises(ValueError, match=rf"tokens of this quantizer have shape \(N, {DIM}\), and these"):
+                call(wrong)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_stats_have_the_same_names_everywhere(case):
     names = {"usage", "perplexity", "dead", "code_norm", "latent_norm", "landing", "saturation"}
     more = {"entropy_token", "entropy_mean"} if settings(case).get("entropy_weight") else set()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from saved_runs import small, write_run
 
-from vqscale.disk import files, manifest
+from vqscale.disk import manifest
 from vqscale.tokenizer.export import CARD, WEIGHTS
 from vqscale.tokenizer.model import Tokenizer
 
@@ -183,11 +187,60 @@ def test_a_save_on_a_full_disk_leaves_the_tokenizer_that_was_there(saved, monkey
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def test_a_save_that_fails_when_the_weights_are_replaced_leaves_no_tokenizer(saved, monkeypatch):
-    monkeypatch.setattr(files, "place", _full)
+def _save_and_die(folder, seed, number):
+    """Save, and be killed before the rename of this number."""
+    replace, done = os.replace, []
+
+    def counted(made, path):
+        if len(done) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(replace(made, path))
+
+    os.replace = counted
+    small(seed=seed).save(folder)
+
+
+def _all_die(cases):
+    for folder, kills in cases.items():
+        for number, before in enumerate(kills, 1):
+            child = os.fork()
+            if not child:
+                _save_and_die(folder, number, before)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_kill_between_the_renames_of_a_save_leaves_a_tokenizer(tmp_path):
+    """The renames are of the new card, to its place beside, of the weights, and of the card."""
+    made = [small(seed=seed).fingerprint for seed in range(4)]
+    standing = {"over 0": 0, "over 1": 0, "over 2": 1, "over 2 1": 1, "new 1": None, "new 2": 1, "new 2 1": 1}
+    for name in standing:
+        if name.startswith("over"):
+            small(seed=0).save(tmp_path / name)
+    process = forks.context.Process(
+        target=_all_die, args=({tmp_path / name: [int(n) for n in name.split()[1:]] for name in standing},)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    for name, number in standing.items():
+        if number is None:
+            refused(tmp_path / name, "has weights and no card.json: writing it was not finished")
+        else:
+            assert Tokenizer.load(tmp_path / name).fingerprint == made[number], name
+        small(seed=3).save(tmp_path / name)
+        assert Tokenizer.load(tmp_path / name).fingerprint == made[3]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [CARD, WEIGHTS]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CARD])
+def test_a_save_that_cannot_rename_leaves_a_tokenizer(saved, monkeypatch, name):
+    fingerprints = [Tokenizer.load(saved).fingerprint, small(seed=2).fingerprint]
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda made, path: _full() if Path(path).name == name else replace(made, path))
     with pytest.raises(RuntimeError, match="No space left on device"):
-        small().save(saved)
+        small(seed=2).save(saved)
     monkeypatch.undo()
-    refused(saved, "has weights and no card.json")
-    small().save(saved)
-    Tokenizer.load(saved)
+    assert Tokenizer.load(saved).fingerprint == fingerprints[name == CARD]
+    small(seed=2).save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == [CARD, WEIGHTS]

@@ -6,7 +6,7 @@ Whatever lies here holds only the rows that this rank owns, and takes and return
     tally usage revival           what codes were used for; first values from data; dead codes
     merge scan products backend   ranks into one answer; blocks; precision of products; plain torch or kernels
     clusters kmeans               which codes belong together, and how that is found
-    noise bits dense              random numbers by key; codes that are D bits; the slow definitions
+    ids noise bits dense          ids as they are given; random numbers by key; codes that are D bits; slow definitions
     constant                      a mark for torch.compile
     softmax/                      the mixture of all codes and its gradient (its README derives it)
     search/                       exact nearest codes by a prefilter

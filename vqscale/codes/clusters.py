@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqscale.codes.heads.base import check_ids
+from vqscale.codes.ids import check_ids
 from vqscale.codes.merge import own
 from vqscale.codes.rows import Rows, Table
 from vqscale.parallel import ops

@@ -8,6 +8,8 @@ is a small difference of large traces.
 from __future__ import annotations
 
 import json
+import operator
+import tokenize
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from torch import Tensor
 from vqscale.disk import files
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
+
+MOST_BYTES = 4 << 30  # of the arrays of a file of statistics: 250,000 points of 2048 features
 
 
 @dataclass(frozen=True)
@@ -149,14 +153,12 @@ def read(path: Path | str, facts: Mapping[str, Any] | None = None, dims: Sequenc
     if not path.is_file():
         raise ValueError(f"the statistics {path} are no file: {where}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            known = ("mu", "sigma", "mu_s", "sigma_s", "count", "facts", "points")
-            arrays = {name: file[name] for name in known if name in file.files}
-            images = "arr_0" in file.files
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"the statistics {path} cannot be read ({error}), cut off or no npz: {where}") from None
-    said: dict[str, Any] = json.loads(str(arrays["facts"])) if "facts" in arrays else {}
-    count = int(arrays["count"]) if "count" in arrays else None
+        arrays, images = _arrays(path)
+        said = dict(json.loads(str(arrays["facts"]))) if "facts" in arrays else {}
+        count = operator.index(arrays["count"].item()) if "count" in arrays else None
+    except _UNREADABLE as error:
+        told = str(error)[:200] or type(error).__name__
+        raise ValueError(f"the statistics {path} cannot be read ({told}), cut off or no npz: {where}") from None
     pool = _pair(path, arrays, "mu", "sigma", count)
     if pool is None and not images:
         raise ValueError(f"{path} has neither mu and sigma nor images under arr_0: {where}")
@@ -173,16 +175,32 @@ def read(path: Path | str, facts: Mapping[str, Any] | None = None, dims: Sequenc
     return Reference(path, pool, spatial, images, said, _points(path, arrays, pool))
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, EOFError, AttributeError, zipfile.BadZipFile),
+    *(MemoryError, RecursionError, NotImplementedError, SyntaxError, tokenize.TokenError),
+)
+
+
+def _arrays(path: Path) -> tuple[dict[str, Any], bool]:
+    """(what is known of the arrays in an npz, whether there are images); raises whatever numpy does."""
+    known = ("mu", "sigma", "mu_s", "sigma_s", "count", "facts", "points")
+    with np.load(path, allow_pickle=False) as file:
+        size = sum(file.zip.getinfo(f"{name}.npy").file_size for name in known if name in file.files)
+        if size > MOST_BYTES:
+            raise ValueError(f"{size} bytes of statistics, and at most {MOST_BYTES} are read")
+        return {name: file[name] for name in known if name in file.files}, "arr_0" in file.files
+
+
 def _points(path: Path, arrays: Mapping[str, Any], pool: Statistics | None) -> Tensor | None:
     if pool is None or "points" not in arrays:
         return None
-    points_ND = torch.from_numpy(arrays["points"])
-    if points_ND.ndim != 2 or points_ND.shape[1] != pool.dim or not points_ND.isfinite().all():
+    points = np.asarray(arrays["points"])
+    if points.dtype.kind != "f" or points.shape[1:] != (pool.dim,) or not np.isfinite(points).all():
         raise ValueError(
-            f"{path}: points has shape {tuple(points_ND.shape)}, and not (N, {pool.dim}), or values that are not "
-            "finite: make it again"
+            f"{path}: points is {points.dtype} of shape {points.shape}, and not floats of (N, {pool.dim}), or values "
+            "that are not finite: make it again"
         )
-    return points_ND
+    return torch.from_numpy(points)
 
 
 def _pair(path: Path, arrays: Mapping[str, Any], mu: str, sigma: str, count: int | None) -> Statistics | None:
@@ -193,7 +211,14 @@ def _pair(path: Path, arrays: Mapping[str, Any], mu: str, sigma: str, count: int
         raise ValueError(
             f"{path}: {mu} has shape {shapes[0]} and {sigma} {shapes[1]}, and not (D,) and (D, D): make it again"
         )
+    kinds = [np.asarray(arrays[name]).dtype for name in (mu, sigma)]
+    if any(kind.kind not in "fiu" for kind in kinds):
+        raise ValueError(
+            f"{path}: {mu} is of {kinds[0]} and {sigma} of {kinds[1]}, and not real numbers: make it again"
+        )
     x, xx = (torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in (mu, sigma))
     if not (x.isfinite().all() and xx.isfinite().all()):
         raise ValueError(f"{path}: {mu} or {sigma} has values that are not finite: make it again")
+    if (xx.diagonal() < 0).any():
+        raise ValueError(f"{path}: {sigma} has variances below 0, to {xx.diagonal().min():.3g}: make it again")
     return Statistics(x, (xx + xx.T) / 2, count)

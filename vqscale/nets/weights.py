@@ -41,6 +41,12 @@ def read_state(path: Path | str, *, what: str, where: str, sha256: str | None = 
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(f"{what}: {path} holds {_kind(found)} and not tensors by name: {where}")
+    views = [str(name) for name, x in found.items() if x.numel() * x.element_size() > x.untyped_storage().nbytes()]
+    if views:  # a few bytes may say that they are terabytes
+        raise ValueError(
+            f"{what}: {path} has fewer values than the shape of {_first(views)} says, the same ones again and again: "
+            f"{where}"
+        )
     return {str(name): tensor for name, tensor in found.items()}
 
 

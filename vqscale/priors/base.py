@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vqscale import config as configuration
 from vqscale.codes import heads, tally
-from vqscale.codes.heads.base import Losses, check_ids
+from vqscale.codes.heads.base import Losses
+from vqscale.codes.ids import check_ids
 from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh

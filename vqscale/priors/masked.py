@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import noise
-from vqscale.codes.heads.base import check_ids
+from vqscale.codes.ids import check_ids
 from vqscale.nets.transformer import Transformer, rotary
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vqscale.codes import tally
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.config import SimilarityName, TableConfig
+from vqscale.codes.ids import check_ids, whole_ids
 from vqscale.codes.revival import Upkeep
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -39,6 +40,7 @@ class Quantizer(nn.Module, ABC):
 
     dim: int
     num_codes: int
+    mesh: Mesh
     # ids are (N,), or (N, num_ids) where a token has several; num_codes is then the K of one of them. Caches and priors
     # see them flattened, the last axis fastest: token 0's ids, then token 1's.
     num_ids: int = 1
@@ -53,11 +55,16 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x_ND: Tensor) -> Tensor:
-        """ids_N alone: the search, no training terms, no gradient."""
+        """ids_N alone: the search, no training terms, no gradient. FloatingPointError, on all ranks that share the
+        codes, for tokens that are not finite: nothing is nearest to them. (`forward` gives them some id, and a z or a
+        loss that is not finite, so that a training skips the step.)
+        """
 
     @abstractmethod
     def decode(self, ids_N: Tensor) -> Tensor:
-        """z_ND of ids: exactly what `forward` gave for them, if `exact_decode`."""
+        """z_ND of ids: exactly what `forward` gave for them, if `exact_decode`. ValueError, on all ranks that share
+        the codes, for ids that are none of these (codes/ids.py).
+        """
 
     @abstractmethod
     def begin(self) -> None:
@@ -89,6 +96,32 @@ class Quantizer(nn.Module, ABC):
     def beginning(self) -> tuple[int, int]:
         """(steps of a training without codes, steps until the decoder is given whole codes)."""
         return 0, 0
+
+    def taken(self, x_ND: Tensor) -> Tensor:
+        """x in float32, or in float64 if it is. ValueError unless these are tokens of `dim` numbers."""
+        if x_ND.ndim != 2 or x_ND.shape[1] != self.dim:
+            raise ValueError(
+                f"tokens of this quantizer have shape (N, {self.dim}), and these {tuple(x_ND.shape)}: bring their "
+                "dimensions to the end, or change tokenizer.quantizer to what the network gives"
+            )
+        return full(x_ND)
+
+    def findable(self, x_ND: Tensor) -> Tensor:
+        """`taken`, of tokens that `encode` can find a code for."""
+        x_ND = self.taken(x_ND)
+        wrong = ops.max_over((~x_ND.isfinite().all(1)).sum(), self.mesh.codes).item()
+        if wrong:
+            raise FloatingPointError(
+                f"{int(wrong)} of {len(x_ND)} latents are not finite, and have no nearest code: look for samples or "
+                "weights of this tokenizer that are nan or infinite"
+            )
+        return x_ND
+
+    def known(self, ids_N: Tensor) -> Tensor:
+        """Ids as int64, that `decode` has codes for."""
+        ids_N = whole_ids(ids_N, "ids")
+        check_ids(ids_N, 0, self.num_codes, "ids", self.mesh.codes)
+        return ids_N
 
     def shortages(self, tokens: int) -> list[str]:
         """What a run with `tokens` of all ranks in a forward pass should know beforehand, in words."""
@@ -162,11 +195,11 @@ class TableQuantizer(UpheldQuantizer):
         return table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training)
 
     def encode(self, x_ND: Tensor) -> Tensor:
-        return self.codebook.nearest(full(x_ND))[0]
+        return self.codebook.nearest(self.findable(x_ND))[0]
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
-        return self.codebook.lookup(ids_N)
+        return self.codebook.lookup(self.known(ids_N))
 
     def update(self, stepped: bool = True) -> list[Renewed]:
         return [(self.codebook.rows, self.renew(stepped))]

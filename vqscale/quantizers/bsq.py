@@ -16,7 +16,7 @@ from torch import Tensor
 from vqscale.codes import bits
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import binary
-from vqscale.quantizers.base import Quantized, full
+from vqscale.quantizers.base import Quantized
 from vqscale.quantizers.config.implicit import BSQConfig
 from vqscale.quantizers.gradients import straight_through
 from vqscale.quantizers.implicit import ImplicitQuantizer
@@ -31,7 +31,7 @@ class BSQ(ImplicitQuantizer):
         self.register_buffer("unit", torch.ones((), device=self.mesh.device), persistent=False)
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         u_ND = F.normalize(self.framed(x_ND), dim=1, eps=1e-6)
         bits_ND = u_ND > 0
         ids_N, c_ND = bits.to_ids(bits_ND), binary.codes(bits_ND, self.scale, self.unit)
@@ -43,8 +43,8 @@ class BSQ(ImplicitQuantizer):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Tensor:
-        return bits.to_ids(F.normalize(self.framed(full(x_ND)), dim=1, eps=1e-6) > 0)
+        return bits.to_ids(F.normalize(self.framed(self.findable(x_ND)), dim=1, eps=1e-6) > 0)
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
-        return binary.codes(bits.to_bits(ids_N, self.dim), self.scale, self.unit)
+        return binary.codes(bits.to_bits(self.known(ids_N), self.dim), self.scale, self.unit)

@@ -25,6 +25,7 @@ class Columns(Quantizer):
     def __init__(self, configs: Sequence[SingleConfig], mesh: Mesh | None, seed: int) -> None:
         super().__init__()
         made = [quantizers.build(config, mesh, seed=derive(seed, "column", i)) for i, config in enumerate(configs)]
+        self.mesh = mesh or Mesh()
         self.columns = nn.ModuleList(made)
         self.num_ids, self.num_codes, self.digits = len(made), made[0].num_codes, made[0].digits
 

@@ -19,7 +19,7 @@ from vqscale.codes.rows import Table
 from vqscale.codes.splitting import split
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Renewed, TableQuantizer, full, table_stats
+from vqscale.quantizers.base import Quantized, Renewed, TableQuantizer, table_stats
 from vqscale.quantizers.config.tables import EMAConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 from vqscale.seed import derive
@@ -45,7 +45,7 @@ class EMA(TableQuantizer):
         self._new: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         ids_N, _ = self.codebook.nearest(x_ND)
         seen_k = self.upkeep.observe(x_ND, ids_N) if self.training else None
         stats = table_stats(self.codebook, self.upkeep, x_ND, ids_N, self.training)

@@ -43,7 +43,7 @@ class FSQ(ImplicitQuantizer):
         self._spread = [evenest_scale(number, config) for number in levels] if self.whitening is not None else []
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         y_ND, digits_ND = self._round(self._placed(x_ND))
         ids_N = (digits_ND * self.basis_D).sum(1)
         stats = self.watch(x_ND, ids_N, self.code_norm)
@@ -88,11 +88,11 @@ class FSQ(ImplicitQuantizer):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Tensor:
-        return (self._round(self._placed(full(x_ND)))[1] * self.basis_D).sum(1)
+        return (self._round(self._placed(self.findable(x_ND)))[1] * self.basis_D).sum(1)
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
-        return self._codes(ids_N[:, None] // self.basis_D % self.levels_D)
+        return self._codes(self.known(ids_N)[:, None] // self.basis_D % self.levels_D)
 
 
 def evenest_scale(levels: int, config: FSQConfig) -> float:

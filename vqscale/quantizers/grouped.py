@@ -27,7 +27,7 @@ class Grouped(Columns):
         return join(answers, torch.cat([answer.z for answer in answers], dim=1))
 
     def _cut(self, x_ND: Tensor) -> tuple[Tensor, ...]:
-        return x_ND.split(self.quantizers()[0].dim, dim=1)
+        return self.taken(x_ND).split(self.quantizers()[0].dim, dim=1)
 
     def encode(self, x_ND: Tensor) -> Tensor:
         parts = zip(self.quantizers(), self._cut(x_ND), strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqscale.codes.tally import entropy_of_mean
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, TableQuantizer, full
+from vqscale.quantizers.base import Quantized, TableQuantizer
 from vqscale.quantizers.config.tables import IBQConfig
 
 
@@ -26,7 +26,7 @@ class IBQ(TableQuantizer):
         self.config = config
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         mixture = self.codebook.mix(x_ND, self.config.temperature, self._entropy_temperature())
         ids_N = mixture.ids_N
         stats = self.watch(x_ND, ids_N)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqscale.codes import bits
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import binary
-from vqscale.quantizers.base import Quantized, full
+from vqscale.quantizers.base import Quantized
 from vqscale.quantizers.config.implicit import LFQConfig
 from vqscale.quantizers.gradients import straight_through
 from vqscale.quantizers.implicit import ImplicitQuantizer
@@ -28,7 +28,7 @@ class LFQ(ImplicitQuantizer):
         self.register_buffer("unit", torch.ones((), device=self.mesh.device), persistent=False)
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        latent_ND = full(x_ND)
+        latent_ND = self.taken(x_ND)
         x_ND = self.framed(latent_ND)
         bits_ND = x_ND > 0
         ids_N, c_ND = bits.to_ids(bits_ND), binary.codes(bits_ND, 1.0, self.unit)
@@ -39,8 +39,8 @@ class LFQ(ImplicitQuantizer):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Tensor:
-        return bits.to_ids(self.framed(full(x_ND)) > 0)
+        return bits.to_ids(self.framed(self.findable(x_ND)) > 0)
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
-        return binary.codes(bits.to_bits(ids_N, self.dim), 1.0, self.unit)
+        return binary.codes(bits.to_bits(self.known(ids_N), self.dim), 1.0, self.unit)

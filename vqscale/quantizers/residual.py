@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqscale.codes.config import UpkeepConfig
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, full
+from vqscale.quantizers.base import Quantized
 from vqscale.quantizers.columns import Columns, join
 from vqscale.quantizers.config import SingleConfig
 from vqscale.quantizers.config.compositions import ResidualConfig
@@ -27,7 +27,7 @@ class Residual(Columns):
         self.config, self.dim = config, self.quantizers()[0].dim
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         answers, rest_ND, z_ND = [], x_ND, torch.zeros_like(x_ND)
         for i, level in enumerate(self.quantizers()):
             scale = self.config.scale**i
@@ -38,7 +38,7 @@ class Residual(Columns):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Tensor:
-        ids, rest_ND = [], full(x_ND)
+        ids, rest_ND = [], self.taken(x_ND)
         for i, level in enumerate(self.quantizers()):
             scale = self.config.scale**i
             ids.append(level.encode(rest_ND / scale))

@@ -31,7 +31,7 @@ from vqscale.codes.convex import exact, relaxed, simplex
 from vqscale.codes.convex.simplex import Shape
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, TableQuantizer, full
+from vqscale.quantizers.base import Quantized, TableQuantizer
 from vqscale.quantizers.config.tables import SCQConfig
 
 WEIGHT_BITS = 16
@@ -49,8 +49,9 @@ class SCQ(TableQuantizer):
         self.config = config
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         z_ND, shape, residual_N = self._combine(x_ND)
+        z_ND = z_ND.masked_fill(~x_ND.isfinite().all(1, keepdim=True), torch.nan)
         stats = self.watch(x_ND, shape.ids_N) | (self._stats(shape, residual_N) if tally.statistics.on else {})
         if self.passing:
             return Quantized(x_ND, shape.ids_N, {}, stats)
@@ -81,9 +82,9 @@ class SCQ(TableQuantizer):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Tensor:
-        return self._combine(full(x_ND))[1].ids_N
+        return self._combine(self.findable(x_ND))[1].ids_N
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
         """The rows of the codes with the largest weights: not what `forward` gave, which no id can say."""
-        return self.codebook.lookup(ids_N)
+        return self.codebook.lookup(self.known(ids_N))

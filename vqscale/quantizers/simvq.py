@@ -29,7 +29,7 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.merge import full_precision
 from vqscale.codes.revival import Filled, Upkeep
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, Renewed, UpheldQuantizer, full, table_stats
+from vqscale.quantizers.base import Quantized, Renewed, UpheldQuantizer, table_stats
 from vqscale.quantizers.beginning import Fit, fit_rows, undrawn
 from vqscale.quantizers.config.tables import SimVQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
@@ -43,7 +43,7 @@ class SimVQ(UpheldQuantizer):
     def __init__(self, config: SimVQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__()
         self.config, self.dim, self.num_codes = config, config.dim, config.num_codes
-        mesh = mesh or Mesh()
+        self.mesh = mesh = mesh or Mesh()
         self.codebook = Codebook(
             config.num_codes,
             config.dim,
@@ -62,7 +62,7 @@ class SimVQ(UpheldQuantizer):
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         weight_DD, bias_D = self._affine()
         if self.training:
             self._seen = (weight_DD.detach().clone(), bias_D.detach().clone())
@@ -109,11 +109,11 @@ class SimVQ(UpheldQuantizer):
         return ids_N, square_k.clamp_min(0).sqrt()
 
     def encode(self, x_ND: Tensor) -> Tensor:
-        return self._search(full(x_ND))[0]
+        return self._search(self.findable(x_ND))[0]
 
     @torch.no_grad()
     def decode(self, ids_N: Tensor) -> Tensor:
-        return self._map(self.codebook.lookup(ids_N))
+        return self._map(self.codebook.lookup(self.known(ids_N)))
 
     def update(self, stepped: bool = True) -> list[Renewed]:
         self.upkeep.update(stepped, self._back)

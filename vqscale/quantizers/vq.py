@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.parallel.mesh import Mesh
-from vqscale.quantizers.base import Quantized, TableQuantizer, full
+from vqscale.quantizers.base import Quantized, TableQuantizer
 from vqscale.quantizers.config.tables import VQConfig
 from vqscale.quantizers.gradients import ESTIMATORS
 
@@ -22,7 +22,7 @@ class VQ(TableQuantizer):
         self.config = config
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        x_ND = full(x_ND)
+        x_ND = self.taken(x_ND)
         ids_N, _ = self.codebook.nearest(x_ND)
         stats = self.watch(x_ND, ids_N)
         stats["saturation"] = x_ND.new_ones(())

@@ -5,6 +5,9 @@ order. Rows are streamed in blocks from whichever rank owns them, so no rank hol
 of a training (windows of usage, moving counts) and not part of what is saved, unless a module names them in
 `saved_buffers`: what it computes depends on them, as a whitening on its running moments. Reading is in saved.py.
 
+Written over another one, the weights take their place first and the card after them. A kill between the two leaves new
+weights, the old card, and beside it the new one, which fits: `card_file` finds it.
+
 card.json      format, version, fingerprint, config, size and sha256 of the weights, and what is known about them:
                origin (run, step, averages or parameters), commit, metrics; of a tokenizer the image_size, of a prior
                the fingerprint of the tokenizer whose ids it models
@@ -183,13 +186,15 @@ class _Target:
         if self.failure is not None:
             with contextlib.suppress(OSError):
                 files.beside(self.folder / WEIGHTS).unlink(missing_ok=True)
-                self._new_card.unlink(missing_ok=True)
+                if card_file(self.folder) != self._new_card:
+                    self._new_card.unlink(missing_ok=True)
 
     def _finish(self, card: Mapping[str, Any]) -> None:
-        """What lay there stands until weights and card are on the disk; without a card the folder is nothing."""
+        """What lay there stands until weights and card are on the disk."""
+        if card_file(self.folder) == self._new_card:  # of a save that was killed
+            files.place(self._new_card, self.folder / CARD)
         made = files.beside(self.folder / WEIGHTS)
         files.write_json(self._new_card, {**card, "weights": {"file": WEIGHTS, **manifest.seal(made)}})
-        (self.folder / CARD).unlink(missing_ok=True)
         files.place(made, self.folder / WEIGHTS)
         files.place(self._new_card, self.folder / CARD)
 
@@ -198,10 +203,22 @@ class _Target:
         return files.beside(self.folder / CARD)
 
 
+def card_file(folder: Path) -> Path:
+    """The card of the weights in a folder: card.json, or the one beside it where a save was killed in between."""
+    made, weights = files.beside(folder / CARD), folder / WEIGHTS
+    try:
+        said = json.loads(made.read_text(encoding="utf-8"))["weights"]
+        if said["bytes"] == weights.stat().st_size and said["sha256"] == manifest.seal(weights)["sha256"]:
+            return made
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return folder / CARD
+
+
 def _format(folder: Path) -> Any:
     """What the card of a folder says that it holds; None without a card that can be read."""
     try:
-        return json.loads((folder / CARD).read_text(encoding="utf-8"))["format"]
+        return json.loads(card_file(folder).read_text(encoding="utf-8"))["format"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -63,19 +63,27 @@ def _waves(encoder: str) -> tuple[str, ...]:
 def _pyramid(raw: State) -> dict[str, Any]:
     """What both networks have: sizes of the encoder."""
     channels, in_channels = raw["encoder.conv_in.weight"].shape[:2]
-    levels = range(1 + max(_numbers(raw, r"encoder\.down\.(\d+)\.")))
+    levels = range(_count(raw, r"encoder\.down\.(\d+)\."))
     firsts = [raw.get(f"encoder.down.{level}.block.0.conv1.weight") for level in levels]
     return {
         "channels": channels,
         "in_channels": in_channels,
         "multipliers": [0 if first is None else first.shape[0] // channels for first in firsts],
-        "num_blocks": 1 + max(_numbers(raw, r"encoder\.down\.0\.block\.(\d+)\.")),
+        "num_blocks": _count(raw, r"encoder\.down\.0\.block\.(\d+)\."),
         "z_channels": raw["encoder.conv_out.weight"].shape[0],
     }
 
 
 def _numbers(raw: State, pattern: str) -> list[int]:
     return sorted({int(found[1]) for name in raw if (found := re.match(pattern, name))})
+
+
+def _count(raw: State, pattern: str) -> int:
+    """How many layers there are of a kind; ValueError unless they are numbered 0, 1, 2, ..."""
+    found = _numbers(raw, pattern)
+    if found != list(range(len(found))):
+        raise ValueError(f"the numbers of {pattern} are {', '.join(map(str, found[:5]))}, ... and not 0, 1, 2, ...")
+    return len(found)
 
 
 def _codes(raw: State, name: str = "quantize.embedding.weight") -> dict[str, Any]:
@@ -119,7 +127,9 @@ def _wave(raw: State, encoder: str, causal: bool) -> dict[str, Any]:
     """What no shape says: whether the encoder is causal, and groups of 32."""
     name = re.escape(encoder)
     first, embed = raw[f"{encoder}0.conv.conv.weight_v"], raw["backbone.embed.weight"]
-    (lstm,) = _numbers(raw, rf"{name}(\d+)\.lstm\.")
+    lstm = _numbers(raw, rf"{name}(\d+)\.lstm\.")[-1]
+    if lstm > len(raw):
+        raise ValueError(f"there is a layer {encoder}{lstm} among {len(raw)} keys")
     strided = [raw.get(f"{encoder}{3 * level}.conv.conv.weight_v") for level in range(1, lstm // 3 + 1)]
     return {
         "name": "wave",
@@ -128,12 +138,12 @@ def _wave(raw: State, encoder: str, causal: bool) -> dict[str, Any]:
         "kernel": first.shape[2],
         "residual_kernel": raw[f"{encoder}1.block.1.conv.conv.weight_v"].shape[2],
         "ratios": [2 if down is None else down.shape[2] // 2 for down in strided],
-        "lstm_layers": len(_numbers(raw, rf"{name}\d+\.lstm\.weight_ih_l(\d+)")),
+        "lstm_layers": _count(raw, rf"{name}\d+\.lstm\.weight_ih_l(\d+)"),
         "causal": causal,
         "width": embed.shape[0],
         "decoder_kernel": embed.shape[2],
         "hidden": raw["backbone.convnext.0.pwconv1.weight"].shape[0],
-        "num_blocks": 1 + max(_numbers(raw, r"backbone\.convnext\.(\d+)\.")),
+        "num_blocks": _count(raw, r"backbone\.convnext\.(\d+)\."),
     }
 
 

@@ -240,7 +240,6 @@ class Tokenizer(nn.Module):
         """
         with evaluating(self):
             x_ND = self.latents(samples, context)
-            self._check_finite(x_ND)
             with _no_autocast(x_ND):
                 ids_N = self.quantizer.encode(x_ND)
             return ids_N.view(*self.grid(samples), *ids_N.shape[1:])
@@ -258,16 +257,6 @@ class Tokenizer(nn.Module):
             with _no_autocast(ids):
                 z_ND = self.quantizer.decode(ids.long().flatten(0, last))  # torch takes bytes for a mask
             return self.reconstruct(z_ND, ids.shape[: last + 1], context, kept)
-
-    def _check_finite(self, x_ND: Tensor) -> None:
-        wrong = (~x_ND.isfinite().all(-1)).sum()
-        if self.mesh is not None:
-            wrong = ops.max_over(wrong, self.mesh.codes)
-        if wrong.item():
-            raise FloatingPointError(
-                f"{int(wrong)} of {len(x_ND)} latents are not finite, and have no nearest code: look for samples or "
-                "weights of this tokenizer that are nan or infinite"
-            )
 
     def _check_ids(self, ids: Tensor) -> None:
         """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""

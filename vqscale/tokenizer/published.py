@@ -10,7 +10,7 @@ Nothing is downloaded here. Not here: reading files (nets/weights.py), our own f
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -36,7 +36,8 @@ def convert(state: State, family: str, weights: Literal["average", "raw"] = "ave
     raw = {name: x for name, x in state.items() if not name.startswith((AVERAGE, *IGNORED, *kind.ignored))}
     averages = {name: x for name, x in state.items() if name.startswith(AVERAGE) and name not in NO_AVERAGES}
     _check_begin(raw, kind, what)
-    config = configuration.parse(TokenizerConfig, kind.config(raw), source=what, written=True)  # forms as published
+    sizes = _sizes(raw, kind, what)
+    config = configuration.parse(TokenizerConfig, sizes, source=what, written=True)  # forms as published
     tokenizer = Tokenizer.from_config(config)
     mine = entries(tokenizer)
     theirs = {kind.published(name): name for name in mine}
@@ -78,6 +79,18 @@ def _check_begin(raw: State, kind: Family, what: str) -> None:
             f"{what} has no {', '.join(lacks)} among its {len(raw)} keys ({some}, ...): these are other weights; give "
             f"the checkpoint of a tokenizer, and its family ({' or '.join(FAMILIES)})"
         )
+
+
+def _sizes(raw: State, kind: Family, what: str) -> dict[str, Any]:
+    """The config that the shapes say. ValueError where they are those of no such network."""
+    try:
+        return kind.config(raw)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        shapes = ", ".join(f"{name} {tuple(raw[name].shape)}" for name in kind.needs)
+        raise ValueError(
+            f"{what} has no sizes of one ({error}), as its shapes are {shapes}: these are other weights; give the "
+            f"checkpoint of a tokenizer, and its family ({' or '.join(FAMILIES)})"
+        ) from None
 
 
 def _check_averages(averages: State, what: str) -> None:

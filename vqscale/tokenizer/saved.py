@@ -28,7 +28,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer.config import TokenizerConfig
-from vqscale.tokenizer.export import CARD, FORMATS, VERSION, WEIGHTS, Entry, Kind, entries
+from vqscale.tokenizer.export import CARD, FORMATS, VERSION, WEIGHTS, Entry, Kind, card_file, entries
 from vqscale.tokenizer.run_files import Weights, facts_of_run, run_config
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def find(
 def config_of(path: str | Path, task: Kind = "tokenizer", schema: Any = TokenizerConfig) -> Any:
     """The config of what lies at `path`, as `find` gives it, without a look at the weights."""
     path = Path(path)
-    if (path / CARD).is_file():
+    if card_file(path).is_file():
         return configuration.parse(schema, _card(path, task)["config"], source=f"{path / CARD}: config", written=True)
     file = run_file(path)
     if file is None:
@@ -122,14 +122,14 @@ def run_file(path: str | Path) -> Path | None:
 
 
 def _read(found: Path, weights: Weights, task: Kind, schema: Any) -> Saved:
-    if (found / CARD).is_file():
+    if card_file(found).is_file():
         return _exported(found, task, schema)
     return _trained(found, weights, task, schema)
 
 
 def _verified(path: Path, task: Kind) -> Path:
     """The folder whose weights are meant, every byte of them checked."""
-    if (path / CARD).is_file():
+    if card_file(path).is_file():
         _check_weights(path, _card(path, task), task)
         return path
     if (path / manifest.NAME).is_file():
@@ -165,7 +165,7 @@ def _verified(path: Path, task: Kind) -> Path:
 
 def _card(folder: Path, task: Kind) -> dict[str, Any]:
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = json.loads(card_file(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CARD} cannot be read ({error}): save the {task} again") from None
     kind = card.get("format") if isinstance(card, dict) else type(card).__name__

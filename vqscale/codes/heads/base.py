@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale.codes.heads import draw
-from vqscale.parallel import ops
-from vqscale.parallel.mesh import Axis, Mesh
+from vqscale.parallel.mesh import Mesh
 
 
 class Losses(NamedTuple):
@@ -158,18 +157,9 @@ class Vocabulary(nn.Module, ABC):
         return None
 
 
-def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
-    """ValueError on every rank of the axis when any has an id outside lowest .. num_codes - 1. On a GPU the
-    check waits for nobody and fails inside the device.
-    """
-    if ids_N.device.type != "cpu":
-        inside = ((ids_N >= lowest) & (ids_N < num_codes)).all()
-        torch._assert_async(inside, f"{what} must be in {lowest} .. {num_codes - 1}")
-        return
-    found = torch.stack([-ids_N.min(), ids_N.max()]) if ids_N.numel() else torch.tensor([0, 0])
-    least, most = ops.max_over(found, axis).tolist()
-    if -least < lowest or most >= num_codes:
-        raise ValueError(
-            f"{what} must be in {lowest} .. {num_codes - 1}, for the head has {num_codes} codes, but they go from "
-            f"{-least} to {most}: give ids of the tokenizer that the head was built for"
-        )
+def check_terms(label_smoothing: float, z_loss: float) -> None:
+    """ValueError for arguments of `losses` that are no share, and no weight."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}, an argument of loss: use a share from 0 to 1")
+    if z_loss < 0:
+        raise ValueError(f"z_loss is {z_loss}, an argument of loss, and would reward what it is against: use 0 or more")

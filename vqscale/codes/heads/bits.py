@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from vqscale.codes import bits, noise
 from vqscale.codes.heads import draw
-from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_ids
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_terms
 from vqscale.codes.heads.config import BitsConfig
+from vqscale.codes.ids import check_ids, whole_ids
 from vqscale.nets.masked_bits import MASKED, MaskedBits
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -106,6 +107,8 @@ class Bits(Vocabulary):
         one pass over bits of which some are masked: the number of bits times the weighted mean over them, and as
         cross entropy the same of the masked ones; torch's generator says which.
         """
+        check_terms(label_smoothing, z_loss)
+        targets_N = whole_ids(targets_N, "targets")
         ignored_N = (targets_N.reshape(-1, self.num_ids) == ignore).any(1)
         targets_N = torch.where(targets_N == ignore, 0, targets_N)
         check_ids(targets_N, 0, self.num_codes, "targets", self.axis)

@@ -28,9 +28,10 @@ from vqscale.codes import noise
 from vqscale.codes.codebook import SCAN_MIB
 from vqscale.codes.config import Products
 from vqscale.codes.heads import draw
-from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_ids
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_terms
 from vqscale.codes.heads.config import FactorisedConfig, WithinConfig
 from vqscale.codes.heads.flat import Head
+from vqscale.codes.ids import check_ids, whole_ids
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.seed import derive
@@ -187,7 +188,8 @@ class Factorised(Vocabulary):
         The ids of a token are right when every digit is the likeliest given the true ones before it: temperature 0
         draws exactly these.
         """
-        targets_N = targets_N.to(torch.int64)
+        check_terms(label_smoothing, z_loss)
+        targets_N = whole_ids(targets_N, "targets")
         ignored = targets_N == ignore
         check_ids(torch.where(ignored, 0, targets_N), 0, self.num_codes, "targets", self.axis)
         digits_NS = self.split(torch.where(ignored, -1, targets_N))

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from vqscale.codes.codebook import SCAN_MIB, Codebook
 from vqscale.codes.config import Products
 from vqscale.codes.heads import draw
-from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_ids
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_terms
 from vqscale.codes.heads.config import Embedding, FlatConfig
 from vqscale.codes.heads.flat_loss import FlatLoss, LossTerms
 from vqscale.codes.heads.neighbours import Neighbours
 from vqscale.codes.heads.neighbours import find as find_neighbours
+from vqscale.codes.ids import check_ids, whole_ids
 from vqscale.codes.merge import full_precision, own
 from vqscale.codes.rows import Rows, decoded
 from vqscale.parallel import ops
@@ -166,7 +167,7 @@ class Head(Vocabulary):
         and fails inside the device.
         """
         table = self.outputs if self.embedding == "tied" else self.inputs
-        ids_N = ids.reshape(-1).to(torch.int64)
+        ids_N = whole_ids(ids.reshape(-1), "ids to embed")
         check_ids(ids_N, -1, self.num_codes, "ids to embed", self.axis)
         x_ND = table.lookup(ids_N)
         if self.embedding == "codebook":
@@ -200,8 +201,7 @@ class Head(Vocabulary):
         Targets outside 0 .. K - 1 are an error as in `embed`. `right` is by the logits of this pass, the lowest id
         among equals.
         """
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing is {label_smoothing}, an argument of loss: use a share from 0 to 1")
+        check_terms(label_smoothing, z_loss)
         shared = None
         if self._num_neighbours > 1 and self.training:
             shared = self.neighbours
@@ -209,7 +209,7 @@ class Head(Vocabulary):
         terms = (label_smoothing, z_loss, ignore, self.products, self.outputs.budget, right, shared)
         plan = LossTerms(self.layout, self.axis, *terms)
         with clock.span("codes"), full_precision(h_ND):
-            return Losses(*FlatLoss.apply(h_ND, self.rows, targets_N.to(torch.int64), plan))
+            return Losses(*FlatLoss.apply(h_ND, self.rows, whole_ids(targets_N, "targets"), plan))
 
     def drawn(
         self,

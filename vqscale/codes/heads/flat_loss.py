@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vqscale.codes.config import Products
 from vqscale.codes.heads import passes
-from vqscale.codes.heads.base import check_ids
 from vqscale.codes.heads.neighbours import Neighbours, Shared
+from vqscale.codes.ids import check_ids
 from vqscale.codes.merge import full_precision, merge_best, own, refuse_second_order
 from vqscale.codes.rows import Rows
 from vqscale.parallel import ops
