@@ -2,7 +2,7 @@
 #
 #   environment [EXTRA]         e.g. environment test; installs again only when pyproject.toml or EXTRA changed
 #   quoted TEXT                 a path as the value of key=value, whatever signs it has
-#   start PROGRAM [word ...]    on $processes processes; one needs no torchrun, which listens to the network
+#   start PROGRAM [word ...]    on $processes processes, of which nothing listens to the network
 
 environment() {
     local extra=${1:-} python=${PYTHON:-python3} stamp
@@ -27,7 +27,7 @@ CHECK
 }
 
 start() {
-    if [ "$processes" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$processes" "$@"; fi
+    if [ "$processes" = 1 ]; then python "$@"; else python -m vqscale.parallel.local "$processes" "$@"; fi
 }
 
 quoted() { printf "'%s'" "${1//\'/\'\'}"; }

@@ -73,15 +73,13 @@ def test_every_path_that_a_script_puts_into_an_override_is_quoted(script):
     assert all(value.startswith(('"$(quoted', "$(quoted")) for value in values)
 
 
-@pytest.mark.parametrize(("processes", "started"), [(1, "python"), (2, "torchrun")])
-def test_one_process_is_started_without_torchrun(processes, started):
-    script = (
-        'python() { echo python "$@"; }; torchrun() { echo torchrun "$@"; }; source launch/environment.sh; start a b'
-    )
+@pytest.mark.parametrize(("processes", "started"), [(1, []), (2, ["-m", "vqscale.parallel.local", "2"])])
+def test_the_scripts_start_what_does_not_listen_to_the_network(processes, started):
+    """test_local.py has what it listens on."""
+    script = 'python() { echo python "$@"; }; source launch/environment.sh; start a b'
     environment = {**os.environ, "processes": str(processes)}
     said = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
-    assert said.stdout.split()[0] == started
-    assert said.stdout.split()[-2:] == ["a", "b"]
+    assert said.stdout.split() == ["python", *started, "a", "b"]
 
 
 def test_thin_images_take_memory_by_their_pixels(tmp_path):

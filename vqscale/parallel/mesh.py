@@ -13,6 +13,8 @@ nothing is initialised and every axis has size one. Nothing here knows what the 
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 from vqscale.parallel.config import check_product
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -37,19 +41,35 @@ def connect(device: str = "cpu", timeout_s: float = 600.0) -> torch.device:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, ...) and return this process's device.
 
     gloo on a CPU, NCCL where there are GPUs; every group made from it has `timeout_s`. With one process it only
-    chooses the device. Call it once, after the configuration has been checked.
+    chooses the device. Call it once, after the configuration has been checked. Where they meet on MASTER_ADDR 127.0.0.1
+    and no agent of torchrun has opened a place for it, nothing listens but on loopback.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        wait = timedelta(seconds=timeout_s)
+        alone = os.environ.get("MASTER_ADDR") == LOOPBACK and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store, rank, world = _on_loopback(wait) if alone else (None, -1, -1)
         dist.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_s),
+            timeout=wait,
+            store=store,
+            rank=rank,
+            world_size=world,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return chosen
+
+
+def _on_loopback(wait: timedelta) -> tuple[dist.Store, int, int]:
+    """(store, rank, world) of processes of one machine; torch's own store would listen on every interface."""
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo" if sys.platform == "linux" else "lo0")
+    opened = None if rank else socket.create_server((LOOPBACK, port)).detach()
+    return dist.TCPStore(LOOPBACK, port, world, rank == 0, wait, master_listen_fd=opened), rank, world
 
 
 def connected() -> bool:

@@ -35,7 +35,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.tokenizer import saved
-from vqscale.tokenizer.export import CARD
+from vqscale.tokenizer.export import card_file
 from vqscale.train import adversarial_losses as losses
 from vqscale.train import loop
 from vqscale.train.config import TokenizerRun
@@ -175,7 +175,7 @@ def check_taken(run: TokenizerRun) -> None:
     """ValueError unless the run that init names trains a discriminator like this one's."""
     assert run.init is not None, "the config says so"
     path, own = Path(run.init.from_), run.loss.adversarial
-    file = None if (path / CARD).is_file() else saved.run_file(path)
+    file = None if card_file(path).is_file() else saved.run_file(path)
     if file is None or own is None:
         raise ValueError(
             f"init takes a discriminator, and {path} is a saved tokenizer, which has none: leave discriminator out of "

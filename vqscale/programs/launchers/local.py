@@ -74,7 +74,7 @@ class Local(Launcher):
         return not taken or taken + trial.processes <= self.places
 
     def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
-        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={trial.processes}"]
+        many = ["-m", "vqscale.parallel.local", str(trial.processes)]
         command = [*(many if trial.processes > 1 else []), *program("train"), argument(trial.file)]
         threads = max(1, (os.cpu_count() or 1) // max(self.places, trial.processes))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
