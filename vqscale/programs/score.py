@@ -6,13 +6,15 @@ Not here: the sums of such a look (train/held_out.py, which a training evaluates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vqscale.codes import noise
+from vqscale.codes.swaps import Swaps
 from vqscale.data.samples import SampleStream
 from vqscale.metrics.features import FeatureMoments, Points
 from vqscale.metrics.generation import Described, FeatureNetwork
@@ -76,6 +78,30 @@ def through(tokenizer: Tokenizer, entered: tuple[Tensor, ...]) -> tuple[Tensor, 
         return tokenizer.decode(ids, *entered[1:]), ids
     output, quantized = tokenizer(*entered)
     return output, quantized.ids
+
+
+@torch.no_grad()
+def under_swaps(
+    tokenizer: Tokenizer, stream: SampleStream, mesh: Mesh, shares: Sequence[float], neighbours: int
+) -> dict[str, float]:
+    """How a decoder bears wrong ids: PSNR of images of an evaluation stream where a share of their ids is swapped, for
+    one of so many codes nearest to each (psnr_near_SHARE) or for any other code (psnr_any_SHARE). Collective; the same
+    ids are swapped on any number of ranks, and those of a smaller share are swapped for the same at a larger one."""
+    signal, quantizer = tokenizer.signal, tokenizer.quantizer
+    near = Swaps.among_neighbours(quantizer.decode, quantizer.num_codes, neighbours, mesh)
+    kinds = {"near": near, "any": Swaps(quantizer.num_codes)}
+    sums = {(kind, share): signal.sums(mesh, None) for kind in kinds for share in shares}
+
+    def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
+        entered, keys_B = signal.enter(samples), noise.keys(0, numbers)
+        ids = tokenizer.encode(*entered)
+        for (kind, share), counted in sums.items():
+            other = kinds[kind](ids.flatten(1), keys_B, share).view_as(ids)
+            counted.add(samples[valid], signal.predict(tokenizer.decode(other, *entered[1:]))[valid])
+
+    with evaluating(tokenizer):
+        look_over(stream, mesh, look)
+    return {f"psnr_{kind}_{share:g}": counted.numbers()["psnr"] for (kind, share), counted in sums.items()}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ others, but for the refusal of ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -56,6 +56,8 @@ class Tokenizer(nn.Module):
     which, of reconstruct and decode, at any time. In place of the others it sees codes of zeros, or behind
     post_quant_conv the learned vector no_code.
 
+    `inputs`, in training where it is set, makes what the decoder is given of the quantizer's answer and keys_B.
+
     `config` is None where a tokenizer was put together by hand: such a one cannot be saved. `card` has what is known of
     where the weights come from (origin, commit, image_size, metrics); it goes with them into a saved folder.
     """
@@ -83,6 +85,7 @@ class Tokenizer(nn.Module):
         self.config: TokenizerConfig | None = None
         self.card: dict[str, Any] = {}
         self.mesh: Mesh | None = None
+        self.inputs: Callable[[Quantized, Tensor | None], Tensor] | None = None
         parts = nets.build(net, quantizer.dim)
         self.encoder, self.quant_conv = parts.encoder, parts.quant_conv
         self.quantizer = quantizer
@@ -168,13 +171,14 @@ class Tokenizer(nn.Module):
         x_ND = self.latents(samples, context)
         with _no_autocast(x_ND):
             quantized = self.quantizer(x_ND)
+            z_ND = self.inputs(quantized, keys_B) if self.training and self.inputs else quantized.z
         batch, *places = self.grid(samples)
         kept = None
         if self.training and self.code_dropout != "none":
             if keys_B is None:
                 keys_B = torch.randint(2**62, (batch,), device=samples.device)
             kept = code_dropout.random_kept(keys_B, places)
-        recon = self.reconstruct(quantized.z, (batch, *places), context, kept)
+        recon = self.reconstruct(z_ND, (batch, *places), context, kept)
         if self.net.rounds_up:
             for dim, side in enumerate(samples.shape[2:], start=2):
                 recon = recon.narrow(dim, 0, side)

@@ -129,11 +129,12 @@ def _fits(init: Init, model: Model, theirs: Any, mesh: Mesh) -> Fits:
         )
     there = entries(_on_meta(theirs, mesh))
     places, fits, wrong, own = _positions(model), Fits(), list[str](), entries(model)
+    turned = getattr(theirs, "grid", None) != getattr(model.config, "grid", None)  # though it may have as many places
     for name, entry in _taken_entries(init, model).items():
         other = there.get(name)
         if other is None:
             (wrong if isinstance(entry.tensor, nn.Parameter) else fits.new).append(name)
-        elif other.shape == entry.shape:
+        elif other.shape == entry.shape and not (name in places and turned):
             fits.same.append(name)
         elif entry.table is not None and other.shape[1:] == entry.shape[1:]:
             fits.rows.append(name)
@@ -178,13 +179,14 @@ def _take(init: Init, model: Model, mesh: Mesh) -> Taken:
     source = saved.find(init.from_, mesh, init.weights, init.model, _SCHEMAS[init.model])
     fits, mine = _fits(init, model, source.config, mesh), _taken_entries(init, model)
     there = entries(_on_meta(source.config, mesh))
-    given = source.tensors({name: _wanted(x, mine.get(name), fits) for name, x in there.items()}, mesh)
+    given = source.tensors({name: _wanted(x, mine.get(name)) for name, x in there.items()}, mesh)
     for name in fits.same:
         mine[name].tensor.copy_(given[name])
     for name in fits.rows:
         mine[name].tensor[: len(given[name])].copy_(given[name])
     for name in fits.positions:
-        mine[name].tensor.copy_(_resized(given[name], _grid(given[name], source.config), _grid_of(mine[name], model)))
+        place = mine[name].tensor
+        place.copy_(_resized(given[name], _grid(given[name], source.config), _grid(place, model.config)))
     more = {name: (there[name].shape[0], mine[name].shape[0]) for name in fits.rows}
     if isinstance(model, Tokenizer):
         for name, (known, count) in more.items():
@@ -195,7 +197,7 @@ def _take(init: Init, model: Model, mesh: Mesh) -> Taken:
     return _told(init, source, model, fits, more)
 
 
-def _wanted(theirs: Entry, mine: Entry | None, fits: Fits) -> Wanted:
+def _wanted(theirs: Entry, mine: Entry | None) -> Wanted:
     """What is read of one of their tensors: of rows those that this rank has a place for."""
     read = mine is not None
     if theirs.table is None:
@@ -213,10 +215,6 @@ def _grid(positions_TD: Tensor, config: Any) -> tuple[int, ...]:
     return sides if math.prod(sides) == count and sides else (math.isqrt(count),) * 2
 
 
-def _grid_of(entry: Entry, model: Model) -> tuple[int, ...]:
-    return _grid(entry.tensor, model.config)
-
-
 def _resized(positions_TD: Tensor, sides: Sequence[int], to: Sequence[int]) -> Tensor:
     """Positions of a grid of other sides, linearly between those that there are."""
     x_1Dg = positions_TD.float().t().unflatten(1, tuple(sides))[None]
@@ -226,14 +224,16 @@ def _resized(positions_TD: Tensor, sides: Sequence[int], to: Sequence[int]) -> T
 
 def _told(init: Init, source: Saved, model: Model, fits: Fits, more: Mapping[str, tuple[int, int]]) -> Taken:
     """What was taken, in words and as facts."""
-    numbers: dict[str, int] = dict.fromkeys(init.parts, 0)
+    numbers: dict[str, int] = {part: 0 for part in init.parts if part in model.parts}
     for name, entry in _taken_entries(init, model).items():
         numbers[part_of(model, name)] += math.prod(entry.shape) * (name in fits.taken)
     origin = source.card.get("origin", "")
     head = f"first weights from {source.path}" + (f" ({origin})" if origin else "")
     lines = [f"{head}: " + ", ".join(f"{part} {count:,} numbers" for part, count in numbers.items())]
+    lines += ["first weights: those of its discriminator too"] if "discriminator" in init.parts else []
     lines += [f"first weights: {text}" for text in _changes(fits, more)]
-    facts = {"from": str(source.path), "origin": origin, "weights": init.weights, "numbers": numbers}
+    facts = {"from": str(source.path), "origin": origin, "weights": init.weights}
+    facts |= {"parts": list(init.parts), "numbers": numbers}
     rows = {name: {"there": known, "here": count} for name, (known, count) in more.items()}
     return Taken(lines, facts | {"rows": rows, "positions": fits.positions, "new": fits.new})
 

@@ -31,7 +31,7 @@ from vqscale.seed import derive
 from vqscale.show.board import Board
 from vqscale.show.progress import Progress
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import first_weights, frozen, loop
+from vqscale.train import first_weights, frozen, loop, swapped
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
@@ -82,6 +82,8 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
     tables = set_aside(tokenizer)
     quantizer = tokenizer.quantizer
     quantizer.begin()
+    if config.swaps is not None:
+        tokenizer.inputs = swapped.inputs(tokenizer, config.swaps, mesh)
     last_weight = tokenizer.last_weight
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
     if run.compile:

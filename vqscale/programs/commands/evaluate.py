@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vqscale.nets.inception import Inception
     from vqscale.parallel.mesh import Mesh
     from vqscale.show.progress import Progress
+    from vqscale.tokenizer.model import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,11 +105,16 @@ def _tokenizer(args: argparse.Namespace) -> str:
         progress = _progress(stream.num_samples, args, mesh)
         found = score.score(tokenizer, stream, mesh, measures, progress.advance)
         progress.close()
+        if args.swaps:
+            _check_swaps(tokenizer)
+            found.numbers.update(score.under_swaps(tokenizer, stream, mesh, args.swaps, args.neighbours))
         fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
         return ""
     of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card}
+    swaps = f"each id swapped with the probability in the name, for one of the {args.neighbours} nearest or any other"
     protocol = {
+        **({"psnr_near, psnr_any": swaps} if args.swaps else {}),
         "reconstructions": "from ids"
         if tokenizer.quantizer.exact_decode
         else "through the quantizer: no id says its z",
@@ -137,6 +143,14 @@ def _tokenizer(args: argparse.Namespace) -> str:
         "usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes),
     }
     return report.tell(result, args.out, f"Tokenizer {args.path}", shown)
+
+
+def _check_swaps(tokenizer: Tokenizer) -> None:
+    if tokenizer.quantizer.num_ids > 1:
+        raise ValueError(
+            f"--swaps takes the neighbours of a code, and a token of this tokenizer has {tokenizer.quantizer.num_ids} "
+            "ids: leave it out"
+        )
 
 
 def _statistics(args: argparse.Namespace) -> str:

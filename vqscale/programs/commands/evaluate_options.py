@@ -15,6 +15,7 @@ REFERENCE = "statistics that the predictions of each row are compared with, as F
 PREDICTIONS = "segments: write those with all codes, of the prior and without as COCO's PNG and JSON; with --own-size"
 MOST = "of a longer recording the beginning alone is looked at: memory grows with its square (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
+SWAPS = "PSNR where such shares of the ids are swapped, for one of the --neighbours nearest codes and for any other"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
 
@@ -29,6 +30,8 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     tokenizer.add_argument("--heads", help="linear heads of LPIPS 0.1 for VGG, for LPIPS")
     tokenizer.add_argument("--vgg-sha256", default="397923af", help=ANY)
     tokenizer.add_argument("--reference", help="statistics that rFID compares with (default: those of the originals)")
+    tokenizer.add_argument("--swaps", metavar="SHARE", type=float, nargs="+", default=[], help=SWAPS)
+    tokenizer.add_argument("--neighbours", type=int, default=8, help="of a code, for --swaps (default: %(default)s)")
     tokenizer.add_argument("--save-stats", help="npz for the statistics of the originals, a later --reference")
     statistics = commands.add_parser("statistics", help="statistics of a data set, for --reference")
     statistics.add_argument("out", metavar="OUT.npz")
@@ -97,6 +100,11 @@ def check(args: argparse.Namespace) -> None:
             for name, value in (("reference", args.reference), ("save-stats", args.save_stats))
             if value and not args.inception
         ]
+        if not all(0 < share <= 1 for share in args.swaps) or args.neighbours < 1:
+            wrong.append(
+                f"--swaps takes shares of ids, above 0 and at most 1, and --neighbours at least 1, and these are "
+                f"{args.swaps} and {args.neighbours}: give 0.1 0.3 and 8, say"
+            )
         if args.reference and args.save_stats:
             wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
     elif args.command == "samples":

@@ -15,6 +15,7 @@ from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.train.config.first_weights import TOKENIZER_PARTS, TokenizerInit, TokenizerPart, trained_problems
 from vqscale.train.config.losses import LossConfig
 from vqscale.train.config.run import RunConfig, check_batch, check_compile
+from vqscale.train.config.swaps import SwapsConfig
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class TokenizerRun:
     """weights that are there to begin from; null draws all anew"""
     trained: tuple[TokenizerPart, ...] | None = None
     """the parts that learn, the others stay to the bit what init took; null is all"""
+    swaps: SwapsConfig | None = None
+    """ids that the decoder is given in place of those of its images, where it alone is trained; null gives these"""
     loss: LossConfig = field(default_factory=LossConfig)
     """losses on images"""
     average: AverageConfig = field(default_factory=AverageConfig)
@@ -74,10 +77,26 @@ class TokenizerRun:
         yield from self.tokenizer.signal.misfits(self.data.train, self.loss)
         yield from self._loss_problems(min(self.data.train.sides))
         yield from trained_problems(self.trained, TOKENIZER_PARTS, self.init)
+        if self.swaps is not None:
+            yield from self._swaps_problems()
         yield from check_compile(self.run, self.engine)
         yield from check_whole(self.engine, self.optim)
         if self.loss.adversarial is not None and self.loss.adversarial.optim is not None:
             yield from check_whole(self.engine, self.loss.adversarial.optim, "loss.adversarial.optim.name")
+
+    def _swaps_problems(self) -> Iterable[tuple[str, str]]:
+        if self.trained != ("decoder",):
+            yield (
+                "swaps",
+                f"swaps gives the decoder other ids than those of its images, and trained is {self.trained or 'null'}: "
+                "a gradient that passes them says nothing to encoder and codes; use trained: [decoder]",
+            )
+        if hasattr(self.tokenizer.quantizer, "inner"):
+            yield (
+                "swaps",
+                f"swaps takes the neighbours of a code, and tokenizer.quantizer {self.tokenizer.quantizer.name} has "
+                "several codes per token: use swaps: null",
+            )
 
     def _loss_problems(self, size: int) -> Iterable[tuple[str, str]]:
         adversarial = self.loss.adversarial
