@@ -227,7 +227,8 @@ def test_peak_bytes_of_a_known_allocation(tool):
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
         (
             ["code"],
-            "there is no subcommand 'code', the first argument: use codes, data, head, kernels, memory, sample, upkeep",
+            "there is no subcommand 'code', the first argument: use codes, data, head, kernels, memory, sample, save, "
+            "upkeep",
         ),
     ],
 )
