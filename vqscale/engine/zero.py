@@ -43,7 +43,8 @@ def settings(config: EngineConfig, num_parameters: int, mesh: Mesh) -> dict[str,
     if config.zero_stage in (1, 2):
         # Buckets are allocated whole (2 GB by default); the norm is engine.py's.
         zero |= {"reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_parameters)), "compute_grad_norm": False}
-        # Reduced on a stream beside the backward pass, as at stage 3 by default; a CPU has no streams.
+        # Reduced on a stream beside the backward pass, as at stage 3 by default. A CPU has no streams: that order is
+        # tested there, and nothing on a GPU yet.
         zero |= {"overlap_comm": mesh.device.type != "cpu"}
     if config.zero_stage == 3:
         # It would replace torch.nn.functional.linear in the whole process, for every other network in it too.
