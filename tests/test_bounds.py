@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
+import re
 import struct
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +17,15 @@ import shard_files
 import torch
 
 from vqscale.data.shards import cache, contents, tar
+from vqscale.disk.owner import own
 from vqscale.metrics import fid
 from vqscale.nets import weights
+from vqscale.programs.commands import plot, shards, study, train
+from vqscale.run import processes
+from vqscale.show import run_page
 from vqscale.tokenizer import families, published
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_holes_are_looked_behind_in_steps_that_grow(tmp_path, monkeypatch):
@@ -162,3 +172,72 @@ def test_statistics_that_unpack_to_very_many_bytes_are_not_unpacked(tmp_path, mo
     np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(200_000), sigma=np.zeros(()))
     with pytest.raises(ValueError, match=r"\d+ bytes of statistics, and at most 1048576 are read"):
         fid.read(tmp_path / "a.npz")
+
+
+@pytest.fixture
+def plotted(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    return run
+
+
+def _programs(run: Path, out: Path) -> dict[str, tuple[Callable[..., int], list[str]]]:
+    return {
+        "plot": (plot.main, [str(run), "--keys", "loss", "--out", f"{out}/a.png"]),
+        "shards": (shards.main, ["--source", "shapes", "--num", "4", "--size", "8", "--out", f"{out}/shards"]),
+        "study": (study.main, [str(ROOT / "configs/study/quantizers.yaml"), "--prepare", f"folder={out}/study"]),
+        "page": (_page, [f"{out}/p"]),
+    }
+
+
+def _page(words: list[str]) -> int:
+    return processes.status_of(lambda: 0 if run_page.write(Path(words[0]), "", []) else 1)
+
+
+@pytest.mark.parametrize("name", ["plot", "shards", "study", "page"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_status_1_and_leaves_nothing_half(
+    plotted, tmp_path, monkeypatch, capsys, name, number
+):
+    """The disk takes files, and refuses what is written when it is made durable."""
+    main, words = _programs(plotted, tmp_path)[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+        assert main(words) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: [Errno {number}] ")
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".png", ".tar", "p"))]
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("name", ["plot", "shards", "study", "page"])
+def test_a_file_where_a_folder_shall_be_is_status_1(plotted, tmp_path, capsys, name):
+    (tmp_path / "file").write_text("mine")
+    main, words = _programs(plotted, tmp_path / "file")[name]
+    assert main(words) == 1
+    assert re.match(r"error: \[Errno (17|20)\] ", capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("folder", "rule"),
+    [("''", "folder is empty, and a run would lie in the working folder"), ("'  '", "folder is empty")],
+)
+def test_a_run_has_a_folder_of_its_own(capsys, folder, rule):
+    assert train.main([str(ROOT / "configs/quickstart/tokenizer.yaml"), "--dry-run", f"run.folder={folder}"]) == 2
+    assert rule in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leads_to", ["nothing", "link"])
+def test_a_folder_that_is_a_link_to_nothing_is_told(tmp_path, leads_to, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / leads_to)
+
+    def owned():
+        with own(tmp_path / "link", "the run"):
+            return 0
+
+    assert processes.status_of(owned) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno ")
+    assert "Traceback" not in said

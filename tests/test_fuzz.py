@@ -12,6 +12,7 @@ import io
 import os
 import random
 import signal
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import pytest
 from tests.lib import shown
 from vqscale import config as configuration
 from vqscale.plan import costs_of
+from vqscale.programs.commands import COMMANDS
 from vqscale.programs.study_config import StudyConfig
 from vqscale.train.config import Run
 
@@ -27,6 +29,8 @@ SEED = int(os.environ.get("VQSCALE_FUZZ_SEED") or random.SystemRandom().randrang
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 LINES = [line for line in shown.commands() if shown.program(line)]
 LONGEST_S = 60
+MAKERS = ("bench", "shards", "classifier")  # take no input, and so do what they are asked for
+PLANNED = ("train", "study")
 
 PLAIN = (
     "0 -1 1 2 3 7 1000000 1e308 1e309 -0.0 .inf -.inf .nan nan 1e-3 0.5 1_0 0x10 007 1:30 on yes true false null ~ text"
@@ -118,7 +122,7 @@ def refused_or_taken(what: str, number: int):
     signal.alarm(LONGEST_S)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            yield
+            yield said
     except BaseException as error:
         if not is_refusal(error, said.getvalue()):
             raise AssertionError(f"{told}: {type(error).__name__}: {str(error)[:500]}") from error
@@ -156,12 +160,35 @@ def _commands(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert [path.name for path in folder.iterdir()] == ["configs"], (SEED, number, name, given)
 
 
+def _programs(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole programs, which find nothing of what they are given, or plan alone: they end before processes meet."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(folder)
+    lines = [line for line in LINES if shown.program(line)[0] not in MAKERS]
+    for number in range(count):
+        draw = random.Random(f"{SEED} program {number}")
+        name, given = shown.program(draw.choice(lines))
+        given = words_of(given, draw)
+        if name in PLANNED:  # first, so that no option takes it for its value
+            given.insert(0, "--dry-run")
+        with refused_or_taken(f"{name} {given}", number) as said:
+            status = import_module(f"vqscale.programs.commands.{COMMANDS[name][0]}").main(given)
+            told = said.getvalue()
+            if status not in (0, 1, 2) or "Traceback" in told or (status and "error: " not in told):
+                raise AssertionError(f"status {status}: {told[-2000:]}")
+        assert [path.name for path in folder.iterdir()] == ["configs"], (SEED, number, name, given)
+
+
 def test_configs_that_nobody_would_write(tmp_path):
     _configs(60, tmp_path, plan=False)
 
 
 def test_commands_that_nobody_would_write(tmp_path, monkeypatch):
     _commands(60, tmp_path, monkeypatch)
+
+
+def test_programs_that_nobody_would_start(tmp_path, monkeypatch):
+    _programs(15, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
@@ -172,3 +199,8 @@ def test_six_hundred_configs_and_what_a_hundred_of_them_would_cost(tmp_path):
 @pytest.mark.slow
 def test_four_hundred_commands(tmp_path, monkeypatch):
     _commands(400, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_hundred_programs(tmp_path, monkeypatch):
+    _programs(100, tmp_path, monkeypatch)

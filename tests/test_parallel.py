@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vqscale.parallel import ops
+from vqscale.parallel.background import on_first
 from vqscale.parallel.config import MeshConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import RankError, run
@@ -205,3 +206,29 @@ def test_many_tensors_are_broadcast_together(ranks):
             16,
         ]  # floats to 64 bytes, one of more, the rest; an int64
         assert sent == ({"world": 460} if rank == 0 else {"world": 0})
+
+
+def _on_first(path):
+    mesh = Mesh(data=2)
+    asked = on_first(lambda: [os.getpid(), mesh.world.rank], mesh)
+    with pytest.raises(FileNotFoundError, match="nothing-there"):
+        on_first(lambda: (path / "nothing-there").read_text(), mesh)
+    with pytest.raises(ValueError, match="of rank 0"):
+        on_first(lambda: int(f"of rank {mesh.world.rank}"), mesh)
+    calls = []
+    counted = ops.sum_over
+    ops.sum_over = lambda *given: calls.append(1) or counted(*given)
+    try:
+        on_first(lambda: time.sleep(0.5), mesh)
+    finally:
+        ops.sum_over = counted
+    return asked, len(calls)
+
+
+@pytest.mark.dist
+def test_what_the_first_rank_does_all_get_and_nobody_waits_in_one_collective_for_it(ranks, tmp_path):
+    (first, calls), (second, others) = ranks(2, _on_first, tmp_path)
+    assert first == second
+    assert first[1] == 0
+    assert calls == others > 3
+    assert on_first(lambda: 3, Mesh()) == 3

@@ -28,7 +28,7 @@ from vqscale.disk.arrays import open_array
 from vqscale.disk.held import Held
 from vqscale.disk.tensors import Ranges, blocks
 from vqscale.errors import ExplainedError
-from vqscale.parallel.background import on_first
+from vqscale.parallel.background import explain, on_first
 from vqscale.parallel.mesh import Mesh
 
 
@@ -53,10 +53,11 @@ def latest(folder: Path | str, mesh: Mesh | None = None) -> tuple[Path | None, l
 
     if mesh is None:
         return search()
-    found, failure = on_first(search, mesh)
-    if found is None:
-        raise CheckpointError(f"rank 0: {failure}" if mesh.world.size > 1 else failure)
-    return found
+    try:
+        return on_first(search, mesh)
+    except Exception as error:
+        failure = explain(error)
+        raise CheckpointError(f"rank 0: {failure}" if mesh.world.size > 1 else failure) from None
 
 
 def finished(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ class Task(Generic[T]):
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self.result: T | None = None
-        self.failure = ""
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -37,7 +37,12 @@ class Task(Generic[T]):
         try:
             self.result = self._work()
         except BaseException as error:
-            self.failure = explain(error)
+            self.error = error
+
+    @property
+    def failure(self) -> str:
+        """What it raised, in words."""
+        return explain(self.error) if self.error is not None else ""
 
 
 def explain(error: BaseException) -> str:
@@ -47,11 +52,17 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def on_first(work: Callable[[], T], mesh: Mesh) -> tuple[T | None, str]:
-    """What work() gives on rank 0, or in words what it raised, on all ranks, however long it takes. Collective."""
+def on_first(work: Callable[[], T], mesh: Mesh) -> T:
+    """What work() gives on rank 0, or raises there, on all ranks, however long it takes. Collective."""
+    if mesh.world.size == 1:
+        return work()
     task = Task(work) if mesh.world.rank == 0 else None
     outlast(task, mesh)
-    return ops.gather_objects((task.result, task.failure) if task else (None, ""), mesh.world)[0]
+    result, error = ops.gather_objects((task.result, task.error) if task else (None, None), mesh.world)[0]
+    if error is not None:
+        raise error
+    answer: T = result
+    return answer
 
 
 def outlast(task: Task[T] | None, mesh: Mesh) -> None:

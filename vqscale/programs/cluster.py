@@ -14,8 +14,8 @@ from vqscale.codes.kmeans import Method, by_digits, kmeans
 from vqscale.codes.rows import Rows, decoded
 from vqscale.disk import manifest
 from vqscale.parallel import ops
+from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
-from vqscale.run import processes
 from vqscale.run.folder import commit
 from vqscale.tokenizer import clusters
 from vqscale.tokenizer.clusters import ClustersCard
@@ -58,7 +58,7 @@ def cluster(
         cluster_k = kmeans(rows_kD, layout, mesh.codes, method)
         known |= {"metric": method.metric, "iterations": method.iterations, "seed": method.seed}
     parts = ops.gather_objects(cluster_k.to(torch.int32).cpu().numpy(), mesh.codes)
-    return processes.first(lambda: clusters.write(out, np.concatenate(parts), ClustersCard(**known)), mesh)
+    return on_first(lambda: clusters.write(out, np.concatenate(parts), ClustersCard(**known)), mesh)
 
 
 def summary(card: ClustersCard, out: Path) -> str:

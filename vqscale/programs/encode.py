@@ -28,9 +28,9 @@ from vqscale.data.tokens.format import Card, Entries, storage_for
 from vqscale.data.views import Source, ViewBatch, lists
 from vqscale.disk.owner import own
 from vqscale.parallel import ops
+from vqscale.parallel.background import on_first
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
-from vqscale.run import processes
 from vqscale.run.folder import RunError, StopRequest, commit, own_signals
 from vqscale.show.progress import Progress
 from vqscale.signals import Signal, check_reads
@@ -83,12 +83,12 @@ def encode(tokenizer: Encodes, source: Source, folder: Path, mesh: Mesh, options
     (a full disk) is raised on the rank that met it.
     """
     wanted = _card(tokenizer, source, mesh, options)
-    card = processes.first(lambda: writing.check(folder, wanted), mesh)
+    card = on_first(lambda: writing.check(folder, wanted), mesh)
     if card is not None:
         return Outcome("already", card, card.num_shards)
     try:
         with ExitStack() as held:
-            card, entries = processes.first(lambda: _begin(folder, wanted, source, held), mesh)
+            card, entries = on_first(lambda: _begin(folder, wanted, source, held), mesh)
             return _finish(tokenizer, source, folder, card, entries, mesh, options)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -116,7 +116,7 @@ def _finish(
     mine = range(mesh.world.rank, card.num_shards, mesh.world.size)
     faults = ops.gather_objects(writing.verify(folder, card, entries, mine), mesh.world)
     every = [fault for found in faults for fault in found]
-    card = processes.first(lambda: writing.seal(folder, card, entries, every), mesh)
+    card = on_first(lambda: writing.seal(folder, card, entries, every), mesh)
     return replace(outcome, state="encoded", card=card, bytes=sum(entry["bytes"] for entry in entries.values()))
 
 

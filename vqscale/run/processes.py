@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from vqscale.errors import ExplainedError
 from vqscale.run.folder import ignore_stop_signals
@@ -25,7 +25,6 @@ from vqscale.run.folder import ignore_stop_signals
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
 
-T = TypeVar("T")
 LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Timed out waiting|Broken pipe|NCCL|remote process exited")
 
 
@@ -91,22 +90,6 @@ def joined(
         raise
     ignore_stop_signals()
     disconnect()
-
-
-def first(work: Callable[[], T], mesh: Mesh) -> T:
-    """What work() gives on rank 0, or raises there, on all ranks. Collective."""
-    from vqscale.parallel import ops  # here, so that tools can say what is wrong with their words without torch
-
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if mesh.world.rank == 0:
-        try:
-            outcome = (work(), None)
-        except (ValueError, OSError, RuntimeError) as raised:
-            outcome = (None, raised)
-    result, error = ops.gather_objects(outcome, mesh.world)[0]
-    if error is not None:
-        raise error
-    return result
 
 
 def status_of(work: Callable[[], int]) -> int:

@@ -95,9 +95,7 @@ def find(
     path = Path(path)
     if weights not in ("average", "parameters"):
         raise ValueError(f"weights are {weights!r}, and a checkpoint has 'average' and 'parameters': give one of them")
-    verified, failure = on_first(lambda: _attempt(lambda: _verified(path, task)), mesh)
-    assert verified is not None, failure
-    found = _result(verified)
+    found = _result(on_first(lambda: _attempt(lambda: _verified(path, task)), mesh))
     assert found is not None
     return _together(lambda: _read(found, weights, task, schema), mesh)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.config.text import data_of
+from vqscale.disk import files
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
@@ -142,4 +143,5 @@ def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
         panel.remove()
     figure.axes[0].legend(fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with files.writing(out) as file:
+        figure.savefig(file, format=out.suffix.removeprefix("."))

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 from vqscale.disk.owner import own
 from vqscale.parallel import ops
+from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior, SampleWarning
 from vqscale.programs.sampling import folder as sample_folder
 from vqscale.programs.sampling.request import SampleRequest, parse_classes
-from vqscale.run import processes
 from vqscale.run.folder import StopRequest, commit, own_signals, versions
 from vqscale.show.progress import Progress
 from vqscale.tokenizer.matching import tokenizer_of
@@ -134,10 +134,10 @@ def sample(
     were begun before a setting existed go on as they began (SampleConfig.as_begun).
     """
     check(prior, tokenizer, request)
-    request = processes.first(lambda: request.as_begun(sample_folder.settings(folder)), mesh)
+    request = on_first(lambda: request.as_begun(sample_folder.settings(folder)), mesh)
     facts = _facts(prior, tokenizer, request, about or {})
     with ExitStack() as held:
-        missing = processes.first(lambda: _begin(folder, facts, request, overwrite, held), mesh)
+        missing = on_first(lambda: _begin(folder, facts, request, overwrite, held), mesh)
         if missing is None:
             return Outcome("already")
         asked_to_stop = stop or StopRequest(folder, mesh)
@@ -147,7 +147,7 @@ def sample(
         made = {"images": outcome.images, "seconds": round(outcome.seconds, 3), "images_per_s": round(outcome.rate, 3)}
         facts["made"] = {**made, "processes": mesh.world.size, "device": mesh.device.type}
         if outcome.state == "sampled":
-            processes.first(lambda: sample_folder.finish(folder, facts, tokenizer.signal), mesh)
+            on_first(lambda: sample_folder.finish(folder, facts, tokenizer.signal), mesh)
         return outcome
 
 

@@ -19,11 +19,11 @@ from vqscale.data.config import ImagesConfig, as_trained
 from vqscale.data.pixels import Pictures
 from vqscale.data.tokens.stream import Cache
 from vqscale.metrics.sample_file import SampleFile
+from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior
 from vqscale.programs.sampling import folder as sample_folder
 from vqscale.programs.sampling.known import Ids, Known, Region
-from vqscale.run import processes
 from vqscale.tokenizer.model import Tokenizer
 
 
@@ -32,7 +32,7 @@ def read(path: Path, region: Region, prior: Prior, tokenizer: Tokenizer, mesh: M
     for what is none of the three, is of another tokenizer, or does not fit.
     """
     drawn, mark = region.of(prior.grid), tokenizer.fingerprint
-    ids, labels = processes.first(lambda: _files(path, mark, tokenizer.card, prior, most), mesh)
+    ids, labels = on_first(lambda: _files(path, mark, tokenizer.card, prior, most), mesh)
     if ids is None:
         with torch.no_grad():
             ids = tokenizer.encode(labels.to(mesh.device)).cpu().numpy()

@@ -24,11 +24,11 @@ from vqscale.disk import files
 from vqscale.metrics import generation
 from vqscale.metrics.generation import Described, FeatureNetwork
 from vqscale.metrics.sample_file import SampleFile
+from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs.sampling import folder as sample_folder
 from vqscale.programs.sampling.draw import check, sample
 from vqscale.programs.sampling.request import SampleRequest
-from vqscale.run import processes
 from vqscale.run.folder import StopRequest, own_signals
 from vqscale.show import report
 from vqscale.show.sweep_table import Row, Table, ordered
@@ -84,11 +84,11 @@ def sweep(
     made_from = {
         "prior": {"fingerprint": prior.fingerprint},
         "tokenizer": {"fingerprint": tokenizer.fingerprint},
-        "judge": processes.first(scoring.facts, mesh),
+        "judge": on_first(scoring.facts, mesh),
     }
     stop = StopRequest(folder, mesh)
     kind = type(every[0].how)
-    every = processes.first(lambda: _as_begun(folder, every), mesh)
+    every = on_first(lambda: _as_begun(folder, every), mesh)
     facts = {name(one.how): {**made_from, "settings": json.loads(json.dumps(one.facts()))} for one in every}
 
     def tabled() -> Table:
@@ -97,8 +97,8 @@ def sweep(
             table.write(folder, {**made_from, **(about or {})})
         return table
 
-    known = processes.first(lambda: _known(folder, facts, kind), mesh)
-    table, missing = processes.first(tabled, mesh), [one for one in every if name(one.how) not in known]
+    known = on_first(lambda: _known(folder, facts, kind), mesh)
+    table, missing = on_first(tabled, mesh), [one for one in every if name(one.how) not in known]
     if missing:
         check(prior, tokenizer, missing[0])
         reference = generation.read_reference(scoring.reference, scoring.network, mesh, batch=measure_batch)
@@ -108,8 +108,8 @@ def sweep(
         if loop.agree(mesh, stop.here(), 0)[0]:
             break
         seen = generation.describe(SampleFile(place / sample_folder.FILE), scoring.network, mesh, batch=measure_batch)
-        processes.first(partial(_write, place, facts[place.name], one, seen, reference, keep), mesh)
-        table, missing = processes.first(tabled, mesh), missing[1:]
+        on_first(partial(_write, place, facts[place.name], one, seen, reference, keep), mesh)
+        table, missing = on_first(tabled, mesh), missing[1:]
     stop.clear()
     return table, len(missing)
 

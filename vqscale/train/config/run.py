@@ -41,6 +41,8 @@ class RunConfig:
     """compile the networks (torch.compile): minutes at the start, faster steps; needs a C++ compiler"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
+        if not self.folder.strip():
+            yield "folder", "folder is empty, and a run would lie in the working folder: give it one, as runs/first"
         for key, least in (("steps", 1), ("log_every", 1), ("eval_every", 1), ("checkpoint_every", 1), ("keep", 1)):
             if getattr(self, key) < least:
                 yield key, f"{key} is {getattr(self, key)}: use at least {least}"
