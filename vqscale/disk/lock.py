@@ -57,4 +57,9 @@ def _sign(descriptor: int) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} of {socket.gethostname()} since {since}".encode(), 0)
+        os.pwrite(descriptor, named(os.getpid(), socket.gethostname(), since).encode(), 0)
+
+
+def named(pid: object, host: object, since: object) -> str:
+    """A holder, as all messages name it."""
+    return f"process {pid} of {host} since {since}"

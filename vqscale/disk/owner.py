@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.disk import files
-from vqscale.disk.lock import hold
+from vqscale.disk.lock import hold, named
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _refusal(path: Path, what: str, holder: Holder | None) -> str:
 def _named(holder: Holder | None) -> str:
     if not holder:
         return "one without a name"
-    return f"process {holder.get('pid')} of {holder.get('host')} since {holder.get('since')}"
+    return named(holder.get("pid"), holder.get("host"), holder.get("since"))
 
 
 def _me() -> Holder:
