@@ -81,7 +81,7 @@ def test_sent_bytes_of_two_processes():
     report = json.loads(bench("codes", *SMALL, "--processes", "2", "--json").stdout)
     check_shape(report, 2)
     # A search gathers the tokens, then all-reduces a float64 score and an int64 id of each of the 2 N tokens.
-    assert report["search"]["ours"]["sent_bytes"] == N * D * 4 + 2 * N * 8 + 2 * N * 8
+    assert report["search"]["ours"]["sent_bytes"] == N * D * 4 + 2 * N * 8 + 2 * N * 8 + 8  # and whether all are finite
     assert report["search"]["dense"]["sent_bytes"] == 0
     assert report["step"]["dense"]["sent_bytes"] == K * D * 4
     # Tokens out, mean rows and codes back, the gradients of all three; less than 20 numbers per token; statistics.

@@ -75,7 +75,8 @@ def test_replicas_exchange_columns_and_counts(ranks):
 def test_searching_sends_tokens_and_ids(ranks):
     for sent in ranks(2, _searched):
         vectors, numbers = TOKENS * DIM * 4, TOKENS * (8 + 8) * 2  # scores in float64
-        assert sent == ({"codes": vectors + numbers}, {"codes": TOKENS * 8 + vectors})
+        # and a number or two by which all ranks know whether a latent is not finite, or an id none
+        assert sent == ({"codes": vectors + numbers + 8}, {"codes": TOKENS * 8 + vectors + 16})
 
 
 def _searched():

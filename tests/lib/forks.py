@@ -6,8 +6,10 @@ their own (imports, the environment) is shown by few tests, by subprocess. jobs.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -85,9 +87,13 @@ def join(processes: Sequence[mp.process.BaseProcess], timeout_s: float) -> list[
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that is free, and that no connection of another test takes before it is used: below those that a system
+    gives to connections."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("of 100 ports between 20,000 and 32,000 none is free")
 
 
 def _program(argv: list[str], cwd: Path, env: Mapping[str, str], world: int, rank: int, out: Path, err: Path) -> None:

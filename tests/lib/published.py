@@ -227,9 +227,8 @@ def made(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]
 
 
 def checkpoint(averaged: dict[str, Tensor], frozen: tuple[str, ...] = ()) -> dict:
-    """A Lightning checkpoint whose averages are `averaged`; the raw weights are not numbers and take no space."""
-    nan = torch.full((1,), float("nan"))
-    raw = {name: x if name in frozen else nan.expand(x.shape) for name, x in averaged.items()}
+    """A Lightning checkpoint whose averages are `averaged`; the raw weights are not numbers."""
+    raw = {name: x if name in frozen else torch.full_like(x, float("nan")) for name, x in averaged.items()}
     raw |= {
         "loss.discriminator.main.0.weight": torch.ones(2),
         "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1),

@@ -77,8 +77,12 @@ def problems(args: argparse.Namespace) -> Iterable[str]:
         yield f"--folder {args.folder} is no folder: make it, or leave --folder out"
 
 
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    return command.parse(_parser(), argv, problems)
+
+
 def main(argv: list[str]) -> int:
-    args = command.parse(_parser(), argv, problems)
+    args = arguments(argv)
     asked = {key: getattr(args, key) for key in ("width", "layers", "batch", "codes", "dim", "steps", "every")}
     place = Path(tempfile.mkdtemp(prefix="bench-save-", dir=args.folder))
     setting = Saving(**asked, repeats=args.repeats, folder=str(place), processes=args.processes,
