@@ -49,9 +49,7 @@ whatever the autocast is."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="bench codes", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("codes", ABOUT)
     out.add_argument("--tokens", type=int, default=1024, help="N, tokens per process (1024)")
     out.add_argument("--codes", type=int, default=65536, help="K, all codes (65536)")
     out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")

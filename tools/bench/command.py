@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 TIMEOUT_S = 6 * 3600.0
 
 
+def parser(subcommand: str, about: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"bench {subcommand}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_options(out: argparse.ArgumentParser) -> None:
     """What every subcommand takes: where, on how many processes, with how much memory."""
     out.add_argument("--processes", type=int, default=1, help="M, processes that share the rows, CPU only (1)")

@@ -145,9 +145,7 @@ def _draw(place: Path, count: int) -> str:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    out = argparse.ArgumentParser(
-        prog="bench data", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("data", ABOUT)
     out.add_argument("--shards", help="pattern of the shards to read (drawn ones)")
     out.add_argument("--num", type=int, default=512, help="images to draw (512)")
     out.add_argument("--images", type=int, default=1024, help="images that a reader gives in a round (1024)")

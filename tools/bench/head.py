@@ -39,9 +39,7 @@ all-reduce of K x D gradients is not run: its bytes are computed."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="bench head", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("head", ABOUT)
     out.add_argument("--tokens", type=int, default=1024, help="N, tokens of a loss per process (1024)")
     out.add_argument("--drawn", type=int, default=64, help="tokens of a draw per process (64)")
     out.add_argument(

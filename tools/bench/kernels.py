@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import command
+
 SHARED_MOST = 227 * 1024  # bytes of shared memory that a program may have
 POINTERS = {"X": "low", "C": "low", "V": "low", "G": "low", "LOW": "low", "SCORE": "*fp64", "ROW": "*i32"}
 FULL_TOKENS = ("rescore_kernel", "widths_kernel")  # these read tokens and codes as they are given, not operands
@@ -45,9 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    out = argparse.ArgumentParser(
-        prog="bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("kernels", __doc__)
     out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
     out.add_argument("--fp32", action="store_true", help="operands in float32; else bfloat16")
     out.add_argument("--only", default="", help="kernels whose name contains this")

@@ -29,9 +29,7 @@ its inputs, for each K of --codes:
 
 
 def _parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="bench memory", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("memory", ABOUT)
     powers = [2**n for n in range(12, 21, 2)]
     out.add_argument("--codes", type=int, nargs="+", default=powers, help="K, one or more (4096 16384 .. 1048576)")
     out.add_argument("--tokens", type=int, default=1024, help="N, tokens per process (1024)")

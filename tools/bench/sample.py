@@ -33,9 +33,7 @@ that."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="bench sample", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("sample", ABOUT)
     out.add_argument("--batch", type=int, default=8, help="images at once (8)")
     out.add_argument("--side", type=int, default=16, help="an image has side x side ids (16)")
     out.add_argument("--codes", type=int, nargs="+", default=[2**14], help="K, one or several (16384)")

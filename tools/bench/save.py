@@ -55,9 +55,7 @@ class Saving:
 
 
 def _parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="bench save", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("save", ABOUT)
     out.add_argument("--width", type=int, default=1024, help="of the network's square layers (1024)")
     out.add_argument("--layers", type=int, default=8, help="how many of them (8)")
     out.add_argument("--batch", type=int, default=256, help="vectors per process and step (256)")

@@ -42,9 +42,7 @@ FORMS = ("step", "counted", "revived", "many dead")
 
 
 def _parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="bench upkeep", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command.parser("upkeep", ABOUT)
     out.add_argument("--tokens", type=int, default=512, help="N, tokens per process (512)")
     out.add_argument("--codes", type=int, default=2**18, help="K, all codes (262144)")
     out.add_argument("--dim", type=int, default=16, help="D, dimension of a code (16)")

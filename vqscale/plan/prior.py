@@ -22,7 +22,7 @@ from vqscale.nets.transformer import Transformer, rotary
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import averaged, split_bytes
 from vqscale.plan.count import KernelCounter
-from vqscale.plan.tokenizer import MIB, Costs, planned_mesh
+from vqscale.plan.tokenizer import MIB, Costs, frozen_numbers, planned_mesh
 from vqscale.plan.traffic import network_bytes
 from vqscale.priors.base import Prior
 from vqscale.train.config.prior import PriorRun
@@ -42,7 +42,7 @@ def plan(config: PriorRun, world: int) -> Costs:
     tokens = images * config.prior.num_tokens
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.named_children()}
     parameters |= {name: p.numel() for name, p in prior.named_parameters(recurse=False)}
-    dense, still = sum(parameters.values()), sum(p.numel() for p in prior.parameters() if not p.requires_grad)
+    dense, still = sum(parameters.values()), frozen_numbers(prior)
     muon = sum(p.numel() for p in muon_matrices(prior, config.optim))
     parameters |= {name: table.num_codes * table.dim for name, table in tables.items()}
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0

@@ -93,7 +93,7 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     places, dim = grid(config.tokenizer.net, config.data.train.sides), tokenizer.quantizer.dim
     tokens = images * math.prod(places)
     parameters = {name: _parameters(part) for name, part in tokenizer.named_children()}
-    dense, still = sum(parameters.values()), _still(tokenizer)
+    dense, still = sum(parameters.values()), frozen_numbers(tokenizer)
     parameters["codebook"] = sum(t.num_codes * t.dim for t in tables.values() if isinstance(t, Codebook))
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     low = num_rounded(tokenizer, config.engine)
@@ -194,7 +194,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _still(module: nn.Module) -> int:
+def frozen_numbers(module: nn.Module) -> int:
     """Numbers that stand still."""
     return sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
 

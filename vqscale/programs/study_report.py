@@ -86,13 +86,14 @@ def _of_the_run(trial: Trial) -> Line:
         for row in logged_rows(trial.folder)
         if "time/step_s" in row and 2 * row["step"] > trial.config.run.steps
     ]
-    said |= _operations(trial.folder, trial.processes)
+    if trial.config.task == "prior":  # of tokenizers the plan counts none
+        said |= _operations(trial.folder, trial.processes)
     return said | ({"process_s": trial.processes * statistics.median(seconds)} if seconds else {})
 
 
 @cache
 def _operations(folder: Path, processes: int) -> Line:
-    """GFLOP of an image of a run that is done, in training and in sampling with the settings at their default."""
+    """GFLOP of an image of a prior that is trained, in training and in sampling with the settings at their default."""
     if not (folder / "run.yaml").exists():
         return {}
     config: Run = configuration.load(Run, folder / "run.yaml", written=True)

@@ -37,9 +37,7 @@ from vqscale.seed import derive
 from vqscale.tokenizer import saved
 from vqscale.tokenizer.export import card_file
 from vqscale.train import adversarial_losses as losses
-from vqscale.train import loop
 from vqscale.train.config import TokenizerRun
-from vqscale.train.config.first_weights import Init
 from vqscale.train.config.losses import AdversarialConfig
 
 # Of what a checkpoint has of a discriminator, what is no moment.
@@ -48,6 +46,7 @@ OWN = ("discriminator/parameter/", "discriminator/buffer/", "discriminator/lecam
 
 class Discriminator:
     """The discriminator of a run: its engine, both adversarial losses, and LeCAM's averages. Making one is collective.
+    It begins from that in the checkpoint `first`, where init takes it.
 
     In a checkpoint everything is under discriminator/: the engine's state, and lecam, the averages over all ranks of
     its answers to images, then of its answers to reconstructions.
@@ -55,13 +54,13 @@ class Discriminator:
 
     name = "discriminator"
 
-    def __init__(self, config: AdversarialConfig, run: TokenizerRun, mesh: Mesh) -> None:
+    def __init__(self, config: AdversarialConfig, run: TokenizerRun, mesh: Mesh, first: Path | None = None) -> None:
         torch.manual_seed(derive(run.run.seed, "discriminator"))
         net = discriminators.build(config.net, partial(ops.gather, axis=mesh.world)).to(mesh.device)
         steps = max(1, run.run.steps - config.start_step)
         self.averages_2A = torch.zeros(2, config.net.num_answers, device=mesh.device)
-        if run.init is not None and "discriminator" in run.init.parts and loop.begins(run.run.folder, mesh):
-            _take(run.init, net, self.averages_2A, mesh)
+        if first is not None and run.init is not None and "discriminator" in run.init.parts:
+            _take(first, net, self.averages_2A, mesh)
         self.engine = Engine(net, {}, run.engine, config.optim or run.optim, mesh, steps)
         self.config, self._mesh, self._accumulation = config, mesh, run.engine.accumulation
         self._answers_2A = torch.zeros_like(self.averages_2A)
@@ -155,17 +154,16 @@ class Discriminator:
 
 
 @torch.no_grad()
-def _take(init: Init, net: nn.Module, averages_2A: Tensor, mesh: Mesh) -> None:
-    """Put the discriminator of the run that init names into `net`, and its averages of answers. Collective."""
-    source = saved.find(init.from_, mesh, init.weights)
-    contents = checkpoint.read(source.path)
+def _take(path: Path, net: nn.Module, averages_2A: Tensor, mesh: Mesh) -> None:
+    """Put the discriminator in a checkpoint into `net`, and its averages of answers."""
+    contents = checkpoint.read(path)
     wanted: dict[str, Tensor] = {f"parameter/{name}": x for name, x in net.named_parameters()}
     wanted |= {f"buffer/{name}": x for name, x in Buffers(net, mesh).named()}
     wanted["lecam"] = averages_2A.view(-1)
     check_shapes(
         {f"discriminator/{name}": x.shape for name, x in wanted.items()},
         {name: entry["shape"] for name, entry in contents.ranges.items() if name.startswith(OWN)},
-        what=f"the discriminator of {source.path}",
+        what=f"the discriminator of {path}",
     )
     for name, x in wanted.items():
         x.copy_(contents.whole(f"discriminator/{name}").view_as(x))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from vqscale import priors
 from vqscale.codes.codebook import Codebook
-from vqscale.disk import checkpoint, manifest
+from vqscale.disk import manifest
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior
 from vqscale.priors.config import PriorConfig
@@ -50,6 +50,8 @@ _MAPS = ("quant_conv", "post_quant_conv")  # between latents and codes, of the d
 class Taken:
     """What a run began with: what to say of it, and what its folder keeps; nothing where a run goes on."""
 
+    source: Path | None = None
+    """the checkpoint or folder, every byte of it checked"""
     lines: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -58,6 +60,8 @@ class Taken:
 class Fits:
     """How the tensors of a model get first values, by name: theirs, theirs in another size, or those drawn anew."""
 
+    there: dict[str, Entry]
+    """theirs, as shapes"""
     same: list[str] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     positions: list[str] = field(default_factory=list)
@@ -107,9 +111,7 @@ def _config_of(init: Init) -> Any:
     """The config of the model that init names, of a folder that has weights too."""
     path = Path(init.from_)
     found = saved.config_of(path, init.model, _SCHEMAS[init.model])
-    if not any((path / name).is_file() for name in (CARD, manifest.NAME)) and not checkpoint.finished(
-        path / "checkpoints"
-    ):
+    if not any((path / name).is_file() for name in (CARD, manifest.NAME)) and not loop.finished_steps(path):
         raise ValueError(
             f"init.from is {path}, a run that has not saved a checkpoint yet: train it until it has "
             "(run.checkpoint_every), or name another one"
@@ -128,7 +130,7 @@ def _fits(init: Init, model: Model, theirs: Any, mesh: Mesh) -> Fits:
             + "\nuse the settings there, or leave the parts that they are about out of init.parts"
         )
     there = entries(_on_meta(theirs, mesh))
-    places, fits, wrong, own = _positions(model), Fits(), list[str](), entries(model)
+    places, fits, wrong, own = _positions(model), Fits(there), list[str](), entries(model)
     turned = getattr(theirs, "grid", None) != getattr(model.config, "grid", None)  # though it may have as many places
     for name, entry in _taken_entries(init, model).items():
         other = there.get(name)
@@ -178,7 +180,7 @@ def _positions(model: nn.Module) -> set[str]:
 def _take(init: Init, model: Model, mesh: Mesh) -> Taken:
     source = saved.find(init.from_, mesh, init.weights, init.model, _SCHEMAS[init.model])
     fits, mine = _fits(init, model, source.config, mesh), _taken_entries(init, model)
-    there = entries(_on_meta(source.config, mesh))
+    there = fits.there
     given = source.tensors({name: _wanted(x, mine.get(name)) for name, x in there.items()}, mesh)
     for name in fits.same:
         mine[name].tensor.copy_(given[name])
@@ -235,7 +237,7 @@ def _told(init: Init, source: Saved, model: Model, fits: Fits, more: Mapping[str
     facts = {"from": str(source.path), "origin": origin, "weights": init.weights}
     facts |= {"parts": list(init.parts), "numbers": numbers}
     rows = {name: {"there": known, "here": count} for name, (known, count) in more.items()}
-    return Taken(lines, facts | {"rows": rows, "positions": fits.positions, "new": fits.new})
+    return Taken(source.path, lines, facts | {"rows": rows, "positions": fits.positions, "new": fits.new})
 
 
 def _changes(fits: Fits, more: Mapping[str, tuple[int, int]]) -> Iterator[str]:

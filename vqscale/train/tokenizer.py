@@ -90,7 +90,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
         compile_nets(tokenizer)
     average = Average(engine, config.average)
     adversarial = config.loss.adversarial
-    discriminator = None if adversarial is None else Discriminator(adversarial, config, mesh)
+    discriminator = None if adversarial is None else Discriminator(adversarial, config, mesh, taken.source)
     kept: list[loop.Kept] = [average] if discriminator is None else [average, discriminator]
 
     # resume: nothing is written before it is known that the run goes on

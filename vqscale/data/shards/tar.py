@@ -95,10 +95,8 @@ def next_header(descriptor: int, at: int, size: int) -> int | None:
                 except ValueError:
                     continue
                 return begin + inner
-        begin, chunk = (
-            begin + chunk,
-            min(2 * chunk, 2048 * BLOCK),
-        )  # small first: holes may be many, and mostly are short
+        begin += chunk
+        chunk = min(2 * chunk, 2048 * BLOCK)  # small first: holes may be many, and mostly are short
     return None
 
 

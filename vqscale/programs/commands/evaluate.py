@@ -99,6 +99,8 @@ def _tokenizer(args: argparse.Namespace) -> str:
     with _joined(args) as mesh:
         measures = evaluate_networks.measures(args, mesh)
         tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
+        if args.swaps:
+            _check_swaps(tokenizer)
         config = _images(args, tokenizer.card)
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
@@ -106,7 +108,6 @@ def _tokenizer(args: argparse.Namespace) -> str:
         found = score.score(tokenizer, stream, mesh, measures, progress.advance)
         progress.close()
         if args.swaps:
-            _check_swaps(tokenizer)
             found.numbers.update(score.under_swaps(tokenizer, stream, mesh, args.swaps, args.neighbours))
         fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
