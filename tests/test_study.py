@@ -26,8 +26,9 @@ from vqscale.disk import owner
 from vqscale.plan import costs_of
 from vqscale.programs import launchers, study_report, study_runner, study_samples
 from vqscale.programs import study as studies
-from vqscale.programs.commands import evaluate_options, words
 from vqscale.programs.commands import study as command
+from vqscale.programs.commands import words
+from vqscale.programs.commands.evaluate import options
 from vqscale.programs.launchers import Launcher, State
 from vqscale.programs.launchers.local import Local
 from vqscale.programs.study_config import StudyConfig
@@ -298,7 +299,7 @@ def test_samples_are_drawn_anew_where_other_options_are_asked_for_and_judged_onc
     draw, judge = study_samples.steps(samples, trial)
     given = [str(trial.folder), "tokenizer", str(trial.folder / "samples"), "--num-images=10"]
     assert draw == [str(ROOT / "tools" / "sample.py"), *given]
-    assert evaluate_options.parser(None).parse_args(judge[1:]).classifier == "judge"
+    assert options.parser(None).parse_args(judge[1:]).classifier == "judge"
     done = {"state": "done", "command": words.command("sample", given)}
     (trial.folder / "samples" / "sample.json").write_text(json.dumps(done))
     assert list(study_samples.steps(samples, trial)) == [judge]

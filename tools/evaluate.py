@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""`python tools/evaluate.py ...` is `vqscale evaluate ...` of this checkout: vqscale/programs/commands/evaluate.py."""
+"""`python tools/evaluate.py ...` is `vqscale evaluate ...` of this checkout: vqscale/programs/commands/evaluate/."""
 
 import sys
 from pathlib import Path

@@ -2,7 +2,7 @@
 part of them, with none, with another image's, and with those that a prior draws, beside a constant.
 
 Each is a row of one table, of the signal's metrics. What a sample is given depends on its number alone, so the numbers
-are the same on any number of ranks and in any batch. Not here: the command and its page (commands/evaluate_dense.py).
+are the same on any number of ranks and in any batch. Not here: the command and its page (commands/evaluate/dense.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vqscale import config as configuration
 from vqscale.data.config_dense import PanopticConfig
-from vqscale.programs.commands import evaluate_networks, words
+from vqscale.programs.commands import words
+from vqscale.programs.commands.evaluate import networks
 from vqscale.run import processes
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def told(args: argparse.Namespace) -> str:
         maps, written = None, list[Path]()
         if truth is not None and isinstance(held_out, PanopticConfig) and args.predictions:
             maps = Maps(Path(args.predictions), held_out, truth, (dense.CEILING, *draws, dense.NO_CODE))
-        measures = evaluate_networks.against(args, mesh)
+        measures = networks.against(args, mesh)
         progress = Progress(-(-2 * seen.num_samples // seen.batch), rank=world.rank, stream=sys.stderr)
         options: Any = {"constant": constant, "draws": draws, "truth": truth, "advance": progress.advance}
         options |= {"measures": measures, "keep": maps.keep if maps else None}
