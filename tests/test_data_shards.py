@@ -166,9 +166,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     original = index_module._read_part
 
-    def read_part(cache: ShardCache, shard: str, suffixes: tuple[str, ...]) -> object:
+    def read_part(cache: ShardCache, shard: str, *wanted: object) -> object:
         read.append(os.path.basename(shard))
-        return original(cache, shard, suffixes)
+        return original(cache, shard, *wanted)
 
     monkeypatch.setattr(index_module, "_read_part", read_part)
     return read
@@ -218,10 +218,10 @@ def test_an_interrupted_index_keeps_what_it_has(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(index_module, "_THREADS", 1)
     original = index_module._read_part
 
-    def read_part(cache: ShardCache, shard: str, suffixes: tuple[str, ...]) -> object:
+    def read_part(cache: ShardCache, shard: str, *wanted: object) -> object:
         if shard.endswith("s-4.tar"):
             raise OSError("the disk went away")
-        return original(cache, shard, suffixes)
+        return original(cache, shard, *wanted)
 
     monkeypatch.setattr(index_module, "_read_part", read_part)
     with pytest.raises(OSError, match="went away"):

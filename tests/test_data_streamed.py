@@ -141,7 +141,7 @@ def test_a_run_through_a_small_cache_sees_every_sample(tmp_path: Path) -> None:
     assert sorted(found[:32]) == sorted(found[32:64]) == sorted(found[64:]) == read_slowly(paths)
     kept = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
     assert kept <= 5 * size  # one may just have come
-    with pytest.raises(ValueError, match=r"two windows of 3 streamed shards.*cache_gb.*lower window_shards"):
+    with pytest.raises(ValueError, match=r"2 windows of 3 streamed shards.*cache_gb.*lower window_shards"):
         SampleStream(config(piped.shards, window_shards=3, cache_dir=piped.cache_dir, cache_gb=piped.cache_gb), batch=8)
 
 

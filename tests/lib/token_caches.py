@@ -23,7 +23,8 @@ def index(num_images: int) -> Index:
     ends = np.cumsum([len(key) for key in keys])
     labels = (np.arange(num_images) * 3 % LABELS).astype(np.int32)
     key_bytes = np.frombuffer(b"".join(keys), np.uint8)
-    contents = Contents(zeros, zeros.astype(np.uint32), labels, ends, key_bytes, ())
+    sides = np.zeros((num_images, 0), np.int32)
+    contents = Contents(zeros, zeros.astype(np.uint32), labels, ends, key_bytes, sides, ())
     return Index([], [], [], np.array([num_images]), contents)
 
 

@@ -1,8 +1,9 @@
 """What a source of samples, or of their ids, is asked for, without torch: the configs of data/samples.py and
 data/tokens/stream.py, and which media there are. Read before anything heavy is imported.
 
-A medium is what lies in the shards and how its bytes become samples (images: pixels.py; depth and segments:
-config_dense.py and dense.py; sounds: config_sounds.py and sounds.py). To add one: its settings, a ShardsConfig with
+A medium is what lies in the shards and how its bytes become samples (images: pixels.py, of several shapes:
+config_buckets.py and buckets.py; depth and segments: config_dense.py and dense.py; sounds: config_sounds.py and
+sounds.py). To add one: its settings, a ShardsConfig with
 a class that reads, and its line in MEDIA.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
@@ -23,6 +24,7 @@ MEDIA = {
     "depth": "vqscale.data.config_dense:DepthConfig",
     "panoptic": "vqscale.data.config_dense:PanopticConfig",
     "sounds": "vqscale.data.config_sounds:SoundsConfig",
+    "buckets": "vqscale.data.config_buckets:BucketsConfig",
 }
 
 Interpolation = Literal["bicubic", "bilinear", "sampled"]
@@ -102,6 +104,8 @@ class ShardsConfig:
     """of the members that a sample needs beside it, for each the suffixes that it may have"""
     kind: ClassVar[str]
     """what the samples are called in messages"""
+    measure: ClassVar[str] = ""
+    """what tells the sides of a sample by the head of its file, as `module:function`, where the index has them"""
 
     shards: Free[str | tuple[str, ...]]
     "tar shards: paths or URLs with brace lists a-{0000..1023}.tar or *, joined by ::, pipe:COMMAND, or a list of these"
@@ -125,8 +129,18 @@ class ShardsConfig:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, *sides) of the samples that come out, all alike."""
+        """(C, *sides) of the samples that come out, all alike; of several shapes the one with the most values."""
         raise NotImplementedError
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """All shapes of the samples that come out; a batch has one of them."""
+        return (self.shape,)
+
+    @property
+    def least_side(self) -> int:
+        """The smallest side of any sample."""
+        return min(side for _, *sides in self.shapes for side in sides)
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -242,19 +256,6 @@ def box_problems(image_size: int, min_area: float) -> Iterable[tuple[str, str]]:
         yield "image_size", f"image_size is {image_size}, but must be at least 1: raise image_size"
     if not 0 < min_area <= 1:
         yield "min_area", f"min_area is {min_area}, but a share of an area is above 0 and at most 1: change min_area"
-
-
-def as_trained(
-    card: Mapping[str, Any], image_size: int | None, resize: int | None, interpolation: str | None
-) -> dict[str, Any]:
-    """These keys of ImagesConfig as asked for, or (None) as the card of a tokenizer says, or else 256 pixels,
-    bicubic. The card's resize goes with its size. A tokenizer seen through another filter gives other numbers and ids.
-    """
-    return {
-        "image_size": (card.get("image_size") or 256) if image_size is None else image_size,
-        "resize": card.get("resize") if image_size is None and resize is None else resize,
-        "interpolation": interpolation or card.get("interpolation") or "bicubic",
-    }
 
 
 @dataclass(frozen=True)

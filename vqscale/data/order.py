@@ -26,6 +26,8 @@ def permutation(count: int, seed: int) -> Ints:
 class Order:
     """The endless order of training: number n is position n % len of epoch n // len, and holds one sample number."""
 
+    endless = True
+    windows = 2  # of shards, that a reader has at hand: the one in use and the next
     KEPT_WINDOWS = 4  # a batch may straddle two windows, and substitutes may look into the next
 
     def __init__(self, samples_per_shard: Ints, seed: int, window_shards: int) -> None:
@@ -48,6 +50,18 @@ class Order:
         epoch, position = divmod(number, len(self))
         window, start = self._locate(epoch, position)
         return epoch, int(self._window(epoch, window)[position - start])
+
+    def after(self, number: int, further: int) -> int:
+        """The sample number that stands in for that of `number`, so many further on, where those before are broken."""
+        return self[number + further][1]
+
+    def __contains__(self, number: int) -> bool:
+        """Whether a position holds a sample."""
+        return number >= 0
+
+    def shape_of(self, number: int) -> int:
+        """Which of the shapes of a source the sample there has."""
+        return 0
 
     def shards_of(self, number: int, ahead: int = 0) -> list[int]:
         """The shards of the window that `number` is in, or of the one `ahead` windows later, in the order of the
@@ -100,6 +114,9 @@ class Order:
 class Sequential:
     """The order of evaluation: every sample once, by number."""
 
+    endless = False
+    windows = 2
+
     def __init__(self, samples_per_shard: Ints) -> None:
         self.ends = np.cumsum(samples_per_shard)
 
@@ -108,9 +125,17 @@ class Sequential:
 
     def __getitem__(self, number: int) -> tuple[int, int]:
         """(0, number): there is one epoch."""
-        if not 0 <= number < len(self):
+        if number not in self:
             raise IndexError(number)
         return 0, number
+
+    def __contains__(self, number: int) -> bool:
+        """Whether a position holds a sample."""
+        return 0 <= number < len(self)
+
+    def shape_of(self, number: int) -> int:
+        """Which of the shapes of a source the sample there has."""
+        return 0
 
     def stretch(self, number: int) -> tuple[int, int, Ints]:
         """The shard that `number` is in, as in Order: (0, the number of its first sample, its sample numbers)."""

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vqscale.data.config import ImagesConfig, Interpolation, Views
 
 # Pictures alone, decoded in this process: Pillow gives EPS to a program, which runs what is in the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_LYING = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
 MOST_ASPECT = 16  # of an image that is enlarged or reduced whole
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[float, float, float, float]
@@ -69,6 +70,14 @@ def decode(data: bytes) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def sides_of(data: bytes) -> tuple[int, int]:
+    """(height, width) of the image that a file begins with, upright as `decode` gives it, by its head alone. Raises
+    whatever the decoder raises where the head is not whole."""
+    image = opened(data)
+    lies = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
+    return (image.width, image.height) if lies else (image.height, image.width)
 
 
 def opened(data: bytes) -> Image.Image:

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqscale.config import load_class
+from vqscale.data import order_buckets
 from vqscale.data.config import MediumConfig
 from vqscale.data.made.make import make_missing
 from vqscale.data.order import Order, Sequential
+from vqscale.data.order_buckets import BucketOrder, BucketsInTurn
 from vqscale.data.shards.chosen import chosen
 from vqscale.data.shards.index import Index, build
 from vqscale.data.shards.reader import Reader
@@ -34,14 +36,31 @@ def medium(config: MediumConfig) -> Reads:
     return reads
 
 
-def prepare(config: MediumConfig) -> None:
+def prepare(config: MediumConfig, batch: int = 0) -> None:
     """Before any process group exists: make drawn shards that are missing (config.make), and the index where it is not
-    kept yet.
+    kept yet. ValueError where samples come in buckets, of which one has too few for a step of training of `batch`.
 
     Called by every process; one works and the others wait, however long it takes. Done again it does nothing.
     """
     make_missing(config)
-    build(config)
+    index = build(config)
+    if config.measure and batch:
+        order_buckets.check(config, index, batch)
+
+
+Endless = Order | BucketOrder
+AnyOrder = Endless | Sequential | BucketsInTurn
+
+
+def ordered(config: MediumConfig, index: Index, batch: int, seed: int, train: bool, accumulation: int = 1) -> AnyOrder:
+    """The order of the samples of an index for global batches of so many, of which a step takes `accumulation`."""
+    if not config.measure:
+        return Order(index.counts, seed, config.window_shards) if train else Sequential(index.counts)
+    buckets = (order_buckets.buckets_of(config, index), len(config.shapes))
+    if not train:
+        return BucketsInTurn(index.counts, *buckets, batch)
+    order_buckets.check(config, index, batch * accumulation)
+    return BucketOrder(index.counts, *buckets, batch * accumulation, seed, config.window_shards)
 
 
 class Reads(Protocol):
@@ -84,19 +103,19 @@ class SampleBatch:
 class _Samples(Dataset[SampleBatch]):
     """Numbers of the order to a batch; runs in the workers, and keeps nothing that a batch depends on."""
 
-    def __init__(self, config: MediumConfig, index: Index, order: Order | Sequential, seed: int) -> None:
+    def __init__(self, config: MediumConfig, index: Index, order: AnyOrder, seed: int) -> None:
         self.config, self.index, self.order, self.seed = config, index, order, seed
         self.reader, self.medium = Reader(config, index), medium(config)
 
     def __getitems__(self, numbers: list[int]) -> SampleBatch:
         count = len(numbers)
-        samples = room(count, *self.config.shape)
+        samples = room(count, *self.config.shapes[self.order.shape_of(numbers[0])])
         labels, chosen = torch.full((count,), -1), torch.full((count,), -1)
         valid, keys, broken, enlarged = torch.zeros(count, dtype=torch.bool), [""] * count, list[str](), 0
-        if self.reader.fetched and numbers[0] >= 0:
+        if self.reader.fetched and numbers[0] in self.order:
             self.reader.prepare(self.order.shards_of(numbers[0]), self.order.shards_of(numbers[0], ahead=1))
         for row, number in enumerate(numbers):
-            if number >= 0:
+            if number in self.order:
                 sample, valid[row], small = self._take(number, broken, samples[row])
                 chosen[row], keys[row] = sample, self.index.key(sample)
                 labels[row] = int(self.index.samples.labels[sample])
@@ -108,19 +127,19 @@ class _Samples(Dataset[SampleBatch]):
         """(sample number, is it in `out`, was it too small) of a position of the order, or of the next good one; in
         evaluation a broken one is not replaced.
         """
-        epoch, wanted = self.order[number]
-        train = isinstance(self.order, Order)
-        seed = derive("augment", self.seed, epoch, wanted) if train else None
+        order = self.order
+        epoch, wanted = order[number]
+        seed = derive("augment", self.seed, epoch, wanted) if order.endless else None
         reason = ""
         for further in range(self.config.max_broken + 1):
-            _, sample = self.order[number + further]
+            sample = order.after(number, further) if further and isinstance(order, Endless) else wanted
             try:
                 return sample, True, self.medium.sample(self.reader.read(sample), seed, out)
             except Exception as error:  # a decoder may raise anything on damaged data
                 reason = f"{self.reader.describe(sample)}: {type(error).__name__}: {error}"
             if further == 0:
                 broken.append(reason)
-            if not train:
+            if not order.endless:
                 return wanted, False, False
         raise BrokenData(
             f"{self.config.max_broken + 1} samples in a row are broken, the last is {reason}; "
@@ -142,9 +161,10 @@ class SampleStream:
         seed: int = 0,
         train: bool = True,
         keys: Sequence[str] | None = None,
+        accumulation: int = 1,
     ) -> None:
-        """`batch` is global: a rank takes batch / world. Reads the index, makes it where there is none; no
-        communication. With `keys` the data set is the samples that have them (shards/chosen.py).
+        """`batch` is global: a rank takes batch / world, a step `accumulation` of them. Reads the index, makes it where
+        there is none; no communication. With `keys` the data set is the samples that have them (shards/chosen.py).
         """
         if batch < 1 or batch % world:
             near = f"{batch // world * world or world} or {(batch // world + 1) * world}"
@@ -157,20 +177,19 @@ class SampleStream:
         self.num_samples = len(self.index)
         self.fingerprint = self.index.fingerprint()
         self.damage = list(self.index.samples.damage)
-        self.order: Order | Sequential
-        self.order = Order(self.index.counts, seed, config.window_shards) if train else Sequential(self.index.counts)
+        self.order = ordered(config, self.index, batch, seed, train, accumulation)
         self._samples = _Samples(config, self.index, self.order, seed)
         self._check_cache()
 
     def _check_cache(self) -> None:
-        """The shards of two windows, the one in use and the next, must fit into the cache together."""
+        """The shards of the windows at hand, those in use and the next, must fit into the cache together."""
         fetched = [self.index.bytes[shard] for shard in self._samples.reader.fetched]
-        window = (self.config.window_shards or len(fetched)) if isinstance(self.order, Order) else 1
-        need = sum(sorted(fetched)[-2 * window :])
+        window = (self.config.window_shards or len(fetched)) if self.order.endless else 1
+        need = sum(sorted(fetched)[-self.order.windows * window :])
         if need > self.config.cache_gb * 1e9:
             raise ValueError(
-                f"two windows of {window} streamed shards are up to {need / 1e9:.3g} GB, but cache_gb = "
-                f"{self.config.cache_gb:g}: lower window_shards, or raise cache_gb"
+                f"{self.order.windows} windows of {window} streamed shards are up to {need / 1e9:.3g} GB, but "
+                f"cache_gb = {self.config.cache_gb:g}: lower window_shards, or raise cache_gb"
             )
 
     def batches(self, consumed: int = 0) -> Iterator[SampleBatch]:
@@ -188,16 +207,16 @@ class SampleStream:
 
 
 class _Numbers:
-    """The positions of this rank, a list for each step; -1 past the end of an evaluation."""
+    """The positions of this rank, a list for each step; those past the end of an evaluation too."""
 
     def __init__(self, stream: SampleStream, consumed: int) -> None:
         self.stream, self.consumed = stream, consumed
 
     def __iter__(self) -> Iterator[list[int]]:
         stream, start = self.stream, self.consumed
-        end = None if isinstance(stream.order, Order) else stream.num_samples
+        end = None if stream.order.endless else len(stream.order)
         part = stream.batch // stream.world
         while end is None or start < end:
             first = start + stream.rank * part
-            yield [n if end is None or n < end else -1 for n in range(first, first + part)]
+            yield list(range(first, first + part))
             start += stream.batch

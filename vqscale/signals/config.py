@@ -141,7 +141,7 @@ class ImagesSignal(SignalSettings):
 
     def misfits(self, medium: MediumConfig, loss: DistanceConfig) -> Iterable[tuple[str, str]]:
         yield from super().misfits(medium, loss)
-        size = min(medium.sides)
+        size = medium.least_side
         if loss.perceptual is not None and size < LEAST_PERCEPTUAL:
             yield (
                 "loss.perceptual",

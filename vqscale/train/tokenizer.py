@@ -49,9 +49,10 @@ def compile_nets(tokenizer: Tokenizer, backend: str = "inductor") -> None:
 
 def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[SampleStream, SampleStream | None]:
     """(training images, held-out images or None): what is wrong with the shards is said before a model is built."""
-    batch = config.data.batch // config.engine.accumulation
+    cut = config.engine.accumulation
+    batch = config.data.batch // cut
     place = (mesh.world.rank, mesh.world.size)
-    stream = SampleStream(config.data.train, batch, *place, seed=derive(config.run.seed, "data"))
+    stream = SampleStream(config.data.train, batch, *place, seed=derive(config.run.seed, "data"), accumulation=cut)
     return stream, None if config.data.val is None else SampleStream(config.data.val, batch, *place, train=False)
 
 

@@ -62,6 +62,7 @@ def _taken(index: Index, numbers: list[int]) -> Index:
         offsets=index.samples.offsets[numbers],
         sizes=index.samples.sizes[numbers],
         labels=index.samples.labels[numbers],
+        sides=index.samples.sides[numbers],
         key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
         key_bytes=np.concatenate(keys),
         damage=(),

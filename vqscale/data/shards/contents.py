@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,8 @@ _SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's skip_meta
 _NO_MEMBER = (0, 0)
 _MOST_JSON = 1 << 20  # bytes in which a label is looked for
 _MOST_LINES = 100  # of damage in one shard that are told one by one
+_HEAD, _MOST_HEAD = 1 << 16, 1 << 26  # bytes in which the sides of a picture are looked for, at first and at most
+Measure = Callable[[bytes], tuple[int, int]]  # (height, width) of a picture by the head of its file
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Contents:
     labels: NDArray[np.int32]  # (n,) -1 = unknown
     key_ends: NDArray[np.int64]  # (n,) where each key ends in key_bytes
     key_bytes: NDArray[np.uint8]
+    sides: NDArray[np.int32]  # (n, 2) height and width of the first member, (0, 0) = unknown; (n, 0) = not measured
     damage: tuple[str, ...]
 
 
@@ -46,9 +49,9 @@ class _Sample:
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def read_contents(descriptor: int, wanted: Sequence[tuple[str, ...]]) -> Contents:
-    """Walk an open shard for members, each with one of its suffixes. Damage is reported, not raised; OSError if the
-    file cannot be read."""
+def read_contents(descriptor: int, wanted: Sequence[tuple[str, ...]], measure: Measure | None = None) -> Contents:
+    """Walk an open shard for members, each with one of its suffixes, and with `measure` for the sides of the first of
+    them. Damage is reported, not raised; OSError if the file cannot be read."""
     samples, damage, suspicion = _group(members(descriptor))
     kept = _whole(samples)
     if suspicion and (not kept or kept[-1] is not samples[-1]):
@@ -62,6 +65,7 @@ def read_contents(descriptor: int, wanted: Sequence[tuple[str, ...]]) -> Content
         np.array([_label(descriptor, sample.members) for sample in kept], dtype=np.int32),
         np.cumsum([len(key) for key in keys], dtype=np.int64),
         np.frombuffer(b"".join(keys), dtype=np.uint8),
+        _sides(descriptor, places[:, 0].tolist(), measure),
         _first(damage),
     )
 
@@ -69,6 +73,25 @@ def read_contents(descriptor: int, wanted: Sequence[tuple[str, ...]]) -> Content
 def _first(damage: list[str]) -> tuple[str, ...]:
     more = len(damage) - _MOST_LINES
     return tuple(damage) if more <= 0 else (*damage[:_MOST_LINES], f"{more} more places are damaged")
+
+
+def _sides(descriptor: int, places: Sequence[tuple[int, int]], measure: Measure | None) -> NDArray[np.int32]:
+    if measure is None:
+        return np.zeros((len(places), 0), np.int32)
+    found = [_measured(descriptor, (offset, size), measure) for offset, size in places]
+    return np.array(found, dtype=np.int32).reshape(len(places), 2)
+
+
+def _measured(descriptor: int, place: tuple[int, int], measure: Measure) -> tuple[int, int]:
+    """By the head of a file, or by more of it where a profile or a small picture comes first; (0, 0) where no picture
+    begins, which is met and reported when it is read."""
+    for most in (_HEAD, _MOST_HEAD):
+        try:
+            return measure(_read(descriptor, (place[0], min(place[1], most))))
+        except Exception:  # a decoder may raise anything on damaged data
+            if place[1] <= most:
+                break
+    return 0, 0
 
 
 def _place(sample: _Sample, suffixes: tuple[str, ...]) -> tuple[int, int]:

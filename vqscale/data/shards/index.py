@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from vqscale.config import load_class
 from vqscale.data.config import ImagesConfig, MediumConfig
 from vqscale.data.shards.cache import ShardCache, is_direct
-from vqscale.data.shards.contents import Contents, read_contents
+from vqscale.data.shards.contents import Contents, Measure, read_contents
 from vqscale.data.shards.patterns import expand, is_local
 from vqscale.disk import files
 from vqscale.disk.lock import hold
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 _VERSION = 4  # of the file; another one is made again
 _SAVE_EVERY_S = 60.0
 _THREADS = 8  # reading headers waits for the disk more than it computes
-_ARRAYS = ("offsets", "sizes", "labels", "key_ends", "key_bytes")
+_ROWS = ("offsets", "sizes", "labels", "sides")  # one for each sample
+_ARRAYS = ("offsets", "sizes", "labels", "key_ends", "key_bytes", "sides")
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ def build(config: MediumConfig) -> Index:
     shards = expand(config.patterns)
     # what an index of images was called before there were others
     more = [] if config.members == (ImagesConfig.suffixes,) else [",".join(names) for names in config.members]
+    more += ["sides"] if config.measure else []
     name = hashlib.blake2b("\n".join([*map(_address, shards), *more]).encode(), digest_size=12).hexdigest()
     file = Path(config.index_dir or cache_folder(config)).expanduser() / f"index-{name}.npz"
-    parts = _load(file, shards)
+    columns = 2 if config.measure else 0
+    parts = _load(file, shards, columns)
     if len(parts) < len(shards):
         if _can_write(file.parent):
             with hold(f"{file}.lock", why="it is reading the headers of the shards"):
-                parts = _load(file, shards)
+                parts = _load(file, shards, columns)
                 _read_missing(config, shards, parts, file)
         else:
             log.warning("the index cannot be kept in %s: set index_dir to a folder that can be written", file.parent)
@@ -142,12 +146,13 @@ def _read_missing(config: MediumConfig, shards: list[str], parts: dict[str, _Par
         return
     cache = ShardCache(cache_folder(config), int(config.cache_gb * 1e9))
     log.info("reading the headers of %d shards", len(missing))
+    measure = load_class(config.measure) if config.measure else None
     saved = time.monotonic()
     with (
         ThreadPoolExecutor(_THREADS) as pool,
         tqdm(total=len(missing), desc="index", unit="shard", disable=None, leave=False) as bar,
     ):
-        jobs = {pool.submit(_read_part, cache, shard, config.members): shard for shard in missing}
+        jobs = {pool.submit(_read_part, cache, shard, config.members, measure): shard for shard in missing}
         try:
             for job in as_completed(jobs):
                 parts[jobs[job]] = job.result()
@@ -162,12 +167,12 @@ def _read_missing(config: MediumConfig, shards: list[str], parts: dict[str, _Par
         _save(file, shards, parts)
 
 
-def _read_part(cache: ShardCache, shard: str, wanted: Sequence[tuple[str, ...]]) -> _Part:
+def _read_part(cache: ShardCache, shard: str, wanted: Sequence[tuple[str, ...]], measure: Measure | None) -> _Part:
     stamp = _stamp(shard)
     descriptor = cache.open(shard)
     try:
         size, times = stamp or (os.fstat(descriptor).st_size, (0, 0))
-        return _Part(size, times, is_direct(shard), read_contents(descriptor, wanted))
+        return _Part(size, times, is_direct(shard), read_contents(descriptor, wanted, measure))
     finally:
         os.close(descriptor)
 
@@ -220,14 +225,18 @@ def _save(file: Path, shards: Iterable[str], parts: Mapping[str, _Part]) -> None
         np.savez(out, counts=index.counts, facts=said, **arrays)
 
 
-def _load(file: Path, shards: Iterable[str]) -> dict[str, _Part]:
-    """The parts of the file that still hold; none where the file is missing, damaged or of another version."""
+def _load(file: Path, shards: Iterable[str], columns: int) -> dict[str, _Part]:
+    """The parts of the file that still hold; none where the file is missing, damaged or of another version, or has
+    another number of columns of sides."""
     try:
         with np.load(file) as arrays:
             facts = json.loads(arrays["facts"].tobytes())
             if facts["version"] != _VERSION:
                 return {}
-            counts, data = arrays["counts"], {name: arrays[name] for name in _ARRAYS}
+            counts, data = arrays["counts"], {name: arrays[name] for name in _ARRAYS if name in arrays}
+            data.setdefault("sides", np.zeros((len(data["labels"]), 0), np.int32))  # files from before there were sides
+            if data["sides"].shape[1] != columns:
+                return {}
         parts = _cut(facts, counts, data)
         found = {shard: parts[_address(shard)] for shard in shards if _address(shard) in parts}
         return {shard: part for shard, part in found.items() if _stamp(shard) in (None, (part.size, part.times))}
@@ -246,7 +255,7 @@ def _cut(facts: Mapping[str, Any], counts: NDArray[np.int64], data: Mapping[str,
     ):
         first = int(data["key_ends"][begin - 1]) if begin else 0
         last = int(data["key_ends"][end - 1]) if end else 0
-        rows = {name: data[name][begin:end] for name in ("offsets", "sizes", "labels")}
+        rows = {name: data[name][begin:end] for name in _ROWS}
         keys = data["key_ends"][begin:end] - first
         contents = Contents(key_ends=keys, key_bytes=data["key_bytes"][first:last], damage=tuple(damage), **rows)
         found[shard] = _Part(size, (times[0], times[1]), direct, contents)

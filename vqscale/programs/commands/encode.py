@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, MediumConfig, as_trained
+from vqscale.data.as_trained import as_trained
+from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, MediumConfig
 from vqscale.data.config_dense import DenseConfig, DepthConfig, PanopticConfig
 from vqscale.data.config_sounds import SoundsConfig
 from vqscale.data.config_sounds import as_trained as as_heard

@@ -125,10 +125,10 @@ def _check_images(config: TokenizerRun) -> None:
         from vqscale.nets import lpips
 
         lpips.check(config.loss.perceptual.vgg, config.loss.perceptual.heads)
-    for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
+    for key, source, batch in (("data.train", config.data.train, config.data.batch), ("data.val", config.data.val, 0)):
         if source is not None:
             try:
-                samples.prepare(source)
+                samples.prepare(source, batch)
             except (ValueError, OSError) as error:
                 kind = ValueError if isinstance(error, ValueError) else OSError
                 raise kind(f"{key}: {error}") from error

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqscale.data.config import ImagesConfig, as_trained
+from vqscale.data.as_trained import as_trained
+from vqscale.data.config import ImagesConfig
 from vqscale.data.pixels import Pictures
 from vqscale.data.tokens.stream import Cache
 from vqscale.metrics.sample_file import SampleFile

@@ -36,6 +36,14 @@ class TokenDataConfig:
         if val not in (None, train):
             yield "val", f"val is {val}, and train {train}: measure on ids that come as those do that are trained on"
 
+        for name, source in self.sources.items():
+            if isinstance(source, ShardsConfig) and len(source.shapes) > 1:
+                yield (
+                    name,
+                    f"{name} has {source.kind} of {len(source.shapes)} shapes, and a prior has one grid of ids: use "
+                    "medium: images",
+                )
+
     @property
     def sources(self) -> dict[str, SourceConfig]:
         """train, and val where there is one."""

@@ -32,12 +32,15 @@ class DataConfig:
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.batch < 1:
             yield "batch", f"batch is {self.batch}: use at least 1"
-        if self.val is not None and (self.val.kind, self.val.shape) != (self.train.kind, self.train.shape):
+        if self.val is not None and self._kind(self.val) != self._kind(self.train):
             yield (
                 "val",
                 f"val has {self.val.kind} of {by(self.val.shape)} numbers and train has {self.train.kind} of "
-                f"{by(self.train.shape)}: measure on samples of the kind and size that are trained on",
+                f"{by(self.train.shape)}: measure on samples of the kind and number of channels that are trained on",
             )
+
+    def _kind(self, source: MediumConfig) -> tuple[str, int]:
+        return source.kind, source.shape[0]
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,11 @@ class TokenizerRun:
     """how the processes are laid out"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        try:
-            grid(self.tokenizer.net, self.data.train.sides)
-        except ValueError as error:
-            yield "data.train.image_size", str(error)
+        yield from self._sides_problems("data.train", self.data.train)
+        if self.data.val is not None and self.data.val.shapes != self.data.train.shapes:
+            yield from self._sides_problems("data.val", self.data.val)
         yield from self.tokenizer.signal.misfits(self.data.train, self.loss)
-        yield from self._loss_problems(min(self.data.train.sides))
+        yield from self._loss_problems(self.data.train.least_side)
         yield from trained_problems(self.trained, TOKENIZER_PARTS, self.init)
         if self.swaps is not None:
             yield from self._swaps_problems()
@@ -83,6 +85,13 @@ class TokenizerRun:
         yield from check_whole(self.engine, self.optim)
         if self.loss.adversarial is not None and self.loss.adversarial.optim is not None:
             yield from check_whole(self.engine, self.loss.adversarial.optim, "loss.adversarial.optim.name")
+
+    def _sides_problems(self, key: str, source: MediumConfig) -> Iterable[tuple[str, str]]:
+        for _, *sides in source.shapes:
+            try:
+                grid(self.tokenizer.net, sides)
+            except ValueError as error:
+                yield f"{key}.{'buckets' if source.measure else 'image_size'}", str(error)
 
     def _swaps_problems(self) -> Iterable[tuple[str, str]]:
         if self.trained != ("decoder",):

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from vqscale.data.config import ImagesConfig, as_trained
+from vqscale.data.as_trained import as_trained
+from vqscale.data.config import ImagesConfig
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
