@@ -10,6 +10,7 @@ B sequences of T tokens of D numbers, S heads of d numbers, P tokens of prefix b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,17 +30,23 @@ def rotary(config: TransformerConfig, grid: Sequence[int], device: torch.device 
     grid, its last side fastest.
 
     Each of the s sides turns an equal part of the pairs, in their order (rows the first half, columns the second), at
-    frequencies base^(-2 s i / d); with one side this is the usual embedding of a sequence.
+    frequencies base^(-2 s i / d); with one side this is the usual embedding of a sequence. With config.rotary sequence
+    it is that of one row, the prefix its first tokens.
     """
+    if config.rotary == "sequence":
+        return _turns(config, [config.num_prefix + math.prod(grid)], device)
+    prefix = torch.zeros(config.num_prefix, config.head_dim // 2, 2, device=device)
+    if config.prefix_rotary == "identity":
+        prefix[..., 0] = 1.0
+    return torch.cat([prefix, _turns(config, grid, device)])
+
+
+def _turns(config: TransformerConfig, grid: Sequence[int], device: torch.device | str | None) -> Tensor:
     half = config.head_dim // 2
     frequencies = config.rotary_base ** -(torch.arange(0, half, len(grid), device=device, dtype=torch.float32) / half)
     places = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
     angles = torch.cat([torch.outer(place.flatten(), frequencies) for place in places], -1)
-    turns = torch.stack([angles.cos(), angles.sin()], -1)
-    prefix = torch.zeros(config.num_prefix, half, 2, device=device)
-    if config.prefix_rotary == "identity":
-        prefix[..., 0] = 1.0
-    return torch.cat([prefix, turns])
+    return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def rotate(x_BSTd: Tensor, turns: Tensor) -> Tensor:

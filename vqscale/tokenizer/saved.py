@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vqscale import config as configuration
+from vqscale.config.text import data_of
 from vqscale.disk import checkpoint, manifest
 from vqscale.nets.weights import check_shapes
 from vqscale.parallel import ops
@@ -111,6 +112,18 @@ def config_of(path: str | Path, task: Kind = "tokenizer", schema: Any = Tokenize
             f"{path} has neither {CARD} nor run.yaml: give the folder of a {task} that was trained or saved"
         )
     return configuration.parse(schema, run_config(file, path, task)[task], source=f"{file}: {task}", written=True)
+
+
+def kind_of(path: str | Path) -> str | None:
+    """What lies at `path`, as its card or its run.yaml says; None where neither can be read, and `find` tells why."""
+    formats = {said: kind for kind, said in FORMATS.items()}
+    file = run_file(path)
+    try:
+        if card_file(Path(path)).is_file():
+            return formats.get(json.loads(card_file(Path(path)).read_text(encoding="utf-8"))["format"])
+        return None if file is None else str(data_of(file)["task"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def run_file(path: str | Path) -> Path | None:

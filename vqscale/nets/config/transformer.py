@@ -36,6 +36,9 @@ class TransformerConfig:
     """base of the frequencies of the rotary embedding, of which each side of the grid has an equal part of a head"""
     prefix_rotary: Literal["identity", "zero"] = "identity"
     """rotation of the prefix: none, or times zero as in both published designs, which makes attention to it flat"""
+    rotary: Literal["grid", "sequence"] = "grid"
+    """what turns a token: its place along each side of the grid, or its place in one row that begins with the prefix,
+    as in Llama, which a prior can then be exported to"""
     norm_eps: float = 1e-5
     """added to the mean square in every norm"""
     init_scale: float = 0.02
@@ -74,6 +77,12 @@ class TransformerConfig:
         for key in ("dropout_token", "dropout_residual", "dropout_ffn", "dropout_attention"):
             if not 0 <= getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}, but a share of zeroed values lies in [0, 1): change {key}"
+        if self.rotary == "sequence" and self.prefix_rotary != "identity":
+            yield (
+                "prefix_rotary",
+                f"prefix_rotary is {self.prefix_rotary} and rotary is sequence, where the prefix is turned as the "
+                "first tokens of the row: use prefix_rotary: identity, or rotary: grid",
+            )
         for key in ("rotary_base", "norm_eps"):
             if getattr(self, key) <= 0:
                 yield key, f"{key} is {getattr(self, key)}: make it positive"

@@ -194,7 +194,7 @@ class IdsConfig:
 
 def unturned(net: TransformerConfig, grid: tuple[int, ...] | None) -> Iterable[tuple[str, str]]:
     """(key, message) where the heads of a transformer cannot be turned over the sides of a grid."""
-    pairs, sides = net.head_dim // 2, list(grid or ())
+    pairs, sides = net.head_dim // 2, list(grid or ()) if net.rotary == "grid" else []
     if sides and pairs % len(sides):
         yield (
             "net.num_heads",

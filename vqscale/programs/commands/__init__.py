@@ -19,6 +19,7 @@ COMMANDS = {  # name: (file, what it does)
     "shards": ("shards", "make WebDataset shards of images or drawn shapes"),
     "convert": ("convert", "make WebDataset shards of NYU Depth v2, COCO panoptic, images with labels"),
     "import": ("import_checkpoint", "make a published tokenizer a saved one"),
+    "export": ("export", "make a trained tokenizer or prior one of transformers or diffusers"),
     "page": ("page", "tell a run from images to samples on one page"),
     "plot": ("plot", "draw curves of one or several runs"),
     "summary": ("summary", "show what a finished run reached"),

@@ -1,0 +1,229 @@
+"""Models that leave for other libraries: what those compute there is what is computed here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from saved_runs import images, small, small_config, write_run
+
+from vqscale import priors
+from vqscale.priors.base import Prior
+from vqscale.programs.commands import export
+from vqscale.tokenizer.model import Tokenizer
+
+NEEDS = "the extra export is not installed"
+NET = {"name": "conv", "channels": 32, "multipliers": [1, 2, 2], "num_blocks": 2, "z_channels": 8}
+NET |= {"attention_levels": [0, 2], "num_groups": 32}
+IBQ = {"name": "ibq", "num_codes": 61, "dim": 5, "init": "normal"}
+CODES = {
+    "ibq": ({**IBQ, "similarity": "dot"}, "none"),
+    "ibq-rms": ({**IBQ, "similarity": "dot"}, "rms"),
+    "ibq-cosine": ({**IBQ, "similarity": "cosine"}, "none"),
+    "vq": ({**IBQ, "name": "vq"}, "none"),
+    "ema": ({**IBQ, "name": "ema"}, "none"),
+    "simvq": ({**IBQ, "name": "simvq", "init": "normal", "revive_every": 0}, "none"),
+}
+LLAMA = {"width": 24, "num_layers": 2, "num_heads": 3, "ffn_multiple": 8, "rotary": "sequence", "rotary_base": 50.0}
+CLASSES, K, GRID = 4, 19, (2, 3)
+
+
+def tokenizer_of(codes: str, **net) -> Tokenizer:
+    """Every parameter drawn, so that none is where it began, and codes that latents reach."""
+    quantizer, norm = CODES[codes]
+    tokenizer = Tokenizer.from_config(small_config(quantizer, {**NET, **net}, latent_norm=norm))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in tokenizer.named_parameters():
+            p.copy_(
+                torch.randn_like(p) / (p[0].numel() ** 0.5 if p.ndim > 1 else 5) + ("norm" in name and "weight" in name)
+            )
+        tokenizer.quantizer.codebook.rows.mul_(5**0.5)
+    return tokenizer.eval()
+
+
+def exported(library: str, model, folder):
+    assert export.main(["--to", library, str(model.save(folder / "saved")), str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def disagreeing(tokenizer: Tokenizer, pixels, ids) -> int:
+    """How many ids are others than ours, none of them by more than rounding."""
+    ours = tokenizer.encode(pixels)
+    assert len(ours.unique()) > 8, "the comparison says little where few codes are met"
+    other = ours != ids
+    if other.any():
+        x_ND = tokenizer.latents(pixels)
+        rows = tokenizer.quantizer.decode(torch.arange(tokenizer.quantizer.num_codes))
+        mine, theirs = ((x_ND - rows[i.flatten()]).norm(dim=1)[other.flatten()] for i in (ours, ids))
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    return int(other.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codes", CODES)
+def test_diffusers_finds_the_same_ids_and_pixels(codes, tmp_path):
+    library = pytest.importorskip("diffusers", reason=NEEDS)
+    tokenizer = tokenizer_of(codes, mid_attention=codes != "vq")
+    folder = exported("diffusers", tokenizer, tmp_path)
+    theirs, said = library.VQModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(said.values()), said
+    assert {file.name for file in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    pixels = images(4, 32)
+    with torch.no_grad():
+        latents = theirs.encode(pixels).latents
+        ids = theirs.quantize(latents)[2][2].view(4, 8, 8)
+        assert disagreeing(tokenizer, pixels, ids) == 0
+        expected = tokenizer.decode(ids)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(theirs.decode(latents).sample, expected, rtol=1e-5, atol=1e-5)
+        shape = (4, 8, 8, theirs.config.vq_embed_dim)
+        given = theirs.decode(ids.flatten(), force_not_quantize=True, shape=shape).sample
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codes", CODES)
+def test_transformers_finds_the_same_ids(codes, tmp_path):
+    library = pytest.importorskip("transformers", reason=NEEDS)
+    if not hasattr(library, "Apertus1p5VisionTokenizerModel"):
+        pytest.skip("this version of transformers has no tokenizer with the arithmetic of IBQ")
+    tokenizer = tokenizer_of(codes)
+    folder = exported("transformers", tokenizer, tmp_path)
+    theirs, said = library.Apertus1p5VisionTokenizerModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(said.values()), said
+    pixels = images(4, 32)
+    with torch.no_grad():
+        ids = theirs.encode(pixels).image_tokens
+        assert disagreeing(tokenizer, pixels, ids) == 0
+        theirs.save_pretrained(tmp_path / "again")
+    was, now = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert was.keys() == now.keys()
+    assert all(torch.equal(x, now[name]) for name, x in was.items())
+
+
+def prior_of(prefix: int = 1, **settings) -> Prior:
+    net = {**LLAMA, "num_prefix": prefix, **settings.pop("net", {})}
+    config = {"name": "autoregressive", "num_codes": K, "grid": GRID, "num_classes": CLASSES, "net": net, **settings}
+    prior = priors.build(config)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in prior.parameters():
+            p.copy_(torch.randn_like(p) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 5) + (p.ndim == 1))
+    return prior.eval()
+
+
+HEADS = {"rows": {}, "tied": {"head": {"embedding": "tied"}}}
+HEADS["normed"] = {"net": {"qk_norm": True}}
+HEADS["codebook"] = {"head": {"embedding": "codebook"}, "feature_dim": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_llama_gives_the_same_logits_and_draws_ids(head, tmp_path):
+    library = pytest.importorskip("transformers", reason=NEEDS)
+    prefix = 2 if head == "tied" else 1
+    prior = prior_of(prefix, **HEADS[head])
+    folder = exported("transformers", prior, tmp_path)
+    kind = "Qwen3ForCausalLM" if head == "normed" else "LlamaForCausalLM"
+    theirs, said = getattr(library, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(said.values()), said
+    labels = torch.tensor([0, 3, -1])
+    ids = torch.randint(0, K, (3, *GRID))
+    row = K + torch.where(labels < 0, CLASSES, labels)[:, None] * prefix + torch.arange(prefix)
+    with torch.no_grad():
+        given = torch.cat([row, ids.flatten(1)[:, :-1]], 1)
+        logits = theirs(given).logits[:, prefix - 1 :, :K]
+        expected = prior.states(ids, prior.prefix(labels)) @ prior.head.rows.T
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        drawn = theirs.generate(row, do_sample=False)[:, prefix:]
+    assert drawn.shape == (3, 6)
+    ours = prior.sample(labels, {"temperature": 0.0}, numbers_B=torch.arange(3))
+    assert torch.equal(drawn, ours.flatten(1))
+    assert {file.name for file in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_row_is_turned_as_a_sequence_that_begins_with_the_prefix():
+    """Scores of two tokens know how far apart they are in the row, across the prefix too."""
+    from vqscale.nets.config.transformer import TransformerConfig
+    from vqscale.nets.transformer import rotary
+
+    config = TransformerConfig(width=8, num_heads=1, num_prefix=2, rotary="sequence", rotary_base=100.0)
+    turns = rotary(config, (2, 3))
+    angles = torch.outer(torch.arange(8.0), 100.0 ** -(torch.arange(4) / 4))
+    torch.testing.assert_close(turns, torch.stack([angles.cos(), angles.sin()], -1))
+    assert [key for key, _ in TransformerConfig(rotary="sequence", prefix_rotary="zero").problems()] == [
+        "prefix_rotary"
+    ]
+    priors.build({"grid": [2, 3, 5], "num_codes": 4, "net": {"width": 8, "num_heads": 1, "rotary": "sequence"}})
+
+
+REFUSED = {
+    "diffusers": {
+        "net.name is magvit": ({}, {"name": "magvit", "z_channels": 4, "channels": 32, "multipliers": [1]}),
+        "net.patch is 2": ({}, {**NET, "patch": 2}),
+        "net.multipliers begin with 2": ({}, {**NET, "multipliers": [2, 2, 2]}),
+        "quantizer.name is fsq": ({"quantizer": {"name": "fsq", "levels": [5, 5]}}, NET),
+        "latent_norm is rms with similarity euclid": ({"latent_norm": "rms"}, NET),
+        "latent_norm is layer with similarity dot": ({"latent_norm": "layer", "quantizer": CODES["ibq"][0]}, NET),
+    },
+    "transformers": {
+        "net.num_groups is 16": ({}, {**NET, "num_groups": 16}),
+        "net.mid_attention is false": ({}, {**NET, "mid_attention": False, "num_groups": 16}),
+    },
+}
+
+
+@pytest.mark.parametrize(("library", "reason"), [(x, reason) for x in REFUSED for reason in REFUSED[x]])
+def test_what_no_class_computes_is_refused_with_the_reason(library, reason, tmp_path, capsys):
+    settings, net = REFUSED[library][reason]
+    quantizer = {"name": "vq", "num_codes": 9, "dim": 4}
+    model = small(net=net, **{"quantizer": quantizer, "latent_norm": "none", **settings})
+    model.save(tmp_path / "saved")
+    assert export.main(["--to", library, str(tmp_path / "saved"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert "would be another model" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({"name": "masked"}, ["name is masked"]),
+        (
+            {"net": {"rotary": "grid", "adaln": True}},
+            ["net.rotary is grid", "net.adaln is true"],
+        ),
+        ({"head": {"name": "factorised", "factors": [1, K], "within": None}}, ["head.name is factorised"]),
+    ],
+)
+def test_a_prior_that_is_no_llama_is_refused_with_every_reason(settings, reasons, tmp_path, capsys):
+    net = {**LLAMA, "num_heads": 2, **settings.pop("net", {})}
+    prior = priors.build({"num_codes": K, "grid": GRID, "num_classes": CLASSES, "net": net, **settings})
+    prior.save(tmp_path / "saved")
+    assert export.main(["--to", "transformers", str(tmp_path / "saved"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    for reason in reasons:
+        assert reason in said
+    assert export.main(["--to", "diffusers", str(tmp_path / "saved"), str(tmp_path / "out")]) == 2
+    assert "is a prior, and --to diffusers takes a tokenizer: use --to transformers" in capsys.readouterr().err
+
+
+def test_a_run_is_exported_with_the_weights_that_are_asked_for_and_nothing_is_written_over(tmp_path, capsys):
+    tokenizer = small(quantizer=CODES["vq"][0], latent_norm="none")
+    run = write_run(tmp_path / "run", tokenizer, average=0.5)
+    for weights, above in {"average": 0.5, "parameters": 0.0}.items():
+        words = ["--to", "diffusers", str(run), str(tmp_path / weights), "--weights", weights]
+        assert export.main(words) == 0
+        bias = load_file(tmp_path / weights / "diffusion_pytorch_model.safetensors")["decoder.conv_out.bias"]
+        assert torch.equal(bias, tokenizer.decoder.conv_out.bias + above)
+        assert json.loads((tmp_path / weights / "config.json").read_text())["sample_size"] == 8
+    assert "diffusers.VQModel.from_pretrained(" in capsys.readouterr().out
+    assert export.main(words) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert export.main(["--to", "diffusers", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert "none does not exist" in capsys.readouterr().err
