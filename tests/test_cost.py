@@ -22,6 +22,7 @@ from vqscale.plan.machines import MACHINES, Wire
 from vqscale.plan.traffic import Grid, Work
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import loop
+from vqscale.train.watch import Watch
 
 NET = ConvConfig(
     channels=8, patch=2, multipliers=(1, 1), num_blocks=1, attention_levels=(), mid_attention=False, z_channels=8
@@ -40,7 +41,7 @@ CASES = [
 
 def _sent(data, codes):
     """[(bytes by axis in a whole step, place in the code group, parameters)] for all CASES and STEPS."""
-    mesh, watch, out = Mesh(data, codes), loop.Watch(), []
+    mesh, watch, out = Mesh(data, codes), Watch(), []
     for case in CASES:
         for revive, logged in STEPS:
             settings = {"num_codes": K, "dim": DIM, "init": "normal", "revive_every": revive, **case}

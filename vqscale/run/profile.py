@@ -2,7 +2,7 @@
 
 With run.profile_steps 0 nothing here does anything; else rank 0 traces so many steps after WARMUP steps of this start.
 Spans are those of the clock, marked in the trace while it is on: data, forward, backward, step (the engine's),
-communication (our collectives) and codes. Not here: times of every logged step (loop.Watch).
+communication (our collectives) and codes. Not here: times of every logged step (train/watch.py).
 """
 
 from __future__ import annotations

@@ -6,10 +6,7 @@ there, and nothing here calls a loop back.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,17 +14,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vqscale.codes import tally
 from vqscale.codes.rows import Table
 from vqscale.disk import checkpoint
 from vqscale.disk.held import Held
 from vqscale.disk.writer import Writer
 from vqscale.engine.engine import Engine
 from vqscale.parallel import ops
-from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.beginning import Fit
-from vqscale.run import machine
 from vqscale.run.folder import RunError, StopRequest, read_json
 from vqscale.run.profile import Trace
 from vqscale.seed import derive
@@ -35,55 +29,6 @@ from vqscale.show.board import Board
 from vqscale.show.progress import Progress
 
 T = TypeVar("T")
-
-
-class Watch:
-    """Where the time of steps goes: the whole, waiting for data, the code axis.
-
-    The clock runs, and statistics of codes are made, on logged steps only.
-    """
-
-    def __init__(self) -> None:
-        self._began = 0.0
-        self._logged: dict[str, float] = {}
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
-        self.shares: list[float] = []
-        self._quiet = ExitStack()
-
-    def begin(self, log: bool) -> None:
-        clock.on = log
-        if not log:
-            self._quiet.enter_context(tally.silent())
-        self._began = time.perf_counter()
-
-    def end(self, waited: float) -> None:
-        seconds = time.perf_counter() - self._began
-        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
-        if clock.on:
-            codes = clock.take().get("codes", 0.0)
-            self._logged = {"step_s": seconds, "code_axis_share": codes / max(seconds - waited, 1e-9)}
-            self.shares.append(self._logged["code_axis_share"])
-        clock.on = False
-        self._quiet.close()
-
-    def logged(self) -> dict[str, float]:
-        return self._logged
-
-    def summary(self, batch: int) -> dict[str, float]:
-        """images_per_s, and the medians of shares, of the steps of this start. Evaluation and saving do not count."""
-        if not self.steps:
-            return {}
-        share = statistics.median(self.shares) if self.shares else float("nan")
-        rate = self.steps * batch / self.seconds
-        return {"images_per_s": rate, "code_axis_share": share, "data_wait": self.waited / self.seconds}
-
-
-def peak_mib(mesh: Mesh) -> float:
-    """The most memory that a process has had at once in this start, of its GPU where it has one, or else of the
-    machine; of all ranks the greatest. Collective."""
-    cuda = mesh.device.type == "cuda"
-    here = torch.cuda.max_memory_allocated(mesh.device) if cuda else machine.peak_bytes()
-    return ops.max_over(torch.tensor([here / 2**20], dtype=torch.float64, device=mesh.device), mesh.world).item()
 
 
 def seed_step(seed: int, step: int, mesh: Mesh) -> None:

@@ -43,6 +43,7 @@ from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import first_weights, frozen, loop
 from vqscale.train.config.prior import PriorRun
 from vqscale.train.prior_data import IdStream, begin, check_labels, open_streams, seen, whose
+from vqscale.train.watch import Watch, peak_mib
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
 
@@ -163,7 +164,7 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | No
     seen_Ik = None if held_out is None else seen(stream, mesh)
 
     # loop
-    watch, recent, scores = loop.Watch(), deque[str](maxlen=5), dict[str, float]()
+    watch, recent, scores = Watch(), deque[str](maxlen=5), dict[str, float]()
     batches = timed(stream.batches(done.consumed))
     most_broken = getattr(config.data.train, "max_broken", 0)  # a cache has left them out
     trace = Trace(place, run.profile_steps, mesh)
@@ -226,7 +227,7 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | No
     if "images_per_s" in summary:
         summary["tokens_per_s"] = summary["images_per_s"] * config.prior.num_tokens
     summary |= {
-        "memory_mib": loop.peak_mib(mesh),
+        "memory_mib": peak_mib(mesh),
         "steps": done.step,
         "processes": mesh.world.size,
         "prior": config.prior.name,

@@ -35,6 +35,7 @@ from vqscale.train import first_weights, frozen, loop, swapped
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
+from vqscale.train.watch import Watch, peak_mib
 
 
 def compile_nets(tokenizer: Tokenizer, backend: str = "inductor") -> None:
@@ -110,7 +111,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
     board = Board(place, mesh.world.rank, done.step)
 
     # loop
-    watch, recent, scores = loop.Watch(), deque[str](maxlen=5), dict[str, float]()
+    watch, recent, scores = Watch(), deque[str](maxlen=5), dict[str, float]()
     batches = timed(stream.batches(done.consumed))
     trace = Trace(place, run.profile_steps, mesh)
     for step in range(done.step + 1, run.steps + 1):
@@ -199,7 +200,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
     summary: dict[str, Any] = {"num_codes": quantizer.num_codes, **scores, **watch.summary(config.data.batch)}
     summary |= dict(zip(("codes_begin", "codes_landed"), quantizer.beginning, strict=True))
     summary |= {
-        "memory_mib": loop.peak_mib(mesh),
+        "memory_mib": peak_mib(mesh),
         "steps": done.step,
         "processes": mesh.world.size,
         "quantizer": config.tokenizer.quantizer.name,
