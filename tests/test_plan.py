@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import forks
@@ -13,11 +14,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqscale import config as configuration
-from vqscale.plan import costs_of
+from vqscale.nets import discriminators
+from vqscale.nets.config.discriminators import PatchGANConfig
+from vqscale.plan import costs_of, operations_of
 from vqscale.programs.commands import plan as command
 from vqscale.programs.commands import train
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
+from vqscale.train.config.losses import AdversarialConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [str(ROOT / "configs" / "quickstart" / "tokenizer.yaml"), "--gpus", "1,4", "--images", "8"]
@@ -69,6 +73,35 @@ def test_what_it_says_of_a_run_is_what_the_run_has(plan, capsys):
 
 
 KERNELS = ROOT / "vqscale" / "codes" / "gpu"
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ("{name: vq, num_codes: 96, dim: 8}", None),
+        ("{name: residual, levels: 3, inner: {name: vq, num_codes: 96, dim: 8}}", None),
+        ("{name: fsq, levels: [5, 5, 5]}", PatchGANConfig(channels=8, num_layers=2)),
+    ],
+)
+def test_operations_of_an_image_are_those_of_a_step_that_is_done(settings, loss):
+    changes = [f"tokenizer.quantizer={settings}", "tokenizer.net.channels=32"]
+    config = configuration.load(Run, SMALL[0], changes)
+    if loss is not None:
+        config = replace(config, loss=replace(config.loss, adversarial=AdversarialConfig(loss)))
+    tokenizer = Tokenizer.from_config(config.tokenizer).train()
+    images = torch.rand(2, 3, 32, 32)
+    with FlopCounterMode(display=False) as flops:
+        recon, quantized = tokenizer(images)
+        theirs = [] if loss is None else [_steps_of(loss, images, recon)]
+        torch.stack([(recon - images).square().mean(), *theirs, *quantized.losses.values()]).sum().backward()
+    assert operations_of(config) == flops.get_total_flops() / 2
+
+
+def _steps_of(config, images, recon):
+    """What a discriminator does with images and reconstructions, and what it makes the tokenizer minimise."""
+    discriminator = discriminators.build(config)
+    (discriminator(images)[0].values.mean() + discriminator(recon.detach())[0].values.mean()).backward()
+    return discriminator.requires_grad_(False)(recon)[0].values.mean()
 
 
 def _products(*names):
@@ -172,7 +205,7 @@ def test_a_codebook_over_too_many_processes_is_warned_of():
 
 
 def test_a_start_warns_too_and_by_one_rank_where_a_codebook_is_shared(monkeypatch, capsys):
-    monkeypatch.setattr(train, "_train", lambda config, mesh: {})
+    monkeypatch.setattr(train, "_train", lambda config, mesh, operations: {})
     monkeypatch.setattr(train.processes, "joined", lambda *args, **others: contextlib.nullcontext())
     monkeypatch.setenv("WORLD_SIZE", "64")
     for rank, codes, says in (("0", 64, True), ("5", 64, False), ("0", 1, False)):

@@ -9,6 +9,7 @@ import jobs
 import pytest
 
 from vqscale import config as configuration
+from vqscale.plan import operations_of
 from vqscale.train.config import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -55,6 +56,7 @@ def _check_folder(run, path):
     assert all(math.isfinite(x) for row in rows for x in row.values())
     logged = {"loss", "loss/l2", "loss/commitment", "codes/usage", "codes/perplexity", "codes/dead", "lr", "grad_norm"}
     logged |= {"skipped", "broken", "time/images_per_s", "time/data_wait", "time/step_s", "time/code_axis_share"}
+    logged |= {"time/operations_per_s", "time/peak_share"}
     assert logged <= rows[-2].keys()
     assert {"val/psnr", "val/ssim", "val/usage", "val/perplexity"} <= rows[-1].keys()
     assert rows[4]["val/images"] == 8  # run.eval_images; the last evaluation takes all
@@ -68,6 +70,8 @@ def _check_folder(run, path):
         assert summary[name] == rows[-1][f"val/{name}"]
     assert 0 < summary["usage"] <= 1 < summary["perplexity"] <= 101
     assert summary["images_per_s"] > 0
+    assert summary["operations_per_s"] == pytest.approx(summary["images_per_s"] * operations_of(config))
+    assert 0 < summary["peak_share"] < 2, "a step of small convolutions is no faster than two processes' products"
     assert 0 < summary["code_axis_share"] < 1
     pictures = sorted(file.relative_to(run / "samples").as_posix() for file in (run / "samples").rglob("*.png"))
     assert pictures == [f"{kind}/{step:010d}.png" for kind in ("reconstructions", "usage") for step in (4, 8)]

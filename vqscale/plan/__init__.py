@@ -19,3 +19,10 @@ def costs_of(config: Run, world: int) -> Costs:
     from vqscale.plan.tokenizer import plan
 
     return plan(config, world)
+
+
+def operations_of(config: Run) -> int:
+    """Operations of products that a run of any task does for one image in training."""
+    from vqscale.plan import operations
+
+    return operations.training(config)

@@ -19,6 +19,7 @@ from vqscale.engine.optimisers import muon_matrices
 from vqscale.engine.rounded import num_rounded
 from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.transformer import Transformer, rotary
+from vqscale.parallel.mesh import Mesh
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import averaged, split_bytes
 from vqscale.plan.count import KernelCounter
@@ -34,10 +35,7 @@ FP32, INT64 = 4, 8
 def plan(config: PriorRun, world: int) -> Costs:
     """The costs of a run on `world` processes."""
     data, codes = config.mesh.planned(world)
-    with torch.device("meta"):
-        prior = priors.build(config.prior, planned_mesh(data, codes))
-    freeze(config, prior)
-    tables = {name: table for name, table in set_aside(prior).items() if isinstance(table, Codebook)}
+    prior, tables = planned(config, planned_mesh(data, codes))
     images = config.data.batch // world // config.engine.accumulation
     tokens = images * config.prior.num_tokens
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.named_children()}
@@ -73,6 +71,14 @@ def plan(config: PriorRun, world: int) -> Costs:
         },
         operations(prior, tables),
     )
+
+
+def planned(config: PriorRun, mesh: Mesh) -> tuple[Prior, dict[str, Codebook]]:
+    """A prior on the meta device, and its tables by name, set aside."""
+    with torch.device("meta"):
+        prior = priors.build(config.prior, mesh)
+    freeze(config, prior)
+    return prior, {name: table for name, table in set_aside(prior).items() if isinstance(table, Codebook)}
 
 
 def operations(prior: Prior, tables: Mapping[str, Codebook]) -> dict[str, int]:

@@ -28,6 +28,7 @@ from vqscale.plan.activations import activation_bytes
 from vqscale.plan.auxiliary import auxiliary
 from vqscale.plan.cost import split_bytes
 from vqscale.plan.count import CodeAxis, Network, code_axis, network
+from vqscale.plan.operations import of_tokenizer
 from vqscale.plan.traffic import KNOWN, Grid, Work, engine_terms, messages, network_bytes, revival, sent
 from vqscale.quantizers.config.tables import EMAConfig, IBQConfig, VQConfig
 from vqscale.tokenizer.model import Tokenizer
@@ -111,6 +112,7 @@ def plan(config: TokenizerRun, world: int) -> Costs:
             **others.memory,
         },
         _sent(step, config, Grid(data, codes), _learned(tables), parameters["codebook"] > 0) | others.sent,
+        of_tokenizer(config),
     )
 
 

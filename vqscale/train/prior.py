@@ -43,7 +43,7 @@ from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import first_weights, frozen, loop
 from vqscale.train.config.prior import PriorRun
 from vqscale.train.prior_data import IdStream, begin, check_labels, open_streams, seen, whose
-from vqscale.train.watch import Watch, peak_mib
+from vqscale.train.watch import Effort, Watch, peak_mib
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
 
@@ -111,16 +111,19 @@ def perplexity(nats: float) -> float:
 
 
 @folder.own_signals()
-def train(config: PriorRun, mesh: Mesh) -> dict[str, Any] | None:
-    """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
+def train(config: PriorRun, mesh: Mesh, effort: Effort | None = None) -> dict[str, Any] | None:
+    """Run to the last step and return the summary; None when the run was asked to stop, and saved itself.
+
+    With `effort`, on rank 0, the log and the summary have the rate of operations.
+    """
     with (
         products.precision(config.engine.matmul),
         loop.writer(Path(config.run.folder), mesh, config.run.keep) as writing,
     ):
-        return _train(config, mesh, writing)
+        return _train(config, mesh, writing, effort)
 
 
-def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | None:
+def _train(config: PriorRun, mesh: Mesh, writing: Writer, effort: Effort | None) -> dict[str, Any] | None:
     run, place, batch_size = config.run, Path(config.run.folder), config.data.batch
     mine = batch_size // config.engine.accumulation // mesh.world.size
 
@@ -164,7 +167,7 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | No
     seen_Ik = None if held_out is None else seen(stream, mesh)
 
     # loop
-    watch, recent, scores = Watch(), deque[str](maxlen=5), dict[str, float]()
+    watch, recent, scores = Watch(effort), deque[str](maxlen=5), dict[str, float]()
     batches = timed(stream.batches(done.consumed))
     most_broken = getattr(config.data.train, "max_broken", 0)  # a cache has left them out
     trace = Trace(place, run.profile_steps, mesh)
@@ -204,7 +207,7 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | No
             row |= {"broken": done.broken} if most_broken else {}
             rates = progress.rates()
             rates["tokens_per_s"] = rates["images_per_s"] * config.prior.num_tokens
-            board.scalars(step, row | loop.under("time", rates | watch.logged()))
+            board.scalars(step, row | loop.under("time", watch.logged(rates)))
             progress.show({name: row[name] for name in ("loss", "perplexity")})
         if held_out is not None and (last or step % run.eval_every == 0):
             with average.applied():

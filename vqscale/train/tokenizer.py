@@ -35,7 +35,7 @@ from vqscale.train import first_weights, frozen, loop, swapped
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
-from vqscale.train.watch import Watch, peak_mib
+from vqscale.train.watch import Effort, Watch, peak_mib
 
 
 def compile_nets(tokenizer: Tokenizer, backend: str = "inductor") -> None:
@@ -58,16 +58,19 @@ def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[SampleStream, Sample
 
 
 @folder.own_signals()
-def train(config: TokenizerRun, mesh: Mesh) -> dict[str, Any] | None:
-    """Run to the last step and return the summary; None when the run was asked to stop, and saved itself."""
+def train(config: TokenizerRun, mesh: Mesh, effort: Effort | None = None) -> dict[str, Any] | None:
+    """Run to the last step and return the summary; None when the run was asked to stop, and saved itself.
+
+    With `effort`, on rank 0, the log and the summary have the rate of operations.
+    """
     with (
         products.precision(config.engine.matmul),
         loop.writer(Path(config.run.folder), mesh, config.run.keep) as writing,
     ):
-        return _train(config, mesh, writing)
+        return _train(config, mesh, writing, effort)
 
 
-def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] | None:
+def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | None) -> dict[str, Any] | None:
     run, place = config.run, Path(config.run.folder)
     mine = config.data.batch // config.engine.accumulation // mesh.world.size
 
@@ -111,7 +114,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
     board = Board(place, mesh.world.rank, done.step)
 
     # loop
-    watch, recent, scores = Watch(), deque[str](maxlen=5), dict[str, float]()
+    watch, recent, scores = Watch(effort), deque[str](maxlen=5), dict[str, float]()
     batches = timed(stream.batches(done.consumed))
     trace = Trace(place, run.profile_steps, mesh)
     for step in range(done.step + 1, run.steps + 1):
@@ -175,7 +178,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer) -> dict[str, Any] 
             row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
             if discriminator is not None:
                 row |= loop.under("discriminator", discriminator.numbers())
-            board.scalars(step, row | fitted | loop.under("time", progress.rates() | watch.logged()))
+            board.scalars(step, row | fitted | loop.under("time", watch.logged(progress.rates())))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
         elif fitted:
             board.scalars(step, fitted)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -15,13 +17,28 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.run import machine
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What images ask of a machine and what it can do, so that a run can say how near it comes."""
+
+    operations: int
+    """of products for one image, forward and backward, as plan/ counts them"""
+    peak: float
+    """per second, what large products reach on all processes together at the start of the run"""
+
+    def rates(self, images_per_s: float) -> dict[str, float]:
+        per_second = images_per_s * self.operations
+        return {"operations_per_s": per_second, "peak_share": per_second / self.peak}
+
+
 class Watch:
     """Where the time of steps goes: the whole, waiting for data, the code axis.
 
     The clock runs, and statistics of codes are made, on logged steps only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, effort: Effort | None = None) -> None:
+        self._effort = effort
         self._began = 0.0
         self._logged: dict[str, float] = {}
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0
@@ -44,16 +61,22 @@ class Watch:
         clock.on = False
         self._quiet.close()
 
-    def logged(self) -> dict[str, float]:
-        return self._logged
+    def logged(self, rates: Mapping[str, float]) -> dict[str, float]:
+        """Of a logged step, for the log: `rates` of the progress, what they are of the machine, and the step's own."""
+        return {**rates, **self._reached(rates["images_per_s"]), **self._logged}
+
+    def _reached(self, images_per_s: float) -> dict[str, float]:
+        return {} if self._effort is None else self._effort.rates(images_per_s)
 
     def summary(self, batch: int) -> dict[str, float]:
-        """images_per_s, and the medians of shares, of the steps of this start. Evaluation and saving do not count."""
+        """images_per_s, what it is of the machine, and the medians of shares, of the steps of this start. Evaluation
+        and saving do not count."""
         if not self.steps:
             return {}
         share = statistics.median(self.shares) if self.shares else float("nan")
         rate = self.steps * batch / self.seconds
-        return {"images_per_s": rate, "code_axis_share": share, "data_wait": self.waited / self.seconds}
+        shares = {"code_axis_share": share, "data_wait": self.waited / self.seconds}
+        return {"images_per_s": rate, **self._reached(rate), **shares}
 
 
 def peak_mib(mesh: Mesh) -> float:

@@ -33,6 +33,7 @@ from vqscale.train.config import Run, TokenizerRun
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
+    from vqscale.train.watch import Effort
 
 
 def main(argv: list[str]) -> int:
@@ -149,8 +150,9 @@ def _owned(config: Run) -> Iterator[None]:
 def _run(config: Run, device: str) -> int:
     grid = config.mesh.resolve(int(os.environ.get("WORLD_SIZE", "1")))
     _tell_traffic(config, *grid)
+    counted = _operations(config)
     with processes.joined(device, grid, config.engine.timeout_s, agreed=()) as mesh:
-        summary = _train(config, mesh)
+        summary = _train(config, mesh, counted)
     return 0 if summary is not None else folder.EXIT_STOPPED
 
 
@@ -165,11 +167,34 @@ def _tell_traffic(config: Run, data: int, codes: int) -> None:
         print(line, flush=True)
 
 
-def _train(config: Run, mesh: Mesh) -> dict[str, Any] | None:
+def _operations(config: Run) -> int:
+    """Of an image, counted by the rank that logs."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    from vqscale.plan import operations_of
+
+    return operations_of(config)
+
+
+def _effort(config: Run, operations: int, mesh: Mesh) -> Effort:
+    """All processes at once measure what products reach: they share the cores of a machine. Collective."""
+    import torch
+
+    from vqscale.parallel import ops
+    from vqscale.run import machine
+    from vqscale.train.watch import Effort
+
+    here = machine.product_rate(mesh.device, config.engine.precision)
+    rate = torch.tensor([here], dtype=torch.float64, device=mesh.device)
+    return Effort(operations, ops.sum_over(rate, mesh.world).item())
+
+
+def _train(config: Run, mesh: Mesh, operations: int) -> dict[str, Any] | None:
+    effort = _effort(config, operations, mesh)
     if config.task == "prior":
         from vqscale.train import prior
 
-        return prior.train(config, mesh)
+        return prior.train(config, mesh, effort)
     from vqscale.train import tokenizer
 
-    return tokenizer.train(config, mesh)
+    return tokenizer.train(config, mesh, effort)

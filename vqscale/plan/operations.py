@@ -1,0 +1,57 @@
+"""Operations of products that a run does for one image, by counting: for --dry-run, and for the rates on the board.
+
+They are those that the mathematics asks for, in the forward and the backward pass. A softmax on a CPU that leaves out
+what cannot be told from zero does fewer; checkpointing of activations would do more.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vqscale import quantizers
+from vqscale.config import to_dict
+from vqscale.parallel.mesh import Mesh
+from vqscale.plan.count import code_axis, network
+from vqscale.quantizers.config import QuantizerConfig
+from vqscale.quantizers.config.compositions import GroupedConfig, ResidualConfig
+from vqscale.quantizers.config.tables import EMAConfig, IBQConfig, SimVQConfig, VQConfig
+from vqscale.train.config import Run, TokenizerRun
+
+
+def training(config: Run) -> int:
+    """Of one image in training."""
+    if config.task == "prior":
+        from vqscale.plan.prior import operations, planned
+        from vqscale.train import nulls
+
+        counted = operations(*planned(nulls.fill(config), Mesh(device="meta")))
+    else:
+        counted = of_tokenizer(config)
+    return sum(n for name, n in counted.items() if name.startswith("training"))
+
+
+def of_tokenizer(config: TokenizerRun) -> dict[str, int]:
+    """By part. What is frozen counts as if it were not."""
+    net, quantizer = config.tokenizer.net, config.tokenizer.quantizer
+    with torch.device("meta"):
+        dim = quantizers.build(to_dict(quantizer), Mesh(device="meta")).dim
+    found = network(net, config.data.train.sides, dim, config.loss)
+    beside = sum(kernel.operations for kernel in found.loss_kernels)
+    axis = found.tokens * per_token(quantizer)
+    return {
+        "training: encoder, decoder": found.forward + found.backward,
+        **({"training: LPIPS, discriminator": beside} if beside else {}),
+        **({"training: code axis": axis} if axis else {}),
+    }
+
+
+def per_token(quantizer: QuantizerConfig) -> int:
+    """On the code axis for one token, with all codes. None are counted where there is no table, nor for SCQ, whose
+    solver stops when it is done."""
+    if isinstance(quantizer, ResidualConfig):
+        return quantizer.levels * per_token(quantizer.inner)
+    if isinstance(quantizer, GroupedConfig):
+        return quantizer.groups * per_token(quantizer.inner)
+    if not isinstance(quantizer, VQConfig | EMAConfig | IBQConfig | SimVQConfig):
+        return 0
+    return code_axis(to_dict(quantizer)).products * 2 * quantizer.num_codes * quantizer.dim
