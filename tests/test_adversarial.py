@@ -17,10 +17,13 @@ from vqscale import config as configuration
 from vqscale.data.samples import SampleStream
 from vqscale.nets.lpips import load as load_lpips
 from vqscale.nets.patchgan import PatchGAN
+from vqscale.nets.waves.config_discriminator import WaveDiscriminatorConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
+from vqscale.train.config.losses import AdversarialConfig
+from vqscale.train.takeover import Takeover
 from vqscale.train.tokenizer import train
 
 STEPS = 3
@@ -161,12 +164,14 @@ def test_every_stage_equals_plain_torch(tmp_path, tiny_shards, perceptual, ranks
 def _check_rows(rows, saved):
     before, *after = rows
     its_names = {
-        f"discriminator/{name}" for name in ("hinge", "lecam", "real", "fake", "weight", "lr", "grad_norm", "skipped")
+        f"discriminator/{name}"
+        for name in ("hinge", "lecam", "real", "fake", "weight", "gradient_ratio", "lr", "grad_norm", "skipped")
     }
     assert not its_names & before.keys()
     for row in after:
         assert its_names | {"loss/adversarial", "loss/lpips", "loss/l2", "loss/commitment"} <= row.keys()
         assert row["discriminator/lr"] == 3e-3
+        assert row["discriminator/gradient_ratio"] == pytest.approx(0.5, rel=0.05), "an adaptive weight makes it weight"
         parts = row["loss/l2"] + 0.3 * row["loss/lpips"] + row["discriminator/weight"] * row["loss/adversarial"]
         others = row.keys() - {"loss/l2", "loss/lpips", "loss/adversarial"}
         parts += 0.01 * sum(row[name] for name in others if name.startswith("loss/"))
@@ -220,3 +225,51 @@ def test_what_a_discriminator_cannot_learn_with_is_refused(tmp_path, tiny_shards
         "vgg_sha256 is 'xyz', no digits of a sha256",
     ):
         assert part in message, message
+
+
+def _row(loss, ratio=0.1):
+    numbers = {"hinge": loss, "real": 2.5, "fake": -2.0, "gradient_ratio": ratio}
+    return {f"discriminator/{name}": x for name, x in numbers.items()}
+
+
+def test_a_takeover_is_told_once_when_it_has_lasted_and_again_when_it_is_back():
+    watching = Takeover(AdversarialConfig())
+    assert watching.notes(1, {"loss": 1.0}) == [], "before start_step there is nothing to say"
+    said = {step: watching.notes(step, _row(0.09 if step != 25 else 0.11)) for step in range(1, 41)}
+    assert {step: len(notes) for step, notes in said.items() if notes} == {10: 1, 35: 1}
+    assert (
+        "up to step 10 the discriminator was sure for 10 logged steps (its loss is 9.0% of an undecided" in said[10][0]
+    )
+    assert "answers to samples 2.50, to reconstructions -2.00" in said[10][0]
+
+    said = [Takeover(AdversarialConfig()).notes(step, _row(0.5, 1.5)) for step in range(20)]
+    assert said == [[]] * 20, "each of another run"
+    watching = Takeover(AdversarialConfig())
+    said = [note for step in range(20) for note in watching.notes(step, _row(0.5, 1.5))]
+    assert len(said) == 1
+    assert "longer than that of all other losses for 10 logged steps (now 1.50 times)" in said[0]
+    assert "a smaller weight, or adaptive: true" in said[0]
+
+
+def test_the_losses_of_a_discriminator_of_waves_count_together():
+    parts = WaveDiscriminatorConfig().objectives
+    undecided = {
+        kind: sum(x.discriminator_weight for x in parts if x.discriminator == kind)
+        for kind in ("hinge", "least_squares")
+    }
+    undecided["least_squares"] /= 4  # (1/4 + 1/4) / 2 for one answer of a half
+    rows = {f"discriminator/{kind}": 0.09 * x for kind, x in undecided.items()} | {
+        "discriminator/real": 2.0,
+        "discriminator/fake": 0.0,
+    }
+    watching = Takeover(AdversarialConfig(net=WaveDiscriminatorConfig()))
+    assert [len(watching.notes(step, rows)) for step in range(11)] == [0] * 9 + [1, 0]
+    one_wins = {**rows, "discriminator/hinge": 0.2 * undecided["hinge"]}
+    assert not any(watching.notes(step, one_wins) for step in range(20)), "one part that is sure is not all"
+
+
+def test_a_run_whose_discriminator_wins_says_so(tmp_path, tiny_shards, capsys):
+    more = ["loss.adversarial.optim.lr=0.02", "loss.adversarial.lecam_weight=0", "optim.lr=1.0e-6"]
+    more += ["run.log_every=1", "run.steps=20"]
+    train(configuration.load(Run, jobs.write_config(tmp_path, tiny_shards, *PLAIN, *ADVERSARIAL, *more)), Mesh())
+    assert "the discriminator was sure for 10 logged steps" in capsys.readouterr().out

@@ -13,6 +13,7 @@ fill the buckets of the other engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,7 @@ from vqscale.tokenizer.export import card_file
 from vqscale.train import adversarial_losses as losses
 from vqscale.train.config import TokenizerRun
 from vqscale.train.config.losses import AdversarialConfig
+from vqscale.train.takeover import Takeover
 
 # Of what a checkpoint has of a discriminator, what is no moment.
 OWN = ("discriminator/parameter/", "discriminator/buffer/", "discriminator/lecam")
@@ -65,6 +67,8 @@ class Discriminator:
         self.config, self._mesh, self._accumulation = config, mesh, run.engine.accumulation
         self._answers_2A = torch.zeros_like(self.averages_2A)
         self._report: StepReport | None = None
+        self.takeover = Takeover(config)
+        self._apart = run.engine.name == "deepspeed" and run.engine.zero_stage == 3
         net.requires_grad_(False)
 
     def trains(self, step: int) -> bool:
@@ -118,28 +122,33 @@ class Discriminator:
         self.engine.module.requires_grad_(False)
 
     def distances(
-        self, samples: Tensor, recon: Tensor, main: Tensor, last: nn.Parameter
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What it makes the tokenizer minimise, beside `main`: (losses, their weights) by name.
+        self, samples: Tensor, recon: Tensor, main: Tensor, last: nn.Parameter, log: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """What it makes the tokenizer minimise, beside `main`: (losses, their weights, numbers for the log) by name.
 
         With adaptive the weight of the adversarial one follows the ratio of the gradients of `main` and of that loss at
         `last`, the weight of the decoder's last layer; gradients are averaged over the ranks first, so that all have
-        one ratio.
+        one ratio. With `log` gradient_ratio is how long the weighted gradient there is beside that of `main`; it is not
+        known where the last layer is frozen, or is taken apart (ZeRO-3).
         """
         fake = self.engine(recon)
         loss = losses.generator(fake, self.config.objectives)
         weight = torch.full((), self.config.weight, device=recon.device)
-        if self.config.adaptive:
+        numbers = dict[str, Tensor]()
+        if self.config.adaptive or (log and last.requires_grad and not self._apart):
             both = torch.stack([torch.autograd.grad(each, last, retain_graph=True)[0] for each in (main, loss)])
             both = ops.sum_over(both.detach(), self._mesh.world) / self._mesh.world.size
-            weight = weight * losses.adaptive_ratio(both[0], both[1], self.config.adaptive_limit)
+            if self.config.adaptive:
+                weight = weight * losses.adaptive_ratio(both[0], both[1], self.config.adaptive_limit)
+            numbers["gradient_ratio"] = weight * losses.adaptive_ratio(both[1], both[0], math.inf)
+        numbers["weight"] = weight
         if not self.config.feature_weight:
-            return {"adversarial": loss}, {"adversarial": weight}
+            return {"adversarial": loss}, {"adversarial": weight}, numbers
         with torch.no_grad():
             real = self.engine(samples)
         matched = losses.features(real, fake, self.config.objectives)
         weights = {"adversarial": weight, "features": torch.full_like(weight, self.config.feature_weight)}
-        return {"adversarial": loss, "features": matched}, weights
+        return {"adversarial": loss, "features": matched}, weights, numbers
 
     def held(self) -> tuple[dict[str, Held], dict[str, Tensor], dict[str, Any]]:
         """(held, rows, facts) as an engine's."""

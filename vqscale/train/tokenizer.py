@@ -145,9 +145,9 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
             parts = {name: distance.value for name, distance in found.items()}
             loss = torch.stack([distance.weight * distance.value for distance in found.values()]).sum()
             if active is not None:
-                theirs, weights = active.distances(original, recon, loss, last_weight)
+                theirs, weights, numbers = active.distances(original, recon, loss, last_weight, log)
                 loss = loss + torch.stack([weights[name] * value for name, value in theirs.items()]).sum()
-                parts, its_values["weight"] = {**parts, **theirs}, weights["adversarial"]
+                parts, its_values = {**parts, **theirs}, its_values | numbers
             loss = loss + config.loss.quantizer_weight * sum(quantized.losses.values())
             engine.backward(loss)
             report = engine.step()
@@ -178,6 +178,8 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
             row |= {"lr": report.lr, "grad_norm": report.grad_norm, "skipped": engine.skipped, "broken": done.broken}
             if discriminator is not None:
                 row |= loop.under("discriminator", discriminator.numbers())
+                for note in discriminator.takeover.notes(step, row):
+                    progress.say(note)
             board.scalars(step, row | fitted | loop.under("time", watch.logged(progress.rates())))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
         elif fitted:
