@@ -115,3 +115,55 @@ def test_the_command_explains_itself_without_matplotlib():
     assert "--keys codes/usage,codes/perplexity,val/psnr --out usage.png" in done.stdout
     assert "matplotlib" not in done.stderr
     assert "torch" not in done.stderr
+
+
+def _line(folder, values):
+    folder.mkdir(parents=True)
+    rows = [{"step": step, "time": 1.0, "loss": value} for step, value in values.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_a_run_is_compared_with_kept_curves_by_the_means_of_quarters(tmp_path, capsys):
+    file, out = str(tmp_path / "kept" / "curves.csv"), str(tmp_path / "both.png")
+    values = dict.fromkeys(range(10, 90, 10), 1.0)
+    like = {**values, 20: 1.04, 70: 0.96}
+    unlike = {**values, 70: 0.9, 80: 0.9}
+    assert main([_line(tmp_path / "first", values), "--keys", "loss", "--keep", file]) == 0
+    assert Path(file).read_text().splitlines()[:2] == ["step,loss", "10,1.0"]
+
+    assert main([_line(tmp_path / "like", like), "--against", file, "--out", out]) == 0
+    assert "loss: alike, at most 2.0% apart; to step 27: 1.02 (1), to step 45: 1 (1)" in capsys.readouterr().out
+    assert (_picture(out) == np.array((31, 119, 180))).all(axis=-1).sum() > 100
+    assert (_picture(out) == np.array((255, 127, 14))).all(axis=-1).sum() > 100
+
+    assert main([_line(tmp_path / "unlike", unlike), "--against", file, "--out", out]) == 1
+    assert "loss: DIFFERENT, at most 10.0% apart" in capsys.readouterr().out
+    assert main([str(tmp_path / "unlike"), "--against", file, "--out", out, "--within", "0.11"]) == 0
+
+    begun = dict(list(unlike.items())[:5])
+    assert main([_line(tmp_path / "begun", begun), "--against", file, "--out", out]) == 0, "what is there is alike"
+    assert capsys.readouterr().out.splitlines()[-2].endswith("to step 27: 1 (1), to step 45: 1 (1)")
+    assert main([_line(tmp_path / "broken", {**values, 40: None}), "--against", file, "--out", out]) == 1
+    assert "loss: DIFFERENT, at most nan% apart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--against", "notes.csv"], "notes.csv is no file of kept curves"),
+        (["--against", "empty.csv"], "empty.csv has no curves"),
+        (["--against", "other.csv"], "has the key val/psnr"),
+        (["--against", "none.csv"], "there is no file none.csv: give one that --keep has written"),
+        (["--against", "other.csv", "--within", "-1"], "--within is -1.0"),
+        (["b", "--keep", "other.csv"], "--keep and --against are about one run, and 2 are given"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    _line(Path("a"), {1: 1.0}), _line(Path("b"), {1: 1.0})
+    Path("notes.csv").write_text("step,loss\nfirst,1\n")
+    Path("empty.csv").write_text("step\n")
+    Path("other.csv").write_text("step,val/psnr\n1,20\n")
+    assert main(["a", *words]) == 2
+    assert message in capsys.readouterr().err

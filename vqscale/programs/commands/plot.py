@@ -1,8 +1,13 @@
 """Draw curves of one or several runs over their steps: a panel for each key, a line for each run.
 
     vqscale plot RUN [RUN ...] --keys codes/usage,codes/perplexity,val/psnr --out usage.png
+    vqscale plot RUN --keys loss,val/psnr --keep curves.csv          keep the curves of a run, to compare others with
+    vqscale plot RUN --against curves.csv [--within 0.05]            is this run like the one whose curves were kept?
 
 RUN is a run folder, finished or not; keys are those of the rows of its metrics.jsonl. What was not finite is a gap.
+With --against the keys are those of the file, its curves are drawn too, and the means over each quarter of its steps
+are compared: exit status 1 where one differs by more than the share --within. Quarters that the run has not come
+through are left out.
 """
 
 from __future__ import annotations
@@ -20,16 +25,15 @@ from vqscale.config.text import data_of
 from vqscale.disk import files
 from vqscale.programs.commands import words
 from vqscale.run import processes
+from vqscale.show.curves import Curve, apart, keep, kept
 
 KEYS = "codes/usage,codes/perplexity,val/psnr"
 PANEL_INCHES = (5.0, 3.4)
 MOST_MARKED = 30  # points of a curve that are still marked one by one
 
-Curve = tuple[list[int], list[float]]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the picture is there, 1 failed on the way, 2 the user's input."""
+    """0 when the picture is there, 1 failed on the way or unlike --against, 2 the user's input."""
     return processes.status_of(lambda: _plot(arguments(sys.argv[1:] if argv is None else argv)))
 
 
@@ -40,13 +44,23 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     args.keys = [key.strip() for key in names.split(",") if key.strip()]
     if not args.keys:
         raise ValueError(f"--keys {names!r} names no key: give some, such as --keys {KEYS}")
+    if (args.keep or args.against) and len(args.runs) > 1:
+        raise ValueError(f"--keep and --against are about one run, and {len(args.runs)} are given: give one")
+    if args.within < 0:
+        raise ValueError(f"--within is {args.within}: give a share of 0 or more, such as 0.05")
     return args
 
 
 def _plot(args: argparse.Namespace) -> int:
     runs = dict(zip(labels(args.runs), map(rows, args.runs), strict=True))
+    if args.against is not None:
+        return _compare(args, *runs.popitem())
     curves = {key: {label: curve(found, key) for label, found in runs.items()} for key in args.keys}
     _check(curves, runs)
+    if args.keep is not None:
+        keep({key: line for key, lines in curves.items() for line in lines.values()}, args.keep)
+        print(args.keep)
+        return 0
     draw(curves, args.out)
     for key, lines in curves.items():
         without = [label for label, (steps, _) in lines.items() if not steps]
@@ -56,10 +70,32 @@ def _plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace, label: str, found: Sequence[dict[str, Any]]) -> int:
+    """Draw a run beside kept curves and say how far each is from its own; 1 where one is too far."""
+    others = kept(args.against)
+    own = {key: curve(found, key) for key in others}
+    _check({key: {label: line} for key, line in own.items()}, {label: list(found)})
+    far = 0
+    for key, other in others.items():
+        result = apart(key, own[key], other)
+        if result is None:
+            print(f"{key}: not yet, the run has not come through the first quarter of the kept steps")
+            continue
+        like = result.most <= args.within
+        far += not like
+        print(f"{key}: {'alike' if like else 'DIFFERENT'}, at most {result.most:.1%} apart; {result}")
+    draw({key: {args.against.name: other, label: own[key]} for key, other in others.items()}, args.out)
+    print(args.out)
+    return 1 if far else 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = words.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--keys", default=KEYS, help=f"keys of metrics.jsonl, a panel each (default: {KEYS})")
+    parser.add_argument("--keep", type=Path, metavar="CSV", help="write the curves of the run there, draw nothing")
+    parser.add_argument("--against", type=Path, metavar="CSV", help="kept curves to compare those of the run with")
+    parser.add_argument("--within", type=float, default=0.05, help="the share that may differ (default: 0.05)")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture (default: curves.png)")
     return parser
 
