@@ -24,7 +24,8 @@ from shard_files import member_offset, patch, write_tar
 
 from vqscale import config as configuration
 from vqscale.data import pixels
-from vqscale.data.config import VIEWS, ImagesConfig, TokensConfig
+from vqscale.data.config import VIEWS, ImagesConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.made import shapes
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.stream import Cache, TokenStream

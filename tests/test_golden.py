@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import vqscale
 from vqscale import config as configuration
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.priors import Prior
 from vqscale.train.config import Run

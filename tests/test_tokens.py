@@ -14,7 +14,7 @@ import torch
 import zarr
 
 from vqscale import config as configuration
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens import write as writing
 from vqscale.data.tokens.stream import Cache, TokenBatch, TokenStream

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import token_caches as caches
 
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens import write as writing
 from vqscale.data.tokens.stream import Cache, TokenStream

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from vqscale import config as configuration
-from vqscale.data.config import ImagesConfig, TokensConfig
+from vqscale.data.config import ImagesConfig
 from vqscale.data.config_dense import PanopticConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.samples import SampleStream
 from vqscale.data.tokens.stream import TokenStream
 from vqscale.data.views import Source

@@ -18,7 +18,7 @@ from prior_runs import CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER
 
 from vqscale import config as configuration
 from vqscale.codes import noise, tally
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.metrics import unigram
 from vqscale.nets.config import ConvConfig

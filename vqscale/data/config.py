@@ -1,5 +1,5 @@
-"""What a source of samples, or of their ids, is asked for, without torch: the configs of data/samples.py and
-data/tokens/stream.py, and which media there are. Read before anything heavy is imported.
+"""What a source of samples is asked for, without torch: the configs of data/samples.py, and which media there are.
+Read before anything heavy is imported.
 
 A medium is what lies in the shards and how its bytes become samples (images: pixels.py, of several shapes:
 config_buckets.py and buckets.py; depth and segments: config_dense.py and dense.py; sounds: config_sounds.py and
@@ -11,7 +11,6 @@ Not here: the batch, the seed and the ranks (a run decides those), and anything 
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -256,41 +255,3 @@ def box_problems(image_size: int, min_area: float) -> Iterable[tuple[str, str]]:
         yield "image_size", f"image_size is {image_size}, but must be at least 1: raise image_size"
     if not 0 < min_area <= 1:
         yield "min_area", f"min_area is {min_area}, but a share of an area is above 0 and at most 1: change min_area"
-
-
-@dataclass(frozen=True)
-class TokensConfig:
-    """A token cache: ids of images that `vqscale encode` has encoded."""
-
-    without_name: ClassVar[bool] = True  # where ids are asked for, configs without a medium are of caches
-
-    path: Free[str]
-    "folder of the cache"
-    views: Literal["all", "first"] = "all"
-    "views that training draws from, one per sample and epoch; first = the centre alone; evaluation always takes it"
-    window_shards: int = 64
-    "storage shards whose samples are shuffled together; a rank holds its part of two windows in memory; 0 = all"
-    tokenizer: str | None = None
-    "fingerprint, or how it begins, that the tokenizer of the cache must have; null = not asked for"
-    contexts: MediumConfig | None = None
-    "shards that the cache was encoded from, for a prior whose condition is their contexts; null = ids alone"
-    medium: Literal["tokens"] = "tokens"
-    "ids that lie in a cache"
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        """(key, message) of all that cannot be read, as far as one can say without looking at the disk."""
-        if not self.path:
-            yield "path", "path is empty, which names no cache: give the folder that `vqscale encode` wrote"
-        if self.window_shards < 0:
-            yield (
-                "window_shards",
-                f"window_shards is {self.window_shards}, but must be at least 0 (all): raise window_shards",
-            )
-
-
-# Where ids come from: a cache of them, or a medium whose samples a tokenizer encodes.
-SOURCES = ChainMap(MEDIA, {"tokens": "vqscale.data.config:TokensConfig"})
-if TYPE_CHECKING:
-    SourceConfig = TokensConfig | ShardsConfig
-else:
-    SourceConfig = OneOf(SOURCES)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqscale import config as configuration
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.nets.config import NetConfig, grid
 from vqscale.tokenizer.clusters import read_card
 from vqscale.train.config.prior import PriorRun

@@ -22,7 +22,7 @@ from vqscale import priors
 from vqscale.codes import noise, products, tally
 from vqscale.codes.clusters import Clusters
 from vqscale.codes.rows import Rows, set_aside
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.disk.writer import Writer
 from vqscale.engine.average import Average
 from vqscale.engine.engine import Engine

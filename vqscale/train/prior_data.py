@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqscale.data import samples
-from vqscale.data.config import ShardsConfig, TokensConfig
+from vqscale.data.config import ShardsConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.tokens.stream import Cache, TokenStream
 from vqscale.metrics import unigram
 from vqscale.parallel.mesh import Mesh

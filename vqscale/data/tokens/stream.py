@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.order import Ints, Order, Sequential
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.contexts import ContextOf, Contexts

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vqscale.config import Free, FreeToChange
-from vqscale.data.config import ShardsConfig, SourceConfig, TokensConfig
+from vqscale.data.config import ShardsConfig
+from vqscale.data.config_tokens import SourceConfig, TokensConfig
 from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, check_whole
 from vqscale.nets.config import by
 from vqscale.parallel.config import MeshConfig

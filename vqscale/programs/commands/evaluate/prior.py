@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vqscale.data.config import TokensConfig
+from vqscale.data.config_tokens import TokensConfig
 from vqscale.programs.commands.evaluate import asked
 
 
