@@ -89,7 +89,7 @@ def test_a_cache_of_sounds_says_how_they_were_read(trained, capsys):
                 "--views", "flip") == 2  # fmt: skip
     told = capsys.readouterr().err
     assert "no images in 1 shards" in told
-    assert "--views is about images: leave it out with --medium sounds" in told
+    assert "--views flip is not for sounds: use center" in told
 
 
 @pytest.mark.slow

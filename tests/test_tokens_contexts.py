@@ -121,5 +121,5 @@ def test_labels_are_encoded_as_they_are_in_training(tmp_path, capsys):
     assert torch.equal(batch.ids, Tokenizer.load(saved).encode(*tokenizer.signal.enter(read.samples)))
     assert main([*words, "--views", "ten_crop", "--resize", "20"]) == 2
     told = capsys.readouterr().err
-    assert "--resize is about the crop of plain images" in told
+    assert "--resize is not about images with segments: leave it out with --medium panoptic" in told
     assert "use center or flip" in told

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vqscale.config import Free, OneOf
+from vqscale.data.as_trained import as_trained
 
 # One line for each medium: its name in a config, and where its settings are.
 MEDIA = {
@@ -105,6 +106,10 @@ class ShardsConfig:
     """what the samples are called in messages"""
     measure: ClassVar[str] = ""
     """what tells the sides of a sample by the head of its file, as `module:function`, where the index has them"""
+    seen: ClassVar[tuple[str, ...]] = ()
+    """keys that ids depend on, which the card of a tokenizer has from its training; none: it is not encoded"""
+    asked: ClassVar[tuple[str, ...]] = ()
+    """of what may be asked of an encoding in place of that, what is about these samples"""
 
     shards: Free[str | tuple[str, ...]]
     "tar shards: paths or URLs with brace lists a-{0000..1023}.tar or *, joined by ::, pipe:COMMAND, or a list of these"
@@ -160,6 +165,11 @@ class ShardsConfig:
         """What ids depend on beside the shards: part of the identity of a token cache (data/tokens/format.py)."""
         raise NotImplementedError
 
+    @classmethod
+    def encoded(cls, card: Mapping[str, Any], asked: Mapping[str, Any], views: str) -> dict[str, Any]:
+        """Keys for samples that a tokenizer encodes in these views: as asked for, or else as its card says."""
+        return {key: found[key] for found in (card, asked) for key in cls.seen if found.get(key) is not None}
+
     @property
     def patterns(self) -> tuple[str, ...]:
         """`shards` as a tuple, not expanded."""
@@ -197,6 +207,8 @@ class ImagesConfig(ShardsConfig):
     module: ClassVar[str] = "vqscale.data.pixels:Pictures"
     suffixes: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
     kind: ClassVar[str] = "images"
+    seen: ClassVar[tuple[str, ...]] = ("image_size", "resize", "interpolation")
+    asked: ClassVar[tuple[str, ...]] = seen
     without_name: ClassVar[bool] = True  # configs without a medium are of images
 
     medium: Literal["images"] = "images"
@@ -231,6 +243,17 @@ class ImagesConfig(ShardsConfig):
     @property
     def card(self) -> dict[str, Any]:
         return {"image_size": self.image_size, "short_side": self.short_side, "interpolation": self.interpolation}
+
+    @classmethod
+    def encoded(cls, card: Mapping[str, Any], asked: Mapping[str, Any], views: str) -> dict[str, Any]:
+        size = asked.get("image_size") or card.get("image_size")
+        if size is None:  # there is no more to say before a tokenizer is looked at
+            return {"crop": "center"}
+        known = as_trained(card, asked.get("image_size"), asked.get("resize"), asked.get("interpolation"))
+        resize = asked.get("resize") or (int(size * 1.1) if views == "ten_crop" else known["resize"] or size)
+        if views == "ten_crop" and resize == size:
+            raise ValueError(f"--resize {resize} is the size of the images: the places of ten_crop are one; raise it")
+        return {**known, "resize": resize, "crop": "center"}
 
     @property
     def short_side(self) -> int:

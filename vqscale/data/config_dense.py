@@ -29,6 +29,8 @@ class DenseConfig(ShardsConfig):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ImagesConfig.suffixes
+    seen: ClassVar[tuple[str, ...]] = ("image_size", "interpolation")
+    asked: ClassVar[tuple[str, ...]] = seen
     channels: ClassVar[int]
     """of a sample: the three of its image in [-1, 1], then those of its labels"""
 

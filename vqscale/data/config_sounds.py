@@ -49,6 +49,8 @@ class SoundsConfig(ShardsConfig):
     module: ClassVar[str] = "vqscale.data.sounds:Sounds"
     suffixes: ClassVar[tuple[str, ...]] = ("wav", "flac", "mp3", "ogg", "opus")
     kind: ClassVar[str] = "sounds"
+    seen: ClassVar[tuple[str, ...]] = ("sample_rate", "seconds", "short", "peak_db", "clip")
+    asked: ClassVar[tuple[str, ...]] = ("seconds",)
 
     medium: Literal["sounds"] = "sounds"
     "what lies in the shards"
@@ -78,10 +80,15 @@ class SoundsConfig(ShardsConfig):
     def drawn(self) -> DrawnSoundsConfig | None:
         return self.make
 
+    @classmethod
+    def encoded(cls, card: Mapping[str, Any], asked: Mapping[str, Any], views: str) -> dict[str, Any]:
+        known = super().encoded(card, asked, views)
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+
     @property
     def reading(self) -> Mapping[str, Any]:
         """The settings that say how a recording becomes a window."""
-        return {key: getattr(self, key) for key in READING}
+        return {key: getattr(self, key) for key in self.seen}
 
     @property
     def card(self) -> dict[str, Any]:
@@ -102,16 +109,3 @@ class SoundsConfig(ShardsConfig):
                 "peak_db",
                 f"peak_db is {list(self.peak_db)}, but has the lower number first and none above 0: use [-6, -1], say",
             )
-
-
-READING = ("sample_rate", "seconds", "short", "peak_db", "clip")
-
-
-def as_trained(card: Mapping[str, Any], sample_rate: int | None, seconds: float | None = None) -> dict[str, Any]:
-    """The keys of READING as the card of a tokenizer says, or their defaults, at its rate (None: it is of no sounds);
-    seconds as asked for, if they are."""
-    known = {key: card[key] for key in READING if key in card}
-    if known.get("peak_db"):
-        known["peak_db"] = tuple(known["peak_db"])
-    asked = {"sample_rate": sample_rate, "seconds": seconds}
-    return known | {key: value for key, value in asked.items() if value is not None}

@@ -16,19 +16,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vqscale.data.as_trained import as_trained
-from vqscale.data.config import INTERPOLATIONS, VIEWS, ImagesConfig, MediumConfig
-from vqscale.data.config_dense import DenseConfig, DepthConfig, PanopticConfig
-from vqscale.data.config_sounds import SoundsConfig
-from vqscale.data.config_sounds import as_trained as as_heard
+from vqscale.config import load_class
+from vqscale.data.config import INTERPOLATIONS, MEDIA, VIEWS, MediumConfig, ShardsConfig
 from vqscale.programs.commands import words
 from vqscale.run import processes
+from vqscale.signals.config import SignalConfig
 
-DENSE: dict[str, type[DenseConfig]] = {"depth": DepthConfig, "panoptic": PanopticConfig}
+ASKED = ("image_size", "resize", "interpolation", "seconds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,27 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """The arguments, checked as far as no file is needed; ValueError for options that do not go together."""
     args = _parser().parse_args(given)
-    _pictures(args, args.image_size, {}) if args.medium != "sounds" else _sounds(args, {})
+    _medium(args, {})
     return args
 
 
 def _encode(args: argparse.Namespace, command: str) -> int:
-    sounds, grid = args.medium == "sounds", processes.divide(args.codes)
+    grid = processes.divide(args.codes)
     from vqscale.data import samples
     from vqscale.data.views import Source
     from vqscale.programs import encode
     from vqscale.run.folder import EXIT_STOPPED
     from vqscale.tokenizer.model import Tokenizer
 
-    samples.prepare(_sounds(args, {}) if sounds else _pictures(args, None, {}))
+    samples.prepare(_medium(args, {}))
     with processes.joined(args.device, grid, args.timeout_s) as mesh:
         tokenizer = Tokenizer.load(args.tokenizer, mesh=mesh, weights=args.weights)
-        if sounds:
-            rate = getattr(tokenizer.signal.config, "sample_rate", None)
-            medium: MediumConfig = _sounds(args, as_heard(tokenizer.card, rate, args.seconds))
-        else:
-            size = args.image_size or _trained_size(args.tokenizer, tokenizer.card)
-            medium = _pictures(args, size, tokenizer.card)
+        medium = _medium(args, _known(args, tokenizer.card, tokenizer.signal.config))
         source = Source(medium, args.views)
         options = encode.Options(args.batch, args.max_broken, args.storage, str(args.tokenizer), command)
         outcome = encode.encode(tokenizer, source, args.out, mesh, options)
@@ -69,71 +61,31 @@ def _encode(args: argparse.Namespace, command: str) -> int:
     return EXIT_STOPPED if outcome.state == "stopped" else 0
 
 
-def _places(args: argparse.Namespace) -> dict[str, Any]:
-    """What is the same of every medium, and no part of what is encoded."""
-    return {"num_workers": args.workers, "index_dir": args.index_dir, "cache_dir": args.cache_dir}
-
-
-def _pictures(args: argparse.Namespace, size: int | None, card: Mapping[str, Any]) -> ImagesConfig | DenseConfig:
-    return _dense(args, size, card) if args.medium in DENSE else _images(args, size, card)
-
-
-def _dense(args: argparse.Namespace, size: int | None, card: Mapping[str, Any]) -> DenseConfig:
-    """The config of images with labels; what is not asked for is as in a tokenizer's card, and what the labels mean as
-    `_info.json` beside the shards says. ValueError for options that do not go together.
-    """
-    asked: dict[str, Any] = {"interpolation": args.interpolation or card.get("interpolation"), "image_size": size}
-    how = {key: x for key, x in asked.items() if x is not None}
-    config = DENSE[args.medium](tuple(args.shards), **_places(args), **how)
-    problems = [message for _, message in config.problems()]
-    if args.resize:
-        problems.append("--resize is about the crop of plain images, and these are stretched: leave it out")
-    if args.views not in config.views:
-        problems.append(f"--views {args.views} is about plain images: use {' or '.join(config.views)}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return config
-
-
-def _images(args: argparse.Namespace, size: int | None = None, card: Mapping[str, Any] | None = None) -> ImagesConfig:
-    """The config of the images, of which only the shards count without a size; what is not asked for is as in a
-    tokenizer's card. ValueError for options that do not go together.
-    """
-    config = ImagesConfig(tuple(args.shards), **_places(args))
-    problems = []
-    if size is not None:
-        known = as_trained(card or {}, args.image_size, args.resize, args.interpolation)
-        resize = args.resize or (int(size * 1.1) if args.views == "ten_crop" else known["resize"] or size)
-        config = replace(config, **{**known, "resize": resize}, crop="center")
-        if args.views == "ten_crop" and resize == size:
-            problems.append(f"--resize {resize} is the size of the images: the places of ten_crop are one; raise it")
+def _medium(args: argparse.Namespace, card: Mapping[str, Any]) -> MediumConfig:
+    """How the samples are read: as asked for, or as a tokenizer's card says. ValueError for options that do not go
+    together."""
+    kind: type[ShardsConfig] = load_class(MEDIA[args.medium])
+    given = {key: value for key in ASKED if (value := getattr(args, key)) is not None}
+    others = [f"--{key.replace('_', '-')}" for key in given if key not in kind.asked]
+    problems = (
+        [f"{', '.join(others)} is not about {kind.kind}: leave it out with --medium {args.medium}"] if others else []
+    )
+    places = {"num_workers": args.workers, "index_dir": args.index_dir, "cache_dir": args.cache_dir}
+    config = kind(tuple(args.shards), **places, **kind.encoded(card, given, args.views))
     problems += [message for _, message in config.problems()]
+    if args.views not in config.views:
+        problems.append(f"--views {args.views} is not for {kind.kind}: use {' or '.join(config.views)}")
     if problems:
         raise ValueError("; ".join(problems))
     return config
 
 
-def _sounds(args: argparse.Namespace, known: Mapping[str, Any]) -> SoundsConfig:
-    """The config of the recordings, of which only the shards count where nothing is known of a tokenizer. ValueError
-    for options that do not go together.
-    """
-    config = SoundsConfig(tuple(args.shards), **_places(args), **known)
-    problems = [message for _, message in config.problems()]
-    others = [f"--{key.replace('_', '-')}" for key in ("image_size", "resize", "interpolation") if getattr(args, key)]
-    others += [] if args.views == "center" else ["--views"]
-    if others:
-        problems.append(f"{', '.join(others)} is about images: leave it out with --medium sounds")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return config
-
-
-def _trained_size(path: Path, card: Mapping[str, Any]) -> int:
-    """The size of the images that a tokenizer was trained with; ValueError where its card does not say it."""
-    size = card.get("image_size")
-    if not size:
-        raise ValueError(f"{path} does not say for images of which size it was trained: give --image-size")
-    return int(size)
+def _known(args: argparse.Namespace, card: Mapping[str, Any], signal: SignalConfig) -> dict[str, Any]:
+    """What a tokenizer says of the samples that it was trained with; ValueError where it does not say their size."""
+    if "image_size" in load_class(MEDIA[args.medium]).asked and not (args.image_size or card.get("image_size")):
+        raise ValueError(f"{args.tokenizer} does not say for images of which size it was trained: give --image-size")
+    rate = getattr(signal, "sample_rate", None)
+    return {**card, **({} if rate is None else {"sample_rate": rate})}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shards", required=True, nargs="+", help="tar shards, as in data.train.shards of a config")
     add(
         "--medium",
-        choices=["images", "sounds", *DENSE],
+        choices=[name for name, path in MEDIA.items() if load_class(path).seen],
         default="images",
         help="what lies in the shards (default: images)",
     )

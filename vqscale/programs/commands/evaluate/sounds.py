@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vqscale.data.config_sounds import SoundsConfig, as_trained
+from vqscale.data.config_sounds import SoundsConfig
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
@@ -47,7 +47,8 @@ def told(args: argparse.Namespace) -> str:
                 "`vqscale evaluate tokenizer`"
             )
         mel = bands(tokenizer.signal.config)
-        source = Recordings(SoundsConfig(args.shards, **as_trained(tokenizer.card, mel.rate)), args.most_seconds)
+        how = SoundsConfig.encoded({**tokenizer.card, "sample_rate": mel.rate}, {}, "center")
+        source = Recordings(SoundsConfig(args.shards, **how), args.most_seconds)
         speech = SpeechMeasures.installed() if args.speech else SpeechMeasures({}, ())
         progress = Progress(-(-len(source) // mesh.world.size), rank=mesh.world.rank, stream=sys.stderr)
         found = recordings.score(tokenizer, source, mesh, speech, progress.advance)
