@@ -117,7 +117,9 @@ def test_what_is_not_there_or_not_theirs(small, tmp_path, capsys):
     _, state = small
     with pytest.raises(ValueError, match=r"no averaged weights \(model_ema\.\*\): take the others with --weights raw"):
         convert(state, "ibq")
-    with pytest.raises(ValueError, match="named 'vqgan': there are ibq, simvq, simvq_audio, wavtokenizer"):
+    with pytest.raises(
+        ValueError, match="named 'vqgan': there are ibq, taming, diffusers, llamagen, open_magvit2, simvq"
+    ):
         convert(state, "vqgan")
     with pytest.raises(ValueError, match=r"missing: .*decoder\.mid_block.* unknown: "):
         convert(checkpoint_of(state), "simvq")

@@ -1,4 +1,5 @@
-"""The convolutional encoder and decoder of the published SimVQ tokenizers, with the names of their checkpoints.
+"""The convolutional encoder and decoder of the published SimVQ and Open-MAGVIT2 tokenizers, with the names of their
+checkpoints; Open-MAGVIT2's decoder (`adaptive`) has a norm before each level that sees the codes.
 
 Like conv.py a pyramid of residual blocks with group normalisation and swish, and different in every detail: blocks and
 the encoder's first convolution have no biases, the middle is a list of blocks without attention, strided convolutions
@@ -112,6 +113,23 @@ class Encoder(Recomputed):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+class AdaptiveNorm(nn.Module):
+    """Group normalisation of x (B, channels, H, W), its scale a linear map of the deviation of the latents z
+    (B, z_channels, h, w) over the places of an image, its shift one of their mean."""
+
+    def __init__(self, channels: int, config: MagvitConfig) -> None:
+        super().__init__()
+        self.num_groups = config.num_groups
+        self.gamma = nn.Linear(config.z_channels, channels)
+        self.beta = nn.Linear(config.z_channels, channels)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        z_BCn = z.flatten(2)
+        variance = z_BCn.var(2, correction=min(1, z_BCn.shape[2] - 1))  # of one place: 0
+        scale, shift = self.gamma((variance + 1e-6).sqrt()), self.beta(z_BCn.mean(2))
+        return scale[:, :, None, None] * F.group_norm(x, self.num_groups, eps=1e-6) + shift[:, :, None, None]
+
+
 class Decoder(Recomputed):
     """Latents (B, z_channels, h, w) -> images (B, in_channels, H, W), config.strides pixels for each; not clamped."""
 
@@ -122,12 +140,16 @@ class Decoder(Recomputed):
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
         self.mid_block = _blocks(channels, channels, config)
         levels: list[Level] = []
+        norms: list[AdaptiveNorm] = []
         for level in reversed(range(len(widths))):
+            if config.adaptive:
+                norms.insert(0, AdaptiveNorm(channels, config))
             levels.insert(0, Level(channels, widths[level], config))
             channels = widths[level]
             if level > 0:
                 levels[0].upsample = Upsample(channels)
         self.up = nn.ModuleList(levels)  # numbered by level, so the last one runs first
+        self.adaptive = nn.ModuleList(norms) if config.adaptive else None
         self.norm_out = _norm(channels, config)
         self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
 
@@ -135,6 +157,8 @@ class Decoder(Recomputed):
         x = self.conv_in(latents)
         for block in self.mid_block:
             x = self.run(block, x)
-        for level in reversed(self.up):
+        for number, level in reversed([*enumerate(self.up)]):
+            if self.adaptive is not None:
+                x = self.adaptive[number](x, latents)
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+HELD = ("state_dict", "model")  # under which of its keys a file may have the tensors
 SHOWN = 3
 Shape = Sequence[int]
 
 
 def read_state(path: Path | str, *, what: str, where: str, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors in a file by name, on the CPU; of a Lightning .ckpt those under its key `state_dict`.
+    """The tensors in a file by name, on the CPU; where it holds them under `state_dict` (a Lightning .ckpt) or `model`
+    (LlamaGen's), those.
 
     `what` says what the file is and `where` how to get it, both for messages. The file's sha256 must begin with the
     given hexadecimal digits; None checks nothing. ValueError for what is missing, damaged, or no dictionary of tensors.
@@ -37,8 +39,9 @@ def read_state(path: Path | str, *, what: str, where: str, sha256: str | None = 
             f"{what}: {path} ({path.stat().st_size} bytes) cannot be read as weights ({type(error).__name__}: "
             f"{first}): it is cut off, or it holds more than tensors; {where}"
         ) from None
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
+    for key in HELD:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(f"{what}: {path} holds {_kind(found)} and not tensors by name: {where}")
     views = [str(name) for name, x in found.items() if x.numel() * x.element_size() > x.untyped_storage().nbytes()]

@@ -1,54 +1,20 @@
 """The families of published tokenizers: which network and quantizer they are, and how their projects call things.
 
 To add one: its line in FAMILIES. How a state dictionary then becomes a tokenizer, strictly, is in published.py.
+Left out: FVQ. Its bridge is folded into a VQGAN's table, but how the released files name their layers, and whether
+rows are brought to length one, stands in no text that could be read here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-State = Mapping[str, Tensor]
+from vqscale.tokenizer import vqgan_names
+from vqscale.tokenizer.family import PYRAMID, Family, State, codes, count, numbers, pyramid
 
-
-@dataclass(frozen=True)
-class Family:
-    """One project's tokenizers."""
-
-    where: str
-    card: Mapping[str, Any]
-    """what is known of how its samples were read, as the card of a saved tokenizer has it"""
-    config: Callable[[State], dict[str, Any]]
-    """the config of a tokenizer, of the weights without averages"""
-    needs: tuple[str, ...]
-    """names that `config` reads"""
-    rename: Mapping[str, str]
-    """regular expressions for our names, and what of theirs takes the place"""
-    frozen: tuple[str, ...] = ()
-    """their names of what has no average"""
-    ignored: tuple[str, ...] = ()
-    """how the names begin of what is never called, beside losses and discriminators"""
-    reduce: Callable[[State], State] = dict
-    """what of the file is used, under plain names, before anything is compared"""
-
-    def published(self, name: str) -> str:
-        """Their name of what we call `name`."""
-        for ours, theirs in self.rename.items():
-            name = re.sub(ours, theirs, name)
-        return name
-
-
-PYRAMID = (
-    "encoder.conv_in.weight",
-    "encoder.conv_out.weight",
-    "encoder.down.0.block.0.conv1.weight",
-    "quantize.embedding.weight",
-)
 WINDOW = "head.istft.window"
 ENCODEC = "feature_extractor.encodec."
 BOOK = f"{ENCODEC}quantizer.vq.layers.0._codebook."
@@ -60,56 +26,48 @@ def _waves(encoder: str) -> tuple[str, ...]:
     return (*(f"{encoder}{layer}" for layer in layers), "backbone.embed.weight", "backbone.convnext.0.pwconv1.weight")
 
 
-def _pyramid(raw: State) -> dict[str, Any]:
-    """What both networks have: sizes of the encoder."""
-    channels, in_channels = raw["encoder.conv_in.weight"].shape[:2]
-    levels = range(_count(raw, r"encoder\.down\.(\d+)\."))
-    firsts = [raw.get(f"encoder.down.{level}.block.0.conv1.weight") for level in levels]
-    return {
-        "channels": channels,
-        "in_channels": in_channels,
-        "multipliers": [0 if first is None else first.shape[0] // channels for first in firsts],
-        "num_blocks": _count(raw, r"encoder\.down\.0\.block\.(\d+)\."),
-        "z_channels": raw["encoder.conv_out.weight"].shape[0],
-    }
-
-
-def _numbers(raw: State, pattern: str) -> list[int]:
-    return sorted({int(found[1]) for name in raw if (found := re.match(pattern, name))})
-
-
-def _count(raw: State, pattern: str) -> int:
-    """How many layers there are of a kind; ValueError unless they are numbered 0, 1, 2, ..."""
-    found = _numbers(raw, pattern)
-    if found != list(range(len(found))):
-        raise ValueError(f"the numbers of {pattern} are {', '.join(map(str, found[:5]))}, ... and not 0, 1, 2, ...")
-    return len(found)
-
-
-def _codes(raw: State, name: str = "quantize.embedding.weight") -> dict[str, Any]:
-    num_codes, dim = raw[name].shape
-    return {"num_codes": num_codes, "dim": dim}
+def _conv(raw: State) -> dict[str, Any]:
+    """The net of taming-transformers. What no shape says: groups of 32."""
+    attention = numbers(raw, r"encoder\.down\.(\d+)\.attn\.")
+    mid = "encoder.mid.attn_1.q.weight" in raw
+    return {"name": "conv", **pyramid(raw), "attention_levels": list(attention), "mid_attention": mid}
 
 
 def _ibq(raw: State) -> dict[str, Any]:
     """Arg max of the plain dot product; training terms as released, where the paper's beta is on the other loss."""
-    attention = _numbers(raw, r"encoder\.down\.(\d+)\.attn\.")
-    mid = "encoder.mid.attn_1.q.weight" in raw
     released = {"commitment_weight": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.05, "entropy_temperature": 0.01}
     quantizer = {"name": "ibq", "similarity": "dot", "temperature": 1.0, "init": "normal", "revive_every": 0}
     return {
-        "net": {"name": "conv", **_pyramid(raw), "attention_levels": list(attention), "mid_attention": mid},
-        "quantizer": {**quantizer, **released, **_codes(raw)},
+        "net": _conv(raw),
+        "quantizer": {**quantizer, **released, **codes(raw)},
         "latent_norm": "none",
     }
 
 
+def _nearest(raw: State) -> dict[str, Any]:
+    """The nearest row; training terms as released (`legacy`), where beta is on the other loss than in the paper."""
+    quantizer = {"name": "vq", "similarity": "euclid", "commitment_weight": 1.0, "codebook_weight": 0.25, **STILL}
+    return {"net": _conv(raw), "quantizer": {**quantizer, **codes(raw)}, "latent_norm": "none"}
+
+
+def _llamagen(raw: State) -> dict[str, Any]:
+    """Rows and latents of length one, and so the row of the largest cosine."""
+    quantizer = {"name": "vq", "similarity": "cosine", **STILL, **codes(raw)}
+    return {"net": _conv(raw), "quantizer": quantizer, "latent_norm": "none"}
+
+
+def _open_magvit2(raw: State) -> dict[str, Any]:
+    net = {"name": "magvit", **pyramid(raw), "adaptive": True}
+    quantizer = {"name": "lfq", "dim": net["z_channels"], "fit": "none"}
+    return {"net": net, "quantizer": quantizer, "latent_norm": "none"}
+
+
 def _simvq(raw: State) -> dict[str, Any]:
-    return {"net": {"name": "magvit", **_pyramid(raw)}, **_mapped(raw)}
+    return {"net": {"name": "magvit", **pyramid(raw)}, **_mapped(raw)}
 
 
 def _mapped(raw: State) -> dict[str, Any]:
-    quantizer = {"name": "simvq", "bias": "quantize.embedding_proj.bias" in raw, **_codes(raw)}
+    quantizer = {"name": "simvq", "bias": "quantize.embedding_proj.bias" in raw, **codes(raw)}
     return {"quantizer": quantizer, "latent_norm": "none"}
 
 
@@ -118,7 +76,7 @@ def _simvq_audio(raw: State) -> dict[str, Any]:
 
 
 def _wavtokenizer(raw: State) -> dict[str, Any]:
-    quantizer = {"name": "ema", "init": "normal", "revive_every": 0, **_codes(raw, f"{BOOK}embed")}
+    quantizer = {"name": "ema", "init": "normal", "revive_every": 0, **codes(raw, f"{BOOK}embed")}
     net = _wave(raw, f"{ENCODEC}encoder.model.", causal=False)
     return {"signal": {"name": "sounds"}, "net": net, "quantizer": quantizer, "latent_norm": "none"}
 
@@ -127,7 +85,7 @@ def _wave(raw: State, encoder: str, causal: bool) -> dict[str, Any]:
     """What no shape says: whether the encoder is causal, and groups of 32."""
     name = re.escape(encoder)
     first, embed = raw[f"{encoder}0.conv.conv.weight_v"], raw["backbone.embed.weight"]
-    lstm = _numbers(raw, rf"{name}(\d+)\.lstm\.")[-1]
+    lstm = numbers(raw, rf"{name}(\d+)\.lstm\.")[-1]
     if lstm > len(raw):
         raise ValueError(f"there is a layer {encoder}{lstm} among {len(raw)} keys")
     strided = [raw.get(f"{encoder}{3 * level}.conv.conv.weight_v") for level in range(1, lstm // 3 + 1)]
@@ -138,12 +96,12 @@ def _wave(raw: State, encoder: str, causal: bool) -> dict[str, Any]:
         "kernel": first.shape[2],
         "residual_kernel": raw[f"{encoder}1.block.1.conv.conv.weight_v"].shape[2],
         "ratios": [2 if down is None else down.shape[2] // 2 for down in strided],
-        "lstm_layers": _count(raw, rf"{name}\d+\.lstm\.weight_ih_l(\d+)"),
+        "lstm_layers": count(raw, rf"{name}\d+\.lstm\.weight_ih_l(\d+)"),
         "causal": causal,
         "width": embed.shape[0],
         "decoder_kernel": embed.shape[2],
         "hidden": raw["backbone.convnext.0.pwconv1.weight"].shape[0],
-        "num_blocks": _count(raw, r"backbone\.convnext\.(\d+)\."),
+        "num_blocks": count(raw, r"backbone\.convnext\.(\d+)\."),
     }
 
 
@@ -169,6 +127,8 @@ def _in_use(state: State) -> State:
     return found
 
 
+STILL = {"init": "normal", "revive_every": 0}
+ROWS = {r"^quantizer\.codebook\.rows$": "quantize.embedding.weight"}
 SIMVQ = {
     r"^quantizer\.codebook\.rows$": "quantize.embedding.weight",
     r"^quantizer\.map\.": "quantize.embedding_proj.",
@@ -180,7 +140,40 @@ FAMILIES = {
         card={"image_size": 256, "interpolation": "sampled"},
         config=_ibq,
         needs=PYRAMID,
-        rename={r"^quantizer\.codebook\.rows$": "quantize.embedding.weight"},
+        rename=ROWS,
+    ),
+    "taming": Family(
+        where="the table of CompVis/taming-transformers on GitHub, its VQGANs without Gumbel; they have no averages: "
+        "--weights raw",
+        card={"image_size": 256, "interpolation": "sampled"},
+        config=_nearest,
+        needs=PYRAMID,
+        rename=ROWS,
+    ),
+    "diffusers": Family(
+        where="diffusion_pytorch_model.safetensors in the folder of a VQModel; it has no averages: --weights raw",
+        card={},
+        config=_nearest,
+        needs=PYRAMID,
+        rename=ROWS,
+        reduce=vqgan_names.of_diffusers,
+    ),
+    "llamagen": Family(
+        where="vq_ds16_c2i.pt and its like, FoundationVision/LlamaGen and peizesun/llamagen on the Hugging Face hub; "
+        "they have no averages: --weights raw",
+        card={"image_size": 256},
+        config=_llamagen,
+        needs=PYRAMID,
+        rename=ROWS,
+        reduce=vqgan_names.of_llamagen,
+    ),
+    "open_magvit2": Family(
+        where="TencentARC/Open-MAGVIT2-Tokenizer-256-resolution and its like on the Hugging Face hub",
+        card={"image_size": 256, "interpolation": "sampled"},
+        config=_open_magvit2,
+        needs=(*PYRAMID[:3], "decoder.adaptive.0.gamma.weight"),
+        rename={},
+        reduce=vqgan_names.first_bit_first,
     ),
     "simvq": Family(
         where="zyx123/SimVQ on the Hugging Face hub",

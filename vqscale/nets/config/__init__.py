@@ -124,7 +124,7 @@ class ConvConfig(NetSettings):
 
 @dataclass(frozen=True)
 class MagvitConfig(NetSettings):
-    """The convolutional encoder and decoder of the published SimVQ tokenizers of images, after Open-MAGVIT2.
+    """The convolutional encoder and decoder of the published SimVQ tokenizers; with `adaptive` that of Open-MAGVIT2.
 
     Level i works at 1 / 2**i of the image's side with channels * multipliers[i] channels. There is no attention and no
     convolution around the quantizer: z_channels is the quantizer's dim.
@@ -147,6 +147,9 @@ class MagvitConfig(NetSettings):
     """recompute every block in the backward pass: less memory, one more forward pass of time"""
     in_channels: int = 3
     """channels of an image"""
+    adaptive: bool = False
+    """normalise before each level of the decoder, scaled and shifted by deviation and mean of the image's codes, as in
+    Open-MAGVIT2"""
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -1,6 +1,9 @@
 """Make a published tokenizer ours: a folder with model.safetensors and card.json that Tokenizer.load reads.
 
-    vqscale import --from ibq|simvq|simvq_audio|wavtokenizer FILE OUT [--weights average|raw]
+    vqscale import --from FAMILY FILE OUT [--weights average|raw]
+
+FAMILY is ibq, simvq, simvq_audio or wavtokenizer, or, with --weights raw, taming (VQGAN), diffusers (VQModel) or
+llamagen; or open_magvit2.
 
 FILE is a .ckpt, .pt, .pth, .bin or .safetensors that you fetched; nothing is downloaded, and nothing in it is executed.
 Every key is accounted for: what is missing, unknown or of another shape is listed, and then nothing is written.
