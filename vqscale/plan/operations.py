@@ -6,6 +6,8 @@ what cannot be told from zero does fewer; checkpointing of activations would do 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from vqscale import quantizers
@@ -27,6 +29,10 @@ def training(config: Run) -> int:
         counted = operations(*planned(nulls.fill(config), Mesh(device="meta")))
     else:
         counted = of_tokenizer(config)
+    return in_training(counted)
+
+
+def in_training(counted: Mapping[str, int]) -> int:
     return sum(n for name, n in counted.items() if name.startswith("training"))
 
 

@@ -28,7 +28,7 @@ from vqscale.plan.activations import activation_bytes
 from vqscale.plan.auxiliary import auxiliary
 from vqscale.plan.cost import split_bytes
 from vqscale.plan.count import CodeAxis, Network, code_axis, network
-from vqscale.plan.operations import of_tokenizer
+from vqscale.plan.operations import in_training, of_tokenizer
 from vqscale.plan.traffic import KNOWN, Grid, Work, engine_terms, messages, network_bytes, revival, sent
 from vqscale.quantizers.config.tables import EMAConfig, IBQConfig, VQConfig
 from vqscale.tokenizer.model import Tokenizer
@@ -68,6 +68,11 @@ class Costs:
                 *self.warnings(),
             ]
         )
+
+    @property
+    def training(self) -> int:
+        """Operations for one image in training."""
+        return in_training(self.operations)
 
     def warnings(self) -> list[str]:
         """Where a step sends more tokens on the code axis than gradients and parameters of the network."""

@@ -149,31 +149,25 @@ def _owned(config: Run) -> Iterator[None]:
 
 def _run(config: Run, device: str) -> int:
     grid = config.mesh.resolve(int(os.environ.get("WORLD_SIZE", "1")))
-    _tell_traffic(config, *grid)
-    counted = _operations(config)
+    operations = _planned(config, *grid)
     with processes.joined(device, grid, config.engine.timeout_s, agreed=()) as mesh:
-        summary = _train(config, mesh, counted)
+        summary = _train(config, mesh, operations)
     return 0 if summary is not None else folder.EXIT_STOPPED
 
 
-def _tell_traffic(config: Run, data: int, codes: int) -> None:
-    """Say, before the processes meet, what --dry-run warns of: tokens on the code axis that outweigh the network."""
-    if codes == 1 or os.environ.get("RANK", "0") != "0":
-        return
-    from vqscale.plan import costs_of
-
-    here = replace(config, mesh=replace(config.mesh, data=data, codes=codes))
-    for line in costs_of(here, data * codes).warnings():
-        print(line, flush=True)
-
-
-def _operations(config: Run) -> int:
-    """Of an image, counted by the rank that logs."""
+def _planned(config: Run, data: int, codes: int) -> int:
+    """The operations of an image, on the rank that logs. It also says, before the processes meet, what --dry-run warns
+    of: tokens on the code axis that outweigh the network."""
     if os.environ.get("RANK", "0") != "0":
         return 0
-    from vqscale.plan import operations_of
+    from vqscale.plan import costs_of, operations_of
 
-    return operations_of(config)
+    if codes == 1:
+        return operations_of(config)
+    costs = costs_of(replace(config, mesh=replace(config.mesh, data=data, codes=codes)), data * codes)
+    for line in costs.warnings():
+        print(line, flush=True)
+    return costs.training
 
 
 def _effort(config: Run, operations: int, mesh: Mesh) -> Effort:
