@@ -153,3 +153,9 @@ def test_the_size_of_storage_shards_follows_from_the_images_alone():
     assert [form.storage_for(count) for count in (1, 4096, 4097, 10_000, 50_000, 1_281_167)] == [
         64, 64, 128, 256, 1024, 1024
     ]  # fmt: skip
+
+
+def test_a_folder_in_the_place_of_a_card_is_named(tmp_path):
+    (tmp_path / "card.json").mkdir()
+    with pytest.raises(ValueError, match=r"card\.json does not describe a token cache \(IsADirectoryError"):
+        Cache(tmp_path)

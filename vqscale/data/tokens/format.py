@@ -112,7 +112,7 @@ def read_card(folder: Path) -> Card | None:
             raise ValueError(f"it is a {kind[0]!r} of version {kind[1]}, this code reads {FORMAT!r} of {VERSION}")
         tuples = {name: _tuples(value) if isinstance(value, list) else value for name, value in data.items()}
         return Card(**tuples)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} does not describe a token cache ({type(error).__name__}: {error}): give another folder, or remove "
             "this one and encode again"
