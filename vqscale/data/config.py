@@ -3,8 +3,7 @@ Read before anything heavy is imported.
 
 A medium is what lies in the shards and how its bytes become samples (images: pixels.py, of several shapes:
 config_buckets.py and buckets.py; depth and segments: config_dense.py and dense.py; sounds: config_sounds.py and
-sounds.py). To add one: its settings, a ShardsConfig with
-a class that reads, and its line in MEDIA.
+sounds.py). To add one: its settings, a ShardsConfig with a class that reads, and its line in MEDIA.
 
 Not here: the batch, the seed and the ranks (a run decides those), and anything that looks at the disk.
 """

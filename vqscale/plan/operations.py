@@ -37,7 +37,7 @@ def in_training(counted: Mapping[str, int]) -> int:
 
 
 def of_tokenizer(config: TokenizerRun) -> dict[str, int]:
-    """By part. What is frozen counts as if it were not."""
+    """By part. What is frozen counts as if it were not, and of images of several shapes the largest."""
     net, quantizer = config.tokenizer.net, config.tokenizer.quantizer
     with torch.device("meta"):
         dim = quantizers.build(to_dict(quantizer), Mesh(device="meta")).dim
