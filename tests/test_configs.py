@@ -58,6 +58,11 @@ def test_a_shipped_config_is_planned(path):
 
 
 IBQ_NET = {"encoder": 46_752_256, "decoder": 59_903_875, "quant_conv": 65_792, "post_quant_conv": 65_792}
+# Without the second level of 128 channels: residual blocks of 295,680 parameters, and a convolution between two sides.
+F8_NET = IBQ_NET | {"encoder": 46_752_256 - 4 * 295_680 - 147_584, "decoder": 59_903_875 - 5 * 295_680 - 147_584}
+# 12 blocks of ViT-B, a norm, and a map of patches of 16 x 16 pixels.
+VIT_B = 12 * (4 * 768 * 769 + 4 * 768 + 2 * 768 * 3072 + 3072 + 768) + 2 * 768
+VIT_NET = {"encoder": VIT_B + 768 * 769, "decoder": VIT_B + 768 * 769, "post_quant_conv": 257 * 768}
 # Of the names and shapes in tests/lib/published.py, which test_magvit.py compares with the network.
 SIMVQ_NET = {"encoder": 24_282_496, "decoder": 39_851_907, "quant_conv": 0, "post_quant_conv": 0}
 # 71,952,898 trained in all, of the names and shapes in tests/lib/published_audio.py.
@@ -74,6 +79,9 @@ UVIM_EDGES = {
 }
 SIZES = {
     **{f"ibq_imagenet256_{K}": IBQ_NET | {"codebook": K * 256} for K in (1024, 8192, 16384, 262144)},
+    "ibq_imagenet256_16384_f8": F8_NET | {"codebook": 2**14 * 256},
+    "ibq_imagenet256_16384_f8_buckets": F8_NET | {"codebook": 2**14 * 256},
+    "ibq_imagenet256_16384_vit": VIT_NET | {"codebook": 2**14 * 256},
     "ibq_imagenet256_262144_beyond": IBQ_NET | {"codebook": 2**18 * 256},
     **{
         f"simvq_imagenet128_{K}": SIMVQ_NET | {"codebook": K * 128, "quantizer": 128 * 128 + 128}

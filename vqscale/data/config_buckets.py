@@ -5,11 +5,14 @@ its own, and a batch is of one bucket. What reads them is buckets.py, their orde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from vqscale.data.as_trained import as_trained
 from vqscale.data.config import DrawnConfig, ImagesConfig, Interpolation, PicturesMade, ShardsConfig
+
+Sides = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,31 @@ class BucketsConfig(ShardsConfig):
                     "image goes into: leave one of them out",
                 )
             aspects[aspect] = sides
+
+
+def images_as_trained(
+    shards: str,
+    workers: int,
+    card: Mapping[str, Any],
+    image_size: int | None,
+    buckets: Sequence[Sides] | None,
+    interpolation: Interpolation | None,
+) -> ImagesConfig | BucketsConfig:
+    """Images to look at once: squares of a size, or in buckets of (height, width); where neither is asked for as the
+    card of a tokenizer says."""
+    known = as_trained(card, image_size, None, interpolation)
+    if buckets is None and image_size is None and card.get("buckets"):
+        buckets = _sides(card["buckets"])
+    if buckets is None:
+        return ImagesConfig(shards, num_workers=workers, **known)
+    return BucketsConfig(shards, num_workers=workers, buckets=tuple(buckets), interpolation=known["interpolation"])
+
+
+def _sides(found: Any) -> list[Sides]:
+    """The buckets in a card. ValueError for what is none: a card may be a stranger's."""
+    if not all(isinstance(sides, list | tuple) and [*map(type, sides)] == [int, int] for sides in found):
+        raise ValueError(
+            f"the card of the tokenizer has buckets {found}, and buckets are pairs of a height and a width in pixels: "
+            "give --image-size or --buckets"
+        )
+    return [(height, width) for height, width in found]

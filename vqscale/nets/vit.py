@@ -16,6 +16,8 @@ Not here: the quantizer between them, code dropout, what is asked of the outputs
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,11 +53,11 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
 
 
 class Block(nn.Module):
-    """x + attention(norm x), every token to all, then x + mlp(norm x)."""
+    """x + attention(norm x), every token to all, then x + mlp(norm x); gelu: its form of tanh, or (none) the exact."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int) -> None:
+    def __init__(self, width: int, num_heads: int, mlp_width: int, gelu: Literal["tanh", "none"] = "tanh") -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.gelu = num_heads, gelu
         self.norm_attention, self.norm_mlp = (nn.LayerNorm(width, eps=NORM_EPS) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
@@ -68,11 +70,11 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_attention(x_BTD)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         y_BSTd = F.scaled_dot_product_attention(q, k, v)
         x_BTD = x_BTD + self.out(y_BSTd.transpose(1, 2).flatten(2))
-        return x_BTD + self.down(F.gelu(self.up(self.norm_mlp(x_BTD)), approximate="tanh"))
+        return x_BTD + self.down(F.gelu(self.up(self.norm_mlp(x_BTD)), approximate=self.gelu))
 
 
 class Blocks(nn.Module):
-    """Tokens (B, T, D) with learned positions through blocks and a last norm."""
+    """Tokens (B, T, D) through blocks and a last norm; with learned positions, or (num_tokens 0) as they are given."""
 
     grid_parameters = ("positions",)  # a row for each place: resized where weights begin another grid
 
@@ -81,12 +83,16 @@ class Blocks(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.positions = nn.Parameter(torch.empty(num_tokens, width).normal_(0.0, width**-0.5))
+        self.positions: nn.Parameter | None = None
+        if num_tokens:
+            self.positions = nn.Parameter(torch.empty(num_tokens, width).normal_(0.0, width**-0.5))
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = at_least_float32(x_BTD) + self.positions
+        x_BTD = at_least_float32(x_BTD)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions
         for block in self.blocks:
             recompute = self.checkpointing and self.training
             x_BTD = checkpoint(block, x_BTD, use_reentrant=False) if recompute else block(x_BTD)

@@ -33,7 +33,7 @@ def run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
 
 
 # settings of a medium, of images and of sounds, that ids depend on
-_SEEN = ("image_size", "resize", "interpolation", "sample_rate", "seconds", "short", "peak_db", "clip")
+_SEEN = ("image_size", "buckets", "resize", "interpolation", "sample_rate", "seconds", "short", "peak_db", "clip")
 
 
 def facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Weights) -> dict[str, Any]:

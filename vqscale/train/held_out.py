@@ -23,7 +23,8 @@ PICTURES = 16
 
 
 class Pass:
-    """Sums over the held-out samples of all ranks. Collective: every rank adds as many batches, of one shape."""
+    """Sums over the held-out samples of all ranks. Collective: every rank adds as many batches, each
+    of one shape on all."""
 
     def __init__(self, signal: Signal, quantizer: Quantizer, mesh: Mesh, measures: Any = None) -> None:
         self.columns = [Hits(quantizer.num_codes, mesh) for _ in range(quantizer.num_ids)]

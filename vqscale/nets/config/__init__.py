@@ -18,6 +18,7 @@ NETS = {
     "magvit": "vqscale.nets.config:MagvitConfig",
     "wave": "vqscale.nets.waves.config:WaveConfig",
     "vit": "vqscale.nets.config.vit:VitConfig",
+    "image_vit": "vqscale.nets.config.image_vit:ImageVitConfig",
 }
 
 

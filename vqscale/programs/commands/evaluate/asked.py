@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from vqscale.data.as_trained import as_trained
 from vqscale.data.config import ImagesConfig
+from vqscale.data.config_buckets import BucketsConfig, images_as_trained
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
@@ -24,12 +24,12 @@ def joined(args: argparse.Namespace) -> AbstractContextManager[Mesh]:
     return processes.joined(args.device, processes.divide(getattr(args, "codes", 1)), agreed=())
 
 
-def images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> ImagesConfig:
+def images(args: argparse.Namespace, card: Mapping[str, Any] | None = None) -> ImagesConfig | BucketsConfig:
     """The shards as asked for, where nothing is asked for as in a tokenizer's card; without one they are looked for."""
     from vqscale.data import samples
 
-    known = as_trained(card or {}, args.image_size, None, args.interpolation)
-    config = ImagesConfig(args.shards, num_workers=args.workers, **known)
+    sides = (args.image_size, getattr(args, "buckets", None))
+    config = images_as_trained(args.shards, args.workers, card or {}, *sides, args.interpolation)
     problems = [message for _, message in config.problems()]
     if problems:
         raise ValueError("; ".join(problems))
@@ -44,11 +44,15 @@ def progress(images: int, args: argparse.Namespace, mesh: Mesh) -> Progress:
     return Progress(-(-images // (args.batch * mesh.world.size)), rank=mesh.world.rank, stream=sys.stderr)
 
 
-def data(config: ImagesConfig, stream: SampleStream) -> dict[str, Any]:
-    how = "without" if config.interpolation == "sampled" else "with"
-    crop = f"short side to {config.short_side}, {config.interpolation} {how} antialiasing, centre crop"
-    data = {"shards": list(config.patterns), "image_size": config.image_size}
-    return {**data, "crop": crop, "fingerprint": stream.fingerprint}
+def data(config: ImagesConfig | BucketsConfig, stream: SampleStream) -> dict[str, Any]:
+    how = f"{config.interpolation} {'without' if config.interpolation == 'sampled' else 'with'} antialiasing"
+    if isinstance(config, BucketsConfig):
+        sides: dict[str, Any] = {"buckets": [list(sides) for sides in config.buckets]}
+        crop = f"to cover the bucket of the nearest aspect, {how}, centre crop"
+    else:
+        sides = {"image_size": config.image_size}
+        crop = f"short side to {config.short_side}, {how}, centre crop"
+    return {"shards": list(config.patterns), **sides, "crop": crop, "fingerprint": stream.fingerprint}
 
 
 def result(numbers: Mapping[str, float], mesh: Mesh, protocol: dict[str, Any], **what: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ PREDICTIONS = "segments: write those with all codes, of the prior and without as
 MOST = "of a longer recording the beginning alone is looked at: memory grows with its square (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
 SWAPS = "PSNR where such shares of the ids are swapped, for one of the --neighbours nearest codes and for any other"
+BUCKETS = "measure images in the nearest of these heights and widths, such as 256x256 224x288, in place of squares"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
 
@@ -34,6 +35,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     tokenizer.add_argument("--neighbours", type=int, default=8, help="of a code, for --swaps (default: %(default)s)")
     tokenizer.add_argument("--save-stats", help="npz for the statistics of the originals, a later --reference")
     statistics = commands.add_parser("statistics", help="statistics of a data set, for --reference")
+    tokenizer.add_argument("--buckets", metavar="HEIGHTxWIDTH", type=_sides, nargs="+", help=BUCKETS)
     statistics.add_argument("out", metavar="OUT.npz")
     statistics.add_argument("--images", type=int, default=10_000, help=KEPT)
     samples = commands.add_parser("samples", help="generated images against a reference")
@@ -89,6 +91,11 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     return out
 
 
+def _sides(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
 def check(args: argparse.Namespace) -> None:
     """ValueError for options that do not go together, all at once, before anything is opened."""
     wrong = []
@@ -105,6 +112,8 @@ def check(args: argparse.Namespace) -> None:
                 f"--swaps takes shares of ids, above 0 and at most 1, and --neighbours at least 1, and these are "
                 f"{args.swaps} and {args.neighbours}: give 0.1 0.3 and 8, say"
             )
+        if args.buckets and args.image_size:
+            wrong.append("--image-size is the side of squares, and --buckets has the sides of others: give one of them")
         if args.reference and args.save_stats:
             wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
     elif args.command == "samples":

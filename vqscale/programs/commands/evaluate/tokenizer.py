@@ -30,7 +30,8 @@ def told(args: argparse.Namespace) -> str:
             _check_swaps(tokenizer)
         config = asked.images(args, tokenizer.card)
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
-        tokenizer.grid(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))  # refuses sides
+        for shape in config.shapes:
+            tokenizer.grid(torch.empty(1, *shape, device="meta"))  # refuses sides
         progress = asked.progress(stream.num_samples, args, mesh)
         found = score.score(tokenizer, stream, mesh, measures, progress.advance)
         progress.close()
