@@ -1,8 +1,8 @@
 """The families of published tokenizers: which network and quantizer they are, and how their projects call things.
 
 To add one: its line in FAMILIES. How a state dictionary then becomes a tokenizer, strictly, is in published.py.
-Left out: FVQ. Its bridge is folded into a VQGAN's table, but how the released files name their layers, and whether
-rows are brought to length one, stands in no text that could be read here.
+Left out: FVQ. Its bridge is folded into a VQGAN's table, but what the released files call their layers, and whether
+rows are brought to length one, is not published as text.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ FAMILIES = {
         reduce=vqgan_names.of_diffusers,
     ),
     "llamagen": Family(
-        where="vq_ds16_c2i.pt and its like, FoundationVision/LlamaGen and peizesun/llamagen on the Hugging Face hub; "
-        "they have no averages: --weights raw",
+        where="FoundationVision/LlamaGen on the Hugging Face hub, vq_ds16_c2i.pt or vq_ds8_c2i.pt; no averages: "
+        "--weights raw",
         card={"image_size": 256},
         config=_llamagen,
         needs=PYRAMID,
@@ -168,7 +168,7 @@ FAMILIES = {
         reduce=vqgan_names.of_llamagen,
     ),
     "open_magvit2": Family(
-        where="TencentARC/Open-MAGVIT2-Tokenizer-256-resolution and its like on the Hugging Face hub",
+        where="imagenet_256_L.ckpt in TencentARC/Open-MAGVIT2-Tokenizer-256-resolution on the Hugging Face hub",
         card={"image_size": 256, "interpolation": "sampled"},
         config=_open_magvit2,
         needs=(*PYRAMID[:3], "decoder.adaptive.0.gamma.weight"),
