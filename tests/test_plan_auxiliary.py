@@ -25,7 +25,7 @@ VGG, HEADS = 14_714_688, 64 + 128 + 256 + 512 + 512
 
 def test_the_published_losses():
     config = configuration.load(Run, PUBLISHED)
-    found = auxiliary(config, 2, world=4, dense=1000, rows=30)
+    found = auxiliary(config, 2, world=4, dense=1000, rows=30, dim=256)
     assert found.parameters == {"discriminator": PATCHGAN, "LPIPS (frozen)": VGG + HEADS}
     assert found.memory["discriminator"] == 4 * (2 * PATCHGAN + 2 * -(-PATCHGAN // 4))  # ZeRO 1 splits the moments
     assert found.memory["LPIPS"] == 4 * (VGG + HEADS)
@@ -33,13 +33,13 @@ def test_the_published_losses():
     # ZeRO 1 in bf16: gradients twice by 2 bytes, parameters by 2 but for the gains and biases of norms
     assert list(found.sent.values()) == [pytest.approx(3 / 4 * (6 * PATCHGAN + 2 * NORMS), abs=8)]
     precise = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="fp32", zero_stage=3))
-    whole = auxiliary(precise, 2, world=4, dense=1000, rows=30)
+    whole = auxiliary(precise, 2, world=4, dense=1000, rows=30, dim=256)
     assert list(whole.sent.values()) == [pytest.approx(3 / 4 * 8 * PATCHGAN, abs=8)]  # scattered, and gathered once
     assert whole.memory["average of the weights"] == 4 * 280
     for name in found.memory:
         if name.startswith("activations"):
             assert whole.memory[name] == pytest.approx(2 * found.memory[name], abs=1)
-    more = auxiliary(config, 4, world=4, dense=1000, rows=30)
+    more = auxiliary(config, 4, world=4, dense=1000, rows=30, dim=256)
     assert sum(v for k, v in more.memory.items() if "activations" in k) > 1.9 * sum(
         v for k, v in found.memory.items() if "activations" in k
     )
@@ -47,7 +47,7 @@ def test_the_published_losses():
 
 def test_a_run_without_them_costs_nothing_more():
     config = configuration.load(Run, ROOT / "configs" / "quickstart" / "tokenizer.yaml")
-    found = auxiliary(config, 2, world=4, dense=1000, rows=30)
+    found = auxiliary(config, 2, world=4, dense=1000, rows=30, dim=256)
     assert not found.parameters
     assert not found.memory
     assert not found.sent

@@ -1,4 +1,5 @@
-"""What training needs beside the tokenizer: LPIPS, a discriminator, the average of the weights. Meta device.
+"""What training needs beside the tokenizer: LPIPS, a discriminator, the map of an alignment, frozen vision models, the
+average of the weights. Meta device.
 
 The part of plan/tokenizer.py for what a config may leave out. Memory is counted at the worst moment of each: the
 discriminator's own step keeps the graphs of its answers to images and to reconstructions, LPIPS keeps what the gradient
@@ -17,9 +18,11 @@ from vqscale.engine.optimisers import muon_matrices
 from vqscale.engine.rounded import num_rounded
 from vqscale.nets import discriminators
 from vqscale.nets.lpips import LPIPS
+from vqscale.nets.vision import Vision
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import averaged, split_bytes
 from vqscale.plan.traffic import network_bytes
+from vqscale.train.alignment import to_features
 from vqscale.train.config import TokenizerRun
 
 
@@ -32,9 +35,9 @@ class Auxiliary:
     sent: dict[str, int] = field(default_factory=dict)
 
 
-def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: int) -> Auxiliary:
-    """The costs for `images` per rank and micro-batch, of a tokenizer with `dense` parameters and `rows` numbers in the
-    learned rows of a rank."""
+def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: int, dim: int) -> Auxiliary:
+    """The costs for `images` per rank and micro-batch, of a tokenizer with `dense` parameters, `rows` numbers in the
+    learned rows of a rank, and codes of `dim`."""
     found = Auxiliary()
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     with torch.device("meta"):
@@ -57,11 +60,31 @@ def auxiliary(config: TokenizerRun, images: int, world: int, dense: int, rows: i
             found.memory["LPIPS"] = 4 * _count(lpips.parameters())
             recon = torch.empty_like(samples).requires_grad_()
             found.memory[f"activations of LPIPS, {images} images"] = activation_bytes(lpips, samples, recon)
+        _vision(config, dim, stage, world, found)
     if config.engine.precision == "bf16":
         found.memory = {name: x // 2 if name.startswith("activations") else x for name, x in found.memory.items()}
     if config.average.decay:
         found.memory["average of the weights"] = 4 * (averaged(config.engine, dense, world) + rows)
     return found
+
+
+def _vision(config: TokenizerRun, dim: int, stage: int, world: int, found: Auxiliary) -> None:
+    """Add what alignment learns, and the frozen vision models of alignment and discriminator."""
+    alignment = config.loss.alignment
+    if alignment is not None:
+        net = to_features(alignment, dim)
+        params = _count(net.parameters())
+        found.parameters["map of alignment"] = params
+        found.memory["map of alignment"] = split_bytes(params, stage, world, 0)
+        found.sent["data axis and ZeRO: gradients, parameters of the map of alignment"] = network_bytes(
+            params, num_rounded(net, config.engine), config.engine, world
+        )
+    holders = {"alignment": alignment, "discriminator": getattr(config.loss.adversarial, "net", None)}
+    for name, holder in holders.items():
+        if seen := getattr(holder, "vision", None):
+            params = _count(Vision(seen).parameters())
+            found.parameters[f"vision model of {name} (frozen)"] = params
+            found.memory[f"vision model of {name}"] = 4 * params
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -104,7 +104,7 @@ def plan(config: TokenizerRun, world: int) -> Costs:
     stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
     low = num_rounded(tokenizer, config.engine)
     step = replace(work(config, images, tokens, dim, dense - still), muon=_muon(tokenizer, config), rounded=low)
-    others = auxiliary(config, images, world, dense, _learned(tables))
+    others = auxiliary(config, images, world, dense, _learned(tables), dim)
     return Costs(
         f"{config.task} {config.run.folder}: {config.run.steps} steps of {config.data.batch} images, "
         f"data {data} x codes {codes} = {world} processes, {tokens} tokens per rank and micro-batch",
@@ -162,7 +162,7 @@ def workload(config: TokenizerRun, images: int) -> tuple[Work, Network, CodeAxis
     set_aside(tokenizer)
     tokens = images * found.tokens
     axis = code_axis(to_dict(quantizer))
-    others = auxiliary(config, 1, 1, found.parameters, 0).memory
+    others = auxiliary(config, 1, 1, found.parameters, 0, quantizer.dim).memory
     graphs = sum(nbytes for name, nbytes in others.items() if name.startswith("activations"))
     step = replace(
         work(config, images, tokens, quantizer.dim, found.parameters),

@@ -33,6 +33,7 @@ from vqscale.show.progress import Progress
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import first_weights, frozen, loop, swapped
 from vqscale.train.adversarial import Discriminator
+from vqscale.train.alignment import Alignment
 from vqscale.train.config import TokenizerRun
 from vqscale.train.evaluate import evaluate
 from vqscale.train.watch import Effort, Watch, peak_mib
@@ -96,7 +97,10 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
     average = Average(engine, config.average)
     adversarial = config.loss.adversarial
     discriminator = None if adversarial is None else Discriminator(adversarial, config, mesh, taken.source)
-    kept: list[loop.Kept] = [average] if discriminator is None else [average, discriminator]
+    alignment = None
+    if config.loss.alignment is not None:
+        alignment = Alignment(config.loss.alignment, config, quantizer.dim, mesh)
+    kept: list[loop.Kept] = [average, *(one for one in (discriminator, alignment) if one is not None)]
 
     # resume: nothing is written before it is known that the run goes on
     done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, kept)
@@ -144,6 +148,9 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
             found = distances(recon, samples, engine.autocast)
             parts = {name: distance.value for name, distance in found.items()}
             loss = torch.stack([distance.weight * distance.value for distance in found.values()]).sum()
+            if alignment is not None:
+                parts["alignment"] = alignment.distance(original, quantized.z)
+                loss = loss + alignment.config.weight * parts["alignment"]
             if active is not None:
                 theirs, weights, numbers = active.distances(original, recon, loss, last_weight, log)
                 loss = loss + torch.stack([weights[name] * value for name, value in theirs.items()]).sum()

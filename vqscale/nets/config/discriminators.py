@@ -12,6 +12,7 @@ from vqscale.nets.config import too_few
 # One line for each discriminator: its name in a config, and where its settings are.
 DISCRIMINATORS = {
     "patchgan": "vqscale.nets.config.discriminators:PatchGANConfig",
+    "features": "vqscale.nets.config.vision:FeatureDiscriminatorConfig",
     "wave": "vqscale.nets.waves.config_discriminator:WaveDiscriminatorConfig",
 }
 

@@ -126,6 +126,11 @@ def _check_images(config: TokenizerRun) -> None:
         from vqscale.nets import lpips
 
         lpips.check(config.loss.perceptual.vgg, config.loss.perceptual.heads)
+    for asked in (config.loss.alignment, getattr(config.loss.adversarial, "net", None)):
+        if seen := getattr(asked, "vision", None):
+            from vqscale.nets import vision
+
+            vision.check(seen)
     for key, source, batch in (("data.train", config.data.train, config.data.batch), ("data.val", config.data.val, 0)):
         if source is not None:
             try:

@@ -21,6 +21,7 @@ from vqscale.nets.config.discriminators import (
     PatchMean,
 )
 from vqscale.signals.config import DistanceConfig
+from vqscale.train.config.alignment import AlignmentConfig
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class LossConfig(DistanceConfig):
     """weight of the sum of the quantizer's losses; at 1 their pull on the latents outweighs l2, and codes die"""
     adversarial: AdversarialConfig | None = None
     """a discriminator; null trains without one"""
+    alignment: AlignmentConfig | None = None
+    """draws codes of images towards features of a frozen vision model; null trains without one"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -78,6 +79,7 @@ class TokenizerRun:
             yield from self._sides_problems("data.val", self.data.val)
         yield from self.tokenizer.signal.misfits(self.data.train, self.loss)
         yield from self._loss_problems(self.data.train.least_side)
+        yield from self._vision_problems()
         yield from trained_problems(self.trained, TOKENIZER_PARTS, self.init)
         if self.swaps is not None:
             yield from self._swaps_problems()
@@ -92,6 +94,28 @@ class TokenizerRun:
                 grid(self.tokenizer.net, sides)
             except ValueError as error:
                 yield f"{key}.{'buckets' if source.measure else 'image_size'}", str(error)
+
+    def _vision_problems(self) -> Iterable[tuple[str, str]]:
+        """Of what learns from a frozen vision model."""
+        alignment, adversarial = self.loss.alignment, self.loss.adversarial
+        seen = {"loss.alignment": alignment, "loss.adversarial.net": getattr(adversarial, "net", None)}
+        asked = [key for key, one in seen.items() if hasattr(one, "vision")]
+        if asked and not self.tokenizer.signal.perceptual:
+            yield (
+                asked[0],
+                f"{' and '.join(asked)} learn from a vision model of images, and tokenizer.signal is "
+                f"{self.tokenizer.signal.name}: use alignment: null, and another discriminator",
+            )
+        elif alignment is not None:
+            if self.trained is not None and "encoder" not in self.trained:
+                yield (
+                    "loss.alignment",
+                    f"alignment changes the codes that the encoder takes, and trained {list(self.trained)} freezes it: "
+                    "use alignment: null, or train the encoder",
+                )
+            with suppress(ValueError):  # sides that the net does not take are said once
+                for _, *sides in self.data.train.shapes:
+                    yield from alignment.grid_problems(grid(self.tokenizer.net, sides))
 
     def _swaps_problems(self) -> Iterable[tuple[str, str]]:
         if self.trained != ("decoder",):
