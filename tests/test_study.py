@@ -24,10 +24,10 @@ from vqscale import config as configuration
 from vqscale.config.schema import classes_of, fields_of
 from vqscale.disk import owner
 from vqscale.plan import costs_of
-from vqscale.programs import launchers, study_report, study_runner, study_samples
+from vqscale.programs import launchers, study_after, study_measured, study_report, study_runner, study_samples
 from vqscale.programs import study as studies
+from vqscale.programs.commands import evaluate, words
 from vqscale.programs.commands import study as command
-from vqscale.programs.commands import words
 from vqscale.programs.commands.evaluate import options
 from vqscale.programs.launchers import Launcher, State
 from vqscale.programs.launchers.local import Local
@@ -292,10 +292,10 @@ def test_samples_are_drawn_anew_where_other_options_are_asked_for_and_judged_onc
     asked = {"tokenizer": "tokenizer", "options": ["--num-images=10"], "classifier": "judge"}
     study, trials = _expand(_write(prior, dials=[RATE], folder=str(tmp_path / "study"), samples=asked))
     trial, samples = trials[0], study.samples
-    assert study_samples.missing(samples, trials) == []  # no run is done
+    assert study_after.missing(study, trials) == []  # no run is done
     (trial.folder / "samples").mkdir(parents=True)
     (trial.folder / "summary.json").write_text("{}")
-    assert study_samples.missing(samples, trials) == [trial]
+    assert study_after.missing(study, trials) == [trial]
     draw, judge = study_samples.steps(samples, trial)
     given = [str(trial.folder), "tokenizer", str(trial.folder / "samples"), "--num-images=10"]
     assert draw == [str(ROOT / "tools" / "sample.py"), *given]
@@ -305,7 +305,7 @@ def test_samples_are_drawn_anew_where_other_options_are_asked_for_and_judged_onc
     assert list(study_samples.steps(samples, trial)) == [judge]
     (trial.folder / "judged").mkdir()
     (trial.folder / "judged" / "result.json").write_text("{}")
-    assert study_samples.missing(samples, trials) == []
+    assert study_after.missing(study, trials) == []
     other = replace(trial, sample=("--num-images=20",))
     assert len(list(study_samples.steps(samples, other))) == 2
 
@@ -498,6 +498,38 @@ def test_what_was_said_of_samples_of_a_run_is_among_its_numbers(prior, tmp_path)
     line = study_report.result_line(trials[0])
     assert (line["loss"], line["recognised"], line["images"]) == (1.5, 0.5, 1024)
     assert "75.0%" in study_page.text(study_page.TASKS["prior"], [line])
+
+
+def test_what_is_measured_of_tokenizers_stands_beside_their_psnr_and_is_measured_once(base, prior, tmp_path, capsys):
+    asked = {"shards": "val.tar", "options": ["--agreement", "--swaps", "0.1"]}
+    path = _write(base, dials=[K], folder=str(tmp_path / "study"), measured=asked)
+    study, trials = _expand(path)
+    trial = trials[0]
+    assert study_after.missing(study, trials) == []  # no run is done
+    (trial.folder / "measured").mkdir(parents=True)
+    (trial.folder / "summary.json").write_text('{"psnr": 20.0, "images": 1024}')
+    assert study_after.missing(study, trials) == [trial]
+    (measure,) = study_after.left(study, trial)
+    words_of = evaluate.arguments(measure[1:])
+    assert (words_of.path, words_of.shards, words_of.swaps) == (str(trial.folder), "val.tar", [0.1])
+    said = {"psnr": 20.0, "psnr_near_0.1": 18.25, "moved_bf16": 0.0625, "images": 10}
+    result = {"numbers": said, "command": words.command("evaluate", measure[1:])}
+    (trial.folder / "measured" / "result.json").write_text(json.dumps(result))
+    assert study_after.missing(study, trials) == []
+    assert study_measured.numbers(trial).keys() == {"psnr", "psnr_near_0.1", "moved_bf16"}
+    line = study_report.result_line(trial)
+    assert (line["psnr_near_0.1"], line["images"]) == (18.25, 1024)
+    task = study_page.TASKS["tokenizer"]
+    assert list(study_page.columns(task, [line, study_report.result_line(trials[1])])) == [
+        "run", "status", "psnr", "psnr_near_0.1", "moved_bf16"
+    ]  # fmt: skip
+    assert "6.25%" in study_page.text(task, [line])
+    with pytest.raises(ValueError, match="tokenizers are measured, and its runs are of the task prior"):
+        _expand(_write(prior, dials=[RATE], measured=asked))
+    wrong = str(_write(base, dials=[K], folder=str(tmp_path / "wrong"), measured=asked | {"options": ["--swaps=2"]}))
+    assert command.main([wrong]) == 2
+    assert "shares of ids, above 0 and at most 1" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_collapse_is_told_with_what_was_measured():

@@ -101,12 +101,8 @@ def judge(
 
 def classes(images: SampleFile, size: int) -> NDArray[np.int64]:
     """The class of each sample of a file. ValueError where the classifier cannot judge them."""
-    labels, sides = images.labels(), images.shape[1:3]
-    if sides != (size, size):
-        raise ValueError(
-            f"the samples {images.path} are {sides[0]} x {sides[1]} pixels, and this shapes classifier was trained on "
-            f"{size} x {size}: train one with --image-size {sides[0]}, or give samples of its size"
-        )
+    labels = images.labels()
+    check_size((images.shape[1], images.shape[2]), size, f"the samples {images.path}")
     known = f"the shapes classifier knows the classes 0 .. {NUM_CLASSES - 1} ({', '.join(CLASS_NAMES)})"
     if labels is None:
         raise ValueError(
@@ -119,6 +115,15 @@ def classes(images: SampleFile, size: int) -> NDArray[np.int64]:
             "drawn shapes, each of a class"
         )
     return labels
+
+
+def check_size(sides: tuple[int, int], size: int, whose: str) -> None:
+    """ValueError where pictures of these sides are not those of a classifier of squares of `size`."""
+    if sides != (size, size):
+        raise ValueError(
+            f"{whose} are {sides[0]} x {sides[1]} pixels, and this shapes classifier was trained on {size} x {size}: "
+            f"train one with --image-size {sides[0]}, or give samples of its size"
+        )
 
 
 def _alike(labels: NDArray[np.int64], first: int, count: int, classifier: Classifier, mesh: Mesh) -> Pictures:

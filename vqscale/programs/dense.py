@@ -20,7 +20,7 @@ from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs.dense_truth import Files, Samples
-from vqscale.programs.score import look_over
+from vqscale.programs.score import codes, look_over
 from vqscale.seed import derive
 from vqscale.signals.labelled import Labelled
 from vqscale.tokenizer.model import Tokenizer
@@ -96,24 +96,6 @@ def labelled(tokenizer: Tokenizer) -> Labelled:
             "with a context (depth, color, panoptic), by ids that say all; use `vqscale evaluate tokenizer`"
         )
     return signal
-
-
-def codes(
-    tokenizer: Tokenizer, stream: SampleStream, mesh: Mesh, advance: Advance | None = None
-) -> tuple[Tensor, Tensor]:
-    """(ids of all samples of an evaluation stream (N, *grid), which of them could be read (N,)), on every rank."""
-    signal, found = tokenizer.signal, list[tuple[Tensor, Tensor]]()
-
-    def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
-        found.append((numbers[valid], tokenizer.encode(*signal.enter(samples))[valid]))
-
-    look_over(stream, mesh, look, advance)
-    grid = found[0][1].shape[1:]
-    ids = torch.zeros(stream.num_samples, *grid, dtype=torch.int64, device=mesh.device)
-    is_there = torch.zeros(stream.num_samples, dtype=torch.int64, device=mesh.device)
-    for numbers, its_ids in found:
-        ids[numbers], is_there[numbers] = its_ids, 1
-    return ops.sum_over(ids, mesh.world), ops.sum_over(is_there, mesh.world) > 0
 
 
 def following(is_there: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ classifier`), and what Inception says (metrics/generation.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vqscale.metrics import shapes_classifier as shapes
 from vqscale.metrics.sample_file import SampleFile
+from vqscale.nets.shapes_classifier import ShapesClassifier
 from vqscale.parallel.mesh import Mesh
 from vqscale.tokenizer import export
 from vqscale.train import shapes_classifier
@@ -21,14 +22,21 @@ def judge(
     """(numbers, what the protocol says of the classifier in `folder`). Collective, the same on every rank."""
     classifier, card = shapes_classifier.load(folder, mesh)
     numbers = shapes.judge(images, classifier, mesh, advance)
-    about = {
+    real = max(shapes.FEWEST_REAL, len(images))
+    said = (
+        f"recognised as their class, and the Fréchet distance of its features from those of {real} real pictures; "
+        f"_real: the same of {len(images)} other real pictures of the same classes"
+    )
+    return numbers, about(folder, classifier, card, said)
+
+
+def about(folder: Path | str, classifier: ShapesClassifier, card: Mapping[str, Any], numbers: str) -> dict[str, Any]:
+    """What a protocol says of the classifier in `folder`, and of its numbers."""
+    return {
         "shapes classifier": {
             "folder": str(folder),
             "sha256": export.fingerprint(classifier, classifier.config),
             "own accuracy": card["metrics"]["accuracy"],
-            "numbers": "recognised as their class, and the Fréchet distance of its features from those of "
-            f"{max(shapes.FEWEST_REAL, len(images))} real pictures; _real: the same of {len(images)} other real "
-            "pictures of the same classes. No FID, and comparable only by the same classifier",
+            "numbers": f"{numbers}. No FID, and comparable only by the same classifier",
         }
     }
-    return numbers, about

@@ -1,20 +1,20 @@
 """Every held-out sample through a trained tokenizer, once, with the networks that measure; statistics of the originals.
 
 Not here: the sums of such a look (train/held_out.py, which a training evaluates with too), generated images
-(metrics/generation.py), the report (show/report.py), and files of weights, which `vqscale evaluate` opens.
+(metrics/generation.py), what becomes of wrong ids (generability.py), the report (show/report.py), and files of
+weights, which `vqscale evaluate` opens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqscale.codes import noise
-from vqscale.codes.swaps import Swaps
 from vqscale.data.samples import SampleStream
 from vqscale.metrics.features import FeatureMoments, Points
 from vqscale.metrics.generation import Described, FeatureNetwork
@@ -81,30 +81,6 @@ def through(tokenizer: Tokenizer, entered: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def under_swaps(
-    tokenizer: Tokenizer, stream: SampleStream, mesh: Mesh, shares: Sequence[float], neighbours: int
-) -> dict[str, float]:
-    """How a decoder bears wrong ids: PSNR of images of an evaluation stream where a share of their ids is swapped, for
-    one of so many codes nearest to each (psnr_near_SHARE) or for any other code (psnr_any_SHARE). Collective; the same
-    ids are swapped on any number of ranks, and those of a smaller share are swapped for the same at a larger one."""
-    signal, quantizer = tokenizer.signal, tokenizer.quantizer
-    near = Swaps.among_neighbours(quantizer.decode, quantizer.num_codes, neighbours, mesh)
-    kinds = {"near": near, "any": Swaps(quantizer.num_codes)}
-    sums = {(kind, share): signal.sums(mesh, None) for kind in kinds for share in shares}
-
-    def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
-        entered, keys_B = signal.enter(samples), noise.keys(0, numbers)
-        ids = tokenizer.encode(*entered)
-        for (kind, share), counted in sums.items():
-            other = kinds[kind](ids.flatten(1), keys_B, share).view_as(ids)
-            counted.add(samples[valid], signal.predict(tokenizer.decode(other, *entered[1:]))[valid])
-
-    with evaluating(tokenizer):
-        look_over(stream, mesh, look)
-    return {f"psnr_{kind}_{share:g}": counted.numbers()["psnr"] for (kind, share), counted in sums.items()}
-
-
-@torch.no_grad()
 def statistics(
     stream: SampleStream,
     inception: FeatureNetwork,
@@ -124,6 +100,32 @@ def statistics(
     return Described(pool, spatial, chosen.all() if points else None, None, inception.facts), seen
 
 
+@torch.no_grad()
+def codes(
+    tokenizer: Tokenizer,
+    stream: SampleStream,
+    mesh: Mesh,
+    advance: Callable[[int, float], None] | None = None,
+    *,
+    most: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(ids of the first `most` samples of an evaluation stream, 0: of all, (N, *grid); which of them could be read
+    (N,)), on every rank. Collective."""
+    signal, found = tokenizer.signal, list[tuple[Tensor, Tensor]]()
+    count = min(most or stream.num_samples, stream.num_samples)
+
+    def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
+        ids, wanted = tokenizer.encode(*signal.enter(samples)), valid & (numbers < count)
+        found.append((numbers[wanted], ids[wanted]))
+
+    look_over(stream, mesh, look, advance, most=count)
+    ids = torch.zeros(count, *found[0][1].shape[1:], dtype=torch.int64, device=mesh.device)
+    is_there = torch.zeros(count, dtype=torch.int64, device=mesh.device)
+    for numbers, its_ids in found:
+        ids[numbers], is_there[numbers] = its_ids, 1
+    return ops.sum_over(ids, mesh.world), ops.sum_over(is_there, mesh.world) > 0
+
+
 @dataclass(frozen=True)
 class Seen:
     """What was met on the way through a stream, on all ranks together."""
@@ -139,13 +141,17 @@ def look_over(
     mesh: Mesh,
     look: Callable[[Tensor, Tensor, Tensor], None],
     advance: Callable[[int, float], None] | None = None,
+    *,
+    most: int = 0,
 ) -> Seen:
-    """look(samples, valid, numbers) on every batch of an evaluation stream, on the mesh's device. Collective.
+    """look(samples, valid, numbers) on every batch of an evaluation stream, on the mesh's device, or on so many whole
+    ones that `most` samples have come. Collective.
 
     ValueError on all ranks when not one sample could be read.
     """
     counts, told = torch.zeros(3, dtype=torch.float64), list[str]()
-    for batch, waited in timed(stream.batches()):
+    batches = islice(stream.batches(), -(-most // stream.batch) if most else None)
+    for batch, waited in timed(batches):
         look(*(tensor.to(mesh.device) for tensor in (batch.samples, batch.valid, batch.numbers)))
         counts += torch.tensor([int(batch.valid.sum()), len(batch.broken), batch.enlarged])
         told = (told + batch.broken)[:MOST_TOLD]

@@ -5,6 +5,7 @@
     FOLDER/results.csv    a line per run                FOLDER/laws.csv            a line per law that was fitted
     FOLDER/study.json     what made the numbers         FOLDER/index.html          the page, with figures/
     FOLDER/runs/NAME/samples/, judged/                  what a prior draws (study_samples.py), and what is said of it
+    FOLDER/runs/NAME/measured/                          what is measured of a tokenizer (study_measured.py)
 
 The base run may be of any task. A study continues where it was left: runs that are done are not started again, the
 others resume from their checkpoints. study_config.py has what a file may say, the expansion is here, study_runner.py
@@ -99,6 +100,11 @@ def _check_samples(study: StudyConfig, path: Path, tasks: Sequence[str]) -> None
         raise ValueError(
             f"{path}: samples are what priors draw, and its runs are of the task {' and '.join(tasks)}: leave the key "
             "samples out"
+        )
+    if study.measured is not None and tasks != ["tokenizer"]:
+        raise ValueError(
+            f"{path}: tokenizers are measured, and its runs are of the task {' and '.join(tasks)}: leave the key "
+            "measured out"
         )
 
 

@@ -80,6 +80,16 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True)
+class MeasuredConfig:
+    """What is measured of the tokenizers of a study, beside what their runs say."""
+
+    shards: str
+    """held-out shards"""
+    options: tuple[str, ...] = ()
+    """of `vqscale evaluate tokenizer`, as [--agreement, --swaps, "0.1", "0.3"]"""
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Many runs, one question."""
 
@@ -99,6 +109,8 @@ class StudyConfig:
     """more runs, with other positions, seeds or processes, as a size that only some are run at"""
     samples: SamplesConfig | None = None
     """what each prior draws when all runs are done, one after the other on this machine; null: nothing"""
+    measured: MeasuredConfig | None = None
+    """what is measured of each tokenizer when all runs are done, one after the other on this machine; null: nothing"""
     launcher: str = "local"
     """where the runs go: local is this machine, slurm an array of jobs"""
     launcher_options: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from typing import Any
 from vqscale import config as configuration
 from vqscale.disk import files
 from vqscale.plan import costs_of
-from vqscale.programs import study_samples
+from vqscale.programs import study_measured, study_samples
 from vqscale.programs.launchers.base import State
 from vqscale.programs.study import Trial, last_row, logged_rows
 from vqscale.programs.study_config import StudyConfig
@@ -60,12 +60,12 @@ def result_line(trial: Trial, state: State | None = None) -> Line:
     """A line of results.csv: labels, status, steps, and the numbers of a run that is done.
 
     The status of a run that is not is its launcher's; nobody's is waiting, or begun where it has steps. What there is
-    of its samples (study_samples.py) is among the numbers.
+    of its samples (study_samples.py), or was measured besides (study_measured.py), is among the numbers.
     """
     line: Line = {"run": trial.name, **trial.labels, "status": "waiting"}
     summary, row = run_folder.read_json(trial.folder / "summary.json"), last_row(trial.folder)
     if summary:
-        summary = study_samples.numbers(trial) | summary | _of_the_run(trial)
+        summary = study_samples.numbers(trial) | study_measured.numbers(trial) | summary | _of_the_run(trial)
         line |= {"status": "done"} | study_page.result(study_page.TASKS[trial.config.task], summary, row)
     elif state is not None:
         line |= {"status": state.status, "steps": row.get("step", 0)}

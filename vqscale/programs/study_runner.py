@@ -1,4 +1,4 @@
-"""Brings the runs of a study to their end with a launcher, draws their samples where it asks for some, and writes what
+"""Brings the runs of a study to their end with a launcher, draws or measures what it asks for besides, and writes what
 there is of results as they come in."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from vqscale.programs import study_samples
+from vqscale.programs import study_after
 from vqscale.programs.launchers.base import Launcher, State
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import StudyConfig
@@ -28,18 +28,17 @@ class Runner:
         self.study, self.trials, self.launcher, self.command = study, trials, launcher, command
         self.states: dict[str, State] = {}
         self.stopping = False
-        self.undrawn: list[str] = []
-        """runs whose samples could not be drawn or judged"""
-        self._drawing = None if study.samples is None else study_samples.Drawing(study.samples)
+        self.unfinished: list[str] = []
+        """runs whose samples could not be drawn or judged, or which could not be measured"""
+        self._after = study_after.After(study)
 
     @property
     def failed(self) -> list[str]:
-        return [*(name for name, state in self.states.items() if state.status == "failed"), *self.undrawn]
+        return [*(name for name, state in self.states.items() if state.status == "failed"), *self.unfinished]
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
-        if self._drawing is not None:
-            self._drawing.stop()
+        self._after.stop()
 
     def run(self) -> Results:
         """Start, wait if it is for us to wait, and report."""
@@ -53,23 +52,22 @@ class Runner:
         else:
             self.states = self.launcher.poll()
         if not any(state.active for state in self.states.values()):
-            self.draw()
+            self.finish()
         return report(self.study, self.trials, self.states, self.command)
 
-    def draw(self) -> None:
-        """Draw and judge what is missing of the samples of runs that are done, one after the other."""
-        drawing = self._drawing
-        left = study_samples.missing(drawing.samples, self.trials) if drawing is not None else []
-        if drawing is None or self.stopping or not left:
+    def finish(self) -> None:
+        """Draw, judge and measure what is missing of runs that are done, one after the other."""
+        left, what = study_after.missing(self.study, self.trials), self._after.what
+        if self.stopping or not left:
             return
-        for trial in (bar := tqdm(left, unit="run", desc="samples", dynamic_ncols=True)):
+        for trial in (bar := tqdm(left, unit="run", desc=what, dynamic_ncols=True)):
             if self.stopping:
                 return
             bar.set_postfix_str(trial.name)
-            why = drawing.draw(trial)
+            why = self._after.finish(trial)
             if why and not self.stopping:
-                tqdm.write(f"samples of {trial.name} failed: {why}")
-                self.undrawn.append(trial.name)
+                tqdm.write(f"{what} of {trial.name} failed: {why}")
+                self.unfinished.append(trial.name)
             report(self.study, self.trials, self.states, self.command)
 
     def _stay(self) -> None:

@@ -2,21 +2,17 @@
 `vqscale evaluate samples`: one run after the other, so that their speeds compare.
 
     RUN/samples/  samples, grid, speed (sampling/folder.py)     RUN/judged/  numbers, page
-    FOLDER/logs/NAME-samples.txt  what both printed
 
 Samples that the same command has drawn stay; where other options are asked for, `vqscale sample` says what to do.
+Not here: when they are started (study_after.py).
 """
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from vqscale.programs.commands.words import command
-from vqscale.programs.launchers.base import last_words
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import SamplesConfig
 from vqscale.run import checkout
@@ -28,37 +24,6 @@ DRAWN, JUDGED = "samples", "judged"
 def words(samples: SamplesConfig, trial: Trial) -> list[str]:
     """What `vqscale sample` is given for the run of this trial."""
     return [str(trial.folder), samples.tokenizer, str(trial.folder / DRAWN), *trial.sample]
-
-
-def missing(samples: SamplesConfig, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials whose runs are done, and whose samples are not there as they are asked for, or not judged."""
-    return [trial for trial in trials if trial.done and list(steps(samples, trial))]
-
-
-class Drawing:
-    """Draws and judges, a program at a time."""
-
-    def __init__(self, samples: SamplesConfig) -> None:
-        self.samples = samples
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def draw(self, trial: Trial) -> str:
-        """Draw what is missing of one trial, and judge it; why it failed, "" where it did not."""
-        log = trial.log.with_name(f"{trial.name}-samples.txt")
-        for step in steps(self.samples, trial):
-            with log.open("a") as out:  # in a group of its own: Ctrl-C is for this process, which tells it
-                self._process = subprocess.Popen(
-                    [sys.executable, *step], stdout=out, stderr=subprocess.STDOUT, process_group=0
-                )
-                status = self._process.wait()
-            if status:
-                return last_words(log)
-        return ""
-
-    def stop(self) -> None:
-        """What draws keeps the batches that are whole, and ends."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
 
 
 def numbers(trial: Trial) -> dict[str, Any]:

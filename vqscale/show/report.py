@@ -35,6 +35,9 @@ FORMS = {
     "pesq_without": "{:.0f}",
     "stoi_without": "{:.0f}",
     "voicing_f1_without": "{:.0f}",
+    "moved_bf16": "{:.3%}",
+    "moved_pixel": "{:.2%}",
+    "moved_token": "{:.2%}",
 }
 
 
@@ -118,12 +121,13 @@ def lines(numbers: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def text(result: Mapping[str, Any]) -> str:
     """JSON, with null for what is not finite, which JSON does not have."""
-    return json.dumps(_finite(result), indent=1, allow_nan=False)
+    return json.dumps(finite(result), indent=1, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for what is not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(x) for key, x in value.items()}
+        return {key: finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(x) for x in value]
+        return [finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -34,6 +34,8 @@ class Task:
     """key -> how it is drawn"""
     verdict: Callable[[Line], str]
     """what a reader should know of a run that is done, in words"""
+    measured: Mapping[str, str] = field(default_factory=dict)
+    """columns of what a study measures besides: how their keys begin -> format"""
     logged: Mapping[str, str] = field(default_factory=dict)
     """numbers of the last logged step that stand beside those of the summary: name there -> name here"""
     pictures: str = ""
@@ -103,6 +105,10 @@ TASKS = {
             "ssim": "{:.3f}", "bits": "{:.2f}", "loss": "{:.4f}", "reconstruction": "{:.4f}", "images_per_s": "{:.0f}",
             "memory_mib": "{:,.0f}", "process_s": "{:.3f}", "code_axis_share": "{:.0%}",
         },
+        measured={
+            "psnr_": "{:.2f}", "shapes_distance": "{:.3f}", "rfid": "{:.2f}", "distance_other_inception": "{:.3f}",
+            "prior_nats": "{:.3f}", "unigram_nats": "{:.3f}", "moved_": "{:.2%}",
+        },
         figures={
             "usage": Figure("usage: share of codes that held-out images use", beside="ceiling"),
             "perplexity": Figure("perplexity of the codes held-out images use", log=True),
@@ -158,7 +164,9 @@ TASKS = {
 
 def columns(task: Task, lines: Sequence[Line]) -> dict[str, str]:
     """{key: format} of the table: the name and how it went, and what any run has of its numbers."""
-    every = {"run": "{}", "status": "{}", "steps": "{:,.0f}", **task.columns, "verdict": "{}"}
+    keys = dict.fromkeys(key for line in lines for key in line if key not in task.columns)
+    begun = {key: form for key in keys for start, form in task.measured.items() if key.startswith(start)}
+    every = {"run": "{}", "status": "{}", "steps": "{:,.0f}", **task.columns, **begun, "verdict": "{}"}
     return {key: form for key, form in every.items() if any(line.get(key) not in (None, "") for line in lines)}
 
 

@@ -42,7 +42,7 @@ from vqscale.tokenizer import clusters
 from vqscale.tokenizer.matching import tokenizer_of
 from vqscale.train import first_weights, frozen, loop
 from vqscale.train.config.prior import PriorRun
-from vqscale.train.prior_data import IdStream, begin, check_labels, open_streams, seen, whose
+from vqscale.train.prior_data import HeldOut, begin, check_labels, open_streams, seen, whose
 from vqscale.train.watch import Effort, Watch, peak_mib
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
@@ -64,7 +64,7 @@ def take_clusters(prior: Prior, path: str) -> None:
 def evaluate(
     model: Callable[..., Modelled],
     prior: Prior,
-    stream: IdStream,
+    stream: HeldOut,
     mesh: Mesh,
     most: int,
     seen_Ik: Tensor | None,

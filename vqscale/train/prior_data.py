@@ -4,7 +4,8 @@ encodes as they come. Opened and checked here; how a run uses them is in prior.p
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from vqscale.data import samples
 from vqscale.data.config import ShardsConfig
 from vqscale.data.config_tokens import TokensConfig
-from vqscale.data.tokens.stream import Cache, TokenStream
+from vqscale.data.tokens.stream import Cache, TokenBatch, TokenStream
 from vqscale.metrics import unigram
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.config import PriorConfig
@@ -25,6 +26,14 @@ from vqscale.train.config.prior import PriorRun
 from vqscale.train.encoded import EncodedStream
 
 IdStream = TokenStream | EncodedStream
+
+
+class HeldOut(Protocol):
+    """Ids that an evaluation reads once: an IdStream, or what is in memory."""
+
+    @property
+    def batch(self) -> int: ...  # of all ranks together
+    def batches(self) -> Iterator[TokenBatch]: ...
 
 
 def open_streams(config: PriorRun, rank: int = 0, world: int = 1) -> tuple[IdStream, IdStream | None]:

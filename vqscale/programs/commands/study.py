@@ -11,10 +11,10 @@
     --stop       with --slurm: cancel what is in the queue; what runs saves first
     --help       this text and every key of a study
 
-On this machine the command stays until all runs are done, and draws the samples that the study asks for. Interrupted
+On this machine the command stays until all runs are done, and draws or measures what the study asks for. Interrupted
 (Ctrl-C, TERM), it lets them save and leaves; the same command goes on. With SLURM it submits and leaves; when the array
-is done, the same command draws the samples, where it is started. Either way it starts no run that is done or under way;
-a run that has failed is recorded, the rest goes on, and the same command tries it again.
+is done, the same command draws and measures, where it is started. Either way it starts no run that is done or under
+way; a run that has failed is recorded, the rest goes on, and the same command tries it again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pathlib import Path
 from vqscale import config as configuration
 from vqscale.config.text import inline
 from vqscale.disk.owner import own
-from vqscale.programs import launchers, study_samples
+from vqscale.programs import launchers, study_measured, study_samples
 from vqscale.programs import study as studies
-from vqscale.programs.commands import sample, words
+from vqscale.programs.commands import evaluate, sample, words
 from vqscale.programs.launchers import Launcher
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import StudyConfig
@@ -58,7 +58,7 @@ def _study(argv: list[str]) -> int:
     action = asked.action
     study = configuration.load(StudyConfig, asked.path, asked.changes)
     trials = studies.expand(study, asked.path)
-    _check_samples(study, trials)
+    _check_options(study, trials)
     if action == "--dry-run":
         return _print_plan(study, trials)
     if action == "--stop":
@@ -79,8 +79,11 @@ def _study(argv: list[str]) -> int:
     return _end(runner, words.command("study", [*(word for word in argv if not word.startswith("-")), "--report"]))
 
 
-def _check_samples(study: StudyConfig, trials: Sequence[Trial]) -> None:
-    """The end of the program, by argparse, for options that `vqscale sample` has not."""
+def _check_options(study: StudyConfig, trials: Sequence[Trial]) -> None:
+    """The end of the program, by argparse, for options that `vqscale sample` or `vqscale evaluate` has not; ValueError
+    for those that do not go together."""
+    if study.measured is not None:
+        evaluate.arguments(study_measured.words(study.measured, trials[0]))
     if study.samples is not None:
         for trial in {trial.sample: trial for trial in trials}.values():
             sample.parser().parse_args(study_samples.words(study.samples, trial))

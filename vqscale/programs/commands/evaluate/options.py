@@ -15,7 +15,14 @@ REFERENCE = "statistics that the predictions of each row are compared with, as F
 PREDICTIONS = "segments: write those with all codes, of the prior and without as COCO's PNG and JSON; with --own-size"
 MOST = "of a longer recording the beginning alone is looked at: memory grows with its square (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
-SWAPS = "PSNR where such shares of the ids are swapped, for one of the --neighbours nearest codes and for any other"
+SWAPS = (
+    "PSNR, and distances with --classifier or --inception, where such shares of the ids are swapped, for one of the "
+    "--neighbours nearest codes and for any other"
+)
+CLASSIFIER = "a folder of `vqscale classifier`: distance of its features from those of the images, drawn shapes"
+AGREEMENT = "which share of the ids bfloat16 moves, and an image that stands a pixel or a token further"
+TRAINING = "training shards: nats of held-out ids under a small prior that has learnt theirs, beside unigram and log K"
+SAVE = "write the tokenizer, its card with these numbers (measured), into this folder"
 BUCKETS = "measure images in the nearest of these heights and widths, such as 256x256 224x288, in place of squares"
 ANY = 'how its sha256 begins; "any" takes every file, and numbers have other names (default: %(default)s)'
 
@@ -33,6 +40,12 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     tokenizer.add_argument("--reference", help="statistics that rFID compares with (default: those of the originals)")
     tokenizer.add_argument("--swaps", metavar="SHARE", type=float, nargs="+", default=[], help=SWAPS)
     tokenizer.add_argument("--neighbours", type=int, default=8, help="of a code, for --swaps (default: %(default)s)")
+    tokenizer.add_argument("--classifier", help=CLASSIFIER)
+    tokenizer.add_argument("--agreement", action="store_true", help=AGREEMENT)
+    tokenizer.add_argument("--training", metavar="SHARDS", help=TRAINING)
+    tokenizer.add_argument("--training-images", type=int, default=4096, help="the first of --training (%(default)s)")
+    tokenizer.add_argument("--prior-steps", type=int, default=400, help="of the small prior (default: %(default)s)")
+    tokenizer.add_argument("--save", metavar="FOLDER", help=SAVE)
     tokenizer.add_argument("--save-stats", help="npz for the statistics of the originals, a later --reference")
     statistics = commands.add_parser("statistics", help="statistics of a data set, for --reference")
     tokenizer.add_argument("--buckets", metavar="HEIGHTxWIDTH", type=_sides, nargs="+", help=BUCKETS)
@@ -114,6 +127,11 @@ def check(args: argparse.Namespace) -> None:
             )
         if args.buckets and args.image_size:
             wrong.append("--image-size is the side of squares, and --buckets has the sides of others: give one of them")
+        if args.training_images < 1 or args.prior_steps < 2:
+            wrong.append(
+                f"the small prior of --training takes --training-images of at least 1 and --prior-steps of at least 2, "
+                f"and these are {args.training_images} and {args.prior_steps}: give 4096 and 400, say"
+            )
         if args.reference and args.save_stats:
             wrong.append("with --reference the originals are not looked at, so --save-stats has nothing: give one")
     elif args.command == "samples":

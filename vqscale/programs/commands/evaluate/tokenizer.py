@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-from vqscale.programs.commands.evaluate import asked, networks
-
-if TYPE_CHECKING:
-    from vqscale.tokenizer.model import Tokenizer
+from vqscale.programs.commands.evaluate import asked, generability, networks
 
 
 def told(args: argparse.Namespace) -> str:
     """The lines for a terminal, on rank 0 alone; writes the folder of --out. Collective."""
     asked.images(args)
+    generability.prepare(args)
     import torch
 
     from vqscale.data.samples import SampleStream
@@ -26,24 +23,25 @@ def told(args: argparse.Namespace) -> str:
     with asked.joined(args) as mesh:
         measures = networks.measures(args, mesh)
         tokenizer = Tokenizer.load(args.path, mesh=mesh, weights=args.weights)
-        if args.swaps:
-            _check_swaps(tokenizer)
         config = asked.images(args, tokenizer.card)
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         for shape in config.shapes:
             tokenizer.grid(torch.empty(1, *shape, device="meta"))  # refuses sides
+        given = generability.opened(args, tokenizer, stream, mesh)
         progress = asked.progress(stream.num_samples, args, mesh)
         found = score.score(tokenizer, stream, mesh, measures, progress.advance)
         progress.close()
-        if args.swaps:
-            found.numbers.update(score.under_swaps(tokenizer, stream, mesh, args.swaps, args.neighbours))
+        features = generability.known(found, measures) if args.swaps else []
+        more, about = generability.told(args, tokenizer, stream, given, features, mesh)
+        numbers = found.numbers | more
+        if args.save:
+            measured = {"numbers": report.finite(numbers), "data": asked.data(config, stream)}
+            tokenizer.save(args.save, {"measured": measured})
         fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
         return ""
     of = {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card}
-    swaps = f"each id swapped with the probability in the name, for one of the {args.neighbours} nearest or any other"
     protocol = {
-        **({"psnr_near, psnr_any": swaps} if args.swaps else {}),
         "reconstructions": "from ids"
         if tokenizer.quantizer.exact_decode
         else "through the quantizer: no id says its z",
@@ -56,9 +54,10 @@ def told(args: argparse.Namespace) -> str:
         else None,
         **report.about_inception(measures.inception, PREPROCESSING),
         "reference": report.file(args.reference) if args.reference else "the originals",
+        **about,
     }
-    result = asked.result(found.numbers, mesh, protocol, tokenizer=of, data=asked.data(config, stream))
-    result["notes"] = report.notes(found.numbers, measures.inception, found.broken)
+    result = asked.result(numbers, mesh, protocol, tokenizer=of, data=asked.data(config, stream))
+    result["notes"] = report.notes(numbers, measures.inception, found.broken)
     statistics = found.statistics.get("originals")
     if statistics is not None and args.save_stats:
         fid.save(
@@ -72,11 +71,3 @@ def told(args: argparse.Namespace) -> str:
         "usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes),
     }
     return report.tell(result, args.out, f"Tokenizer {args.path}", shown)
-
-
-def _check_swaps(tokenizer: Tokenizer) -> None:
-    if tokenizer.quantizer.num_ids > 1:
-        raise ValueError(
-            f"--swaps takes the neighbours of a code, and a token of this tokenizer has {tokenizer.quantizer.num_ids} "
-            "ids: leave it out"
-        )

@@ -1,0 +1,56 @@
+"""What is done with the runs of a study when all are done: priors draw (study_samples.py), tokenizers are measured
+(study_measured.py), one run after the other, a program at a time.
+
+    FOLDER/logs/NAME-samples.txt, NAME-measured.txt  what the programs printed
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from vqscale.programs import study_measured, study_samples
+from vqscale.programs.launchers.base import last_words
+from vqscale.programs.study import Trial
+from vqscale.programs.study_config import StudyConfig
+
+
+def left(study: StudyConfig, trial: Trial) -> list[list[str]]:
+    """The commands that are left for a run that is done, as python is given them."""
+    drawn = [] if study.samples is None else study_samples.steps(study.samples, trial)
+    measured = [] if study.measured is None else study_measured.steps(study.measured, trial)
+    return [*drawn, *measured]
+
+
+def missing(study: StudyConfig, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials whose runs are done, and of which what is asked for is not there, or not as it is asked for."""
+    return [trial for trial in trials if trial.done and left(study, trial)]
+
+
+class After:
+    """Starts what is left of a trial, and can be told to stop."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        self.study = study
+        self.what = study_samples.DRAWN if study.measured is None else study_measured.MEASURED
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def finish(self, trial: Trial) -> str:
+        """Do what is left of one trial; why it failed, "" where it did not."""
+        log = trial.log.with_name(f"{trial.name}-{self.what}.txt")
+        for step in left(self.study, trial):
+            with log.open("a") as out:  # in a group of its own: Ctrl-C is for this process, which tells it
+                self._process = subprocess.Popen(
+                    [sys.executable, *step], stdout=out, stderr=subprocess.STDOUT, process_group=0
+                )
+                status = self._process.wait()
+            if status:
+                return last_words(log)
+        return ""
+
+    def stop(self) -> None:
+        """What draws keeps the batches that are whole, and ends."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
