@@ -17,7 +17,7 @@ from shard_files import colour, write_tar
 from vqscale.data import samples
 from vqscale.data.buckets import BucketPictures
 from vqscale.data.config import ImagesConfig
-from vqscale.data.config_buckets import BucketsConfig
+from vqscale.data.config_buckets import BucketsConfig, images_as_trained
 from vqscale.data.order_buckets import BucketOrder
 from vqscale.data.pixels import Pictures, sides_of
 from vqscale.data.samples import SampleBatch, SampleStream
@@ -201,3 +201,14 @@ def test_a_bucket_with_too_few_pictures_is_refused_before_processes_meet(config:
     assert [key for key, _ in BucketsConfig("x", buckets=((8, 8), (16, 16))).problems()] == ["buckets"]
     assert [key for key, _ in BucketsConfig("x", buckets=()).problems()] == ["buckets"]
     assert [key for key, _ in BucketsConfig("x", buckets=((0, 8),)).problems()] == ["buckets"]
+
+
+def test_a_look_takes_the_buckets_of_the_card_unless_it_asks_for_others() -> None:
+    card = {"buckets": [[8, 8], [8, 12]], "interpolation": "sampled"}
+    trained = images_as_trained("x", 0, card, None, None, None)
+    assert (trained.shapes, trained.interpolation) == (((3, 8, 8), (3, 8, 12)), "sampled")
+    assert images_as_trained("x", 0, card, None, [(16, 8)], None).shapes == ((3, 16, 8),)
+    assert images_as_trained("x", 0, card, 32, None, None).shapes == ((3, 32, 32),)
+    for stranger in (5, "8x8", [8, 8], [[8]], [["8", 8]]):
+        with pytest.raises(ValueError, match="pairs of a height and a width in pixels: give --image-size"):
+            images_as_trained("x", 0, {"buckets": stranger}, None, None, None)

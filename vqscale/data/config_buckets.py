@@ -95,7 +95,8 @@ def images_as_trained(
 
 def _sides(found: Any) -> list[Sides]:
     """The buckets in a card. ValueError for what is none: a card may be a stranger's."""
-    if not all(isinstance(sides, list | tuple) and [*map(type, sides)] == [int, int] for sides in found):
+    whole = isinstance(found, list | tuple)
+    if not whole or not all(isinstance(pair, list | tuple) and [*map(type, pair)] == [int, int] for pair in found):
         raise ValueError(
             f"the card of the tokenizer has buckets {found}, and buckets are pairs of a height and a width in pixels: "
             "give --image-size or --buckets"
