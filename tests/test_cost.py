@@ -90,6 +90,8 @@ def test_the_walk_finds_the_products_that_the_scan_names():
     assert entropy.passes > plain.passes
     assert entropy.exponentials > plain.exponentials > 0
     assert count.code_axis({"name": "vq", "num_codes": 4, "dim": 4}).products == 1
+    begun = {"warmup_steps": 3, "landing_steps": 5, "init": "data"}
+    assert count.code_axis({**settings, **begun}) == plain, "a warm-up and a landing are not what a step costs"
 
 
 def test_passes_are_counted_by_tensor_and_views_are_free():

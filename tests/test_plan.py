@@ -16,12 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqscale import config as configuration
 from vqscale.nets import discriminators
 from vqscale.nets.config.discriminators import PatchGANConfig
+from vqscale.nets.conv import Residual
 from vqscale.plan import costs_of, operations_of
 from vqscale.programs.commands import plan as command
 from vqscale.programs.commands import train
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
 from vqscale.train.config.losses import AdversarialConfig
+from vqscale.train.watch import Effort, Watch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [str(ROOT / "configs" / "quickstart" / "tokenizer.yaml"), "--gpus", "1,4", "--images", "8"]
@@ -95,6 +97,16 @@ def test_operations_of_an_image_are_those_of_a_step_that_is_done(settings, loss)
         theirs = [] if loss is None else [_steps_of(loss, images, recon)]
         torch.stack([(recon - images).square().mean(), *theirs, *quantized.losses.values()]).sum().backward()
     assert operations_of(config) == flops.get_total_flops() / 2
+
+
+def test_a_network_that_looks_at_values_is_trained_without_a_rate(monkeypatch):
+    forward = Residual.forward
+    monkeypatch.setattr(Residual, "forward", lambda self, x: forward(self, x) * float(x.sum() > 0))
+    assert operations_of(configuration.load(Run, SMALL[0])) == 0
+    watch = Watch(Effort(0, 1.0e9))
+    watch.begin(log=True)
+    watch.end(0.0)
+    assert "operations_per_s" not in watch.logged({"images_per_s": 2.0}) | watch.summary(2)
 
 
 def _steps_of(config, images, recon):

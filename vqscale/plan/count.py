@@ -149,7 +149,7 @@ _TOKENS, _CODES, _DIM = 96, 192, 8
 
 def code_axis(settings: Mapping[str, Any]) -> CodeAxis:
     """Count one driven training step of a quantizer with one table, given as its plain settings, in one block."""
-    small = {"num_codes": _CODES, "dim": _DIM, "revive_every": 0, "init": "normal"}
+    small = {"num_codes": _CODES, "dim": _DIM, "revive_every": 0, "init": "normal", "landing_steps": 0}
     with torch.device("meta"):
         quantizer = quantizers.build({**settings, **small}, Mesh(device="meta"))
         x_ND = torch.empty(_TOKENS, _DIM, requires_grad=True)

@@ -22,7 +22,7 @@ class Effort:
     """What images ask of a machine and what it can do, so that a run can say how near it comes."""
 
     operations: int
-    """of products for one image, forward and backward, as plan/ counts them"""
+    """of products for one image, forward and backward, as plan/ counts them; 0: not counted"""
     peak: float
     """per second, what large products reach on all processes together at the start of the run"""
 
@@ -66,7 +66,9 @@ class Watch:
         return {**rates, **self._reached(rates["images_per_s"]), **self._logged}
 
     def _reached(self, images_per_s: float) -> dict[str, float]:
-        return {} if self._effort is None else self._effort.rates(images_per_s)
+        if self._effort is None or not self._effort.operations:
+            return {}
+        return self._effort.rates(images_per_s)
 
     def summary(self, batch: int) -> dict[str, float]:
         """images_per_s, what it is of the machine, and the medians of shares, of the steps of this start. Evaluation
