@@ -6,14 +6,20 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jobs
 import published
 import pytest
 import torch
 
+from vqscale import config as configuration
 from vqscale.nets.config import ConvConfig, MagvitConfig
+from vqscale.parallel.mesh import Mesh
+from vqscale.programs.commands import train
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.tokenizer.published import convert
+from vqscale.train import first_weights
+from vqscale.train.config import Run
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "import_checkpoint.py"
 FROZEN = {"ibq": (), "simvq": ("quantize.embedding.weight",)}
@@ -94,6 +100,32 @@ def test_sizes_are_read_from_shapes_and_both_weights_can_be_had(small):
         assert torch.equal(entries(raw)[name].tensor, entry.tensor + 1), name
     flat = convert(state, "ibq", "raw")  # a dictionary without averages and losses
     assert torch.equal(flat.encode(torch.zeros(1, 3, 8, 8)), tokenizer.encode(torch.zeros(1, 3, 8, 8)))
+
+
+def test_an_imported_dictionary_is_trained_on_with_more_codes_on_pictures_of_another_size(small, tmp_path, tiny_shards):
+    _, state = small
+    torch.save(published.checkpoint(state), tmp_path / "last.ckpt")
+    assert run_tool("--from", "ibq", tmp_path / "last.ckpt", tmp_path / "theirs") == 0
+    theirs = entries(Tokenizer.load(tmp_path / "theirs"))
+    settings = ["tokenizer.latent_norm=none", "tokenizer.quantizer={name: ibq, num_codes: 16, dim: 4, similarity: dot}"]
+    settings += [
+        "tokenizer.net={channels: 32, multipliers: [1, 2], num_blocks: 2, attention_levels: [1], z_channels: 4}"
+    ]
+    settings += [f"init.from={tmp_path / 'theirs'}", "run.steps=2", "run.eval_every=2", "run.eval_images=0"]
+    path = jobs.write_config(tmp_path, tiny_shards, *settings)
+    config = configuration.load(Run, path)
+    begun = Tokenizer.from_config(config.tokenizer, seed=config.run.seed)
+    first_weights.take(config, begun, Mesh())
+    rows = "quantizer.codebook.rows"
+    for name, entry in entries(begun).items():
+        assert torch.equal(entry.tensor[:11] if name == rows else entry.tensor, theirs[name].tensor), name
+
+    assert train.main([str(path)]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["images"] == jobs.NUM_VAL
+    assert summary["psnr"] > 0
+    trained = entries(Tokenizer.load(tmp_path / "run"))
+    assert not torch.equal(trained["decoder.conv_out.weight"].tensor, theirs["decoder.conv_out.weight"].tensor)
 
 
 def test_every_key_is_accounted_for(small):
