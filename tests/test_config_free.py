@@ -28,7 +28,7 @@ SHARDS = """
     data.val.flip data.val.interpolation data.val.window_shards data.val.num_workers data.val.max_broken
     data.val.cache_dir data.val.cache_gb data.val.index_dir data.val.make.num_images data.val.make.size
     data.val.make.first_index data.val.make.seed data.val.make.far data.val.make.source
-    data.val.unit_m data.val.evaluation_crop data.val.categories
+    data.val.unit_m data.val.evaluation_crop data.val.categories data.val.buckets
 """
 FREE = {
     TokenizerRun: EVERY_RUN
@@ -36,6 +36,7 @@ FREE = {
     + """
     tokenizer.signal.predict tokenizer.signal.min_fraction tokenizer.net.checkpointing
     tokenizer.quantizer.scan_mib tokenizer.quantizer.inner.scan_mib loss.perceptual.vgg loss.perceptual.heads
+    loss.alignment.vision.weights loss.adversarial.net.vision.weights
     """,
     PriorRun: EVERY_RUN
     + SHARDS

@@ -110,7 +110,7 @@ def test_the_page_says_what_the_runs_have_written(place, tmp_path):
 def test_the_page_tells_of_every_tokenizer_of_images_that_is_shipped(place, path, tmp_path):
     held_out = configuration.load(Run, place / "run" / "run.yaml").data.val
     config = configuration.load(Run, path)
-    held_out = replace(held_out, image_size=config.data.train.image_size)
+    held_out = replace(held_out, image_size=config.data.train.sides[0])
     config = replace(config, data=replace(config.data, val=held_out))
     summary = {"num_codes": 7, "steps": 1, "processes": 1}
     write_run(tmp_path / "run", config, summary, [])
@@ -119,7 +119,8 @@ def test_the_page_tells_of_every_tokenizer_of_images_that_is_shipped(place, path
         latents = tokenizer.encoder(torch.empty(1, 3, *config.data.train.sides))
     (size, _), (h, w) = config.data.train.sides, latents.shape[2:]
     text = page(tmp_path / "run", place, tmp_path / "page.html")
-    assert f"Pictures of {size} x {size} pixels become {h} x {w} ids out of K = 7 codes" in text
+    most = "up to " if config.data.train.medium == "buckets" else ""
+    assert f"Pictures of {most}{size} x {size} pixels become {h} x {w} ids out of K = 7 codes" in text
     assert f"(quantizer <b>{config.tokenizer.quantizer.name}</b>" in text
 
 

@@ -28,6 +28,7 @@ from test_sample import at
 from vqscale.metrics.reconstruction import to_bytes
 from vqscale.parallel.spawn import RankError
 from vqscale.priors.base import Prior
+from vqscale.programs.sampling import options
 from vqscale.run import folder as run_folder
 from vqscale.tokenizer.model import Tokenizer
 
@@ -398,3 +399,8 @@ def test_a_sweep_on_two_processes_draws_the_same(place, tmp_path, ranks, codes):
 def test_a_sweep_refuses_codes_that_do_not_divide_the_processes(place, tmp_path):
     status, said = sweep(*sweeping(place, tmp_path, "--codes", 2))
     assert (status, said.startswith("error: --codes 2 does not divide the 1 processes that were started")) == (2, True)
+
+
+def test_a_prior_whose_name_no_folder_can_have_is_refused():
+    with pytest.raises(ValueError, match=r"is no folder \(File name too long\)"):
+        options.prior_config(Path("a" * 5000))

@@ -7,17 +7,20 @@ what cannot be told from zero does fewer; checkpointing of activations would do 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
 from vqscale import quantizers
 from vqscale.config import to_dict
+from vqscale.nets.config import NetConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan.count import code_axis, network
 from vqscale.quantizers.config import QuantizerConfig
 from vqscale.quantizers.config.compositions import GroupedConfig, ResidualConfig
 from vqscale.quantizers.config.tables import EMAConfig, IBQConfig, SimVQConfig, VQConfig
 from vqscale.train.config import Run, TokenizerRun
+from vqscale.train.config.losses import LossConfig
 
 
 def training(config: Run) -> int:
@@ -41,16 +44,24 @@ def of_tokenizer(config: TokenizerRun) -> dict[str, int]:
     net, quantizer = config.tokenizer.net, config.tokenizer.quantizer
     with torch.device("meta"):
         dim = quantizers.build(to_dict(quantizer), Mesh(device="meta")).dim
-    found = network(net, config.data.train.sides, dim, config.loss)
-    beside = sum(kernel.operations for kernel in found.loss_kernels)
-    axis = found.tokens * per_token(quantizer)
+    both, beside, tokens = _networks(net, tuple(config.data.train.sides), dim, config.loss)
+    axis = tokens * per_token(quantizer)
     return {
-        "training: encoder, decoder": found.forward + found.backward,
+        "training: encoder, decoder": both,
         **({"training: LPIPS, discriminator": beside} if beside else {}),
         **({"training: code axis": axis} if axis else {}),
     }
 
 
+@cache
+def _networks(net: NetConfig, sides: tuple[int, ...], dim: int, loss: LossConfig) -> tuple[int, int, int]:
+    """(operations of encoder and decoder, of LPIPS and discriminator, tokens of an image): most runs of a study have
+    one network."""
+    found = network(net, sides, dim, loss)
+    return found.forward + found.backward, sum(kernel.operations for kernel in found.loss_kernels), found.tokens
+
+
+@cache
 def per_token(quantizer: QuantizerConfig) -> int:
     """On the code axis for one token, with all codes. None are counted where there is no table, nor for SCQ, whose
     solver stops when it is done."""

@@ -36,8 +36,9 @@ def tokenizer(config: Any, grid: Sequence[int], summary: Mapping[str, Any], rows
     """What the tokenizer is in words, what it reached, and how usage and PSNR went. The config is a TokenizerRun, and
     the grid the places that its net makes of a picture."""
     quantizer, dim = config.tokenizer.quantizer, getattr(config.tokenizer.quantizer, "dim", None)
+    most = "up to " if len(config.data.train.shapes) > 1 else ""
     text = (
-        f"Pictures of {_by(config.data.train.sides)} pixels become {_by(grid)} ids out of K = "
+        f"Pictures of {most}{_by(config.data.train.sides)} pixels become {_by(grid)} ids out of K = "
         f"{int(summary['num_codes']):,} codes (quantizer <b>{html.escape(quantizer.name)}</b>"
         + (f", {dim} numbers each" if dim else "")
         + f"). Trained for {int(summary['steps']):,} steps of {config.data.batch} pictures on "

@@ -120,7 +120,10 @@ def _value(text: str) -> Any:
 
 def prior_config(path: Path) -> PriorConfig:
     """The config of the prior at a path that Prior.load takes; nothing else is looked at. ValueError without one."""
-    checkpoint = (path / manifest.NAME).is_file()
+    try:
+        checkpoint = (path / manifest.NAME).is_file()
+    except OSError as error:  # of a name that no file can have
+        raise ValueError(f"PRIOR {str(path)[:100]} is no folder ({error.strerror}): give a run folder") from None
     for file in (path / "card.json", (path.absolute().parent.parent if checkpoint else path) / "run.yaml"):
         if file.is_file():
             found: PriorConfig = configuration.parse(PriorConfig, _prior_in(file), source=str(file))
