@@ -202,5 +202,5 @@ def test_four_hundred_commands(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_hundred_programs(tmp_path, monkeypatch):
-    _programs(100, tmp_path, monkeypatch)
+def test_sixty_programs(tmp_path, monkeypatch):
+    _programs(60, tmp_path, monkeypatch)
