@@ -6,16 +6,11 @@ discriminator as it now is. With accumulation the discriminator steps with the l
 alone meet the new one. `first: tokenizer` is the order of the published SimVQ tokenizers of speech: the tokenizer steps
 with the adversarial loss of the discriminator as it was, and the discriminator learns of the same reconstructions after
 it. The tokenizer's block is in tokenizer.py.
-
-The discriminator's weights are frozen but for its own block: a backward pass of the tokenizer that reached them would
-fill the buckets of the other engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +33,7 @@ from vqscale.seed import derive
 from vqscale.tokenizer import saved
 from vqscale.tokenizer.export import card_file
 from vqscale.train import adversarial_losses as losses
+from vqscale.train.beside import Beside
 from vqscale.train.config import TokenizerRun
 from vqscale.train.config.losses import AdversarialConfig
 from vqscale.train.takeover import Takeover
@@ -46,7 +42,7 @@ from vqscale.train.takeover import Takeover
 OWN = ("discriminator/parameter/", "discriminator/buffer/", "discriminator/lecam")
 
 
-class Discriminator:
+class Discriminator(Beside):
     """The discriminator of a run: its engine, both adversarial losses, and LeCAM's averages. Making one is collective.
     It begins from that in the checkpoint `first`, where init takes it.
 
@@ -63,13 +59,12 @@ class Discriminator:
         self.averages_2A = torch.zeros(2, config.net.num_answers, device=mesh.device)
         if first is not None and run.init is not None and "discriminator" in run.init.parts:
             _take(first, net, self.averages_2A, mesh)
-        self.engine = Engine(net, {}, run.engine, config.optim or run.optim, mesh, steps)
+        super().__init__(Engine(net, {}, run.engine, config.optim or run.optim, mesh, steps))
         self.config, self._mesh, self._accumulation = config, mesh, run.engine.accumulation
         self._answers_2A = torch.zeros_like(self.averages_2A)
         self._report: StepReport | None = None
         self.takeover = Takeover(config)
         self._apart = run.engine.name == "deepspeed" and run.engine.zero_stage == 3
-        net.requires_grad_(False)
 
     def trains(self, step: int) -> bool:
         """Whether it learns, and the tokenizer from it, at this step, numbered from 1; the same on every rank."""
@@ -78,7 +73,7 @@ class Discriminator:
     def learn(self, samples: Tensor, recon: Tensor) -> dict[str, Tensor]:
         """Its own block, forward and backward pass and step, on samples and reconstructions; its losses by name, and
         its mean answers `real` and `fake`, for the log. Collective."""
-        with self._learning():
+        with self.learning():
             real, fake = self.engine(samples), self.engine(recon.detach())
             parts = self.losses(real, fake)
             self.engine.backward(torch.stack([*parts.values()]).sum())
@@ -114,13 +109,6 @@ class Discriminator:
             return {}
         return {"lr": self._report.lr, "grad_norm": self._report.grad_norm, "skipped": self.engine.skipped}
 
-    @contextmanager
-    def _learning(self) -> Iterator[None]:
-        """Gradients reach its weights inside, and nowhere else."""
-        self.engine.module.requires_grad_(True)
-        yield
-        self.engine.module.requires_grad_(False)
-
     def distances(
         self, samples: Tensor, recon: Tensor, main: Tensor, last: nn.Parameter, log: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -151,15 +139,9 @@ class Discriminator:
         return {"adversarial": loss, "features": matched}, weights, numbers
 
     def held(self) -> tuple[dict[str, Held], dict[str, Tensor], dict[str, Any]]:
-        """(held, rows, facts) as an engine's."""
-        with self._learning():  # ZeRO-3 has no moments to show of what is frozen
-            found, rows, facts = self.engine.held()
+        """As every one's (beside.py), and LeCAM's averages."""
+        found, rows, facts = super().held()
         return found | {"lecam": shared(self.averages_2A.view(-1))}, rows, facts
-
-    def loaded(self, facts: Mapping[str, Any]) -> None:
-        """Go on from what was filled; collective."""
-        with self._learning():
-            self.engine.loaded(facts)
 
 
 @torch.no_grad()

@@ -1,32 +1,26 @@
 """The loss of codes that a frozen vision model is asked about: one minus the cosine of its features and a map of them.
 
-The map from codes to features is a network with an engine of its own, like a discriminator (adversarial.py), and it is
-a part of no tokenizer: it first steps on codes without their gradients, then the tokenizer learns against it as it now
-is. A backward pass of the tokenizer that reached its weights would fill the buckets of the other engine, so they are
-frozen but for that.
+The map from codes to features is a network with an engine of its own, like a discriminator (beside.py), and a part of
+no tokenizer: it first steps on codes without their gradients, then the tokenizer learns against it as it now is.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqscale.disk.held import Held
 from vqscale.engine.engine import Engine
 from vqscale.nets import vision
 from vqscale.nets.config import grid
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
+from vqscale.train.beside import Beside
 from vqscale.train.config import TokenizerRun
 from vqscale.train.config.alignment import AlignmentConfig
 
 
-class Alignment:
+class Alignment(Beside):
     """The alignment of a run: the frozen model, the map and its engine. Making one is collective. In a checkpoint the
     map is under alignment/, and the frozen model is not there."""
 
@@ -35,8 +29,7 @@ class Alignment:
     def __init__(self, config: AlignmentConfig, run: TokenizerRun, dim: int, mesh: Mesh) -> None:
         torch.manual_seed(derive(run.run.seed, "alignment"))
         net = to_features(config, dim).to(mesh.device)
-        self.engine = Engine(net, {}, run.engine, config.optim or run.optim, mesh, run.run.steps)
-        self.engine.module.requires_grad_(False)
+        super().__init__(Engine(net, {}, run.engine, config.optim or run.optim, mesh, run.run.steps))
         self.config, self._net, self._vision = config, run.tokenizer.net, vision.Held(config.vision)
 
     def distance(self, images: Tensor, z_ND: Tensor) -> Tensor:
@@ -49,27 +42,10 @@ class Alignment:
         features_ND = maps.float().flatten(2).transpose(1, 2).flatten(0, 1)
         z_BDhw = z_ND.unflatten(0, (len(images), *places)).movedim(-1, 1)
         codes_ND = F.avg_pool2d(z_BDhw, step).movedim(1, -1).flatten(0, 2)
-        with self._learning():
+        with self.learning():
             self.engine.backward(apart(self.engine(codes_ND.detach()), features_ND))
             self.engine.step()
         return apart(self.engine(codes_ND), features_ND)
-
-    @contextmanager
-    def _learning(self) -> Iterator[None]:
-        """Gradients reach the weights of the map inside, and nowhere else."""
-        self.engine.module.requires_grad_(True)
-        yield
-        self.engine.module.requires_grad_(False)
-
-    def held(self) -> tuple[dict[str, Held], dict[str, Tensor], dict[str, Any]]:
-        """(held, rows, facts) as an engine's."""
-        with self._learning():  # ZeRO-3 has no moments to show of what is frozen
-            return self.engine.held()
-
-    def loaded(self, facts: Mapping[str, Any]) -> None:
-        """Go on from what was filled; collective."""
-        with self._learning():
-            self.engine.loaded(facts)
 
 
 def to_features(config: AlignmentConfig, dim: int) -> nn.Module:
