@@ -160,9 +160,9 @@ def buckets_of(config: MediumConfig, index: Index) -> Ints:
     return bucket_N
 
 
-def check(config: MediumConfig, index: Index, step: int) -> None:
+def check(config: MediumConfig, index: Index, bucket_N: Ints, step: int) -> None:
     """ValueError where a bucket has fewer images than a step takes, for a step would see some of them twice."""
-    counts = np.bincount(buckets_of(config, index), minlength=len(config.shapes)).tolist()
+    counts = np.bincount(bucket_N, minlength=len(config.shapes)).tolist()
     if min(counts) < step:
         found = ", ".join(
             f"{height} x {width}: {n}" for (_, height, width), n in zip(config.shapes, counts, strict=True)

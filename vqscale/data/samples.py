@@ -45,7 +45,7 @@ def prepare(config: MediumConfig, batch: int = 0) -> None:
     make_missing(config)
     index = build(config)
     if config.measure and batch:
-        order_buckets.check(config, index, batch)
+        order_buckets.check(config, index, order_buckets.buckets_of(config, index), batch)
 
 
 Endless = Order | BucketOrder
@@ -56,11 +56,11 @@ def ordered(config: MediumConfig, index: Index, batch: int, seed: int, train: bo
     """The order of the samples of an index for global batches of so many, of which a step takes `accumulation`."""
     if not config.measure:
         return Order(index.counts, seed, config.window_shards) if train else Sequential(index.counts)
-    buckets = (order_buckets.buckets_of(config, index), len(config.shapes))
+    bucket_N, count, step = order_buckets.buckets_of(config, index), len(config.shapes), batch * accumulation
     if not train:
-        return BucketsInTurn(index.counts, *buckets, batch)
-    order_buckets.check(config, index, batch * accumulation)
-    return BucketOrder(index.counts, *buckets, batch * accumulation, seed, config.window_shards)
+        return BucketsInTurn(index.counts, bucket_N, count, batch)
+    order_buckets.check(config, index, bucket_N, step)
+    return BucketOrder(index.counts, bucket_N, count, step, seed, config.window_shards)
 
 
 class Reads(Protocol):
