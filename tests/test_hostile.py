@@ -33,7 +33,7 @@ from vqscale.disk.held import Held
 from vqscale.disk.writer import Writer
 from vqscale.parallel.mesh import Mesh
 from vqscale.run import checkout, folder
-from vqscale.show import page, study_page
+from vqscale.show import document, page, study_page
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,7 +188,8 @@ def test_what_a_study_says_is_text_on_its_page():
         + page.table([line], {script: "{}", "run": "{}"})
     )
     told += page.page(script, [(script, page.img(b"", script))])
-    assert "<script>" not in told
+    assert told.count("<script>") == 1  # the page's own
+    assert f"<script>{document.SCRIPT}</script>" in told
     assert "<img src=x" not in told
     assert html.escape(script) in told
 

@@ -45,8 +45,12 @@ def write_run(folder: Path, config: Run, summary: dict, rows: list[dict]) -> Pat
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_shards):
-    """Folders of a tokenizer, a prior and samples of classes 3 and 1. Not to be changed."""
-    folder = tmp_path_factory.mktemp("page")
+    """What write_runs writes. Not to be changed."""
+    return write_runs(tmp_path_factory.mktemp("page"), tiny_shards)
+
+
+def write_runs(folder: Path, tiny_shards: Path) -> Path:
+    """Folders of a tokenizer, a prior and samples of classes 3 and 1: run, prior, samples."""
     source = f"{{shards: {tiny_shards}/val.tar, image_size: {SIDE}, num_workers: 0, index_dir: {tiny_shards}/index}}"
     sources = [f"data.train={source}", f"data.val={source}"]
     tokenizer = ["tokenizer.net.patch=2", "tokenizer.net.multipliers=[1,2]", "tokenizer.quantizer.dim=6"]

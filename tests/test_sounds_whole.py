@@ -60,7 +60,11 @@ def tokenizer_of(mesh, quantizer="simvq"):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+    return write_shards(tmp_path_factory.mktemp("whole"))
+
+
+def write_shards(folder):
+    """A config of a shard with recordings of all LENGTHS, and one that is broken."""
     members = [(f"{n}.wav", wav.encoded(drawn(n, length), RATE)) for n, length in enumerate(LENGTHS)]
     members.insert(5, ("broken.wav", members[0][1][:-7]))
     return SoundsConfig(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqscale.show import canvas
+from vqscale.show import canvas, document
 
 Line = Mapping[str, Any]
 Law = Callable[[Sequence[float]], Sequence[float]]  # what a law says of these places
@@ -34,13 +34,6 @@ class Figure:
     """the number that it is drawn over; empty: the dial of numbers"""
     beside: str = ""
     """a number that is drawn beside it as a dashed line, as the ceiling of it"""
-
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f4f4f4;padding:.8rem;
-overflow:auto}.failed{color:#a00}figure{margin:1rem 0}figcaption{color:#666}"""
 
 
 def numeric_dial(lines: Sequence[Line], dials: Sequence[str]) -> str | None:
@@ -157,12 +150,19 @@ def _bars(axes: Any, lines: Sequence[Line], key: str, dials: Sequence[str], figu
 
 def table(lines: Sequence[Line], columns: Mapping[str, str]) -> str:
     """An HTML table of these columns, {key: format}; what a run does not have is left empty."""
-    head = "".join(f"<th>{html.escape(key)}</th>" for key in columns)
+    head = [html.escape(key) for key in columns]
     body = []
     for line in lines:
         cells = "".join(f"<td>{html.escape(cell(line.get(key), form))}</td>" for key, form in columns.items())
         body.append(f'<tr class="{html.escape(str(line.get("status", "")))}">{cells}</tr>')
-    return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+    return table_of(head, body)
+
+
+def table_of(head: Sequence[str], body: Iterable[str]) -> str:
+    """An HTML table of rows below a head, all of them HTML: it sorts, and scrolls where it is too wide."""
+    cells = "".join(f"<th>{cell}</th>" for cell in head)
+    table = f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def cell(value: Any, form: str) -> str:
@@ -170,15 +170,16 @@ def cell(value: Any, form: str) -> str:
     return form.format(found) if found is not None and form != "{}" else "" if value is None else str(value)
 
 
-def picture(path: Path, caption: str) -> str:
+def picture(path: Path, caption: str, chart: bool = False) -> str:
     """An <img> that carries its file."""
-    return f"<figure>{img(path.read_bytes(), caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{img(path.read_bytes(), caption, chart)}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def img(png: bytes, caption: str) -> str:
-    """An <img> that carries these bytes of a PNG."""
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+def img(png: bytes, caption: str, chart: bool = False) -> str:
+    """An <img> that carries these bytes of a PNG. A chart keeps its size, so that its letters can be read: the <figure>
+    around it scrolls."""
+    data, kind = base64.b64encode(png).decode(), ' class="chart"' if chart else ""
+    return f'<img{kind} alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
 
 
 def side_by_side(paths: Mapping[str, Path], rows: int = 2) -> str:
@@ -198,8 +199,7 @@ def side_by_side(paths: Mapping[str, Path], rows: int = 2) -> str:
 def page(title: str, parts: Iterable[tuple[str, str]]) -> str:
     """A whole HTML document of (heading, HTML) parts."""
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in parts)
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
+    return document.whole(title, body)
 
 
 def number(value: Any) -> float | None:

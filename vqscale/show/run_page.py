@@ -101,13 +101,13 @@ def samples(
     """A row for each class: what was drawn, beside held-out images of this class. `how` has what to say of the drawing,
     by name.
     """
-    lines = [
-        f"<tr><td>{html.escape(names.get(label, str(label)))}</td><td>{_strip(images)}</td>"
-        f"<td>{_strip(real.get(label, ()))}</td></tr>"
-        for label, images in drawn.items()
-    ]
+    lines = []
+    for label, images in drawn.items():
+        name = names.get(label, str(label))
+        strips = _strip(images, f"drawn from the prior: {name}"), _strip(real.get(label, ()), f"real: {name}")
+        lines.append(f"<tr><td>{html.escape(name)}</td><td>{strips[0]}</td><td>{strips[1]}</td></tr>")
     told = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in how.items())
-    table = f"<table><tr><th>class</th><th>drawn from the prior</th><th>real</th></tr>{''.join(lines)}</table>"
+    table = page.table_of(("class", "drawn from the prior", "real"), lines)
     return "Samples", f"<p>The first images of every class, none chosen: {html.escape(told)}.</p>{table}"
 
 
@@ -169,7 +169,7 @@ def chart(
     shown = {title: lines for title, lines in shown.items() if lines}
     if not shown:
         return ""
-    drawn, panes = canvas.figure(max(6.0, 4.0 * len(shown)), 3.2, panels=len(shown))
+    drawn, panes = canvas.figure(max(6.0, 3.4 * len(shown)), 3.2, panels=len(shown))
     for axes, (title, lines) in zip(panes, shown.items(), strict=True):
         for name, line in lines.items():
             axes.plot(*zip(*line, strict=True), label=name, marker="o" if len(line) < 30 else "", markersize=3)
@@ -177,15 +177,15 @@ def chart(
             axes.axhline(value, linestyle=(":", "--")[number % 2], color="gray", label=f"{value:.2f}: {name}")
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    return page.img(canvas.png(drawn), caption)
+        axes.legend(fontsize=8)
+    return f"<figure>{page.img(canvas.png(drawn), caption, chart=True)}</figure>"
 
 
-def _strip(images: Sequence[Picture]) -> str:
+def _strip(images: Sequence[Picture], caption: str) -> str:
     """Images side by side as one <img>, enlarged so that they can be looked at."""
     if not len(images):
         return ""
     times = max(1, _TILE // images[0].shape[0])
     tiles = [np.pad(np.kron(x, np.ones((times, times, 1), np.uint8)), ((0, 0), (0, _BETWEEN), (0, 0)),
                     constant_values=255) for x in images]  # fmt: skip
-    return page.img(png.encoded(np.concatenate(tiles, axis=1)), "")
+    return page.img(png.encoded(np.concatenate(tiles, axis=1)), caption)

@@ -241,7 +241,7 @@ def _figures(folder: Path, results: Results, fitted: Sequence[Fitted]) -> list[s
         chart, path = page.chart(figure, results.lines, key, results.dials, own), folder / f"{key}.png"
         if chart is not None:
             files.write(path, chart)
-            drawn.append(page.picture(path, figure.caption))
+            drawn.append(page.picture(path, figure.caption, chart=True))
     return drawn
 
 
