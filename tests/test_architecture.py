@@ -54,9 +54,10 @@ INSIDE = {
     "priors": {"config": set()},
     "train": {"config": set()},
     "programs": {
-        "commands": {"launchers", "sampling"},
+        "commands": {"launchers", "sampling", "soak"},
         "launchers": set(),
         "sampling": set(),
+        "soak": set(),
     },
 }
 

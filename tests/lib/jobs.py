@@ -32,6 +32,7 @@ from PIL import Image
 from vqscale.data.made import shapes
 from vqscale.disk import checkpoint
 from vqscale.disk.writer import Writer
+from vqscale.programs.soak.compare import rows, tensors
 from vqscale.run import folder as run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,12 +248,6 @@ def wait_for(there: Callable[[], object], timeout_s: float = 60.0) -> None:
         time.sleep(0.002)
 
 
-def rows(run: Path) -> list[dict]:
-    """metrics.jsonl without times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: x for key, x in row.items() if key != "time" and not key.startswith("time/")} for row in lines]
-
-
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
     """When every file was written, and what is in it."""
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
@@ -261,15 +256,6 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
 def steps_saved(run: Path) -> list[int]:
     """Steps of the checkpoints that stand; one that is being written, or was when its rank died, does not."""
     return [int(path.name) for path in checkpoint.finished(run / "checkpoints")]
-
-
-def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds, by name, rows whole."""
-    contents = checkpoint.read(run / "checkpoints" / f"{step:010d}")
-    found = {name: contents.whole(name) for name in contents.ranges}
-    for name, entry in contents.rows.items():
-        found[f"rows/{name}"] = contents.some_rows(name, 0, entry["shape"][0], entry["shape"][0])
-    return found
 
 
 def same_bits(run: Path, other: Path, step: int) -> None:

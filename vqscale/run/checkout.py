@@ -31,3 +31,8 @@ def program(name: str) -> list[str]:
     root = checkout()
     room = "launch" if name == "train" else "tools"
     return ["-m", "vqscale", name] if root is None else [str(root / room / f"{name}.py")]
+
+
+def started(name: str, processes: int) -> list[str]:
+    """The same on several processes of this machine, of which nothing listens to the network."""
+    return [*(["-m", "vqscale.parallel.local", str(processes)] if processes > 1 else []), *program(name)]

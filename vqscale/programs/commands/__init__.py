@@ -23,5 +23,6 @@ COMMANDS = {  # name: (file, what it does)
     "page": ("page", "tell a run from images to samples on one page"),
     "plot": ("plot", "draw curves of one or several runs"),
     "summary": ("summary", "show what a finished run reached"),
+    "soak": ("soak", "train under kills, stops, damage and full disks, and compare the end"),
     "bench": ("bench", "measure this machine: ours beside other forms"),
 }

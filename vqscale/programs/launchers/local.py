@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from vqscale.programs.launchers.base import Launcher, State, argument, last_words
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import StudyConfig
-from vqscale.run.checkout import program
+from vqscale.run.checkout import started
 from vqscale.run.folder import EXIT_STOPPED
 
 
@@ -74,8 +74,7 @@ class Local(Launcher):
         return not taken or taken + trial.processes <= self.places
 
     def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
-        many = ["-m", "vqscale.parallel.local", str(trial.processes)]
-        command = [*(many if trial.processes > 1 else []), *program("train"), argument(trial.file)]
+        command = [*started("train", trial.processes), argument(trial.file)]
         threads = max(1, (os.cpu_count() or 1) // max(self.places, trial.processes))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with trial.log.open("a") as log:  # in a group of its own: Ctrl-C is for this process, which lets the run save
