@@ -22,6 +22,7 @@ from vqscale.codes.rows import set_aside
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan.tokenizer import plan
 from vqscale.programs.commands import train as command
+from vqscale.tokenizer import matching
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import first_weights, frozen, tokenizer
@@ -100,6 +101,26 @@ def test_a_run_begins_with_what_it_took_and_never_takes_it_again(tmp_path, tiny_
     assert jobs.steps_saved(tmp_path / "run") == [2, 3]
     again = jobs.write_config(tmp_path / "again", tiny_shards, *SHORT, *wide)
     assert command.main([str(again)]) == 2
+
+
+def test_a_decoder_trained_alone_decodes_what_models_the_ids_of_its_first_weights(tmp_path, tiny_shards, source):
+    first, more = Tokenizer.load(source).fingerprint, ("run.steps=1", "trained=[decoder]")
+    once = jobs.write_config(tmp_path / "once", tiny_shards, *SHORT, *more, f"init.from={source}")
+    assert command.main([str(once)]) == 0
+    repaired = matching.tokenizer_of(tmp_path / "once" / "run", first, Mesh())
+    assert repaired.fingerprint != first
+    saved = repaired.save(tmp_path / "saved")
+    twice = jobs.write_config(tmp_path / "twice", tiny_shards, *SHORT, *more, f"init.from={saved}")
+    assert command.main([str(twice)]) == 0
+    again = Tokenizer.load(tmp_path / "twice" / "run")
+    assert matching.ids_of(again) == (again.fingerprint, repaired.fingerprint, first)
+    images = saved_runs.images(2, jobs.SIDE)
+    assert torch.equal(again.encode(images), Tokenizer.load(source).encode(images))
+
+    whole = jobs.write_config(tmp_path / "whole", tiny_shards, *SHORT, "run.steps=1", f"init.from={source}")
+    assert command.main([str(whole)]) == 0
+    with pytest.raises(ValueError, match=f"made by the one with {first}"):
+        matching.tokenizer_of(tmp_path / "whole" / "run", first, Mesh())
 
 
 REFUSED = {

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from vqscale.config.text import data_of
 
 Weights = Literal["average", "parameters"]
+INIT = "init.json"  # in a run folder: what the run began from
 
 
 def run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Wei
     facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}"}
     facts |= {key: seen[key] for key in _SEEN if seen.get(key)}
     commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
+    if (run / INIT).is_file() and (ids_of := _said(run / INIT).get("ids_of")):
+        facts["ids_of"] = ids_of
     if tokens.is_file():  # of a prior: the tokenizer that its ids are of, by fingerprint
         facts |= _said(tokens)
     if commit.is_file():

@@ -30,9 +30,10 @@ from vqscale.priors.base import Prior
 from vqscale.priors.config import PriorConfig
 from vqscale.quantizers.beginning import draw_beyond
 from vqscale.seed import derive
-from vqscale.tokenizer import saved
+from vqscale.tokenizer import run_files, saved
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import CARD, Entry, entries
+from vqscale.tokenizer.matching import ids_of
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.tokenizer.saved import Saved, Wanted
 from vqscale.train import loop
@@ -41,7 +42,7 @@ from vqscale.train.config import Run, TokenizerRun
 from vqscale.train.config.first_weights import Init, misfits
 from vqscale.train.frozen import Model, check_learns, freeze, frozen_parts, part_of
 
-NOTE = "init.json"  # in the run folder: what was taken
+NOTE = run_files.INIT
 _SCHEMAS: dict[str, Any] = {"tokenizer": TokenizerConfig, "prior": PriorConfig}
 _MAPS = ("quant_conv", "post_quant_conv")  # between latents and codes, of the dim of codes
 
@@ -94,6 +95,9 @@ def take(config: Run, model: Model, mesh: Mesh) -> Taken:
     found = _take(init, model, mesh) if loop.begins(config.run.folder, mesh) else Taken()
     if isinstance(model, Tokenizer) and "codes" in init.parts:
         model.quantizer.settle()
+    if found.facts and isinstance(model, Tokenizer) and {"encoder", "codes"} <= set(frozen_parts(config)):
+        theirs = Tokenizer.load(init.from_, mesh=mesh, weights=init.weights)
+        found.facts["ids_of"] = list(ids_of(theirs))
     return found
 
 

@@ -32,7 +32,7 @@ from vqscale.programs.sampling import folder as sample_folder
 from vqscale.programs.sampling.request import SampleRequest, parse_classes
 from vqscale.run.folder import StopRequest, commit, own_signals, versions
 from vqscale.show.progress import Progress
-from vqscale.tokenizer.matching import tokenizer_of
+from vqscale.tokenizer.matching import ids_of, tokenizer_of
 
 if TYPE_CHECKING:
     from vqscale.tokenizer.model import Tokenizer
@@ -77,7 +77,7 @@ def check(prior: Prior, tokenizer: Tokenizer, request: SampleRequest) -> None:
 def misfits(prior: Prior, tokenizer: Tokenizer) -> list[str]:
     """Why a tokenizer cannot decode the ids of a prior; the same on every rank. Collective."""
     faults = list[str]()
-    made_by, mine = prior.card.get("tokenizer"), tokenizer.fingerprint
+    made_by, mine = prior.card.get("tokenizer"), ids_of(tokenizer)
     for what, key in (("codes", "num_codes"), ("ids per token", "num_ids")):
         ours, theirs = int(getattr(prior, key)), int(getattr(tokenizer.quantizer, key))
         if ours != theirs:
@@ -85,10 +85,11 @@ def misfits(prior: Prior, tokenizer: Tokenizer) -> list[str]:
                 f"the prior has {ours} {what} and the tokenizer {theirs}: give the tokenizer whose ids the prior was "
                 "trained on"
             )
-    if made_by and made_by != mine:
+    if made_by and made_by not in mine:
         faults.append(
-            f"the prior was trained on ids of the tokenizer with fingerprint {made_by}, and the one given has {mine}: "
-            "its decoder does not know these ids; give that tokenizer, or train the prior on a cache of this one"
+            f"the prior was trained on ids of the tokenizer with fingerprint {made_by}, and the one given has "
+            f"{mine[0]}: its decoder does not know these ids; give that tokenizer, or train the prior on a cache of "
+            "this one"
         )
     return faults
 

@@ -7,7 +7,7 @@ region, rows and columns of the grid, is drawn; every other id stays as it is. N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior
 from vqscale.programs.sampling import folder as sample_folder
 from vqscale.programs.sampling.known import Ids, Known, Region
+from vqscale.tokenizer.matching import ids_of
 from vqscale.tokenizer.model import Tokenizer
 
 
@@ -32,8 +33,8 @@ def read(path: Path, region: Region, prior: Prior, tokenizer: Tokenizer, mesh: M
     """Known ids of at most so many images at a path, for a prior and its tokenizer. Collective. ValueError on all ranks
     for what is none of the three, is of another tokenizer, or does not fit.
     """
-    drawn, mark = region.of(prior.grid), tokenizer.fingerprint
-    ids, labels = on_first(lambda: _files(path, mark, tokenizer.card, prior, most), mesh)
+    drawn, marks = region.of(prior.grid), ids_of(tokenizer)
+    ids, labels = on_first(lambda: _files(path, marks, tokenizer.card, prior, most), mesh)
     if ids is None:
         with torch.no_grad():
             ids = tokenizer.encode(labels.to(mesh.device)).cpu().numpy()
@@ -48,14 +49,14 @@ def read(path: Path, region: Region, prior: Prior, tokenizer: Tokenizer, mesh: M
     return Known(np.where(drawn.reshape(drawn.shape + (1,) * (prior.num_ids > 1)), -1, ids), labels)
 
 
-def _files(path: Path, mark: str, card: Mapping[str, Any], prior: Prior, most: int) -> tuple[Any, Any]:
-    """(ids, labels) of a cache or of samples of the tokenizer with this fingerprint and card, (None, pixels) of a
-    picture. ValueError for what is none of these."""
+def _files(path: Path, marks: Sequence[str], card: Mapping[str, Any], prior: Prior, most: int) -> tuple[Any, Any]:
+    """(ids, labels) of a cache or of samples of the tokenizer with this card, of whose ids `marks` are, (None, pixels)
+    of a picture. ValueError for what is none of these."""
     if (path / "card.json").is_file():
-        return _cached(path, mark, prior, most)
+        return _cached(path, marks, prior, most)
     file = path / sample_folder.FILE if path.is_dir() else path
     if file.suffix == ".npz" and file.is_file():
-        return _sampled(file, mark, most)
+        return _sampled(file, marks, most)
     if not path.is_file():
         raise ValueError(
             f"--known {path} is no token cache, no finished samples and no picture: give the folder of vqscale encode "
@@ -64,8 +65,9 @@ def _files(path: Path, mark: str, card: Mapping[str, Any], prior: Prior, most: i
     return None, _picture(path, card)
 
 
-def _cached(path: Path, mark: str, prior: Prior, most: int) -> tuple[Ids, Ids]:
+def _cached(path: Path, marks: Sequence[str], prior: Prior, most: int) -> tuple[Ids, Ids]:
     cache = Cache(path)
+    mark = next((mark for mark in marks if mark == cache.card.tokenizer), marks[0])
     cache.expect(mark, prior.num_codes, prior.grid, prior.num_ids)
     broken = {number for number, _, _ in cache.card.broken}
     numbers = [n for n in range(min(cache.card.num_images, most + len(broken))) if n not in broken][:most]
@@ -75,13 +77,13 @@ def _cached(path: Path, mark: str, prior: Prior, most: int) -> tuple[Ids, Ids]:
     return ids.astype(np.int64), np.asarray(cache.labels)[numbers].astype(np.int64)
 
 
-def _sampled(file: Path, mark: str, most: int) -> tuple[Ids, Ids]:
+def _sampled(file: Path, marks: Sequence[str], most: int) -> tuple[Ids, Ids]:
     facts = sample_folder.read(file.parent) or {}
-    made_by = facts.get("tokenizer", {}).get("fingerprint", mark)
-    if made_by != mark:
+    made_by = facts.get("tokenizer", {}).get("fingerprint", marks[0])
+    if made_by not in marks:
         raise ValueError(
             f"the ids in {file} are of the tokenizer with fingerprint {made_by}, and the one given has "
-            f"{mark}: give samples of this one as --known"
+            f"{marks[0]}: give samples of this one as --known"
         )
     labels = SampleFile(file).labels()
     with np.load(file, allow_pickle=False) as arrays:
