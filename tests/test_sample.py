@@ -19,6 +19,8 @@ from saved_runs import small
 
 from vqscale import signals
 from vqscale.config.schema import fields_of
+from vqscale.data.tokens import write as writing
+from vqscale.data.tokens.stream import Cache
 from vqscale.disk.owner import own
 from vqscale.metrics.sample_file import SampleFile
 from vqscale.parallel.mesh import Mesh
@@ -26,6 +28,7 @@ from vqscale.parallel.spawn import RankError
 from vqscale.priors.base import Prior
 from vqscale.priors.config import GuidedSampleConfig
 from vqscale.priors.config.autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
+from vqscale.programs.sampling import drawn_cache
 from vqscale.programs.sampling import folder as sample_folder
 from vqscale.programs.sampling.draw import check, sample, summary
 from vqscale.programs.sampling.request import SampleRequest, parse_classes
@@ -39,7 +42,7 @@ CODES, GRID = 13, (4, 4)
 class Rule:
     """A prior of which every id is known: a function of the seed, the image's number, its class and the position."""
 
-    num_ids = 1
+    num_ids, grid = 1, GRID
     num_codes, num_classes = CODES, 5
     config = AutoregressiveConfig()
     sample_config = Prior.sample_config
@@ -150,7 +153,7 @@ def test_grids_of_few_images_have_no_holes(tmp_path, count, classes, shape):
     (tmp_path / "parts").mkdir()
     for batch in range(-(-count // 2)):
         part = np.full((min(2, count - 2 * batch), 128, 128, 3), 200, np.uint8)
-        sample_folder.write_part(tmp_path, batch, part, np.zeros(len(part), int), np.zeros((len(part), 1, 1), int))
+        sample_folder.write_part(tmp_path, batch, images=part)
     parts = [sample_folder.part(tmp_path, batch) for batch in range(-(-count // 2))]
     picture = sample_folder.grid(parts, facts["settings"], signals.build(ImagesSignal()))
     assert picture.shape == (128 * shape[0], 128 * shape[1], 3)
@@ -194,6 +197,66 @@ def test_a_file_stop_is_heard_and_a_damaged_batch_made_again(whole, tmp_path):
         draw(tmp_path)
     assert draw(tmp_path).images == 4
     assert (tmp_path / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """The samples of `whole` as ids alone."""
+    out = tmp_path_factory.mktemp("cached") / "samples"
+    assert draw(out, ids_only=True).state == "sampled"
+    return out
+
+
+def _ids(folder):
+    return draw(folder, ids_only=True)
+
+
+def _arrays(cache: Path) -> dict[str, bytes]:
+    """Every file of a cache that follows from what was drawn."""
+    found = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    return {name: x for name, x in found.items() if not name.startswith("ledger")}
+
+
+def test_ids_alone_are_a_token_cache_that_says_who_has_drawn_them(whole, cached):
+    assert sorted(path.name for path in cached.iterdir()) == [".lock", "cache", "sample.json"]
+    cache = Cache(cached / "cache")
+    with np.load(whole / "samples.npz") as file:
+        np.testing.assert_array_equal(cache.ids[:, 0], file["ids"])
+        np.testing.assert_array_equal(cache.labels, file["arr_1"])
+    assert cache.key(12) == "000012"
+    assert (cache.card.prior, cache.card.tokenizer) == ("f00d", small().fingerprint)
+    assert draw(cached, ids_only=True).state == "already"
+    for others in ({"ids_only": False}, {"ids_only": True, "seed": 4}):
+        with pytest.raises(ValueError, match="holds other samples"):
+            draw(cached, **others)
+    with pytest.raises(ValueError, match="leave out --ids or --resize"):
+        check(Rule(), small(), request(ids_only=True, resize=16))
+
+
+@pytest.mark.dist
+def test_two_processes_write_the_same_cache_and_a_kill_before_its_seal_loses_nothing(cached, tmp_path, ranks):
+    assert [answer.state for answer in ranks(2, _ids, tmp_path / "two")] == ["sampled"] * 2
+    assert _arrays(tmp_path / "two" / "cache") == _arrays(cached / "cache")
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(writing, "seal", lambda *words: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw(tmp_path / "torn", ids_only=True)
+    assert not (tmp_path / "torn" / "cache" / "manifest.json").exists()
+    assert draw(tmp_path / "torn", ids_only=True).images == 0
+    assert _arrays(tmp_path / "torn" / "cache") == _arrays(cached / "cache")
+    assert len(list((tmp_path / "torn" / "cache" / "ledger").iterdir())) == 1
+
+
+def test_a_cache_in_many_storage_shards_is_that_of_one(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawn_cache, "storage_for", lambda count: 5)
+    draw(tmp_path, ids_only=True)
+    small_ones, one = Cache(tmp_path / "cache"), Cache(cached / "cache")
+    assert (small_ones.card.num_shards, one.card.num_shards) == (5, 1)
+    np.testing.assert_array_equal(small_ones.ids[:], one.ids[:])
+    (tmp_path / "cache" / "note.txt").write_text("mine")
+    sample(Rule(), small(), tmp_path, Mesh(), request(), overwrite=True)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["note.txt"]
+    assert (tmp_path / "samples.npz").exists()
 
 
 def test_other_settings_are_refused_and_may_overwrite(tmp_path):

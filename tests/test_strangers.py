@@ -157,7 +157,7 @@ def test_a_note_that_is_none_is_passed_over(tmp_path, note):
 def test_folders_that_are_called_like_those_of_a_cache_are_kept(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "annot.txt").write_text("mine")
-    for work in (writing.check, lambda *words: writing.begin(*words, token_caches.index(5))):
+    for work in (writing.check, lambda *words: writing.begin(*words, token_caches.index(5).samples)):
         with pytest.raises(ValueError, match=rf"holds {name} and no card.json, so it is no token cache"):
             work(tmp_path, token_caches.card(5))
     assert (tmp_path / name / "annot.txt").read_text() == "mine"

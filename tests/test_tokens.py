@@ -181,7 +181,7 @@ def test_the_arrays_on_the_disk(folder):
 
 def test_bitshuffle_makes_int32_as_small_as_packed_bits(tmp_path):
     made, _ = writing.begin(
-        tmp_path, caches.card(512, views=("center",), grid=(16, 16), storage=512), caches.index(512)
+        tmp_path, caches.card(512, views=("center",), grid=(16, 16), storage=512), caches.index(512).samples
     )
     writer = writing.Writer(tmp_path, made)
     ids = np.random.default_rng(0).integers(0, 1 << 14, (512, 1, 16, 16))
@@ -212,7 +212,7 @@ def test_a_flipped_bit_is_an_error_and_never_a_wrong_id(tmp_path):
 
 
 def test_ids_that_are_no_codes_are_found_when_written_sealed_and_read(tmp_path):
-    card, _ = writing.begin(tmp_path, caches.card(NUM), caches.index(NUM))
+    card, _ = writing.begin(tmp_path, caches.card(NUM), caches.index(NUM).samples)
     writer = writing.Writer(tmp_path, card)
     for wrong in (card.num_codes, -1, -2, (1 << 32) + 1):
         ids = writer.empty()
@@ -240,7 +240,7 @@ def test_ids_that_are_no_codes_are_found_when_written_sealed_and_read(tmp_path):
 
 
 def test_a_storage_shard_in_the_place_of_another_is_found_and_removed(tmp_path):
-    card, _ = writing.begin(tmp_path, caches.card(8), caches.index(8))
+    card, _ = writing.begin(tmp_path, caches.card(8), caches.index(8).samples)
     writer = writing.Writer(tmp_path, card)
     caches.fill(writer, 0)
     caches.fill(writer, 1)
@@ -256,10 +256,10 @@ def test_a_writer_goes_on_after_any_interruption(tmp_path):
     whole = tmp_path / "whole"
     caches.write(whole, NUM, BROKEN)
     torn = tmp_path / "torn"
-    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM))
+    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM).samples)
     assert entries == {}
     (torn / "labels" / "zarr.json").unlink()  # killed before all arrays were there
-    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM))
+    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM).samples)
     one, other = writing.Writer(torn, card, 0), writing.Writer(torn, card, 1)
     for writer, shard in ((one, 0), (other, 1), (one, 2), (other, 7)):
         caches.fill(writer, shard, BROKEN)
@@ -268,7 +268,7 @@ def test_a_writer_goes_on_after_any_interruption(tmp_path):
     ledgers[0].write_text(ledgers[0].read_text() + '{"shard": 3, "by')  # the disk was full
     (torn / "ids" / "c.4.0.0.abc.partial").write_text("left by a killed writer")
     (torn / "ids" / "c.7.0.0.0").write_text("half")
-    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM))
+    card, entries = writing.begin(torn, caches.card(NUM), caches.index(NUM).samples)
     assert sorted(entries) == [0, 1, 2]
     writer = writing.Writer(torn, card)
     for shard in (3, 4, 5, 6, 7):
@@ -287,7 +287,7 @@ def test_a_damaged_cache_is_repaired_like_an_unfinished_one(tmp_path):
     assert writing.check(tmp_path, caches.card(NUM)) == before
     (tmp_path / "ids" / "c.5.0.0.0").unlink()
     assert writing.check(tmp_path, caches.card(NUM)) is None
-    card, entries = writing.begin(tmp_path, caches.card(NUM), caches.index(NUM))
+    card, entries = writing.begin(tmp_path, caches.card(NUM), caches.index(NUM).samples)
     assert sorted(entries) == [0, 1, 2, 3, 4, 6, 7]
     writer = writing.Writer(tmp_path, card)
     caches.fill(writer, 5)

@@ -25,7 +25,7 @@ def write_cache(folder: Path, num_images: int, seed: int, unknown: int = 0, **ot
     index = token_caches.index(num_images)
     labels = np.where(np.arange(num_images) < unknown, -1, index.samples.labels).astype(np.int32)
     index = replace(index, samples=replace(index.samples, labels=labels))
-    made, _ = writing.begin(folder, card, index)
+    made, _ = writing.begin(folder, card, index.samples)
     writer = writing.Writer(folder, made)
     random = np.random.default_rng(seed)
     for shard in range(made.num_shards):

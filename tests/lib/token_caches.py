@@ -53,7 +53,7 @@ def fill(writer: writing.Writer, shard: int, broken=()) -> None:
 
 def write(folder: Path, num_images: int = 31, broken=(), seal: bool = True, **others) -> Card:
     """A cache of known ids; without the seal its last storage shard is missing."""
-    made, _ = writing.begin(folder, card(num_images, **others), index(num_images))
+    made, _ = writing.begin(folder, card(num_images, **others), index(num_images).samples)
     writer = writing.Writer(folder, made)
     for shard in range(made.num_shards - (not seal)):
         fill(writer, shard, broken)

@@ -148,7 +148,7 @@ def _card(tokenizer: Encodes, source: Source, mesh: Mesh, options: Options) -> C
 def _begin(folder: Path, wanted: Card, source: Source, held: ExitStack) -> tuple[Card, Entries]:
     held.enter_context(own(folder, "the cache"))
     writing.check(folder, wanted)  # another one may have begun since it was looked at
-    return writing.begin(folder, wanted, source.index)
+    return writing.begin(folder, wanted, source.index.samples)
 
 
 class _Work:

@@ -53,6 +53,7 @@ class Card:
     interpolation: str = ""
     reading: tuple[tuple[str, Any], ...] = ()  # settings of another medium that ids depend on
     digits: tuple[int, ...] = ()  # values of each digit of an id, the most significant first; () where it has none
+    prior: str = ""  # fingerprint of the prior that has drawn the ids; "" where they are of images
     shards: tuple[str, ...] = ()
     tokenizer_path: str = ""
     command: str = ""  # what continues an unfinished cache
@@ -96,7 +97,7 @@ def storage_for(num_images: int) -> int:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    known = {name: value for name, value in asdict(card).items() if name not in ("reading", "digits") or value}
+    known = {name: value for name, value in asdict(card).items() if name not in ("reading", "digits", "prior") or value}
     files.write_json(folder / "card.json", {"format": FORMAT, "version": VERSION, **known})
 
 

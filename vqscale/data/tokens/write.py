@@ -8,6 +8,7 @@ lose rows without an error).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -16,12 +17,11 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vqscale.data.shards.index import Index
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens.format import Card, Entries
 from vqscale.disk import files, manifest
@@ -29,6 +29,17 @@ from vqscale.errors import ExplainedError
 
 Broken = tuple[int, str, str]  # number, key, reason
 _ARRAYS = ("zarr.json", "ids", "labels", "key_bytes", "key_ends", "ledger", "manifest.json")
+
+
+class Named(Protocol):
+    """Labels and keys of images: the contents of an index, say."""
+
+    @property
+    def labels(self) -> NDArray[Any]: ...  # (n,) -1 = unknown
+    @property
+    def key_ends(self) -> NDArray[np.int64]: ...  # (n,) where each key ends in key_bytes
+    @property
+    def key_bytes(self) -> NDArray[np.uint8]: ...
 
 
 class CacheError(ExplainedError):
@@ -66,7 +77,7 @@ def _check_empty(folder: Path) -> None:
         )
 
 
-def begin(folder: Path, wanted: Card, index: Index) -> tuple[Card, Entries]:
+def begin(folder: Path, wanted: Card, images: Named) -> tuple[Card, Entries]:
     """Make the cache, or go on with the one that is there: (its card, the storage shards that are finished).
 
     For one process, after `check`; another one that writes the same cache must be kept away by the caller.
@@ -82,14 +93,25 @@ def begin(folder: Path, wanted: Card, index: Index) -> tuple[Card, Entries]:
         for name in _ARRAYS:
             _remove(folder / name)
         form.create(folder, card)
-    form.write_flat(folder, "labels", index.samples.labels.astype(np.int64))
-    form.write_flat(folder, "key_bytes", index.samples.key_bytes)
-    form.write_flat(folder, "key_ends", index.samples.key_ends.astype(np.int64))
+    form.write_flat(folder, "labels", images.labels.astype(np.int64))
+    form.write_flat(folder, "key_bytes", images.key_bytes)
+    form.write_flat(folder, "key_ends", images.key_ends.astype(np.int64))
     (folder / "ledger").mkdir(exist_ok=True)
     files.sync(folder)
     for left in (folder / "ids").glob("*.partial"):  # by writers that were killed
         left.unlink()
     return card, entries
+
+
+def remove(folder: Path) -> None:
+    """Remove the cache in a folder, if there is one, and nothing that somebody laid beside it."""
+    if form.read_card(folder) is None:
+        return
+    for name in _ARRAYS:
+        _remove(folder / name)
+    _remove(folder / "card.json")  # last: it says whose the others are
+    with contextlib.suppress(OSError):  # something else lies in it
+        folder.rmdir()
 
 
 def _remove(path: Path) -> None:

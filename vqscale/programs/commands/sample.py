@@ -10,7 +10,8 @@ PRIOR was trained on. Image i has class classes[i mod number of classes], and it
 its class only: any number of processes draws the same images. OUT gets samples.npz (arr_0 and arr_1 as ADM's evaluator
 reads them), grid.png and sample.json. The same command continues what was interrupted; TERM, USR1, USR2 or a file STOP
 in OUT end it with status 75, and batches that are finished are kept. With --known the ids of images are given, and
-those in some rows and columns alone are drawn; the others never change.
+those in some rows and columns alone are drawn; the others never change. With --ids nothing is decoded, and OUT/cache is
+a token cache of what was drawn, which a decoder can be trained on (drawn.from of a run).
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _request(args: argparse.Namespace, classes: tuple[int, ...], how: SampleConf
     from vqscale.programs.sampling.request import SampleRequest
 
     num_images = args.num_images if args.per_class is None else args.per_class * len(classes)
-    return SampleRequest(num_images, classes, how, args.seed, args.batch, args.resize)
+    return SampleRequest(num_images, classes, how, args.seed, args.batch, args.resize, ids_only=args.ids)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     add("--known", type=Path, metavar="IDS", help=sources)
     add("--draw-rows", metavar="ROWS", help="rows of ids that are drawn, such as 4-11 (default: all)")
     add("--draw-columns", metavar="COLUMNS", help="and columns (default: all); what lies in both is drawn")
+    out.add_argument("--ids", action="store_true", help="write a token cache of the ids, OUT/cache, and no images")
     overwrite = "throw away what is in OUT if it is not the same samples"
     out.add_argument("--overwrite", action="store_true", help=overwrite)
     return out

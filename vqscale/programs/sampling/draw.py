@@ -28,6 +28,7 @@ from vqscale.parallel import ops
 from vqscale.parallel.background import on_first
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.base import Prior, SampleWarning
+from vqscale.programs.sampling import drawn_cache
 from vqscale.programs.sampling import folder as sample_folder
 from vqscale.programs.sampling.request import SampleRequest, parse_classes
 from vqscale.run.folder import StopRequest, commit, own_signals, versions
@@ -147,7 +148,9 @@ def sample(
             asked_to_stop.clear()
         made = {"images": outcome.images, "seconds": round(outcome.seconds, 3), "images_per_s": round(outcome.rate, 3)}
         facts["made"] = {**made, "processes": mesh.world.size, "device": mesh.device.type}
-        if outcome.state == "sampled":
+        if outcome.state == "sampled" and request.ids_only:
+            on_first(lambda: drawn_cache.finish(folder, facts, drawn_cache.card(prior, tokenizer, facts)), mesh)
+        elif outcome.state == "sampled":
             on_first(lambda: sample_folder.finish(folder, facts, tokenizer.signal), mesh)
         return outcome
 
@@ -225,16 +228,16 @@ class _Work:
         first = (block or 0) * size
         count = min(size, self.request.num_images - first)
         # Ranks of a code group have batches of one length: what is beyond the last image is thrown away.
-        labels, ids, images = self.draw(first, size if split else count)
+        drawn = self.draw(first, size if split else count)
         if block is None:
             return 0
-        sample_folder.write_part(self.folder, block, images[:count], labels[:count], ids[:count])
+        sample_folder.write_part(self.folder, block, **{key: array[:count] for key, array in drawn.items()})
         return count
 
     @torch.no_grad()
-    def draw(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
-        """(labels, ids as the prior's, images (b, height, width, 3) or what else the signal keeps) of the images first,
-        first + 1, ..."""
+    def draw(self, first: int, count: int) -> dict[str, NDArray[Any]]:
+        """labels, ids as the prior's, and unless ids alone are asked for images (b, height, width, 3) or what else the
+        signal keeps, of the images first, first + 1, ..."""
         request, device = self.request, self.mesh.device
         labels = request.labels(first, count)
         numbers_B = torch.arange(first, first + count, device=device)
@@ -242,10 +245,13 @@ class _Work:
         known = request.known
         given = {} if known is None else {"known": torch.from_numpy(known.ids[known.turn(first, count)]).to(device)}
         ids = self.prior.sample(condition_B, request.how, numbers_B=numbers_B, seed=request.seed, **given)
+        made = {"labels": labels, "ids": ids.cpu().numpy()}
+        if request.ids_only:
+            return made
         images = self.tokenizer.decode(ids)
         if request.resize is not None:
             images = resize(images, request.resize)
-        return labels, ids.cpu().numpy(), self.tokenizer.signal.stored(images)
+        return {"images": self.tokenizer.signal.stored(images), **made}
 
 
 def resize(images: Tensor, side: int) -> Tensor:
@@ -268,6 +274,8 @@ def summary(outcome: Outcome, folder: Path, request: SampleRequest, world: int) 
             "on, on any number of processes"
         )
     files = f"{folder / sample_folder.FILE}, {folder / sample_folder.GRID}"
+    if request.ids_only:
+        what, files = f"ids of {what}", str(folder / sample_folder.CACHE)
     if outcome.state == "already":
         return f"{what} are in {folder} already: {files}"
     return (

@@ -6,6 +6,7 @@ OUT/samples.npz       arr_0 uint8 (N, height, width, 3), arr_1 int64 labels (N,)
                       (of sounds arr_0 is int16 (N, samples))
 OUT/grid.png          the first images of every class, a row each
 OUT/000012.wav        of sounds: each as a file
+OUT/cache/            where ids alone are asked for, in place of these three: a token cache (drawn_cache.py)
 
 Every file appears by a rename when it is on the disk (disk/files.py), so whatever is there is whole. Nothing here knows
 ranks or networks.
@@ -24,12 +25,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vqscale.disk import files
+from vqscale.data.tokens import write as cached
+from vqscale.disk import files, manifest
 from vqscale.run.folder import RunError
 from vqscale.show import pictures
 from vqscale.signals import Signal
 
-FACTS, FILE, GRID, PARTS = "sample.json", "samples.npz", "grid.png", "parts"
+FACTS, FILE, GRID, PARTS, CACHE = "sample.json", "samples.npz", "grid.png", "parts", "cache"
 GRID_ROWS, GRID_COLUMNS = 16, 8
 _NUMBER = re.compile(r"\d{6,}")  # of a batch or a sample, as files are named
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal samples are equal files, whenever they are written
@@ -51,7 +53,7 @@ def begin(
         _remove_samples(folder)
         return _begin_anew(folder, facts)
     if old is None:
-        there = [name for name in (FILE, GRID, PARTS) if (folder / name).exists()]
+        there = [name for name in (FILE, GRID, PARTS, CACHE) if (folder / name).exists()]
         if there:
             raise ValueError(
                 f"{folder} has {' and '.join(there)} and no {FACTS} that says that they are samples of this program, "
@@ -64,7 +66,8 @@ def begin(
             f"{folder} holds other samples than are asked for:\n  " + "\n  ".join(lines) + "\ngive another folder, set "
             "these back to go on with the old ones, or --overwrite to throw them away"
         )
-    if old.get("state") == "done" and (folder / FILE).exists():
+    made = f"{CACHE}/{manifest.NAME}" if facts["settings"].get("ids_only") else FILE
+    if old.get("state") == "done" and (folder / made).exists():
         _remove_parts(folder)  # of a process that was killed before its last step
         return None
     (folder / PARTS).mkdir(exist_ok=True)
@@ -81,6 +84,7 @@ def _begin_anew(folder: Path, facts: Mapping[str, Any]) -> list[int]:
 def _remove_samples(folder: Path) -> None:
     """Remove what `write`, `write_part` and `finish` write, and nothing that somebody laid beside it."""
     _remove_parts(folder)
+    cached.remove(folder / CACHE)
     for path in (folder / FILE, folder / GRID, *folder.glob("*.wav")):
         if path.suffix != ".wav" or _NUMBER.fullmatch(path.stem):
             path.unlink(missing_ok=True)
@@ -139,26 +143,34 @@ def part(folder: Path, batch: int) -> Path:
     return folder / PARTS / f"{batch:06d}.npz"
 
 
-def write_part(
-    folder: Path, batch: int, images: NDArray[Any], labels: NDArray[np.int64], ids: NDArray[np.int64]
-) -> None:
+def write_part(folder: Path, batch: int, **arrays: NDArray[Any]) -> None:
     """Images (b, height, width, 3) or what else a signal keeps, labels (b,) and ids (b, *grid) of a batch."""
     with files.writing(part(folder, batch)) as file:
-        np.savez(file, images=images, labels=labels, ids=ids)
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def parts(folder: Path, settings: Mapping[str, Any], key: str) -> Iterator[NDArray[Any]]:
+    """What all batches have under a key, one after the other."""
+    return (_load(part(folder, batch), key) for batch in range(num_batches(settings)))
+
+
+def close(folder: Path, facts: Mapping[str, Any]) -> None:
+    """The last step, when all that was asked for is on the disk."""
+    write(folder, {"state": "done", **facts})
+    _remove_parts(folder)
 
 
 def finish(folder: Path, facts: Mapping[str, Any], signal: Signal) -> None:
     """Put the parts together, a part at a time, draw the grid, and remove them when the rest is durable."""
-    count, batches = int(facts["settings"]["num_images"]), num_batches(facts["settings"])
-    parts = [part(folder, batch) for batch in range(batches)]
+    settings, count = facts["settings"], int(facts["settings"]["num_images"])
     with files.writing(folder / FILE) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as outer:
         for name, key in (("arr_0", "images"), ("arr_1", "labels"), ("ids", "ids")):
             with outer.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
-                _append(file, count, (_load(path, key) for path in parts))
-    pictures.save(folder / GRID, grid(parts, facts["settings"], signal))
-    _write_each(folder, (_load(path, "images") for path in parts), signal)
-    write(folder, {"state": "done", **facts})
-    _remove_parts(folder)
+                _append(file, count, parts(folder, settings, key))
+    every = [part(folder, batch) for batch in range(num_batches(settings))]
+    pictures.save(folder / GRID, grid(every, settings, signal))
+    _write_each(folder, parts(folder, settings, "images"), signal)
+    close(folder, facts)
 
 
 def _write_each(folder: Path, arrays: Iterator[NDArray[Any]], signal: Signal) -> None:
@@ -195,7 +207,7 @@ def _load(path: Path, key: str) -> NDArray[Any]:
         ) from error
 
 
-def grid(parts: list[Path], settings: Mapping[str, Any], signal: Signal) -> pictures.Picture:
+def grid(every: list[Path], settings: Mapping[str, Any], signal: Signal) -> pictures.Picture:
     """Rows by class: of the first classes in their order the first images; nothing is empty. Where known ids bring the
     classes, rows by known image."""
     classes, count = len(settings["classes"]) or int(settings["known"]["images"]), int(settings["num_images"])
@@ -203,7 +215,7 @@ def grid(parts: list[Path], settings: Mapping[str, Any], signal: Signal) -> pict
     columns = min(GRID_COLUMNS, (count - rows) // classes + 1)
     wanted = {column * classes + row: row * columns + column for row in range(rows) for column in range(columns)}
     found: dict[int, NDArray[Any]] = {}
-    for number, path in enumerate(parts):
+    for number, path in enumerate(every):
         first = number * int(settings["batch"])
         here = [n for n in wanted if first <= n < first + int(settings["batch"])]
         if here:

@@ -32,11 +32,13 @@ class SampleRequest:
     batch: int = 64  # of a step and process
     resize: int | None = None  # pixels of the shorter side of what is written; None: as they are decoded
     known: Known | None = None  # ids that are given; without `classes` their images' classes are
+    ids_only: bool = False  # a token cache is written, and nothing is decoded
 
     def facts(self) -> dict[str, Any]:
         """Everything by name, in one dict."""
         own = {key: getattr(self, key) for key in ("num_images", "seed", "batch", "resize")}
-        given = {} if self.known is None else {"known": self.known.facts()}
+        given: dict[str, Any] = {} if self.known is None else {"known": self.known.facts()}
+        given |= {"ids_only": True} if self.ids_only else {}
         return {**own, **given, "classes": list(self.classes), **asdict(self.how)}
 
     def as_begun(self, settings: Mapping[str, Any] | None) -> SampleRequest:
@@ -54,6 +56,8 @@ class SampleRequest:
             found.append(
                 f"resize is {self.resize}: use at least 1 pixel, or leave it out for images as they are decoded"
             )
+        if self.ids_only and self.resize is not None:
+            found.append("ids alone are asked for, and --resize is for what is decoded: leave out --ids or --resize")
         if not self.classes and self.known is None:
             found.append("the list of classes is empty, so there is nothing to draw: give at least one class")
         twice = sorted({c for c in self.classes if self.classes.count(c) > 1}) if len(self.classes) < 10_000 else []
