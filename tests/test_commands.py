@@ -31,10 +31,11 @@ def _short(value):
 def place(tmp_path, monkeypatch):
     """A working folder with what the commands of the READMEs name: the configs, a run of a prior, files of weights."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    run = tmp_path / "runs" / "quickstart-prior"
-    run.mkdir(parents=True)
     prior = configuration.load(Run, ROOT / "configs/quickstart/prior.yaml")
-    (run / "run.yaml").write_text(configuration.dump(prior))
+    for name in ("quickstart-prior", "mine-prior"):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "run.yaml").write_text(configuration.dump(prior))
     for name in ("reference.npz", "pt_inception-2015-12-05-6726825d.pth"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)

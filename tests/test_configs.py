@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from webdataset.shardlists import expand_urls
 
 from vqscale import config as configuration
 from vqscale import priors, quantizers
@@ -255,3 +257,33 @@ def test_a_typo_in_a_shipped_config_names_its_neighbour(tmp_path):
         configuration.ConfigError, match=r"run\.yaml:\d+.*checkpoint_evry.*did you mean.*checkpoint_every"
     ):
         configuration.load(Run, path)
+
+
+LISTED = [
+    (patterns, hours, expected)
+    for patterns, _, hours, expected, _ in re.findall(
+        r"^\| (`.*?`) \| (.*?) \| (.*?) \| (.*?) ?\| (.*?) ?\|$", (ROOT / "configs/README.md").read_text(), re.MULTILINE
+    )
+]
+
+
+def _files(patterns):
+    """The configs of a row: names in backquotes, with braces and stars as a shell has them."""
+    named = [word for words in re.findall(r"`(.*?)`", patterns) for word in expand_urls(words)]
+    return {word: sorted((ROOT / "configs").glob(word)) for word in named}
+
+
+def test_every_config_is_in_the_list_once_and_all_in_it_are_there():
+    found = [path for patterns, *_ in LISTED for paths in _files(patterns).values() for path in paths]
+    assert sorted(found) == sorted((ROOT / "configs").rglob("*.yaml"))
+    assert [name for patterns, *_ in LISTED for name, paths in _files(patterns).items() if not paths] == []
+
+
+@pytest.mark.parametrize("row", LISTED, ids=lambda row: row[0])
+def test_hours_and_expected_numbers_of_the_list_are_those_of_the_headers(row):
+    patterns, hours, expected = row
+    lines = [line for paths in _files(patterns).values() for path in paths for line in path.read_text().splitlines()]
+    told = " ".join(line.removeprefix("#") for line in lines if line.startswith("#"))
+    for number in re.findall(r"\d*\.?\d+", hours + " " + expected):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", told), f"no header has {number}"
+    assert hours, "a dash says that nobody knows"

@@ -28,7 +28,7 @@ from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import first_weights, frozen, tokenizer
 from vqscale.train.config import Run, TokenizerRun
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[1] / "vqscale/train/README.md").read_text()
 SHORT = ("run.steps=2", "run.eval_every=9", "run.checkpoint_every=9", "data.val=null", "average.decay=0.5")
 ADVERSARIAL = "loss.adversarial={net: {name: patchgan, channels: 4, num_layers: 1}, lecam_weight: 0.01}"
 ENGINES = [["engine.name=torch"], *(["engine.name=deepspeed", f"engine.zero_stage={stage}"] for stage in range(4))]

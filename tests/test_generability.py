@@ -168,7 +168,7 @@ def test_the_command_of_the_readme_tells_all_of_it_and_the_card_of_what_it_saves
     words = ["--image-size=16", "--width=8", "--steps=3", "--batch=4", "--num-images=6", "--num-held-out=10"]
     assert classifier.main([str(tmp_path / "judge"), *words, "--device=cpu"]) == 0
     run = saved_runs.small().save(tmp_path / "tokenizer", {"image_size": SIDE})
-    (line,) = (line for line in shown.commands("README.md") if "--agreement" in line)
+    (line,) = (line for line in shown.commands("vqscale/tokenizer/README.md") if "--agreement" in line)
     name, given = shown.program(line)
     assert name == "evaluate"
     asked = evaluate.arguments(given)

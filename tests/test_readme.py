@@ -23,7 +23,7 @@ from vqscale import config as configuration
 from vqscale.tokenizer.config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README, QUANTIZERS = ((ROOT / name).read_text() for name in ("README.md", "vqscale/quantizers/README.md"))
 
 SHORT_RUN = (
     "run.steps=4 run.eval_every=4 run.checkpoint_every=4 run.log_every=2 run.folder={tmp}/run data.batch=8 "
@@ -56,7 +56,10 @@ SHORTER = {
     "python tools/bench memory": "--tokens 16 --codes 64 --dim 8",
     "python tools/plan.py": "",
 }
-RUN = [line for line in shown.commands() if line.startswith(tuple(SHORTER)) and "--check" not in line]
+FOLLOWED = shown.commands("launch/own_images.md")  # one after the other, in test_pages_followed.py
+ELSEWHERE = {"--check", "--slurm", "--report"}  # measures a machine, needs a cluster, needs a study: test_study.py
+SHOWN = [line for line in shown.commands() if line not in FOLLOWED and not ELSEWHERE & {*line.split()}]
+RUN = [line for line in SHOWN if line.startswith(tuple(SHORTER))]
 
 
 def test_every_short_form_is_of_a_command_that_is_shown():
@@ -104,9 +107,36 @@ def test_the_default_run_on_other_numbers_of_processes(processes, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+def test_the_readme_has_two_screens():
+    lines = README.splitlines()
+    assert len(lines) <= 90
+    assert max(map(len, lines)) <= 200
+
+
+def _anchors(page):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_a_page_leads_somewhere():
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    links = 0
+    for name in listed.stdout.split():
+        page = ROOT / name
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+            if not link.startswith("http"):
+                path, _, anchor = link.partition("#")
+                target = (page.parent / path).resolve() if path else page
+                assert target.exists(), f"{name}: {link}"
+                assert not anchor or anchor in _anchors(target), f"{name}: {link}"
+                links += 1
+    assert links > 20
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert blocks
+    blocks = [block for page in (README, QUANTIZERS) for block in re.findall(r"```python\n(.*?)```", page, re.S)]
+    assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     small = {"net": {"channels": 32, "multipliers": [1, 1], "attention_levels": [], "num_blocks": 1, "z_channels": 8}}
     config = configuration.parse(TokenizerConfig, {**small, "quantizer": {"name": "vq", "num_codes": 16, "dim": 4}})

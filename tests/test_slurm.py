@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import saved_runs
 import shard_files
 import slurm
 
+from tests.lib import shown
 from vqscale.data.tokens.stream import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,6 +279,35 @@ def test_a_real_slurm_requeues_on_usr1_and_not_on_scancel(tmp_path, tiny_shards)
     assert log.read_text().count("going on after step") == 1
     steps = [row["step"] for row in jobs.rows(run)]
     assert steps == list(range(1, len(steps) + 1))  # no step twice, none left out
+
+
+SHORT = (
+    "run.steps=4 run.eval_every=4 run.checkpoint_every=4 data.batch=8 data.train.num_workers=0 data.val.num_workers=0 "
+    "data.train.make.num_images=64 data.val.make.num_images=16 tokenizer.quantizer.warmup_steps=2 engine.name=torch"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not slurm.available(), reason="no SLURM here, or not root")
+def test_the_first_jobs_of_the_page_are_done_by_a_real_slurm(tmp_path):
+    """As they are printed, but for the GPUs and nodes that are not there, and for words that make them short."""
+    first, second = [line for line in shown.commands("launch/README.md") if line.startswith("sbatch")][:2]
+    checkout = tmp_path / "checkout"
+    _checkout(checkout)
+    (checkout / "configs").symlink_to(ROOT / "configs")
+    with slurm.cluster(tmp_path / "slurm") as environment:
+        environment |= {"VQSCALE_PROCESSES": "2", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        for line, more in ((first, SHORT), (second, "--batch 8 --workers 0")):
+            words = [word for word in shlex.split(line) if not word.startswith(("--nodes", "--gpus-per-node"))]
+            words[1:1] = ["--parsable"]
+            told = {"cwd": checkout, "env": environment, "capture_output": True, "text": True, "check": True}
+            job = subprocess.run([*words, *shlex.split(more)], **told).stdout.strip()
+            jobs.wait_for(lambda: not slurm.ask(environment, "squeue", "-h"), 240.0)
+            log = (checkout / f"vqscale-{job}.out").read_text()
+            assert "JobState=COMPLETED" in slurm.ask(environment, "scontrol", "show", "job", job), log
+    assert (checkout / "runs/quickstart/summary.json").exists()
+    assert Cache(checkout / "runs/quickstart-cache/train").ids.shape[0] == 64
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A second prior in one file, as the README says it is added: a bag of ids, which is sampled in steps of its own."""
+"""A second prior in one file, as one is added: a bag of ids, which is sampled in steps of its own."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from vqscale.programs.study_config import StudyConfig
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+# Told to whoever makes files of tests again with an old commit; and of what a page adds first (test_pages_followed.py).
+ELSEWHERE = ("tests/", "vqscale/ADDING.md")
 TOLD = re.compile(r"is `vqscale (\w+) \.\.\.`")
 FILES = {"launch/train.py": "train", "tools/bench": "bench"} | {
     f"tools/{path.name}": TOLD.search(path.read_text())[1] for path in (ROOT / "tools").glob("*.py")
@@ -27,7 +29,7 @@ def commands(page: str = "*.md") -> list[str]:
         block
         for name in listed.stdout.split()
         for block in re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.S)
-        if not name.startswith("tests/")  # told to whoever makes the files again with an old commit
+        if not name.startswith(ELSEWHERE) or name == page
     ]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
@@ -36,6 +38,10 @@ def commands(page: str = "*.md") -> list[str]:
 def program(command: str) -> tuple[str, list[str]] | None:
     """(program of vqscale, its words) of a command; None where it starts something else."""
     first, *rest = shlex.split(command)
+    if first == "sbatch":
+        script = rest.index("launch/slurm/train.sbatch")
+        named = FILES.get(rest[script + 1])
+        return (named, rest[script + 2 :]) if named else ("train", rest[script + 1 :])
     if first == "vqscale":
         return rest[0], rest[1:]
     if first == "torchrun":

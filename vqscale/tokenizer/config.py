@@ -17,7 +17,7 @@ from vqscale.signals.config import ImagesSignal, SignalConfig
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Encoder, quantizer, decoder. The defaults are the recipe that keeps codes in use; see the README."""
+    """Encoder, quantizer, decoder. The defaults are the recipe that keeps codes in use; see configs/study/README.md."""
 
     signal: SignalConfig = field(default_factory=ImagesSignal)
     """what is tokenized"""
