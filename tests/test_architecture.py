@@ -26,14 +26,15 @@ MODELS = BESIDE | {"disk", "codes", "quantizers", "nets", "signals", "tokenizer"
 MAY_IMPORT = {
     "config": GROUND,
     "errors": GROUND,
+    "matmul": GROUND,
     "seed": GROUND,
     "parallel": GROUND,
     "disk": BESIDE,
-    "engine": BESIDE | {"disk"},
-    "codes": BESIDE | {"nets"},  # of a head over the digits of a token
+    "engine": BESIDE | {"disk", "matmul"},
+    "codes": BESIDE | {"matmul", "nets"},  # of a head over the digits of a token
     "data": BESIDE | {"disk"},
     "quantizers": BESIDE | {"codes"},
-    "nets": GROUND,
+    "nets": GROUND | {"matmul"},
     "metrics": BESIDE | {"disk", "codes", "data"},
     "show": GROUND | {"disk", "metrics"},
     "signals": BESIDE | {"disk", "nets", "data", "metrics", "show"},

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from whole import GRIDS, engine_gradient, mine, normal, put
 
-from vqscale import quantizers
+from vqscale import matmul, quantizers
 from vqscale.codes import dense, products
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.softmax import forward
@@ -149,6 +149,7 @@ class Switched(TorchDispatchMode):
 def test_under_tf32_ids_logits_and_softmaxes_are_those_of_float32(similarity, monkeypatch):
     """As on a GPU: the network's products are rounded, and those with probabilities."""
     monkeypatch.setattr(products, "wanted", lambda kind, dtype: products._asked.get())
+    monkeypatch.setattr(matmul, "exact_in_onednn", lambda: False)
 
     def answers(precision):
         codebook = put(Codebook(CODES, DIM, similarity=similarity), normal(CODES, DIM, seed=1).float())
@@ -174,8 +175,9 @@ def test_under_tf32_ids_logits_and_softmaxes_are_those_of_float32(similarity, mo
 
 
 @pytest.mark.parametrize("name", quantizers.QUANTIZERS)
-def test_no_quantizer_leaves_its_codes_to_tf32(name):
+def test_no_quantizer_leaves_its_codes_to_tf32(name, monkeypatch):
     """But for products with probabilities, which on a CPU are float32, too."""
+    monkeypatch.setattr(matmul, "exact_in_onednn", lambda: False)
     sizes = {"fsq": {"levels": [5, 4, 3]}, "lfq": {"dim": 6}, "bsq": {"dim": 6}, "residual": {}, "grouped": {}}
     quantizer = quantizers.build({"name": name, **sizes.get(name, {"num_codes": 37, "dim": 6})})
     quantizer.begin()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from vqscale.codes.products import matmul_precision
+from vqscale import matmul
 from vqscale.codes.rows import Rows
 from vqscale.codes.softmax.forward import Softmax
 from vqscale.parallel import ops
@@ -31,7 +31,7 @@ def full_precision(x: Tensor) -> Iterator[None]:
         if torch.compiler.is_compiling():
             yield
         else:
-            with matmul_precision("highest"):
+            with matmul.full(kind):
                 yield
 
 

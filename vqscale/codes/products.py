@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vqscale.codes.constant import constant_result
 from vqscale.codes.scan import Buffer
+from vqscale.matmul import matmul_precision
 
 LOW = torch.bfloat16
 Rounding = Literal["fp32", "tf32", "bf16"]
@@ -39,17 +40,6 @@ def precision(matmul: Literal["highest", "high", "medium"]) -> Iterator[None]:
             yield
     finally:
         _asked.reset(asked)
-
-
-@contextmanager
-def matmul_precision(precision: Literal["highest", "high", "medium"]) -> Iterator[None]:
-    """torch's switch of the process, put back at the end."""
-    switch = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(switch)
 
 
 @constant_result

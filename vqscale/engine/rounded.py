@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from vqscale.engine.config import EngineConfig
+from vqscale.matmul import Linear
 
 KEPT_BELOW = 100_000  # numbers: smaller parameters DeepSpeed's stage 3 keeps whole, and gathers as they are
 LAYERS = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.Linear, Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqscale.matmul import Linear
 from vqscale.nets import Parts
 from vqscale.nets.config.image_vit import ImageVitConfig
 from vqscale.nets.vit import Blocks, dense, lecun_normal_
@@ -45,7 +46,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.patch = config.patch
         self.blocks = _blocks(config, config.decoder_layers)
-        self.pixels = nn.Linear(config.width, config.in_channels * config.patch**2)
+        self.pixels = Linear(config.width, config.in_channels * config.patch**2)
         lecun_normal_(self.pixels.weight, config.width)
         nn.init.zeros_(self.pixels.bias)
 

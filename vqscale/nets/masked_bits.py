@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqscale.matmul import Linear
 from vqscale.nets.config.transformer import TransformerConfig
 from vqscale.nets.transformer import Adaptation, FeedForward, RMSNorm
 
@@ -37,12 +38,12 @@ class MaskedBits(nn.Module):
         super().__init__()
         config = TransformerConfig(width=width, num_heads=1, ffn_multiple=1)
         each = -(-width // num_bits)
-        self.values, self.enter = nn.Embedding(3, each), nn.Linear(each * num_bits, width)
-        self.condition, self.num_masked = nn.Linear(dim, width), nn.Embedding(num_bits + 1, width)
+        self.values, self.enter = nn.Embedding(3, each), Linear(each * num_bits, width)
+        self.condition, self.num_masked = Linear(dim, width), nn.Embedding(num_bits + 1, width)
         self.norm = RMSNorm(width, config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))
         self.last, self.norm_last = Adaptation(config, 2, 0), RMSNorm(width, config.norm_eps)
-        self.leave = nn.Linear(width, 2 * num_bits)
+        self.leave = Linear(width, 2 * num_bits)
         for part in self.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 nn.init.normal_(part.weight, 0.0, 0.0 if part is self.leave else init_scale)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vqscale.matmul import Linear
 from vqscale.nets.config.transformer import TransformerConfig
 
 
@@ -95,8 +96,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.num_heads, self.share = layer, config.num_heads, config.dropout_attention
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
+        self.out = Linear(config.width, config.width, bias=False)
         self.norms = None
         if config.qk_norm:
             self.norms = nn.ModuleList(RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
@@ -120,9 +121,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.up = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate = Linear(config.width, config.ffn_width, bias=False)
+        self.up = Linear(config.width, config.ffn_width, bias=False)
+        self.down = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -134,7 +135,7 @@ class Adaptation(nn.Module):
     def __init__(self, config: TransformerConfig, parts: int, gates: int) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(config.width, parts * config.width)
+        self.linear = Linear(config.width, parts * config.width)
         self.scales = [config.adaln_gate_scale] * gates + [0.5] * (parts - gates)  # of init_scale
 
     def forward(self, c_BD: Tensor) -> Tensor:

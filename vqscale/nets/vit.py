@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vqscale.matmul import Linear
 from vqscale.nets import Parts
 from vqscale.nets.config.vit import ImageEncoderConfig, VitConfig
 from vqscale.nets.transformer import at_least_float32
@@ -59,8 +60,8 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads, self.gelu = num_heads, gelu
         self.norm_attention, self.norm_mlp = (nn.LayerNorm(width, eps=NORM_EPS) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.up, self.down = Linear(width, mlp_width), Linear(mlp_width, width)
         for weight in (*self.qkv.weight.chunk(3), self.out.weight, self.up.weight, self.down.weight):
             nn.init.xavier_uniform_(weight)
         for bias, scale in ((self.qkv.bias, 0.0), (self.out.bias, 0.0), (self.up.bias, 1e-6), (self.down.bias, 1e-6)):
@@ -184,7 +185,7 @@ class Decoder(nn.Module):
         self.blocks = _blocks(config, config.decoder_layers)
         pixels = config.patch**2
         outputs = [channels * classes * pixels for channels, classes in config.groups()]
-        self.heads = nn.ModuleList(nn.Linear(config.width, numbers) for numbers in outputs)
+        self.heads = nn.ModuleList(Linear(config.width, numbers) for numbers in outputs)
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 

@@ -32,6 +32,7 @@ from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_terms
 from vqscale.codes.heads.config import FactorisedConfig, WithinConfig
 from vqscale.codes.heads.flat import Head
 from vqscale.codes.ids import check_ids, whole_ids
+from vqscale.matmul import Linear
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Axis, Mesh
 from vqscale.seed import derive
@@ -47,8 +48,8 @@ class Within(nn.Module):
         super().__init__()
         self.length, self.net = length, Transformer(config.net(dim))
         width = self.net.config.width
-        self.enter = nn.Linear(dim, width) if width != dim else nn.Identity()
-        self.leave = nn.Linear(width, dim) if width != dim else nn.Identity()
+        self.enter = Linear(dim, width) if width != dim else nn.Identity()
+        self.leave = Linear(width, dim) if width != dim else nn.Identity()
 
     def forward(self, x_NSD: Tensor, cache: KVCache | None = None) -> Tensor:
         first = cache.filled if cache is not None else 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqscale.matmul import Linear
 from vqscale.nets.conv import Attention, Residual
 from vqscale.nets.waves.config import WINDOW_HOPS, WaveConfig
 
@@ -30,8 +31,8 @@ class ConvNeXt(nn.Module):
         padding = kernel - 1 if causal else kernel // 2
         self.dwconv = nn.Conv1d(width, width, kernel, padding=padding, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pwconv1 = nn.Linear(width, hidden)
-        self.pwconv2 = nn.Linear(hidden, width)
+        self.pwconv1 = Linear(width, hidden)
+        self.pwconv2 = Linear(hidden, width)
         self.gamma = nn.Parameter(torch.full((width,), 1 / num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class Head(nn.Module):
     def __init__(self, config: WaveConfig) -> None:
         super().__init__()
         self.hop, self.turning = config.hop, config.turning_phases
-        self.out = nn.Linear(config.width, WINDOW_HOPS * self.hop + 2)
+        self.out = Linear(config.width, WINDOW_HOPS * self.hop + 2)
         if config.centred_phases:
             phases = self.out.bias.detach().chunk(2)[1]
             phases.copy_(math.pi * torch.arange(len(phases)))
