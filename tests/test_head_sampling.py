@@ -10,7 +10,7 @@ import torch
 from whole import CODES, integers, mine, normal, put
 
 from vqscale.codes import noise
-from vqscale.codes.heads import dense, restrict
+from vqscale.codes.heads import dense, draw, restrict
 from vqscale.codes.heads.flat import Head
 from vqscale.codes.rows import Rows
 from vqscale.parallel.mesh import Axis, Mesh
@@ -328,3 +328,33 @@ def test_a_gpu_draws_what_a_cpu_draws():
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         expected = head_of(rows).sample(h, keys, **options)
         assert torch.equal(head_of(rows).cuda().sample(h.cuda(), keys.cuda(), **options).cpu(), expected)
+
+
+def _laid_out(codes):
+    """(as they are, laid out) samples of few tokens, and of more than are few."""
+    mesh, out = Mesh(1, codes), {}
+    rows = normal(517, DIM, seed=1).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "PACKED_ROWS", 64)
+        patch.setattr(draw, "FEW_TOKENS", 24)
+        for tokens, rule, scale in product((24, 28), RULES, (1.0, 2.5)):
+            h, null = (normal(tokens, DIM, seed=seed).float() for seed in (2, 3))
+            options = dict(zip(("temperature", "top_k", "top_p"), rule, strict=True))
+            options |= {"unguided_ND": mine(null, mesh), "guidance": scale}
+            head = head_of(rows, mesh)
+            given = (mine(h, mesh), noise.keys(5, mine(torch.arange(tokens), mesh)))
+            plain, scored = head.sample(*given, **options), head.sample_scored(*given, **options)
+            with head.laid_out():
+                assert head._packed
+                found = head.sample(*given, **options)
+                assert torch.allclose(head.sample_scored(*given, **options).log_p_N, scored.log_p_N, atol=1e-5)
+            assert not head._packed
+            out[tokens, rule, scale] = plain, found
+    return out
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_rows_that_are_laid_out_give_the_same_ids(ranks, codes):
+    for result in ranks(codes, _laid_out, codes):
+        for key, (plain, found) in result.items():
+            assert torch.equal(plain, found), key

@@ -119,3 +119,11 @@ def test_a_processor_that_would_round_is_left_alone(monkeypatch):
     matmul._keeps_bits.cache_clear()
     with matmul.full("cuda"):
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_matrix_for_few_rows_is_the_product(dtype):
+    weight, x = torch.randn(24, 40, dtype=dtype), torch.randn(3, 40, dtype=dtype)
+    got, exact = matmul.Matrix(weight)(x), x.double() @ weight.double().t()
+    assert got.dtype == dtype
+    assert (got - exact).abs().max() < {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.2}[dtype]

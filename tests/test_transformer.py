@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from vqscale import config as configuration
 from vqscale.nets.config.transformer import TransformerConfig
-from vqscale.nets.decoding import Matrix, OneToken
+from vqscale.nets.decoding import OneToken
 from vqscale.nets.transformer import KVCache, Transformer, rotary, rotate
 
 SMALL = {"width": 24, "num_layers": 2, "num_heads": 3, "ffn_multiple": 8}
@@ -123,14 +123,6 @@ def test_one_token_at_a_time_is_what_the_network_says(name, low):
         assert 1e-5 < (torch.cat(parts, 1) - whole).abs().mean() < 0.05 * whole.abs().mean()
     else:
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_matrix_for_few_rows_is_the_product(dtype):
-    weight, x = torch.randn(24, 40, dtype=dtype), torch.randn(3, 40, dtype=dtype)
-    got, exact = Matrix(weight)(x), x.double() @ weight.double().t()
-    assert got.dtype == dtype
-    assert (got - exact).abs().max() < {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.2}[dtype]
 
 
 def test_scores_know_the_distance_of_tokens_and_not_their_place():

@@ -1,4 +1,4 @@
-"""Which library multiplies float32 numbers on a CPU, and a Linear that asks for the quicker one.
+"""Which library multiplies float32 numbers on a CPU, a Linear that asks for the quicker one, and a Matrix for few rows.
 
 torch gives float32 products to MKL, and to oneDNN under the switch that allows rounding to bfloat16 alone. oneDNN
 rounds where a processor has AMX; where it has none, it multiplies in float32 with all of AVX512, which MKL does not use
@@ -93,3 +93,34 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = g_NO.sum(0)
         return dx, dweight, dbias
+
+
+class Matrix:
+    """y = x W^T for few rows x and a matrix W that is read many times, in the type of autocast where it is on."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        device = weight_OI.device.type
+        low = torch.is_autocast_enabled(device)
+        self._weight = weight_OI.detach().to(torch.get_autocast_dtype(device) if low else weight_OI.dtype)
+        self._packed = _pack(self._weight) if _packs(self._weight) else None
+
+    def __call__(self, x_BI: Tensor) -> Tensor:
+        x_BI = x_BI.to(self._weight.dtype)
+        if self._packed is None:
+            return F.linear(x_BI, self._weight)
+        y_BO: Tensor = torch.ops.mkldnn._linear_pointwise(x_BI, self._packed, None, "none", [], "")
+        return y_BO
+
+
+def _packs(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout for it, which else every product with it makes anew."""
+    if weight.device.type != "cpu" or not weight.numel() or not torch.backends.mkldnn.is_available():
+        return False
+    low = weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 or low
+
+
+def _pack(weight_OI: Tensor) -> Tensor:
+    """W in oneDNN's own layout. Private names of torch, here alone: what its compiler makes of a frozen Linear."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
+    return packed

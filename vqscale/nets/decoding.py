@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqscale.matmul import Matrix
 from vqscale.nets.transformer import Block, KVCache, Transformer, at_least_float32
 
 
@@ -80,31 +81,3 @@ class _Block:
     def _ffn(self, x_BD: Tensor) -> Tensor:
         gate, up = self._gate_up(x_BD).chunk(2, -1)
         return self._down(F.silu(gate) * up)
-
-
-class Matrix:
-    """y = x W^T for few rows x and a matrix W that is read many times, in the type of autocast where it is on."""
-
-    def __init__(self, weight_OI: Tensor) -> None:
-        device = weight_OI.device.type
-        low = torch.is_autocast_enabled(device)
-        self._weight = weight_OI.detach().to(torch.get_autocast_dtype(device) if low else weight_OI.dtype)
-        self._packed = _pack(self._weight) if _packs(self._weight) else None
-
-    def __call__(self, x_BI: Tensor) -> Tensor:
-        x_BI = x_BI.to(self._weight.dtype)
-        if self._packed is None:
-            return F.linear(x_BI, self._weight)
-        y_BO: Tensor = torch.ops.mkldnn._linear_pointwise(x_BI, self._packed, None, "none", [], "")
-        return y_BO
-
-
-def _packs(weight: Tensor) -> bool:
-    """Whether oneDNN has a layout for it: it is quicker than MKL's, which a product with few rows makes every time."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-
-
-def _pack(weight_OI: Tensor) -> Tensor:
-    """W in oneDNN's own layout. Private names of torch, here alone: what its compiler makes of a frozen Linear."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
-    return packed

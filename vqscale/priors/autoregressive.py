@@ -73,20 +73,20 @@ class Autoregressive(Prior):
         sequence, drawn = Incremental(self, prefixes, settings), list[Tensor]()
         positions = torch.arange(len(scales), device=numbers_B.device)
         keys_TB = noise.keys(derive(seed, "sample"), numbers_B, positions[:, None])
-        for keys_B, scale in zip(keys_TB, scales, strict=True):
-            h_BD, *null_BD = sequence.advance(drawn[-1] if drawn else None).chunk(1 + guided)
-            drawn.append(
-                self.head.sample(
-                    h_BD,
-                    keys_B,
-                    temperature=settings.temperature,
-                    top_k=settings.top_k,
-                    top_p=settings.top_p,
-                    unguided_ND=null_BD[0] if guided else None,
-                    guidance=scale,
-                    rows_first=settings.packed,
+        with self.head.laid_out() if settings.packed else nullcontext():
+            for keys_B, scale in zip(keys_TB, scales, strict=True):
+                h_BD, *null_BD = sequence.advance(drawn[-1] if drawn else None).chunk(1 + guided)
+                drawn.append(
+                    self.head.sample(
+                        h_BD,
+                        keys_B,
+                        temperature=settings.temperature,
+                        top_k=settings.top_k,
+                        top_p=settings.top_p,
+                        unguided_ND=null_BD[0] if guided else None,
+                        guidance=scale,
+                    )
                 )
-            )
         return torch.stack(drawn, 1).unflatten(1, self.grid)
 
 

@@ -12,7 +12,8 @@ The ids of a position are one number, or `num_ids` of them along a last axis: "i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -96,6 +97,13 @@ class Vocabulary(nn.Module, ABC):
         that an accuracy costs no second one. ValueError on all ranks for targets outside 0 .. K - 1.
         """
 
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        """Inside, drawing for few tokens at a time is quicker on a CPU, and rounds logits in another way: tables of
+        outputs have a copy that is laid out for it. Their rows must not change meanwhile.
+        """
+        yield
+
     @torch.no_grad()
     def sample(
         self,
@@ -107,16 +115,15 @@ class Vocabulary(nn.Module, ABC):
         top_p: float = 1.0,
         unguided_ND: Tensor | None = None,
         guidance: float | Tensor = 1.0,
-        rows_first: bool = False,
     ) -> Tensor:
         """ids_N drawn from p(. | h): guidance, then temperature (0 is the likeliest), top-k, top-p; no gradient.
 
         keys_N (noise.keys) decide the random numbers: the same key and h give the same ids on any number of ranks and
         in any batch, but where two candidates are within rounding. Guidance s, a number or one per position, leads away
-        from what h would be without condition, `unguided_ND`: logits u + s (c - u). `rows_first` is draw.Rule's.
+        from what h would be without condition, `unguided_ND`: logits u + s (c - u).
         FloatingPointError on all ranks of the code group where logits are not finite.
         """
-        rule = draw.Rule(temperature, top_k, top_p, rows_first)
+        rule = draw.Rule(temperature, top_k, top_p)
         return self.drawn(h_ND, keys_N, rule, unguided_ND, guidance, scored=False).ids_N
 
     @torch.no_grad()

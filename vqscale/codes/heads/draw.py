@@ -10,7 +10,7 @@ is found in restrict.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,12 +22,14 @@ from vqscale.codes.heads import restrict
 from vqscale.codes.merge import merge_best
 from vqscale.codes.products import product
 from vqscale.codes.rows import Rows
+from vqscale.matmul import Matrix
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Axis
 
 COLDEST = 1e-20
 CPU_BLOCK = 2**16  # 64-bit numbers made at once: what the caches of one core hold
-FEW_TOKENS = 32  # up to here rows_first is quicker
+FEW_TOKENS = 64  # up to here packed rows serve,
+PACKED_ROWS = 2**14  # in matrices of so many: their logits are no larger than a block
 BUFFERS = 4  # tensors of the size of a chunk of logits that are alive at once
 
 
@@ -35,14 +37,12 @@ BUFFERS = 4  # tensors of the size of a chunk of logits that are alive at once
 class Rule:
     """How to draw: logits / temperature, then the `top_k` highest, then the fewest that hold the mass `top_p`.
 
-    Temperature 0 takes the highest logit, the lowest id among equals. top_k 0 and top_p 1 leave all. `rows_first` is
-    quicker for few tokens on a CPU, and rounds logits in another way.
+    Temperature 0 takes the highest logit, the lowest id among equals. top_k 0 and top_p 1 leave all.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    rows_first: bool = False
 
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
@@ -71,6 +71,32 @@ class Shard:
     layout: Rows
     axis: Axis
     budget: int
+    packed: Sequence[Matrix] = ()  # the same rows, see `pack`
+
+    def blocks(self, x_BD: Tensor) -> Iterator[tuple[slice, slice]]:
+        """(tokens, rows) of a pass over logits that are forgotten."""
+        num = len(self.rows_kD)
+        if not self._serves(x_BD):
+            yield from scan.blocks_of(x_BD, num, self.budget)
+            return
+        for row in range(0, num, PACKED_ROWS):
+            yield slice(0, len(x_BD)), slice(row, min(row + PACKED_ROWS, num))
+
+    def logits(self, x_bD: Tensor, rows: slice, scale: float) -> Tensor:
+        """scale x rows^T of a block, or of all rows."""
+        if not self._serves(x_bD):
+            return product(x_bD, self.rows_kD[rows].t(), "fp32", scale)
+        parts = [part(x_bD) for part in self.packed[rows.start // PACKED_ROWS : -(-rows.stop // PACKED_ROWS)]]
+        l_br = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return l_br if scale == 1 else l_br.mul_(scale)
+
+    def _serves(self, x_BD: Tensor) -> bool:
+        return bool(self.packed) and len(x_BD) <= FEW_TOKENS
+
+
+def pack(rows_kD: Tensor) -> list[Matrix]:
+    """The rows laid out for products with few tokens; a copy, on a CPU."""
+    return [Matrix(part) for part in rows_kD.detach().split(PACKED_ROWS)] if len(rows_kD) else []
 
 
 class Drawn(NamedTuple):
@@ -97,15 +123,15 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule, scored: bool = 
     sums = Normaliser(x_BD) if scored else None
     if rule.restricts(shard.layout.num_codes):
         for tokens in _chunks(len(x_BD), x_BD.element_size(), shard):
-            l_tk = _logits(x_BD[tokens], shard.rows_kD, rule)
+            l_tk = shard.logits(x_BD[tokens], slice(0, len(shard.rows_kD)), rule.scale)
             if sums is not None:
                 sums.add(tokens, l_tk)
             kept = restrict.keep(l_tk, rule.top_k, rule.top_p, shard.layout.num_codes, shard.axis)
             restrict.mask_(l_tk, kept, shard.axis)
             _gumbel_max(l_tk, keys_B[tokens], 0, shard.layout.start, score_B[tokens], row_B[tokens])
     else:
-        for tokens, rows in scan.blocks_of(x_BD, len(shard.rows_kD), shard.budget):
-            l_br = _logits(x_BD[tokens], shard.rows_kD[rows], rule)
+        for tokens, rows in shard.blocks(x_BD):
+            l_br = shard.logits(x_BD[tokens], rows, rule.scale)
             if sums is not None:
                 sums.add(tokens, l_br)
             first_id = shard.layout.start if rule.temperature else None
@@ -116,14 +142,6 @@ def draw(x_BD: Tensor, keys_B: Tensor, shard: Shard, rule: Rule, scored: bool = 
         return Drawn(ids_B, torch.zeros_like(score_B))
     log_p_B = logits_of(ids_B, x_BD, shard, rule.scale) - sums.merged(shard.axis)
     return Drawn(ids_B, log_p_B.clamp_(max=0.0))  # the two are rounded differently
-
-
-def _logits(x_bD: Tensor, rows_rD: Tensor, rule: Rule) -> Tensor:
-    """x rows^T at the rule's temperature, float32. With the rows first: a product reads its second operand in a layout
-    of its own, which it makes every time, and copying the few logits over takes less."""
-    if rule.rows_first and x_bD.device.type == "cpu" and len(x_bD) <= FEW_TOKENS:
-        return product(rows_rD, x_bD.t(), "fp32", rule.scale).t().contiguous()
-    return product(x_bD, rows_rD.t(), "fp32", rule.scale)
 
 
 class Normaliser:

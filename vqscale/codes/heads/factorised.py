@@ -18,7 +18,8 @@ Published scripts do the same, with numbers of their own for each digit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -214,6 +215,13 @@ class Factorised(Vocabulary):
         if self.within is None:
             return None
         return self.within(h_ND[:, None].expand(-1, len(self.heads), -1)), 1  # keys and values are kept in drawing
+
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for head in self.heads:
+                stack.enter_context(head.laid_out())
+            yield
 
     def drawn(
         self,

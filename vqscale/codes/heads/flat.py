@@ -14,7 +14,8 @@ Logits are h . row, without a bias. The definitions in plain torch are in dense.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -31,6 +32,7 @@ from vqscale.codes.heads.neighbours import find as find_neighbours
 from vqscale.codes.ids import check_ids, whole_ids
 from vqscale.codes.merge import full_precision, own
 from vqscale.codes.rows import Rows, decoded
+from vqscale.matmul import Matrix
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Axis, Mesh
@@ -84,6 +86,7 @@ class Head(Vocabulary):
         mesh = mesh or Mesh()
         self._num_neighbours, self._neighbour_temperature = neighbours, neighbour_temperature
         self.neighbours: Neighbours | None = None
+        self._packed: list[Matrix] = []
         self.num_codes, self.dim, self.products = num_codes, dim, products
         self.embedding: Embedding = embedding
         self.output_scale, self._frame_seed = output_scale, derive(seed, "head", "frame")
@@ -211,6 +214,14 @@ class Head(Vocabulary):
         with clock.span("codes"), full_precision(h_ND):
             return Losses(*FlatLoss.apply(h_ND, self.rows, whole_ids(targets_N, "targets"), plan))
 
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        self._packed = draw.pack(self.rows)
+        try:
+            yield
+        finally:
+            self._packed = []
+
     def drawn(
         self,
         h_ND: Tensor,
@@ -231,6 +242,6 @@ class Head(Vocabulary):
         with clock.span("codes"), full_precision(h_ND):
             x_ND = draw.guided(h_ND.to(self.rows.dtype), unguided_ND, guidance)
             x_BD, keys_B = ops.gather(x_ND, self.axis), ops.gather(keys_N, self.axis)
-            shard = draw.Shard(self.rows, self.layout, self.axis, self.outputs.budget)
+            shard = draw.Shard(self.rows, self.layout, self.axis, self.outputs.budget, self._packed)
             drawn = draw.draw(x_BD, keys_B, shard, rule, scored)
             return Scored(*(own(part_B, self.axis) for part_B in drawn))
