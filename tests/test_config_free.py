@@ -36,7 +36,7 @@ FREE = {
     + """
     tokenizer.signal.predict tokenizer.signal.min_fraction tokenizer.net.checkpointing
     tokenizer.quantizer.scan_mib tokenizer.quantizer.inner.scan_mib loss.perceptual.vgg loss.perceptual.heads
-    loss.alignment.vision.weights loss.adversarial.net.vision.weights
+    loss.alignment.vision.weights loss.adversarial.net.vision.weights drawn.from
     """,
     PriorRun: EVERY_RUN
     + SHARDS

@@ -162,16 +162,25 @@ class Tokenizer(nn.Module):
         return self.decoder.get_parameter(self._last_weight)
 
     def forward(
-        self, samples: Tensor, context: Tensor | None = None, keys_B: Tensor | None = None
+        self,
+        samples: Tensor,
+        context: Tensor | None = None,
+        keys_B: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, Quantized]:
         """Samples -> (what the decoder makes of them, not clamped; what the quantizer returned for x_ND).
 
         keys_B (noise.keys) decide which codes of an image are dropped in training, torch's generator without them.
+        `given`, ids of the batch, the decoder gets in the place of what was encoded; -1 is as encoded.
         """
         x_ND = self.latents(samples, context)
         with _no_autocast(x_ND):
             quantized = self.quantizer(x_ND)
             z_ND = self.inputs(quantized, keys_B) if self.training and self.inputs else quantized.z
+            if given is not None:
+                ids_N = given.flatten(0, len(self.net.strides))
+                other_N1 = (ids_N >= 0).view(len(z_ND), -1)[:, :1]
+                z_ND = torch.where(other_N1, self.quantizer.decode(ids_N.clamp(min=0)), z_ND)
         batch, *places = self.grid(samples)
         kept = None
         if self.training and self.code_dropout != "none":

@@ -19,6 +19,7 @@ from vqscale.train.config.prior import PriorRun
 
 if TYPE_CHECKING:
     from vqscale.data.tokens.format import Card
+    from vqscale.tokenizer.config import TokenizerConfig
 
 
 def fill(config: PriorRun) -> PriorRun:
@@ -74,7 +75,7 @@ def of_tokenizer(config: PriorRun) -> Made:
             f"the tokenizer in {path} is of {found.signal.name}, made of {' or '.join(found.signal.media)}, and "
             f"data.train has shards of {source.kind}: change data.train.medium, or give another tokenizer"
         )
-    return made_of(_quantizer(found), found.net, source.sides)
+    return made_of(without_codes(found), found.net, source.sides)
 
 
 def made_of(quantizer: Any, net: NetConfig, sides: tuple[int, ...]) -> Made:
@@ -107,10 +108,10 @@ def _code_dim(path: str) -> int:
             f"prior.feature_dim is null, which is as the folder in the key tokenizer says: {error}; or give "
             "prior.feature_dim"
         ) from error
-    return int(_quantizer(config).dim)
+    return int(without_codes(config).dim)
 
 
-def _quantizer(config: Any) -> Any:
+def without_codes(config: TokenizerConfig) -> Any:
     """The quantizer of a tokenizer's config, without its codes."""
     import torch
 

@@ -35,6 +35,7 @@ from vqscale.train import first_weights, frozen, loop, swapped
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.alignment import Alignment
 from vqscale.train.config import TokenizerRun
+from vqscale.train.drawn_ids import DrawnIds
 from vqscale.train.evaluate import evaluate
 from vqscale.train.watch import Effort, Watch, peak_mib
 
@@ -90,6 +91,9 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
     quantizer.begin()
     if config.swaps is not None:
         tokenizer.inputs = swapped.inputs(tokenizer, config.swaps, mesh)
+    drawn = None if config.drawn is None else DrawnIds(config.drawn, mine, mesh.device)
+    if drawn is not None and taken.facts:
+        drawn.expect(taken.facts["ids_of"])
     last_weight = tokenizer.last_weight
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
     if run.compile:
@@ -103,7 +107,10 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
     kept: list[loop.Kept] = [average, *(one for one in (discriminator, alignment) if one is not None)]
 
     # resume: nothing is written before it is known that the run goes on
-    done, notes = loop.resume(place, engine, tables, stream.fingerprint, mesh, kept)
+    data, source = stream.fingerprint, ("data.train.shards", "shards")
+    if drawn is not None:
+        data, source = drawn.fingerprint(data), ("data.train.shards with drawn.from", "shards and ids")
+    done, notes = loop.resume(place, engine, tables, data, mesh, kept, source)
     progress = Progress(run.steps, done.step, mesh.world.rank)
     if ended := loop.finished(place, done, run.steps, mesh, progress):
         return ended
@@ -136,7 +143,8 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
             # What is random per sample follows from its place in the batch of the step, however that is cut.
             places = torch.arange(mine, device=mesh.device) + (micro * mesh.world.size + mesh.world.rank) * mine
             keys = noise.keys(derive(run.seed, "codes dropped"), step, places)
-            recon, quantized = engine(original, context[0] if context else None, keys)
+            given = None if drawn is None else drawn.ids(batch.labels, keys)
+            recon, quantized = engine(original, context[0] if context else None, keys, given)
             active = discriminator if discriminator is not None and discriminator.trains(step) else None
             its_values = dict[str, Tensor]()
 
@@ -145,7 +153,8 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
                 its_values = active.learn(original, recon)
 
             # the tokenizer
-            found = distances(recon, samples, engine.autocast)
+            own = slice(None) if drawn is None else drawn.own  # of drawn ids there is no image
+            found = distances(recon[own], samples[own], engine.autocast)
             parts = {name: distance.value for name, distance in found.items()}
             loss = torch.stack([distance.weight * distance.value for distance in found.values()]).sum()
             if alignment is not None:

@@ -112,6 +112,9 @@ def _check_machine(config: Run) -> str:
         prior_data.check(config)
     else:
         _check_images(config)
+        from vqscale.train import drawn_ids
+
+        drawn_ids.check(config)
     if config.init is not None or config.trained is not None:
         from vqscale.train import first_weights
 

@@ -13,6 +13,7 @@ from vqscale.engine.config import AverageConfig, EngineConfig, OptimConfig, chec
 from vqscale.nets.config import by, grid
 from vqscale.parallel.config import MeshConfig
 from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.train.config.drawn_ids import DrawnIdsConfig
 from vqscale.train.config.first_weights import TOKENIZER_PARTS, TokenizerInit, TokenizerPart, trained_problems
 from vqscale.train.config.losses import LossConfig
 from vqscale.train.config.run import RunConfig, check_batch, check_compile
@@ -62,6 +63,8 @@ class TokenizerRun:
     """the parts that learn, the others stay to the bit what init took; null is all"""
     swaps: SwapsConfig | None = None
     """ids that the decoder is given in place of those of its images, where it alone is trained; null gives these"""
+    drawn: DrawnIdsConfig | None = None
+    """ids that a prior has drawn, for the decoder alone; null gives it none"""
     loss: LossConfig = field(default_factory=LossConfig)
     """losses on images"""
     average: AverageConfig = field(default_factory=AverageConfig)
@@ -81,8 +84,22 @@ class TokenizerRun:
         yield from self._loss_problems(self.data.train.least_side)
         yield from self._vision_problems()
         yield from trained_problems(self.trained, TOKENIZER_PARTS, self.init)
-        if self.swaps is not None:
-            yield from self._swaps_problems()
+        for key in ("swaps", "drawn"):
+            if getattr(self, key) is not None and self.trained != ("decoder",):
+                yield (
+                    key,
+                    f"{key} gives the decoder other ids than those of its images, and trained is "
+                    f"{self.trained or 'null'}: a gradient that passes them says nothing to encoder and codes; use "
+                    "trained: [decoder]",
+                )
+        if self.swaps is not None and hasattr(self.tokenizer.quantizer, "inner"):
+            yield (
+                "swaps",
+                f"swaps takes the neighbours of a code, and tokenizer.quantizer {self.tokenizer.quantizer.name} has "
+                "several codes per token: use swaps: null",
+            )
+        if self.drawn is not None:
+            yield from self._drawn_problems()
         yield from check_compile(self.run, self.engine)
         yield from check_whole(self.engine, self.optim)
         if self.loss.adversarial is not None and self.loss.adversarial.optim is not None:
@@ -117,18 +134,26 @@ class TokenizerRun:
                 for _, *sides in self.data.train.shapes:
                     yield from alignment.grid_problems(grid(self.tokenizer.net, sides))
 
-    def _swaps_problems(self) -> Iterable[tuple[str, str]]:
-        if self.trained != ("decoder",):
+    def _drawn_problems(self) -> Iterable[tuple[str, str]]:
+        adversarial = self.loss.adversarial
+        if adversarial is None:
             yield (
-                "swaps",
-                f"swaps gives the decoder other ids than those of its images, and trained is {self.trained or 'null'}: "
-                "a gradient that passes them says nothing to encoder and codes; use trained: [decoder]",
+                "drawn",
+                "drawn gives the decoder ids of no image, of which a discriminator alone can say what they should look "
+                "like, and loss.adversarial is null: give one, or use drawn: null",
             )
-        if hasattr(self.tokenizer.quantizer, "inner"):
+        elif adversarial.feature_weight:
             yield (
-                "swaps",
-                f"swaps takes the neighbours of a code, and tokenizer.quantizer {self.tokenizer.quantizer.name} has "
-                "several codes per token: use swaps: null",
+                "loss.adversarial.feature_weight",
+                f"feature_weight is {adversarial.feature_weight}, and the maps of what is made of drawn ids have those "
+                "of no image beside them: use 0",
+            )
+        if len(self.data.train.shapes) > 1 or self.tokenizer.net.takes_context:
+            what = "a context" if self.tokenizer.net.takes_context else f"{len(self.data.train.shapes)} shapes"
+            yield (
+                "drawn",
+                f"drawn ids are of one grid and of no context, and the samples of data.train have {what}: use drawn: "
+                "null",
             )
 
     def _loss_problems(self, size: int) -> Iterable[tuple[str, str]]:
@@ -172,3 +197,5 @@ class TokenizerRun:
         """ValueError when this run does not fit `world` processes."""
         self.mesh.resolve(world)
         check_batch(self.data.batch, self.engine.accumulation, world)
+        if self.drawn is not None:
+            self.drawn.count(self.data.batch // self.engine.accumulation // world)
