@@ -40,13 +40,10 @@ def _soak(args: argparse.Namespace) -> int:
     if not Path("/proc/self/environ").exists():
         raise ValueError("a soak finds the processes of a training under /proc, which this system has not: use Linux")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it leaves no process and no disk behind
-    tokenizer, prior = (
-        given or checkout.config(f"quickstart/{name}.yaml")
-        for name, given in (("tokenizer", args.tokenizer), ("prior", args.prior))
-    )
-    settings = Settings(
-        args.out.resolve(), tokenizer, prior, args.minutes, args.steps, args.attacks, args.seed, args.processes
-    )
+    given = vars(args) | {"out": args.out.resolve()}
+    for name in ("tokenizer", "prior"):
+        given[name] = given[name] or checkout.config(f"quickstart/{name}.yaml")
+    settings = Settings(**given)
     held = soak(settings, words.made_by("soak"))
     print(f"{'all trainings ended as they should' if held else 'NOT all held'}: {settings.out / 'soak.md'}")
     return 0 if held else 1
@@ -63,4 +60,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--attacks", type=int, default=12, help="on each training (default: 12)")
     add("--seed", type=int, default=0, help="what is done follows from it (default: 0)")
     add("--processes", type=words.count, default=2, help="of the undisturbed trainings (default: 2)")
+    add("--first-round", type=int, default=0, help="to do rounds apart: the number of the first one (default: 0)")
     return parser

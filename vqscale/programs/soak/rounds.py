@@ -31,6 +31,7 @@ from vqscale.programs.soak.report import Report
 from vqscale.programs.soak.schedule import schedule
 from vqscale.programs.soak.start import Start
 from vqscale.programs.soak.training import Training
+from vqscale.run import machine
 from vqscale.run.folder import RunError
 from vqscale.train.config import Run
 
@@ -51,16 +52,18 @@ class Settings:
     attacks: int
     seed: int
     processes: int
+    first_round: int
 
 
 def soak(settings: Settings, made_by: dict[str, Any]) -> bool:
     """Whether every training under attack ended as it should."""
     with own(settings.out, "a soak"):
         began = time.monotonic()
-        report = Report(settings.out, made_by | {"settings": {k: str(v) for k, v in vars(settings).items()}})
+        numbers = {name: value for name, value in vars(settings).items() if not isinstance(value, Path)}
+        report = Report(settings.out, made_by | numbers | {"machine": machine.facts()})
         trainings = Undisturbed(settings).trained()
-        for number in itertools.count():
-            if number and time.monotonic() - began > 60 * settings.minutes:
+        for number in itertools.count(settings.first_round):
+            if number > settings.first_round and time.monotonic() - began > 60 * settings.minutes:
                 return report.good
             for name, config in trainings.items():
                 _attack(settings, f"round {number} {name}", config, bool(number % 2), report)
