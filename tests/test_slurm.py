@@ -15,12 +15,12 @@ import pytest
 import saved_runs
 import shard_files
 import slurm
+from slurm import TRAIN
 
 from tests.lib import shown
 from vqscale.data.tokens.stream import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ROOT / "launch" / "slurm" / "train.sbatch"
 SCRIPTS = sorted(path for path in (ROOT / "launch" / "slurm").iterdir() if path.suffix in (".sh", ".sbatch"))
 
 # srun runs its command here and passes signals on; torchrun writes down what it was given, runs it as rank 0 or ends as
@@ -116,6 +116,18 @@ def test_it_is_bash(script):
     assert "launch/slurm" in script.read_text() or script.name == "job.sh"
 
 
+def test_drills_say_why_they_are_left_out(tmp_path):
+    stand_in = tmp_path / "id"
+    stand_in.write_text('#!/bin/sh\n[ "$1" = -u ] && echo 1000 || echo somebody\n')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "tests" / "drills.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "skipped: SLURM's daemons are started as root, and this is user somebody\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_run_is_started_on_every_node(start):
     fakes, process = start("train.sbatch", "some.yaml", "run.folder=a folder", TOLD="0")
     status, out = _ended(process)
@@ -123,9 +135,9 @@ def test_the_run_is_started_on_every_node(start):
     first, *words = (fakes / "torchrun").read_text().splitlines()
     assert first.startswith("# One command as one job")  # the script that was submitted is kept for the run folder
     assert words[-4:] == ["launch/slurm/rank.py", "launch/train.py", "some.yaml", "run.folder=a folder"]
-    for word in ("--nnodes=2", "--nproc_per_node=4", "--rdzv-endpoint=10.0.0.1:20007", "--rdzv-id=7-0"):
+    meeting = ["--rdzv-endpoint=10.0.0.1:20007", "--rdzv-id=7-0", "--rdzv-conf=is_host=true"]
+    for word in ("--nnodes=2", "--nproc_per_node=4", "--local-addr=10.0.0.1", *meeting):
         assert word in words
-    assert "--local-addr=10.0.0.1" in words
     assert not (fakes / "scontrol").exists()
 
 
@@ -247,13 +259,8 @@ def test_a_study_is_prepared_for_an_array(tmp_path, tiny_shards):
 
 def _submit(place, environment, *words):
     """(job, said(text) for wait_for) of train.sbatch with these words and two processes, its log in PLACE/log.txt."""
-    _checkout(place / "checkout")
     log = place / "log.txt"
-    environment |= {"VQSCALE_PROCESSES": "2", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = ["sbatch", "--parsable", f"--output={log}", str(TRAIN), *map(str, words)]
-    options = {"cwd": place / "checkout", "env": environment, "capture_output": True, "text": True}
-    job = subprocess.run(command, check=True, **options).stdout.strip()
+    job = slurm.submit(environment | {"VQSCALE_PROCESSES": "2"}, place, log, str(TRAIN), *map(str, words))
     return job, lambda text: lambda: log.exists() and text in log.read_text()
 
 

@@ -20,11 +20,15 @@ from_scontrol() { # from_scontrol KEY show ...: the value of KEY=value in what s
 }
 
 # What every node runs. torchrun's agent sleeps through the signals, which its workers hear themselves: it would kill them
-# half a minute after, or die of USR1 at once. Names of nodes need not resolve, so addresses are asked of SLURM.
+# half a minute after, or die of USR1 at once. Names of nodes need not resolve, so addresses are asked of SLURM, and who
+# is the meeting place is said: torchrun would look up its own name to find out.
 on_every_node() {
+    local host=false
+    [ "${SLURM_NODEID:-0}" != 0 ] || host=true
     trap '' USR1 USR2 TERM
     exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$VQSCALE_PROCESSES" --signals-to-handle=SIGINT \
         --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$VQSCALE_ENDPOINT" \
+        --rdzv-conf="is_host=$host" \
         --local-addr="$(from_scontrol NodeAddr show node "$SLURMD_NODENAME")" launch/slurm/rank.py "$@"
 }
 

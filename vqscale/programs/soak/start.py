@@ -23,6 +23,7 @@ class Start:
 
     def __init__(self, name: str, words: Iterable[str], processes: int, log: Path) -> None:
         self.mark, self.log, self.began = f"{MARK}={uuid.uuid4().hex}", log, time.monotonic()
+        self.alone = processes == 1
         environment = {"OMP_NUM_THREADS": "1", **os.environ, MARK: self.mark.partition("=")[2]}
         with log.open("a") as out:
             self.process = subprocess.Popen(
@@ -56,7 +57,7 @@ class Start:
             for pid, environment in mine.items()
             if _rank(environment) >= 0 and not _in(pid, mine)
         }
-        return [found[rank] for rank in sorted(found)] or ([self.process.pid] if not self.ended else [])
+        return [self.process.pid] if self.alone and not self.ended else [found[rank] for rank in sorted(found)]
 
     def kill(self) -> None:
         """SIGKILL to all of its processes, until none is left."""
