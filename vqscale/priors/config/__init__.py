@@ -96,6 +96,22 @@ class GuidedSampleConfig(SampleConfig):
             yield "guidance", f"guidance is {self.guidance}: use 0 (the null condition), 1 (no guidance) or more"
 
 
+@dataclass(frozen=True)
+class RuleSampleConfig(GuidedSampleConfig):
+    """Of priors that draw every id by one rule: guidance, then temperature, top-k, top-p."""
+
+    temperature: float = 1.0
+    """of the logits; 0 takes the likeliest id"""
+    top_k: int = 0
+    """draw from so many likeliest ids; 0 is all"""
+    top_p: float = 1.0
+    """draw from the likeliest ids that have this share together"""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from super().problems()
+        yield from check_drawing(self.temperature, self.top_k, self.top_p)
+
+
 def check_drawing(temperature: float, top_k: int, top_p: float, prefix: str = "") -> Iterable[tuple[str, str]]:
     """(key, message) of all that no id can be drawn with; the keys have a prefix."""
     if not temperature >= 0:

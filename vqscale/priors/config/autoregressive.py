@@ -9,19 +9,13 @@ from typing import Annotated, ClassVar, Literal
 from vqscale.codes.heads.config import FlatConfig
 from vqscale.config import Before
 from vqscale.nets.config.transformer import TransformerConfig
-from vqscale.priors.config import ClusteredConfig, GuidedSampleConfig, SampleConfig, check_drawing, switch, unturned
+from vqscale.priors.config import ClusteredConfig, RuleSampleConfig, SampleConfig, switch, unturned
 
 
 @dataclass(frozen=True)
-class AutoregressiveSampleConfig(GuidedSampleConfig):
-    """Drawing id by id: guidance, then temperature, top-k, top-p."""
+class AutoregressiveSampleConfig(RuleSampleConfig):
+    """Drawing id by id."""
 
-    temperature: float = 1.0
-    """of the logits; 0 takes the likeliest id"""
-    top_k: int = 0
-    """draw from so many likeliest ids; 0 is all"""
-    top_p: float = 1.0
-    """draw from the likeliest ids that have this share together"""
     cached: bool = switch(off="uncached")
     """keep keys and values of the tokens so far; without, all is computed again: slow, and the definition"""
     packed: Annotated[bool, Before(False)] = switch(off="unpacked")
@@ -30,10 +24,6 @@ class AutoregressiveSampleConfig(GuidedSampleConfig):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: of the transformer's matrices, their operands, keys and values: half the bytes, other ids where two
     candidates are near; norms, the residual stream and the head's logits stay float32"""
-
-    def problems(self) -> Iterable[tuple[str, str]]:
-        yield from super().problems()
-        yield from check_drawing(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from vqscale.nets.config.transformer import TransformerConfig
-from vqscale.priors.config import GuidedSampleConfig, IdsConfig, SampleConfig, check_drawing, unturned
+from vqscale.priors.config import IdsConfig, RuleSampleConfig, SampleConfig, unturned
 
 MaskLaw = Literal["cosine", "arccos", "linear", "square", "cubic", "root"]
 Order = Literal["confidence", "halton", "random"]
 
 
 @dataclass(frozen=True)
-class MaskedSampleConfig(GuidedSampleConfig):
-    """Drawing in steps, some ids in each: guidance (which ramps over the steps), then temperature, top-k, top-p."""
+class MaskedSampleConfig(RuleSampleConfig):
+    """Drawing in steps, some ids in each; guidance ramps over the steps."""
 
     steps: int = 12
     """passes over the image, each of which reveals at least one id; at most as many as there are ids"""
@@ -28,12 +28,6 @@ class MaskedSampleConfig(GuidedSampleConfig):
     """confidence is log p + order_noise x (1 - share of the steps) x Gumbel noise; 0 is the likeliest first"""
     roll: bool = False
     """begin Halton's sequence at another place for every image"""
-    temperature: float = 1.0
-    """of the logits; 0 takes the likeliest id"""
-    top_k: int = 0
-    """draw from so many likeliest ids; 0 is all"""
-    top_p: float = 1.0
-    """draw from the likeliest ids that have this share together"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from super().problems()
@@ -46,7 +40,6 @@ class MaskedSampleConfig(GuidedSampleConfig):
                 "roll",
                 f"roll is true with order {self.order}, and only Halton's sequence is rolled: use order halton",
             )
-        yield from check_drawing(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
