@@ -20,15 +20,15 @@ def whole_ids(ids: Tensor, what: str) -> Tensor:
     return ids.to(torch.int64)
 
 
-def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis) -> None:
+def check_ids(ids_N: Tensor, lowest: int, num_codes: int, what: str, axis: Axis, wait: bool = False) -> None:
     """ValueError on every rank of the axis when any has an id outside lowest .. num_codes - 1. On a GPU the
-    check waits for nobody and fails inside the device.
+    check waits for nobody and fails inside the device, unless it is to `wait`.
     """
-    if ids_N.device.type != "cpu":
+    if ids_N.device.type != "cpu" and not wait:
         inside = ((ids_N >= lowest) & (ids_N < num_codes)).all()
         torch._assert_async(inside, f"{what} must be in {lowest} .. {num_codes - 1}")
         return
-    found = torch.stack([-ids_N.min(), ids_N.max()]) if ids_N.numel() else torch.tensor([0, 0])
+    found = torch.stack([-ids_N.min(), ids_N.max()]) if ids_N.numel() else ids_N.new_zeros(2)
     least, most = ops.max_over(found, axis).tolist()
     if -least < lowest or most >= num_codes:
         raise ValueError(

@@ -118,9 +118,9 @@ class Quantizer(nn.Module, ABC):
         return x_ND
 
     def known(self, ids_N: Tensor) -> Tensor:
-        """Ids as int64, that `decode` has codes for."""
+        """Ids as int64, that `decode` has codes for. In training a GPU is not waited for (check_ids)."""
         ids_N = whole_ids(ids_N, "ids")
-        check_ids(ids_N, 0, self.num_codes, "ids", self.mesh.codes)
+        check_ids(ids_N, 0, self.num_codes, "ids", self.mesh.codes, wait=not self.training)
         return ids_N
 
     def shortages(self, tokens: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 The order of tokens is defined here, and where float32 begins and ends. Not here: losses and metrics (the signal's), the
 search among codes (the quantizer's), and ranks: every rank passes its own images, and only the quantizer talks to the
-others, but for the refusal of ids.
+others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from vqscale import nets, quantizers, signals
 from vqscale.nets.config import NetConfig, grid
 from vqscale.nets.mode import evaluating
-from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 from vqscale.signals.config import ImagesSignal
@@ -264,29 +263,16 @@ class Tokenizer(nn.Module):
         `kept` (B, *grid) is false where the decoder is to do without the code, though there is an id.
         ValueError for ids that are none of this tokenizer's, on all ranks of a split codebook if one has such.
         """
-        self._check_ids(ids)
-        with evaluating(self):
-            last = len(self.net.strides)
-            with _no_autocast(ids):
-                z_ND = self.quantizer.decode(ids.long().flatten(0, last))  # torch takes bytes for a mask
-            return self.reconstruct(z_ND, ids.shape[: last + 1], context, kept)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        """Ids of another tokenizer, or -1 where a cache has none, would become images of nothing."""
-        count = self.quantizer.num_codes
-        sides = len(self.net.strides)
-        whole = not (ids.is_floating_point() or ids.is_complex()) and ids.ndim > sides
-        outside = ((ids < 0) | (ids >= count)).sum() if whole else torch.tensor(1, device=ids.device)
-        if self.mesh is not None:
-            outside = ops.max_over(outside, self.mesh.codes)
-        if outside.item():
-            span = f" with values {ids.min()} to {ids.max()}" if ids.numel() else ""
-            kind = str(ids.dtype).removeprefix("torch.")
+        last = len(self.net.strides)
+        if ids.ndim <= last:
             raise ValueError(
-                f"ids of this tokenizer are whole numbers from 0 to {count - 1}, (B{', side' * sides}) of them, and on "
-                f"one rank or more they are others (here {kind} {tuple(ids.shape)}{span}): decode with the tokenizer "
-                "that encoded them"
+                f"ids of this tokenizer have the shape (B{', side' * last}), and these {tuple(ids.shape)}: give them "
+                "as `encode` does"
             )
+        with evaluating(self):
+            with _no_autocast(ids):
+                z_ND = self.quantizer.decode(ids.flatten(0, last))
+            return self.reconstruct(z_ND, ids.shape[: last + 1], context, kept)
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
