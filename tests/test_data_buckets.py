@@ -9,11 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import prior_runs
 import pytest
 import torch
 from PIL import Image
 from shard_files import colour, write_tar
 
+from vqscale import config as configuration
 from vqscale.data import samples
 from vqscale.data.buckets import BucketPictures
 from vqscale.data.config import ImagesConfig
@@ -22,6 +24,7 @@ from vqscale.data.order_buckets import BucketOrder
 from vqscale.data.pixels import Pictures, sides_of
 from vqscale.data.samples import SampleBatch, SampleStream
 from vqscale.data.shards.index import build
+from vqscale.train.config import PriorRun
 
 BUCKETS = ((8, 8), (8, 12), (12, 8))
 SIDES = ((10, 10), (9, 16), (20, 11), (40, 41), (8, 11), (100, 40), (16, 20))  # (height, width) of pictures in turn
@@ -201,6 +204,13 @@ def test_a_bucket_with_too_few_pictures_is_refused_before_processes_meet(config:
     assert [key for key, _ in BucketsConfig("x", buckets=((8, 8), (16, 16))).problems()] == ["buckets"]
     assert [key for key, _ in BucketsConfig("x", buckets=()).problems()] == ["buckets"]
     assert [key for key, _ in BucketsConfig("x", buckets=((0, 8),)).problems()] == ["buckets"]
+
+
+def test_a_prior_refuses_samples_of_several_shapes(tmp_path: Path) -> None:
+    shards = "data.train={medium: buckets, shards: x.tar, buckets: [[8, 8], [4, 16]]}"
+    path = prior_runs.write_config(tmp_path, tmp_path, shards, "data.val=null", "tokenizer=somewhere")
+    with pytest.raises(configuration.ConfigError, match="train has images of 2 shapes, and a prior has one grid"):
+        configuration.load(PriorRun, path)
 
 
 def test_a_look_takes_the_buckets_of_the_card_unless_it_asks_for_others() -> None:

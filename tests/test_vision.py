@@ -21,6 +21,7 @@ from vqscale.plan.tokenizer import plan
 from vqscale.programs.commands import train as train_command
 from vqscale.train.alignment import Alignment
 from vqscale.train.config import Run
+from vqscale.train.tokenizer import train
 
 
 @pytest.fixture
@@ -198,3 +199,38 @@ def test_a_run_with_both_stops_and_goes_on_alike_on_two_processes_and_with_zero(
     kept = jobs.tensors(alone, 6)
     assert any("alignment/" in name for name in kept)
     assert not any("vision" in name for name in kept)
+
+
+STAGES = {"twin": ("torch", 0), "stage 1": ("deepspeed", 1), "stage 3": ("deepspeed", 3)}
+
+
+def _train(paths: list[Path]) -> None:
+    for path in paths:
+        config = configuration.load(Run, path)
+        train(config, Mesh(*config.mesh.resolve(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_both_losses_are_alike_at_every_stage_and_in_bf16(tmp_path: Path, tiny_shards: Path, ranks) -> None:
+    paths = {}
+    for precision in ("fp32", "bf16"):
+        for kind, (name, stage) in STAGES.items():
+            engine = (f"engine.name={name}", f"engine.zero_stage={stage}", f"engine.precision={precision}")
+            short = ("run.steps=3", "loss.adversarial.start_step=1", "data.val=null", *engine)
+            paths[kind, precision] = asked(tmp_path / kind / precision, tiny_shards, *short)
+    ranks(2, _train, list(paths.values()), timeout_s=240)
+    runs = {kind: path.parent / "run" for kind, path in paths.items()}
+    for kind, precision in runs:
+        twin = jobs.tensors(runs["twin", precision], 3)
+        assert any(name.startswith("alignment/exp_avg/") for name in twin)
+        assert any(name.startswith("discriminator/exp_avg/") for name in twin)
+        there = jobs.tensors(runs[kind, precision], 3)
+        assert twin.keys() == there.keys()
+        for name, x in twin.items():
+            assert torch.allclose(x.double(), there[name].double(), atol=1e-5, rtol=1e-5), (
+                f"{kind}, {precision}: {name}"
+            )
+    whole, rounded = (jobs.rows(runs["stage 3", precision])[-1] for precision in ("fp32", "bf16"))
+    for name in ("loss/alignment", "loss/adversarial"):
+        assert 0 < abs(whole[name] - rounded[name]) < 0.02 * whole[name]
