@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import forks
+import jobs
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,6 +109,17 @@ def test_a_network_that_looks_at_values_is_trained_without_a_rate(monkeypatch):
     watch.begin(log=True)
     watch.end(0.0)
     assert "operations_per_s" not in watch.logged({"images_per_s": 2.0}) | watch.summary(2)
+
+
+def test_operations_are_counted_where_steps_are_left_and_not_of_a_run_that_is_done(tmp_path, tiny_shards, monkeypatch):
+    path, counted = jobs.write_config(tmp_path, tiny_shards, "run.steps=1", "data.val=null"), []
+    monkeypatch.setattr("vqscale.plan.operations_of", lambda config: counted.append(config.run.steps) or 7)
+    for steps in (1, 1, 2):
+        assert train.main([str(path), f"run.steps={steps}"]) == 0
+    assert counted == [1, 2]
+    (tmp_path / "run" / "summary.json").unlink()  # killed before it was written
+    assert train.main([str(path), "run.steps=2"]) == 0
+    assert counted == [1, 2, 2]
 
 
 def _steps_of(config, images, recon):

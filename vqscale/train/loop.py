@@ -115,6 +115,12 @@ def finished_steps(place: str | Path) -> list[Path]:
     return checkpoint.finished(Path(place) / "checkpoints")
 
 
+def is_done(place: str | Path, steps: int) -> bool:
+    """Whether a start will find nothing left to do (`finished`), as far as names and the summary tell beforehand."""
+    newest = [int(path.name) for path in finished_steps(place)][-1:]
+    return newest >= [steps] and read_json(Path(place) / "summary.json").get("steps") == newest[0]
+
+
 def begins(place: str | Path, mesh: Mesh) -> bool:
     """Whether there is no checkpoint that a run would go on from. What rank 0 finds is what all get; collective."""
     found: bool = ops.gather_objects(not finished_steps(place), mesh.world)[0]

@@ -164,9 +164,11 @@ def _run(config: Run, device: str) -> int:
 
 
 def _planned(config: Run, data: int, codes: int) -> int:
-    """The operations of an image, on the rank that logs. It also says, before the processes meet, what --dry-run warns
-    of: tokens on the code axis that outweigh the network."""
-    if os.environ.get("RANK", "0") != "0":
+    """The operations of an image, on the rank that logs, where steps are left. It also says, before the processes meet,
+    what --dry-run warns of: tokens on the code axis that outweigh the network."""
+    from vqscale.train import loop
+
+    if os.environ.get("RANK", "0") != "0" or loop.is_done(config.run.folder, config.run.steps):
         return 0
     from vqscale.plan import costs_of, operations_of
 
