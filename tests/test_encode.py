@@ -23,9 +23,8 @@ from PIL import Image
 from shard_files import member_offset, patch, write_tar
 
 from vqscale import config as configuration
-from vqscale.config import load_class
 from vqscale.data import pixels
-from vqscale.data.config import MEDIA, VIEWS, ImagesConfig
+from vqscale.data.config import VIEWS, ImagesConfig
 from vqscale.data.config_tokens import TokensConfig
 from vqscale.data.made import shapes
 from vqscale.data.tokens import format as form
@@ -34,7 +33,6 @@ from vqscale.disk.owner import own
 from vqscale.parallel.spawn import RankError
 from vqscale.programs.commands import encode as command
 from vqscale.run import folder as run_folder
-from vqscale.tokenizer import run_files
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.model import Tokenizer
 
@@ -385,11 +383,6 @@ def test_the_ten_views(width, height):
     for kind in ("center", "flip"):
         assert np.array_equal(pixels.views(image, config, kind)[0], views[0])
     assert np.array_equal(pixels.views(image, config, "flip")[1], views[0][:, ::-1])
-
-
-def test_a_tokenizer_remembers_all_that_the_ids_of_any_medium_depend_on():
-    for name, path in MEDIA.items():
-        assert set(load_class(path).seen) <= set(run_files._SEEN), name
 
 
 def test_samples_of_several_shapes_have_no_one_grid_and_are_not_encoded(capsys):

@@ -30,7 +30,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.programs import encode
 from vqscale.programs.score import score
 from vqscale.signals import Distance, Signal, Sums
-from vqscale.signals.config import SIGNALS, SignalSettings
+from vqscale.signals.config import SIGNALS, SignalSettings, seen
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
 from vqscale.train.tokenizer import train
@@ -295,3 +295,17 @@ def test_shards_without_a_medium_are_of_images():
     config = configuration.parse(Run, asked)
     assert isinstance(config.data.train, ImagesConfig)
     assert config.tokenizer.signal.name == "images"
+
+
+@pytest.mark.parametrize(
+    ("given", "there"),
+    [
+        ({"image_size": 8, "resize": None, "flip": True}, {"image_size": 8}),
+        ({"medium": "buckets", "buckets": [[8, 8]], "image_size": 3}, {"buckets": [[8, 8]]}),
+        ({"medium": "sounds", "seconds": 2.0, "clip": False, "peak_db": -1.0}, {"seconds": 2.0, "peak_db": -1.0}),
+        ({"medium": "tokens", "path": "x"}, {}),
+        ({"path": "x"}, {}),
+    ],
+)
+def test_a_card_has_the_settings_that_ids_depend_on_of_the_medium_of_its_run(given, there):
+    assert seen(given) == there

@@ -106,7 +106,7 @@ class ShardsConfig:
     measure: ClassVar[str] = ""
     """what tells the sides of a sample by the head of its file, as `module:function`, where the index has them"""
     seen: ClassVar[tuple[str, ...]] = ()
-    """keys that ids depend on, which the card of a tokenizer has from its training; none: it is not encoded"""
+    """keys that ids depend on, which the card of a tokenizer has from its training"""
     asked: ClassVar[tuple[str, ...]] = ()
     """of what may be asked of an encoding in place of that, what is about these samples"""
 

@@ -27,6 +27,7 @@ class BucketsConfig(ShardsConfig):
     suffixes: ClassVar[tuple[str, ...]] = ImagesConfig.suffixes
     kind: ClassVar[str] = ImagesConfig.kind
     measure: ClassVar[str] = "vqscale.data.pixels:sides_of"
+    seen: ClassVar[tuple[str, ...]] = ("buckets", "interpolation")
 
     medium: Literal["buckets"] = "buckets"
     "what lies in the shards"

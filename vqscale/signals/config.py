@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vqscale.config import Free, OneOf
-from vqscale.data.config import MediumConfig
+from vqscale.config import Free, OneOf, load_class
+from vqscale.data.config import MEDIA, MediumConfig
 from vqscale.nets.config import NetConfig
 
 # One line for each signal: its name in a config, and where its settings are.
@@ -148,3 +148,11 @@ class ImagesSignal(SignalSettings):
                 f"LPIPS halves the side of an image four times, and data.train.image_size is {size}: use images of "
                 f"at least {LEAST_PERCEPTUAL} pixels, or loss.perceptual: null",
             )
+
+
+def seen(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of samples, as the file of a run has them, those that ids depend on; what is not said, or is
+    nothing, is left out."""
+    medium = MEDIA.get(str(given.get("medium", "images")))
+    keys = load_class(medium).seen if medium else ()
+    return {key: given[key] for key in keys if given.get(key)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vqscale.config.text import data_of
+from vqscale.signals.config import seen
 
 Weights = Literal["average", "parameters"]
 INIT = "init.json"  # in a run folder: what the run began from
@@ -33,18 +34,13 @@ def run_config(file: Path, folder: Path, wanted: str) -> dict[str, Any]:
     return dict(asked)
 
 
-# settings of a medium, of images and of sounds, that ids depend on
-_SEEN = ("image_size", "buckets", "resize", "interpolation", "sample_rate", "seconds", "short", "peak_db", "clip")
-
-
 def facts_of_run(run: Path, folder: Path, asked: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """What the run folder says about the weights of a checkpoint; what it does not say is left out."""
     data = asked.get("data") or {}
-    seen = data.get("val") or data.get("train") or {}
     kept = (asked.get("average") or {}).get("decay") != 0
     taken = weights if kept else "parameters"
     facts: dict[str, Any] = {"origin": f"{run.name}/{folder.parent.name}/{folder.name}, {taken}"}
-    facts |= {key: seen[key] for key in _SEEN if seen.get(key)}
+    facts |= seen(data.get("val") or data.get("train") or {})
     commit, summary, tokens = run / "code" / "commit.txt", run / "summary.json", run / "tokens.json"
     if (run / INIT).is_file() and (ids_of := _said(run / INIT).get("ids_of")):
         facts["ids_of"] = ids_of

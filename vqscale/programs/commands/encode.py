@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shards", required=True, nargs="+", help="tar shards, as in data.train.shards of a config")
     add(
         "--medium",
-        choices=[name for name, path in MEDIA.items() if load_class(path).seen],
+        choices=[name for name, path in MEDIA.items() if not load_class(path).measure],  # a cache has one grid
         default="images",
         help="what lies in the shards (default: images)",
     )
