@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -37,8 +36,11 @@ def _stream(shards, mesh=None, batch=4):
 def _looked(data, codes, shards, batch):
     mesh = Mesh(data, codes)
     tokenizer, stream = saved_runs.small(mesh), _stream(shards, mesh, batch)
-    found = generability.under_swaps(tokenizer, stream, mesh, SHARES, 3, [SMALL])
-    return found | generability.moved(tokenizer, stream, mesh), score.codes(tokenizer, stream, mesh)
+    swaps = generability.UnderSwaps(tokenizer, mesh, SHARES, 3, [SMALL])
+    moved, codes = generability.Moved(tokenizer, mesh), score.Codes(stream.num_samples, mesh)
+    score.score(tokenizer, stream, mesh, beside=[swaps, moved, codes])
+    assert all(torch.equal(*pair) for pair in zip(codes.all(), score.codes(tokenizer, stream, mesh), strict=True))
+    return swaps.numbers({}) | moved.numbers(), codes.all()
 
 
 def _edged(image, down, right):
@@ -114,12 +116,24 @@ def test_known_statistics_are_compared_with_and_no_image_is_looked_at(tiny_shard
         seen.append(len(images))
         return Small()(images)[0]
 
-    given = generability.Features("distance", 6, of, moments.statistics(Mesh().world))
-    look = partial(generability.under_swaps, saved_runs.small(), _stream(tiny_shards), Mesh(), SHARES, 3)
-    found, expected = look([given]), look([SMALL])
+    real, found = {"distance": moments.statistics(Mesh().world)}, []
+    for network in (generability.Features("distance", 6, of, known=True), SMALL):
+        swaps = generability.UnderSwaps(saved_runs.small(), Mesh(), SHARES, 3, [network])
+        score.score(saved_runs.small(), _stream(tiny_shards), Mesh(), beside=[swaps])
+        found.append(swaps.numbers(real if network.known else {}))
+    found, expected = found
     assert expected.pop("distance") > 0
     assert found == pytest.approx(expected)
     assert sum(seen) == 4 * len(images)
+
+
+def test_images_are_encoded_once_whatever_is_asked_for(tiny_shards, monkeypatch):
+    tokenizer, stream, encoded = saved_runs.small(), _stream(tiny_shards), []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, *given: encoded.append(len(given[0])) or encode(self, *given))
+    beside = [generability.UnderSwaps(tokenizer, Mesh(), SHARES, 3, [SMALL]), score.Codes(stream.num_samples, Mesh())]
+    score.score(tokenizer, stream, Mesh(), beside=beside)
+    assert sum(encoded) == -(-stream.num_samples // 4) * 4
 
 
 TOKENS = 4, 4

@@ -7,7 +7,7 @@ weights, which `vqscale evaluate` opens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -41,6 +41,17 @@ class Scored:
     broken: list[str]  # a few of what could not be read
 
 
+@dataclass(frozen=True)
+class Looked:
+    """A batch that `score` has looked at, for those who look at the same one."""
+
+    samples: Tensor
+    entered: tuple[Tensor, ...]  # what the encoder was given of them
+    valid: Tensor
+    numbers: Tensor
+    ids: Tensor  # (B, *grid), or (B, *grid, num_ids)
+
+
 @torch.no_grad()
 def score(
     tokenizer: Tokenizer,
@@ -48,22 +59,27 @@ def score(
     mesh: Mesh,
     measures: Any = None,
     advance: Callable[[int, float], None] | None = None,
+    beside: Sequence[Callable[[Looked], None]] = (),
 ) -> Scored:
     """Look at every sample of an evaluation stream once. Collective; the same answer on any number of ranks.
 
     Samples go to ids and back through `encode` and `decode`, so that what is measured is what ids carry, unless no id
     can say the quantizer's z (exact_decode is false): then they go through the whole tokenizer. `measures` as in
-    Signal.sums. ValueError on all ranks where no sample can be read.
+    Signal.sums; those `beside` it are given each batch with its ids. ValueError on all ranks where no sample can be
+    read.
     """
     signal, shown = tokenizer.signal, list[Tensor]()
     passed = Pass(signal, tokenizer.quantizer, mesh, measures)
 
     def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
-        output, ids = through(tokenizer, signal.enter(samples))
+        entered = signal.enter(samples)
+        output, ids = through(tokenizer, entered)
         predicted = signal.predict(output)
         passed.add(samples, predicted, ids, valid)
         if not shown:
             shown.extend(first_ones(samples, predicted, mesh))
+        for other in beside:
+            other(Looked(samples, entered, valid, numbers, ids))
 
     with evaluating(tokenizer):
         seen = look_over(stream, mesh, look, advance)
@@ -72,12 +88,12 @@ def score(
 
 
 def through(tokenizer: Tokenizer, entered: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(output of the decoder, ids) of what enters, by way of the ids where they say all."""
+    """(output of the decoder, ids as of encode) of what enters, by way of the ids where they say all."""
     if tokenizer.quantizer.exact_decode:
         ids = tokenizer.encode(*entered)
         return tokenizer.decode(ids, *entered[1:]), ids
     output, quantized = tokenizer(*entered)
-    return output, quantized.ids
+    return output, quantized.ids.view(*tokenizer.grid(entered[0]), *quantized.ids.shape[1:])
 
 
 @torch.no_grad()
@@ -100,6 +116,29 @@ def statistics(
     return Described(pool, spatial, chosen.all() if points else None, None, inception.facts), seen
 
 
+class Codes:
+    """The ids of the first `count` samples of an evaluation stream, as looks at its batches bring them."""
+
+    def __init__(self, count: int, mesh: Mesh) -> None:
+        self._count, self._mesh, self._found = count, mesh, list[tuple[Tensor, Tensor]]()
+
+    def __call__(self, looked: Looked) -> None:
+        self.add(looked.valid, looked.numbers, looked.ids)
+
+    def add(self, valid: Tensor, numbers: Tensor, ids: Tensor) -> None:
+        wanted = valid & (numbers < self._count)
+        self._found.append((numbers[wanted], ids[wanted]))
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """(ids (N, *grid); which of them could be read (N,)), on every rank. Collective."""
+        device = self._mesh.device
+        ids = torch.zeros(self._count, *self._found[0][1].shape[1:], dtype=torch.int64, device=device)
+        is_there = torch.zeros(self._count, dtype=torch.int64, device=device)
+        for numbers, its_ids in self._found:
+            ids[numbers], is_there[numbers] = its_ids, 1
+        return ops.sum_over(ids, self._mesh.world), ops.sum_over(is_there, self._mesh.world) > 0
+
+
 @torch.no_grad()
 def codes(
     tokenizer: Tokenizer,
@@ -109,21 +148,15 @@ def codes(
     *,
     most: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(ids of the first `most` samples of an evaluation stream, 0: of all, (N, *grid); which of them could be read
-    (N,)), on every rank. Collective."""
-    signal, found = tokenizer.signal, list[tuple[Tensor, Tensor]]()
-    count = min(most or stream.num_samples, stream.num_samples)
+    """As Codes.all, of the first `most` samples of an evaluation stream, 0: of all. Collective."""
+    signal, count = tokenizer.signal, min(most or stream.num_samples, stream.num_samples)
+    found = Codes(count, mesh)
 
     def look(samples: Tensor, valid: Tensor, numbers: Tensor) -> None:
-        ids, wanted = tokenizer.encode(*signal.enter(samples)), valid & (numbers < count)
-        found.append((numbers[wanted], ids[wanted]))
+        found.add(valid, numbers, tokenizer.encode(*signal.enter(samples)))
 
     look_over(stream, mesh, look, advance, most=count)
-    ids = torch.zeros(count, *found[0][1].shape[1:], dtype=torch.int64, device=mesh.device)
-    is_there = torch.zeros(count, dtype=torch.int64, device=mesh.device)
-    for numbers, its_ids in found:
-        ids[numbers], is_there[numbers] = its_ids, 1
-    return ops.sum_over(ids, mesh.world), ops.sum_over(is_there, mesh.world) > 0
+    return found.all()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ from vqscale.programs.commands.evaluate import asked
 if TYPE_CHECKING:
     from vqscale.data.samples import SampleStream
     from vqscale.metrics.features import Measures
-    from vqscale.nets.shapes_classifier import ShapesClassifier
+    from vqscale.metrics.fid import Statistics
     from vqscale.parallel.mesh import Mesh
-    from vqscale.programs.generability import Features
-    from vqscale.programs.score import Scored
+    from vqscale.programs.generability import Features, Moved, UnderSwaps
+    from vqscale.programs.score import Codes, Looked, Scored
     from vqscale.tokenizer.model import Tokenizer
 
 BESIDE = "the Fréchet distance of its features of reconstructions, of swapped ids too, from those of these images"
@@ -29,9 +30,16 @@ MOVED = (
 class Opened:
     """What is asked for, opened: all that can be wrong with it is known before the first image is looked at."""
 
-    classifier: ShapesClassifier | None
     training: SampleStream | None
     about: dict[str, Any]
+    swaps: UnderSwaps | None
+    moved: Moved | None
+    codes: Codes | None
+
+    @property
+    def beside(self) -> list[Callable[[Looked], None]]:
+        """Those that look at the images with `score`."""
+        return [look for look in (self.swaps, self.moved, self.codes) if look is not None]
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -40,11 +48,13 @@ def prepare(args: argparse.Namespace) -> None:
         asked.images(_training(args))
 
 
-def opened(args: argparse.Namespace, tokenizer: Tokenizer, stream: SampleStream, mesh: Mesh) -> Opened:
+def opened(
+    args: argparse.Namespace, tokenizer: Tokenizer, stream: SampleStream, measures: Measures, mesh: Mesh
+) -> Opened:
     """Collective. ValueError where it cannot be opened, or cannot be said of this tokenizer."""
     from vqscale.data.samples import SampleStream
     from vqscale.metrics.shapes_classifier import check_size
-    from vqscale.programs import judge
+    from vqscale.programs import generability, judge, score
     from vqscale.train import probe, shapes_classifier
 
     count = tokenizer.quantizer.num_ids
@@ -59,51 +69,47 @@ def opened(args: argparse.Namespace, tokenizer: Tokenizer, stream: SampleStream,
             f"{len(stream.config.shapes)} shapes (--buckets, or the tokenizer's card): give --image-size, or leave "
             "them out"
         )
-    classifier, training, about = None, None, dict[str, Any]()
+    training, about, features = None, dict[str, Any](), _known(measures) if args.swaps else []
     if args.classifier:
         classifier, card = shapes_classifier.load(args.classifier, mesh)
         check_size((stream.config.sides[0], stream.config.sides[1]), classifier.config.image_size, "the images")
         about = judge.about(args.classifier, classifier, card, BESIDE)
+        features.append(
+            generability.Features("shapes_distance", classifier.num_features, lambda images: classifier(images)[0])
+        )
     if args.training:
         probe.check(mesh)
         config = asked.images(_training(args), tokenizer.card)
         training = SampleStream(config, stream.batch, mesh.world.rank, mesh.world.size, train=False)
-    return Opened(classifier, training, about)
+    swaps = None
+    if args.swaps or args.classifier:
+        swaps = generability.UnderSwaps(tokenizer, mesh, args.swaps, args.neighbours, features)
+    moved = generability.Moved(tokenizer, mesh) if args.agreement else None
+    codes = None if training is None else score.Codes(stream.num_samples, mesh)
+    return Opened(training, about, swaps, moved, codes)
 
 
 def told(
-    args: argparse.Namespace,
-    tokenizer: Tokenizer,
-    stream: SampleStream,
-    given: Opened,
-    features: list[Features],
-    mesh: Mesh,
+    args: argparse.Namespace, tokenizer: Tokenizer, given: Opened, found: Scored, measures: Measures, mesh: Mesh
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """(numbers, what the protocol says of them), of what is asked for; `features` are those that are known besides.
-    Collective."""
-    from vqscale.programs import generability
-
+    """(numbers, what the protocol says of them), of what is asked for, after `score`. Collective."""
     numbers, protocol = dict[str, float](), dict(given.about)
-    if given.classifier is not None:
-        network = given.classifier
-        shapes = generability.Features("shapes_distance", network.num_features, lambda images: network(images)[0])
-        features = [*features, shapes]
-    if args.swaps or given.classifier is not None:
-        numbers |= generability.under_swaps(tokenizer, stream, mesh, args.swaps, args.neighbours, features)
+    if given.swaps is not None:
+        numbers |= given.swaps.numbers({each.name: _real(found, measures) for each in _known(measures)})
     if args.swaps:
         near = f"one of the {args.neighbours} nearest (near) or any other code (any)"
         protocol["_near_, _any_"] = f"each id swapped with the probability in the name, for {near}"
-    if args.agreement:
-        numbers |= generability.moved(tokenizer, stream, mesh)
+    if given.moved is not None:
+        numbers |= given.moved.numbers()
         protocol["moved"] = MOVED
-    if given.training is not None:
-        entropies, about = _entropies(args, tokenizer, stream, given.training, mesh)
+    if given.training is not None and given.codes is not None:
+        entropies, about = _entropies(args, tokenizer, given.codes, given.training, mesh)
         numbers, protocol = numbers | entropies, protocol | about
     return numbers, protocol
 
 
-def known(found: Scored, measures: Measures) -> list[Features]:
-    """Inception, where it is given, with the statistics that rFID compares with."""
+def _known(measures: Measures) -> list[Features]:
+    """Inception, where it is given."""
     from vqscale.metrics.generation import named
     from vqscale.programs.generability import Features
 
@@ -111,8 +117,14 @@ def known(found: Scored, measures: Measures) -> list[Features]:
     if inception is None:
         return []
     (name,) = named({"rfid": 0.0}, inception.facts)
+    return [Features(name, inception.dims[0], lambda images: inception(images)[0], known=True)]
+
+
+def _real(found: Scored, measures: Measures) -> Statistics:
+    """What rFID compares with."""
     real = measures.reference.pool if measures.reference else found.statistics["originals"][0]
-    return [Features(name, inception.dims[0], lambda images: inception(images)[0], real)]
+    assert real is not None, "rFID is asked for"
+    return real
 
 
 def _training(args: argparse.Namespace) -> argparse.Namespace:
@@ -120,16 +132,16 @@ def _training(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _entropies(
-    args: argparse.Namespace, tokenizer: Tokenizer, stream: SampleStream, training: SampleStream, mesh: Mesh
+    args: argparse.Namespace, tokenizer: Tokenizer, held_out: Codes, training: SampleStream, mesh: Mesh
 ) -> tuple[dict[str, float], dict[str, Any]]:
     from vqscale.programs import score
     from vqscale.train import probe
 
     seen, is_there = score.codes(tokenizer, training, mesh, most=args.training_images)
-    held_out, is_held_out = score.codes(tokenizer, stream, mesh)
-    ids, held_out = seen[is_there], held_out[is_held_out]
+    held_out_ids, is_held_out = held_out.all()
+    ids, others = seen[is_there], held_out_ids[is_held_out]
     progress = asked.progress(args.prior_steps * probe.BATCH, args, mesh)
-    numbers = probe.entropies(tokenizer.quantizer, ids, held_out, args.prior_steps, mesh, advance=progress.advance)
+    numbers = probe.entropies(tokenizer.quantizer, ids, others, args.prior_steps, mesh, advance=progress.advance)
     progress.close()
     about = (
         f"nats of an id of these images under a small prior ({probe.ABOUT}, {args.prior_steps} steps) that has seen "

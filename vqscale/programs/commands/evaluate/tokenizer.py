@@ -27,12 +27,11 @@ def told(args: argparse.Namespace) -> str:
         stream = SampleStream(config, args.batch * mesh.world.size, mesh.world.rank, mesh.world.size, train=False)
         for shape in config.shapes:
             tokenizer.grid(torch.empty(1, *shape, device="meta"))  # refuses sides
-        given = generability.opened(args, tokenizer, stream, mesh)
+        given = generability.opened(args, tokenizer, stream, measures, mesh)
         progress = asked.progress(stream.num_samples, args, mesh)
-        found = score.score(tokenizer, stream, mesh, measures, progress.advance)
+        found = score.score(tokenizer, stream, mesh, measures, progress.advance, given.beside)
         progress.close()
-        features = generability.known(found, measures) if args.swaps else []
-        more, about = generability.told(args, tokenizer, stream, given, features, mesh)
+        more, about = generability.told(args, tokenizer, given, found, measures, mesh)
         numbers = found.numbers | more
         if args.save:
             measured = {"numbers": report.finite(numbers), "data": asked.data(config, stream)}
