@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 
 def open_array(path: Path | str, shape: tuple[int, ...] | None = None, write: bool = False) -> Any:
     """The zarr array of a folder, of numbers and, where it is given, of this shape. ValueError for another one, or
     none. Nothing but its metadata is read.
     """
+    import zarr  # here: who only computes needs no files
+
     try:
         array = zarr.open_array(str(path), mode="r+" if write else "r", zarr_format=3)
         kind, found = array.dtype.kind, tuple(array.shape)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from vqscale.disk import files
@@ -59,11 +59,13 @@ class Ranges:
     """Files of flat tensors, open to be read by ranges."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, safe_open] = {}
+        self._open: dict[Path, Any] = {}
 
     def fill(self, out: Tensor, file: Path, name: str, start: int) -> None:
         """out = the elements of a flat tensor from `start` on, in place, on whatever device."""
         if file not in self._open:
+            from safetensors import safe_open  # here: who only computes needs no files
+
             self._open[file] = safe_open(file, framework="pt")
         given = self._open[file].get_slice(name)
         for block in blocks(out):

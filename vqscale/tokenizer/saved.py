@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vqscale import config as configuration
@@ -216,6 +215,8 @@ def _exported(folder: Path, task: Kind, schema: Any) -> Saved:
     config = configuration.parse(schema, card["config"], source=f"{folder / CARD}: config", written=True)
 
     def read(wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:
+        from safetensors import SafetensorError, safe_open  # here: who only computes needs no files
+
         try:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 given = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
