@@ -1,4 +1,5 @@
-"""torch.compile takes a quantizer's training step as one graph: no break, the same numbers and gradients.
+"""torch.compile takes a quantizer's training step, and a tokenizer's with it in the middle, as one graph: no break, the
+same numbers and gradients.
 
 Traced without a compiler (backend aot_eager). The search, the mixtures and the spans of the clock are inside. On a CPU
 a mixture reads on the host which of its blocks are sparse: there the graph breaks, and the numbers are the same.
@@ -6,6 +7,7 @@ a mixture reads on the host which of its blocks are sparse: there the graph brea
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -15,7 +17,9 @@ import torch
 from vqscale import quantizers
 from vqscale.codes.constant import constant_result
 from vqscale.codes.softmax import forward
+from vqscale.nets.config import ConvConfig
 from vqscale.parallel.clock import clock
+from vqscale.tokenizer.model import Tokenizer
 
 TABLE = {"num_codes": 40, "dim": 6}
 CASES = {
@@ -56,6 +60,36 @@ OTHERS = [(case, True) for case in CASES if case != "vq"]
 )
 def test_one_graph(case, training):
     _compare(case, training, fullgraph=True)
+
+
+TINY = ConvConfig(
+    channels=8, multipliers=(1,), num_blocks=1, attention_levels=(), mid_attention=False, z_channels=8, num_groups=4
+)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("case", ["ibq entropy", "vq rotation", "fsq"])
+def test_a_whole_step_of_a_tokenizer_is_one_graph(case):
+    plain = Tokenizer(TINY, quantizers.build(CASES[case], seed=0), "rms").train()
+    compiled, images, found = copy.deepcopy(plain), torch.rand(2, 3, 8, 8), []
+
+    def step(tokenizer, images):
+        recon, quantized = tokenizer(images)
+        loss = torch.stack([(recon - images).abs().mean(), *quantized.losses.values()]).sum()
+        return recon, quantized.ids, loss
+
+    whole = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for tokenizer, function in ((plain, step), (compiled, whole)):
+        tokenizer.quantizer.begin()
+        recon, ids, loss = function(tokenizer, images)
+        loss.backward()
+        grads = {name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None}
+        found.append({"recon": recon, "ids": ids, "loss": loss, **grads})
+    assert found[0].keys() == found[1].keys()
+    assert any(name.startswith("encoder") for name in found[0])
+    for name, x in found[0].items():
+        torch.testing.assert_close(found[1][name], x, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.slow
