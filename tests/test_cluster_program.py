@@ -11,7 +11,7 @@ import numpy as np
 import prior_runs
 import pytest
 import torch
-from prior_runs import CODES, GRID
+from prior_runs import COARSE, CODES, GRID, clustered
 from safetensors import safe_open
 from saved_runs import IBQ, small
 
@@ -23,7 +23,6 @@ from vqscale.priors import Prior
 from vqscale.programs.commands import cluster as command
 from vqscale.quantizers import build
 from vqscale.tokenizer import clusters
-from vqscale.tokenizer.clusters import ClustersCard
 from vqscale.train import nulls
 from vqscale.train.config.prior import PriorRun
 from vqscale.train.prior import open_streams
@@ -79,22 +78,6 @@ def test_the_digits_of_an_id_are_those_of_its_code():
         codes = quantizer.decode(torch.arange(quantizer.num_codes)).view(leading, -1, quantizer.dim)
         assert (codes[:, :, digits] == codes[:, :1, digits]).all()
         assert len(codes[:, 0, digits].unique(dim=0)) == leading
-
-
-def clustered(place, values=None, **more):
-    """A file of clusters of the ids of prior_runs, in ranges of seven codes as its classes have."""
-    values = np.arange(CODES, dtype=np.int32) // 7 if values is None else values
-    known = {"tokenizer": prior_runs.TOKENIZER, "num_codes": CODES, "num_clusters": 6, "method": "balanced", **more}
-    clusters.write(place, values, ClustersCard(**known))
-    return place
-
-
-COARSE = (
-    "prior.name=coarse_to_fine",
-    "prior.fine_net={width: 16, num_layers: 1, num_heads: 2, ffn_multiple: 16, dropout_token: 0.0, "
-    "dropout_residual: 0.0, dropout_ffn: 0.0}",
-    "prior.coarse_noise=0.1",
-)
 
 
 def config_of(tmp_path, *more):

@@ -11,8 +11,16 @@ import token_caches
 
 from vqscale.data.tokens import format as form
 from vqscale.data.tokens import write as writing
+from vqscale.tokenizer import clusters
+from vqscale.tokenizer.clusters import ClustersCard
 
 CODES, GRID, NUM_TRAIN, NUM_VAL, TOKENIZER = 37, (2, 3), 24, 10, "f00d" * 16
+COARSE = (
+    "prior.name=coarse_to_fine",
+    "prior.fine_net={width: 16, num_layers: 1, num_heads: 2, ffn_multiple: 16, dropout_token: 0.0, "
+    "dropout_residual: 0.0, dropout_ffn: 0.0}",
+    "prior.coarse_noise=0.1",
+)
 
 
 def write_cache(folder: Path, num_images: int, seed: int, unknown: int = 0, **others) -> Path:
@@ -75,3 +83,11 @@ def write_config(folder: Path, caches: Path, *overrides: str) -> Path:
         "engine": {"name": "torch", "timeout_s": 60},
     }
     return jobs.write(config, folder, *overrides)
+
+
+def clustered(place, values=None, **more):
+    """A file of clusters of these ids, in ranges of seven codes as their classes have."""
+    values = np.arange(CODES, dtype=np.int32) // 7 if values is None else values
+    known = {"tokenizer": TOKENIZER, "num_codes": CODES, "num_clusters": 6, "method": "balanced", **more}
+    clusters.write(place, values, ClustersCard(**known))
+    return place

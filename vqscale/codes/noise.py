@@ -44,7 +44,7 @@ def keys(*parts: int | Tensor) -> Tensor:
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
         if isinstance(part, int):
-            part = torch.tensor(_signed(part % 2**64), device=device)
+            part = torch.full((), _signed(part % 2**64), device=device)  # a copy to a GPU would wait for it
         key = _mix_((key + GOLDEN) ^ _mix_(part.to(torch.int64) + GOLDEN))
     return key
 

@@ -48,7 +48,8 @@ LAWS: dict[MaskLaw, Law] = {
 
 def training_counts(law: MaskLaw, least: float, uniform_B: Tensor, num_tokens: int) -> Tensor:
     """How many of N ids are masked, N gamma(r) rounded and at least one, r = uniform x the r of the share `least`."""
-    last = LAWS[law].inverse(torch.tensor(least, dtype=torch.float64)).to(uniform_B)
+    # a number of the host: a copy to a GPU would wait for it
+    last = float(LAWS[law].inverse(torch.tensor(least, dtype=torch.float64, device="cpu")))
     share_B = LAWS[law].share(uniform_B * last)
     return (share_B * num_tokens).round().clamp_(1, num_tokens).to(torch.int64)
 

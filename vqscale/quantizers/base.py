@@ -56,8 +56,8 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def encode(self, x_ND: Tensor) -> Tensor:
         """ids_N alone: the search, no training terms, no gradient. FloatingPointError, on all ranks that share the
-        codes, for tokens that are not finite: nothing is nearest to them. (`forward` gives them some id, and a z or a
-        loss that is not finite, so that a training skips the step.)
+        codes, for tokens that are not finite: nothing is nearest to them; on a GPU the device itself fails. (`forward`
+        gives them some id, and a z or a loss that is not finite, so that a training skips the step.)
         """
 
     @abstractmethod
@@ -107,14 +107,15 @@ class Quantizer(nn.Module, ABC):
         return full(x_ND)
 
     def findable(self, x_ND: Tensor) -> Tensor:
-        """`taken`, of tokens that `encode` can find a code for."""
+        """`taken`, of tokens that `encode` can find a code for; FloatingPointError on all ranks that share the codes.
+        On a GPU the check waits for nobody and fails inside the device, as that of ids does (codes/ids.py)."""
         x_ND = self.taken(x_ND)
-        wrong = ops.max_over((~x_ND.isfinite().all(1)).sum(), self.mesh.codes).item()
-        if wrong:
-            raise FloatingPointError(
-                f"{int(wrong)} of {len(x_ND)} latents are not finite, and have no nearest code: look for samples or "
-                "weights of this tokenizer that are nan or infinite"
-            )
+        wrong = ops.max_over((~x_ND.isfinite().all(1)).sum(), self.mesh.codes)
+        why = "latents are not finite, and have no nearest code: look for samples or weights of this tokenizer that are"
+        if x_ND.device.type != "cpu":
+            torch._assert_async(wrong == 0, f"{why} nan or infinite")
+        elif wrong.item():
+            raise FloatingPointError(f"{wrong.item()} of {len(x_ND)} {why} nan or infinite")
         return x_ND
 
     def known(self, ids_N: Tensor) -> Tensor:
@@ -248,5 +249,5 @@ def table_stats(
         norm_k = codebook.rows.norm(dim=1) if norm_k is None else norm_k
         code_norm = ops.sum_over(norm_k.sum(), codebook.axis) / codebook.num_codes
         latent_norm = x_ND.norm(dim=1).mean()
-        landing = x_ND.new_tensor(upkeep.landing)
+        landing = x_ND.new_full((), upkeep.landing)
         return {**stats, "code_norm": code_norm, "latent_norm": latent_norm, "landing": landing}

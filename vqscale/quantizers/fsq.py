@@ -40,7 +40,10 @@ class FSQ(ImplicitQuantizer):
         self.register_buffer("basis_D", torch.tensor(basis, device=mesh.device), persistent=False)
         self.register_buffer("unit", torch.ones((), device=mesh.device), persistent=False)
         self.code_norm = mean_norm(levels, config.symmetric)
-        self._spread = [evenest_scale(number, config) for number in levels] if self.whitening is not None else []
+        self.spread_D: Tensor
+        scales = [] if self.whitening is None else [evenest_scale(number, config) for number in levels]
+        spread_D = torch.tensor(scales, dtype=torch.float64, device=mesh.device)
+        self.register_buffer("spread_D", spread_D, persistent=False)
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = self.taken(x_ND)
@@ -54,7 +57,7 @@ class FSQ(ImplicitQuantizer):
         """Where x fills the levels of every channel evenly: whitened, scaled, and centred among them."""
         if self.whitening is None or not self.whitening.acts:
             return x_ND
-        y_ND = self.whitening(x_ND) * x_ND.new_tensor(self._spread)
+        y_ND = self.whitening(x_ND) * self.spread_D.to(x_ND.dtype)
         return y_ND if self.config.symmetric else y_ND - self._shift(self.levels_D.to(x_ND.dtype))[0]
 
     def _shift(self, levels_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:

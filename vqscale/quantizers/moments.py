@@ -51,7 +51,12 @@ def spread(mean_D: Tensor, covariance_DD: Tensor) -> tuple[int, float]:
 def with_ridge(covariance_DD: Tensor) -> Tensor:
     """The covariance with RIDGE times the mean variance more on its diagonal: as good as full rank."""
     dim = len(covariance_DD)
-    return covariance_DD + (RIDGE / dim * covariance_DD.trace() + TINY) * torch.eye(dim).to(covariance_DD)
+    return covariance_DD + (RIDGE / dim * covariance_DD.trace() + TINY) * _eye(covariance_DD)
+
+
+def _eye(like_DD: Tensor) -> Tensor:
+    """The unit matrix, made where it is wanted: a copy to a GPU would wait for it."""
+    return torch.eye(len(like_DD), dtype=like_DD.dtype, device=like_DD.device)
 
 
 def inverse_root(covariance_DD: Tensor) -> Tensor:
@@ -89,8 +94,6 @@ def roots(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
 def _decomposed(covariance_DD: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """(roots of the eigenvalues, at least `least` of the largest; eigenvectors). Not a number in, not a number out."""
     whole = covariance_DD.isfinite().all()
-    values_D, vectors_DD = torch.linalg.eigh(
-        torch.where(whole, covariance_DD, torch.eye(len(covariance_DD)).to(covariance_DD))
-    )
+    values_D, vectors_DD = torch.linalg.eigh(torch.where(whole, covariance_DD, _eye(covariance_DD)))
     least_D = (least * values_D[-1]).clamp_min(TINY)
     return torch.where(whole, torch.maximum(values_D, least_D).sqrt(), torch.nan), vectors_DD

@@ -30,6 +30,7 @@ class Whitening(nn.Module):
         super().__init__()
         self.mesh, self.decay, self.gradient = mesh, decay, gradient
         self.driven = self.frozen = False
+        self._begun = False  # running moments are there, as an update has found: no other asks the device
         self.mean_D: Tensor
         self.covariance_DD: Tensor
         self.steps: Tensor
@@ -75,8 +76,9 @@ class Whitening(nn.Module):
         """After an optimiser step: its moments join the running ones; those of a step that was skipped do not."""
         self.begun = None
         if self._seen is not None and stepped:
-            if not self.fitted:
+            if not self._begun and not self.fitted:
                 self.begun = of_moments(*self._seen, self._tokens)
+            self._begun = True
             weight = torch.where(self.steps > 0, 1.0 - self.decay, 1.0)
             for running, seen in zip((self.mean_D, self.covariance_DD), self._seen, strict=True):
                 running.copy_(running + weight * (seen - running))

@@ -249,6 +249,7 @@ class Tokenizer(nn.Module):
         """Samples -> int64 ids (B, *grid), or (B, *grid, num_ids): the search alone, in evaluation in any mode.
 
         FloatingPointError, on all ranks of a split codebook, where latents are not finite: nothing is nearest to them.
+        On a GPU that check waits for nobody and fails inside the device.
         """
         with evaluating(self):
             x_ND = self.latents(samples, context)

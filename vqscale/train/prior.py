@@ -181,7 +181,8 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer, effort: Effort | None)
             batch, seconds = next(batches)
             waited, broken = waited + seconds, broken + len(batch.broken)
             recent.extend(batch.broken)
-            ids, condition = batch.ids.to(mesh.device), prior.condition.of(batch).to(mesh.device)
+            ids = batch.ids.to(mesh.device, non_blocking=True)
+            condition = prior.condition.of(batch).to(mesh.device, non_blocking=True)
             # What is random per image follows from its place in the batch of the step, however that is cut.
             places = torch.arange(mine, device=mesh.device) + (micro * mesh.world.size + mesh.world.rank) * mine
             keys = noise.keys(derive(run.seed, "condition"), step, places)
