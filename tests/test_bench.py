@@ -176,7 +176,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_products_of_the_dense_form_and_the_floor(tool, entropy, monkeypatch):
     forms = tool("forms")
-    monkeypatch.setattr(forms, "FLOOR_BLOCK", (256, 1024))
+    monkeypatch.setitem(forms.FLOOR_BLOCKS, "cpu", (256, 1024))
     # Neither number is a multiple of a block.
     built = forms.build(forms.Setting(600, 1500, 16, entropy=entropy, scan_mib=4), Mesh())
     counted = {}
@@ -227,8 +227,8 @@ def test_peak_bytes_of_a_known_allocation(tool):
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
         (
             ["code"],
-            "there is no subcommand 'code', the first argument: use codes, data, head, kernels, memory, sample, save, "
-            "upkeep",
+            "there is no subcommand 'code', the first argument: use codes, data, gpu, head, kernels, memory, sample, "
+            "save, upkeep",
         ),
     ],
 )

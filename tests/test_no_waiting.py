@@ -1,6 +1,7 @@
 """A step that logs nothing waits for its device at few places, each of which is here with its reason.
 
-Not here: SCQ, whose solver asks in every round which tokens are done. The loops of train/ run as they are, on a device that stands in for a GPU, or on a GPU: waits.py, which says how.
+The loops of train/ run as they are, on a device that stands in for a GPU, or on a GPU: waits.py, which says how. Not
+here: SCQ, whose solver asks in every round which tokens are done.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     vqscale bench codes --tokens 1024 --codes 65536 --dim 256      search and one IBQ training step
     vqscale bench data ...                                         the data stream
+    vqscale bench gpu                                              all that a machine with a GPU has to show
     vqscale bench head --codes 16384 65536 262144                  loss and sampling of a prior's head
     vqscale bench memory --codes 4096 65536 1048576                a training step's memory as K grows
     vqscale bench sample --batch 8 --codes 16384                   drawing from every kind of prior, beside transformers

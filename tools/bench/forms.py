@@ -24,13 +24,12 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 
 from . import search
-from .setting import Setting
+from .setting import FLOOR_BLOCKS, Setting
 
 Form = Callable[[], tuple[Tensor, ...]]
 """A step returns the gradients (of x_ND, of the rows), a search returns (ids_N,), the floor returns nothing."""
 
 ENTROPY_WEIGHT, ENTROPY_TEMPERATURE = 0.05, 0.01  # of the released configurations
-FLOOR_BLOCK = 2048, 4096  # tokens and rows that the floor multiplies at once; no other size measured faster
 
 # What remains when one-hot products are a gather and a scatter-add, all losses share one gradient of the logits, and
 # tokens x codes is not kept from forward to backward. The mean rows are needed because a gradient of the logits is
@@ -171,7 +170,8 @@ def _floor(setting: Setting, mesh: Mesh, dtype: torch.dtype) -> tuple[Form, Form
     num_tokens, dim = setting.tokens * setting.processes, setting.dim
     num_rows = Rows(setting.codes, mesh.codes.size, mesh.codes.rank).count
     dtype = torch.bfloat16 if setting.products == "bf16" else dtype
-    b, r = min(num_tokens, FLOOR_BLOCK[0]), min(num_rows, FLOOR_BLOCK[1])
+    tokens, rows = FLOOR_BLOCKS[setting.device]
+    b, r = min(num_tokens, tokens), min(num_rows, rows)
     x_bD, g_bD = torch.randn(2, b, dim, device=mesh.device, dtype=dtype)
     c_rD = torch.randn(r, dim, device=mesh.device, dtype=dtype) * _scale(setting)
     l_br, dl_br = torch.empty(2, b * r, device=mesh.device, dtype=dtype)

@@ -28,7 +28,8 @@ K of --codes. Forms that start from the same numbers and take turns:
   top-p   Head.sample with top-p 0.9
   dense   F.cross_entropy(F.linear(h, rows)); softmax of all logits and torch.multinomial
   torch   F.linear_cross_entropy of torch 2.13 in chunks, as it chooses them
-  cce     the torch_compile form of cut-cross-entropy, the one that runs on a CPU, where the package is installed
+  cce     cut-cross-entropy where the package is installed, on a CPU its torch_compile form
+  quack   QuACK's chunked loss where the package is installed, which is for GPUs
   floor   three matrix products as torch.mm in blocks: logits, gradient of h, gradient of the rows
 
 seconds is the median over the repeats, of the slowest process. Peak memory is of one process and beyond its inputs;
@@ -81,7 +82,7 @@ def choose(args: argparse.Namespace) -> tuple[list[HeadSetting], list[str]]:
     """(what will be measured for each K, what is left out and why)."""
     from .head_forms import dense_memory, missing
 
-    absent = missing()
+    absent = missing(args.device)
     notes = [f"{name} is left out: {reason}" for name, reason in absent.items()]
     settings = []
     for codes in args.codes:
@@ -123,7 +124,7 @@ def merge(ranks: list[dict[str, Cost]], work: str, setting: HeadSetting) -> dict
     out: dict[str, dict[str, Any]] = {}
     for name in ranks[0]:
         out[name] = command.joined([rank[name] for rank in ranks])
-        if work == "loss" and name in ("dense", "torch", "cce"):
+        if work == "loss" and name in ("dense", "torch", "cce", "quack"):
             out[name]["sent_bytes"] = dense_bytes(setting)
     return out
 

@@ -1,7 +1,8 @@
 """The forms that `bench head` compares, as functions without arguments, and their measurement.
 
     loss      ours, ours in bf16 products, the dense form (F.cross_entropy of all logits), F.linear_cross_entropy of
-              torch in chunks, the torch_compile form of cut-cross-entropy, the floor (three products)
+              torch in chunks, cut-cross-entropy (on a CPU its torch_compile form), QuACK's (GPUs only), the floor
+              (three products)
     sample    ours, ours with top-p, the dense form (softmax of all logits, torch.multinomial)
 
 A loss returns (mean loss, gradient of h, gradient of the rows), a sample (ids_N,), the floor nothing of use. With M
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +28,16 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 
 from .measure import Cost, alone, seconds
-from .setting import HeadSetting
+from .setting import FLOOR_BLOCKS, HeadSetting
 
 Form = Callable[[], tuple[Tensor, ...]]
-FLOOR_BLOCK = 2048, 4096  # tokens and rows that the floor multiplies at once
+MeanLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (h, rows, targets)
+QUACK_CHUNK = 4096  # tokens that it multiplies at once
 PRODUCTS = ("logits h C^T", "dh = dl C", "dC = dl^T h")
 
 
-def missing() -> dict[str, str]:
-    """The forms of a loss that cannot run here, and why."""
+def missing(device: str = "cpu") -> dict[str, str]:
+    """The forms of a loss that cannot run on this device, and why."""
     out = {}
     if not hasattr(F, "linear_cross_entropy"):
         out["torch"] = f"torch {torch.__version__} has no F.linear_cross_entropy, which 2.13 has"
@@ -43,6 +46,13 @@ def missing() -> dict[str, str]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         out["cce"] = f"cut-cross-entropy cannot be imported ({reason}): pip install cut-cross-entropy (needs triton)"
+    if device == "cpu":
+        return {**out, "quack": "QuACK's kernels are for GPUs"}
+    try:
+        import_module("quack.linear_cross_entropy")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        out["quack"] = f"QuACK cannot be imported ({reason}): pip install quack-kernels"
     return out
 
 
@@ -87,7 +97,7 @@ def build(setting: HeadSetting, mesh: Mesh) -> dict[str, dict[str, Form]]:
     head = heads.get("ours") or _head(setting, mesh, bf16=False)
     losses: dict[str, Form] = {name: _ours(each, h_ND, targets_N) for name, each in heads.items()}
     rows_KD = _rows(setting, mesh)
-    for name, function in _functions().items():
+    for name, function in _functions(setting).items():
         if name in setting.losses:
             losses[name] = _loss(function, h_ND, rows_KD, targets_N)
     if "floor" in setting.losses:
@@ -114,8 +124,9 @@ def _head(setting: HeadSetting, mesh: Mesh, bf16: bool) -> Head:
     return head
 
 
-def _functions() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Mean losses of (h, rows, targets)."""
+def _functions(setting: HeadSetting) -> dict[str, MeanLoss]:
+    """Mean losses of (h, rows, targets), which are rounded first where the setting's products are those of bf16."""
+    on_cuda = setting.device == "cuda"
 
     def dense(h_ND: Tensor, rows_KD: Tensor, targets_N: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(h_ND, rows_KD), targets_N)
@@ -126,19 +137,30 @@ def _functions() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         return loss
 
     def cut(h_ND: Tensor, rows_KD: Tensor, targets_N: Tensor) -> Tensor:
-        loss: Tensor = import_module("cut_cross_entropy").linear_cross_entropy(
-            h_ND, rows_KD, targets_N, impl="torch_compile"
-        )
+        impl = "cce" if on_cuda else "torch_compile"
+        loss: Tensor = import_module("cut_cross_entropy").linear_cross_entropy(h_ND, rows_KD, targets_N, impl=impl)
         return loss
 
-    return {"dense": dense, "torch": chunked, "cce": cut}
+    def quack(h_ND: Tensor, rows_KD: Tensor, targets_N: Tensor) -> Tensor:
+        chunked = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+        loss: Tensor = chunked(h_ND, rows_KD, targets_N, chunk_size=min(len(h_ND), QUACK_CHUNK), reduction="mean")
+        return loss
+
+    found: dict[str, MeanLoss] = {"dense": dense, "torch": chunked, "cce": cut, "quack": quack}
+    if setting.products == "bf16":
+        found = {name: _rounded(function) for name, function in found.items()}
+    return found
+
+
+def _rounded(function: MeanLoss) -> MeanLoss:
+    return lambda h_ND, rows_KD, targets_N: function(h_ND.bfloat16(), rows_KD.bfloat16(), targets_N)
 
 
 def _ours(head: Head, h_ND: Tensor, targets_N: Tensor) -> Form:
     return _loss(lambda h, _, targets: head.loss(h, targets).mean(), h_ND, head.rows, targets_N)
 
 
-def _loss(function: Callable[[Tensor, Tensor, Tensor], Tensor], h_ND: Tensor, rows: Tensor, targets_N: Tensor) -> Form:
+def _loss(function: MeanLoss, h_ND: Tensor, rows: Tensor, targets_N: Tensor) -> Form:
     def form() -> tuple[Tensor, ...]:
         loss = function(h_ND, rows, targets_N)
         loss.backward()
@@ -168,9 +190,12 @@ def _floor(setting: HeadSetting, mesh: Mesh) -> Form:
     """PRODUCTS alone, torch.mm in blocks into buffers that are used again."""
     num_tokens, dim = setting.tokens * setting.processes, setting.dim
     num_rows = Rows(setting.codes, mesh.codes.size, mesh.codes.rank).count
-    b, r = min(num_tokens, FLOOR_BLOCK[0]), min(num_rows, FLOOR_BLOCK[1])
-    x_bD, c_rD = torch.randn(b, dim, device=mesh.device), torch.randn(r, dim, device=mesh.device) * _scale(setting)
-    l_br, dx_bD, dc_rD = torch.empty(b * r, device=mesh.device), torch.empty_like(x_bD), torch.empty_like(c_rD)
+    tokens, rows = FLOOR_BLOCKS[setting.device]
+    b, r = min(num_tokens, tokens), min(num_rows, rows)
+    kind: dict[str, Any] = {"device": mesh.device}
+    kind["dtype"] = torch.bfloat16 if setting.products == "bf16" else torch.float32
+    x_bD, c_rD = torch.randn(b, dim, **kind), torch.randn(r, dim, **kind) * _scale(setting)
+    l_br, dx_bD, dc_rD = torch.empty(b * r, **kind), torch.empty_like(x_bD), torch.empty_like(c_rD)
 
     def blocks() -> Iterator[tuple[int, int]]:
         for token in range(0, num_tokens, b):

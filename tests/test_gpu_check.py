@@ -1,0 +1,137 @@
+"""tools/gpu_check.sh: the whole program in Triton's interpreter, with few packages, out of time; what it says of goals.
+
+No time is asserted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vqscale.config.text import data_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ["bash", str(ROOT / "tools" / "gpu_check.sh")]
+# What a Python with torch and triton may lack; the interpreter itself needs numpy.
+ABSENT = ["yaml", "PIL", "deepspeed", "webdataset", "zarr", "numcodecs", "safetensors", "tensorboard", "tqdm"]
+ABSENT += ["matplotlib", "scipy", "faiss", "pytest"]
+BLOCKER = """
+import sys
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names} else super().find_spec(name, path, target)
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """tool(name) is a module of tools/bench/."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+def check(tmp_path, *words, **environment):
+    """(report, what was printed) of a run in the interpreter."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    command = [*SCRIPT, "--interpret", "--budget-s", "3000", "--out", str(tmp_path / "out"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = (tmp_path / "out").glob("*.json")
+    report = json.loads(written.read_text())
+    for name, part in report["parts"].items():
+        assert (part["note"], part["failed"]) == ("", False), f"{name}: {part}"
+    return report, done.stdout
+
+
+def forms(report, part):
+    return {row["form"] for row in report["parts"][part]["rows"] if row.get("seconds")}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_whole_program_runs_in_the_interpreter(tmp_path, tool):
+    report, printed = check(tmp_path)
+    assert list(report["parts"]) == list(tool("gpu").PARTS)
+    assert [row["ok"] for row in report["parts"]["checks"]["rows"]] == [True] * 5
+    assert "skipped" in report["parts"]["tests"]["rows"][0]["note"]
+    for part in ("step", "entropy", "search"):
+        assert forms(report, part) == {"ours", "dense", "floor"}
+    assert forms(report, "head") >= {"bf16", "dense", "floor"}
+    (trained,) = report["parts"]["training"]["rows"]
+    assert "code axis" in trained["note"]
+    assert report["parts"]["ranks"]["rows"][0]["ok"] is True
+    assert all(goal["found"] is not None for goal in report["goals"] if "GiB" not in goal["goal"])
+    assert "the times are those of a CPU, and say nothing" in printed
+    *_, last, where = printed.splitlines()
+    assert "falls short" in last
+    assert where.startswith("written: ")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_torch_and_triton_are_enough(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(names=set(ABSENT)))
+    words = ("--only", "checks", "tests", "entropy", "head", "training", "ranks")
+    report, _ = check(tmp_path, *words, PYTHONPATH=str(tmp_path))
+    assert report["parts"]["tests"]["rows"][0]["note"] == "left out: pytest is not installed in this Python"
+    assert forms(report, "training") == {"ours"}
+
+
+def test_a_part_that_takes_too_long_is_cut_short_and_says_so(tool):
+    found = tool("gpu").part("checks", True, limit_s=0.05)
+    assert found["note"] == "cut short after 0 s"
+    assert found["rows"] == []
+
+
+def test_what_falls_short_comes_last_and_what_is_not_measured_is_no_success(tool):
+    goals = tool("gpu_goals")
+
+    def row(form, seconds, peak=None):
+        return {"case": "c", "form": form, "seconds": seconds, "peak_bytes": peak}
+
+    step = [row("ours", 0.010, 2**30), row("dense", 0.060), row("floor", 0.007)]
+    judged = goals.judged({"step": {"rows": step}, "head": {"rows": [row("bf16", 0.4), row("floor", 0.3)]}})
+    assert [goal["found"] for goal in judged[:3]] == pytest.approx([10 / 7, 1 / 6, 1.0])
+    lines = list(goals.text(judged))
+    assert [line.partition(":")[0] for line in lines[-3:]] == ["not measured", "falls short", "falls short"]
+    assert lines[-2] == "falls short: a step / the dense step: 0.167, at most 0.125"
+    assert lines[-1] == "falls short: a head's loss at c / its floor of three products: 1.33, at most 1.3"
+    assert "not measured: an exact search / its floor of one product, at most 2" in lines
+    (only,) = [line for line in goals.text(goals.judged({})) if "not measured" not in line]
+    assert only == "nothing that was measured falls short of its goal"
+
+
+def test_the_training_step_is_that_of_the_config(tool):
+    written = data_of(ROOT / "configs" / "tokenizer" / "ibq_imagenet256_262144.yaml")
+    ours = tool("gpu_training").SETTINGS
+    assert written["loss"].pop("perceptual")["weight"] == 1.0  # with drawn weights
+    for key in ("tokenizer", "loss", "average", "optim"):
+        assert ours[key] == written[key], key
+    assert ours["run"]["steps"] == written["run"]["steps"]
+    assert ours["engine"]["precision"] == written["engine"]["precision"]
+    assert ours["engine"]["clip_norm"] == written["engine"]["clip_norm"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--interpret", "--budget-s", "0"], "the budget is 0.0 s and must be a positive number"),
+        (["--only", "nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_wrong_arguments(tool, capsys, words, message):
+    with pytest.raises(SystemExit) as error:
+        tool("__main__").main(["gpu", *words])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
