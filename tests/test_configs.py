@@ -18,13 +18,15 @@ from vqscale.codes.rows import set_aside
 from vqscale.nets.config import grid
 from vqscale.plan.prior import plan as plan_prior
 from vqscale.plan.tokenizer import plan, planned_mesh
+from vqscale.programs import claim_findings, claim_rules, claims, study_report
 from vqscale.programs import study as studies
+from vqscale.programs.claim_config import ClaimsConfig, NotHereConfig
 from vqscale.programs.commands import study
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "study")
+RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("study", "claims"))
 # What a cache and a tokenizer say that are not here.
 KNOWN_ELSEWHERE = {
     f"configs/quickstart/{task}_prior.yaml": ("prior.num_codes=125", "prior.num_ids=1", "prior.grid=[4, 4]")
@@ -35,6 +37,7 @@ KNOWN_ELSEWHERE = {
 }
 HELD_OUT = {"photographs": 4 * 512}  # what its command makes of the photographs in the README beside it
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+CLAIMS = sorted((ROOT / "configs" / "claims").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -234,6 +237,34 @@ def test_a_shipped_study_is_planned_and_prepared(path, tmp_path, capsys):
         run = configuration.load(Run, config)
         assert (config.stem, Path(run.run.folder).name) == (name, name)
         assert f" {run.run.steps} steps" in costs
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
+def test_shipped_claims_have_rules_that_fit_their_runs(path, quick, monkeypatch):
+    monkeypatch.chdir(ROOT)  # commands before a study name configs from there
+    asked = claims.load(path, quick=quick)
+    study.check_options(asked.study, asked.trials)
+    assert 0 < asked.minutes <= 120
+    assert path.read_text().startswith("# ")
+    assert f"--only {path.stem} " in path.read_text(), "it shows its command"
+    lines = [study_report.result_line(trial) for trial in asked.trials]
+    for claim in asked.config.claims:
+        verdict, _, findings = claim_rules.judge(claim, lines, asked.dials)
+        assert verdict == claim_findings.UNTESTED, "nothing has run"
+        if not quick and not isinstance(claim.rules[0], NotHereConfig):
+            assert all(finding.why.endswith("is waiting") for finding in findings), claim.name
+    if not quick:
+        assert all(len(grid.seeds) > 1 for grid in asked.study.grids()), "one seed has no interval"
+
+
+def test_shipped_claims_have_names_of_their_own_and_are_quick_in_45_minutes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    every = [configuration.load(ClaimsConfig, path) for path in CLAIMS]
+    names = [claim.name for config in every for claim in config.claims] + [path.stem for path in CLAIMS]
+    assert len(names) == len(set(names))
+    assert sum(config.quick_minutes for config in every) <= 45
+    assert {claim.paper for config in every for claim in config.claims} >= {"IBQ", "FSQ", "SCQ", "SimVQ", "CTF"}
 
 
 OF_TOKENIZERS = [path for path in STUDIES if "tokenizer" in yaml.safe_load(path.read_text())["base"]]

@@ -22,7 +22,8 @@ from PIL import Image
 
 from vqscale.programs.commands import evaluate
 from vqscale.programs.commands import page as page_command
-from vqscale.show import document, page, study_page
+from vqscale.show import claims_page, document, page, study_page
+from vqscale.show.claims_page import Row
 from vqscale.show.study_page import Results
 from vqscale.tokenizer.model import Tokenizer
 
@@ -60,6 +61,20 @@ def study(folder, task, name="sizes"):
     folders = {line["run"]: folder / line["run"] for line in lines[:2]}
     how = [f"vqscale study {name} folder={'/a/long/path' * 30}"]
     return study_page.write(folder, Results(name, told, lines, ["quantizer", "K"], folders, how))
+
+
+def claims(folder):
+    """One that holds, with a figure and a name that a stranger chose, and one that cannot be tested."""
+    finding = {"compared": HOSTILE, "where": "K 4", "ours": 21.5, "judged": 0.5, "seeds": 3, "verdict": "holds"}
+    lines = [{**line, "status": "done", "psnr": 20.0 + at} for at, line in enumerate(test_study.LINES)]
+    said = {"paper": "IBQ", "says": HOSTILE, "measure": "PSNR", "command": f"vqscale claims {'/a/long/path' * 30}"}
+    holds = Row("a", title=HOSTILE, verdict="holds", why="", ours="21.5", findings=[finding], made="3 runs", **said,
+                lines=lines, dials=["quantizer", "K"], measures=["psnr"])  # fmt: skip
+    cannot = Row(
+        "b", title="speed", verdict="cannot be tested", why="it takes a GPU", ours="", findings=[], made="", **said
+    )
+    claims_page.write(folder / "index.html", [holds, cannot], ["how"])
+    return folder / "index.html"
 
 
 def evaluation(folder, shards):
@@ -102,6 +117,7 @@ PAGES = {
     "study of tokenizers": ("study_page", lambda folder, shards: study(folder, "tokenizer")),
     "study of priors": ("study_page", lambda folder, shards: study(folder, "prior")),
     "study of a stranger": ("study_page", lambda folder, shards: study(folder, "prior", HOSTILE)),
+    "claims": ("claims_page", lambda folder, shards: claims(folder)),
     "evaluation": ("report", evaluation),
     "dense": ("dense_page", lambda folder, shards: dense(folder, "panoptic")),
     "dense together": ("run_page", lambda folder, shards: dense_together(folder)),

@@ -52,6 +52,7 @@ SHORTER = {
     **{f"python launch/train.py run.folder=runs/{name}": "--dry-run" for name in ("finetuned", "wider", "decoder")},
     "python launch/train.py": "",
     "python tools/study.py": "--dry-run",
+    "python tools/claims.py": "--list",
     "python tools/bench codes": "--tokens 16 --codes 64 --dim 8 --repeats 1",
     "python tools/bench memory": "--tokens 16 --codes 64 --dim 8",
     "python tools/plan.py": "",

@@ -310,6 +310,15 @@ def test_samples_are_drawn_anew_where_other_options_are_asked_for_and_judged_onc
     assert len(list(study_samples.steps(samples, other))) == 2
 
 
+def test_a_position_may_have_ids_of_another_tokenizer(prior):
+    choices = [{"label": "usual"}, {"label": "own", "tokenizer": "other"}]
+    path = _write(prior, dials=[{"name": "ids", "choices": choices}], samples={"tokenizer": "tokenizer"})
+    _, trials = _expand(path)
+    assert [study_samples.words(trial)[1] for trial in trials] == ["tokenizer", "other"]
+    with pytest.raises(ValueError, match=r"own say how samples are drawn, .* give samples.tokenizer"):
+        _expand(_write(prior, dials=[{"name": "ids", "choices": choices}]))
+
+
 def test_samples_are_of_priors_and_their_options_are_read_before_a_run_starts(base, prior, tmp_path, capsys):
     samples, folder = {"tokenizer": "tokenizer"}, str(tmp_path / "study")
     with pytest.raises(ValueError, match="samples are what priors draw, and its runs are of the task tokenizer"):

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from vqscale import config as configuration
+from vqscale.programs.claim_config import ClaimsConfig
 from vqscale.programs.commands import COMMANDS
 from vqscale.programs.study_config import StudyConfig
 from vqscale.train.config import Run
@@ -63,6 +64,10 @@ def check(name: str, words: list[str]) -> None:
     elif name == "study":
         asked = module.arguments(words)
         configuration.load(StudyConfig, asked.path, asked.changes)
+    elif name == "claims":
+        args = module.arguments(words)
+        for path in args.files:
+            configuration.load(ClaimsConfig, path, args.changes)
     elif name == "plan":
         args = module.arguments(words)
         if not args.check:

@@ -42,6 +42,8 @@ class Trial:
     processes: int
     sample: tuple[str, ...] = ()
     """options of `vqscale sample`"""
+    tokenizer: str = ""
+    """whose ids a prior learns, where it draws"""
 
     @property
     def file(self) -> Path:
@@ -90,7 +92,7 @@ def expand(study: StudyConfig, path: Path) -> list[Trial]:
 
 
 def _check_samples(study: StudyConfig, path: Path, tasks: Sequence[str]) -> None:
-    asked = [choice.label for dial in study.dials for choice in dial.positions() if choice.sample]
+    asked = [choice.label for dial in study.dials for choice in dial.positions() if choice.sample or choice.tokenizer]
     if study.samples is None and asked:
         raise ValueError(
             f"{path}: {', '.join(asked)} say how samples are drawn, and there is no key samples, which says with "
@@ -122,10 +124,11 @@ def _trial(study: StudyConfig, path: Path, labels: dict[str, str], choices: Sequ
     folder = f"run.folder={inline(str(place / 'runs' / name))}"
     config: Run = configuration.load(Run, path.parent / study.base, [*study.set, *overrides, folder])
     config.check_world(study.processes)
-    options = () if study.samples is None else study.samples.options
-    return Trial(
-        name, labels, config, place, study.processes, (*options, *(o for choice in choices for o in choice.sample))
-    )
+    if study.samples is None:
+        return Trial(name, labels, config, place, study.processes)
+    options = [*study.samples.options, *(option for choice in choices for option in choice.sample)]
+    whose = [study.samples.tokenizer, *(choice.tokenizer for choice in choices if choice.tokenizer)]
+    return Trial(name, labels, config, place, study.processes, tuple(options), whose[-1])
 
 
 def _name(labels: dict[str, str]) -> str:

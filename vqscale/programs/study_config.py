@@ -22,6 +22,8 @@ class ChoiceConfig:
     """dotted.key=value, as on the command line of `vqscale train`"""
     sample: tuple[str, ...] = ()
     """options of `vqscale sample` for the runs of this position, after those of samples.options"""
+    tokenizer: str | None = None
+    """whose ids the runs of this position learn, in place of samples.tokenizer; null: that"""
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,10 @@ class StudyConfig:
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}: use at least 1"
         for number, part in enumerate(self.parts):
-            for key, message in self._problems_of(part):
+            for key, message in self.problems_of(part):
                 yield f"parts.{number}.{key}", message
 
-    def _problems_of(self, part: PartConfig) -> Iterable[tuple[str, str]]:
+    def problems_of(self, part: PartConfig) -> Iterable[tuple[str, str]]:
         known = [dial.name for dial in self.dials]
         for dial in part.dials:
             if dial.name not in known:
@@ -147,9 +149,10 @@ class StudyConfig:
     def grids(self) -> list[StudyConfig]:
         """The study without its parts, and each part as a study that has all that it leaves out."""
         first = replace(self, parts=())
-        return [first, *(self._with(part) for part in self.parts)]
+        return [first, *(self.with_part(part) for part in self.parts)]
 
-    def _with(self, part: PartConfig) -> StudyConfig:
+    def with_part(self, part: PartConfig) -> StudyConfig:
+        """A part as a study, which has all that it leaves out."""
         own = {dial.name: dial for dial in part.dials}
         return replace(
             self,

@@ -37,6 +37,15 @@ def report(
 ) -> Results:
     """Write all there is into `place`, the study's folder if None; `command` is what runs the study."""
     place = Path(study.folder) if place is None else place
+    results = record(study, trials, states, command, place)
+    study_page.write(place, results)
+    return results
+
+
+def record(
+    study: StudyConfig, trials: Sequence[Trial], states: Mapping[str, State], command: str, place: Path
+) -> Results:
+    """Write the numbers into `place`, and no figures and no page."""
     place.mkdir(parents=True, exist_ok=True)
     lines = [result_line(trial, states.get(trial.name)) for trial in trials]
     card = _card(study, trials, lines, command)
@@ -48,12 +57,18 @@ def report(
         folders={trial.name: trial.folder for trial in trials},
         how=[_told(card), configuration.dump(study)],
     )
-    files.write(place / "results.csv", _table(lines, list(dict.fromkeys(key for line in lines for key in line))))
+    files.write(place / "results.csv", table(lines, list(dict.fromkeys(key for line in lines for key in line))))
     if results.fitted:
-        files.write(place / "laws.csv", _table([each.line for each in results.fitted], list(laws.COLUMNS)))
+        files.write(place / "laws.csv", table([each.line for each in results.fitted], list(laws.COLUMNS)))
     files.write_json(place / "study.json", card)
-    study_page.write(place, results)
     return results
+
+
+def failures(study: StudyConfig) -> dict[str, State]:
+    """The runs that had failed when results were last written: a launcher of this machine forgets them."""
+    path = Path(study.folder) / "results.csv"
+    rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
+    return {row["run"]: State("failed", row.get("error") or "") for row in rows if row["status"] == "failed"}
 
 
 def result_line(trial: Trial, state: State | None = None) -> Line:
@@ -125,7 +140,7 @@ def _told(card: Mapping[str, Any]) -> str:
     )
 
 
-def _table(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def table(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """CSV of these columns; what a line has not is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="")

@@ -21,9 +21,9 @@ from vqscale.run import folder as run_folder
 DRAWN, JUDGED = "samples", "judged"
 
 
-def words(samples: SamplesConfig, trial: Trial) -> list[str]:
+def words(trial: Trial) -> list[str]:
     """What `vqscale sample` is given for the run of this trial."""
-    return [str(trial.folder), samples.tokenizer, str(trial.folder / DRAWN), *trial.sample]
+    return [str(trial.folder), trial.tokenizer, str(trial.folder / DRAWN), *trial.sample]
 
 
 def numbers(trial: Trial) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def numbers(trial: Trial) -> dict[str, Any]:
 
 def steps(samples: SamplesConfig, trial: Trial) -> Iterator[list[str]]:
     """The commands that are left, as python is given them."""
-    given, drawn = words(samples, trial), trial.folder / DRAWN
+    given, drawn = words(trial), trial.folder / DRAWN
     facts = run_folder.read_json(drawn / "sample.json")
     anew = facts.get("state") != "done" or facts.get("command") != command("sample", given)
     if anew:

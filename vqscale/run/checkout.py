@@ -26,11 +26,13 @@ def config(name: str) -> Path:
     return root / "configs" / name
 
 
+FILES = {"train": "launch/train", "shards": "tools/make_shards"}  # others are called as their program
+
+
 def program(name: str) -> list[str]:
     """What python is given to start a program: its file of the checkout, or else a name of the installed package."""
     root = checkout()
-    room = "launch" if name == "train" else "tools"
-    return ["-m", "vqscale", name] if root is None else [str(root / room / f"{name}.py")]
+    return ["-m", "vqscale", name] if root is None else [str(root / f"{FILES.get(name, f'tools/{name}')}.py")]
 
 
 def started(name: str, processes: int) -> list[str]:

@@ -38,6 +38,8 @@ class Task:
     """columns of what a study measures besides: how their keys begin -> format"""
     logged: Mapping[str, str] = field(default_factory=dict)
     """numbers of the last logged step that stand beside those of the summary: name there -> name here"""
+    others: Sequence[str] = ()
+    """numbers that results.csv has of any run, and the table leaves out"""
     pictures: str = ""
     """pattern of pictures in the run folder, of which the last is shown"""
     about_pictures: str = ""
@@ -49,10 +51,12 @@ class Task:
     """what a reader should know of the numbers of all runs"""
 
 
-def _distortion(line: Line) -> dict[str, float]:
-    """Mean squared error by the PSNR, and the bits of a token: those that the quantizer says are stored (SCQ), or else
-    the entropy of its ids on held-out samples."""
+def _derived(line: Line) -> dict[str, float]:
+    """Usage as a share of its ceiling, mean squared error by the PSNR, and the bits of a token: those that the
+    quantizer says are stored (SCQ), or else the entropy of its ids on held-out samples."""
     found = {}
+    if (usage := line.get("usage")) is not None and line.get("ceiling"):
+        found["usage_of_ceiling"] = usage / line["ceiling"]
     if (psnr := line.get("psnr")) is not None:
         found["distortion"] = 10 ** (-psnr / 10)
     if (bits := line.get("codes/bits", line.get("id_bits"))) is not None:
@@ -124,9 +128,10 @@ TASKS = {
         verdict=_of_codes,
         logged={"loss/l1": "reconstruction", "loss/l2": "reconstruction"}
         | {key: key for key in ("loss", "codes/saturation", "codes/code_norm", "codes/latent_norm", "codes/bits")},
+        others=("usage_of_ceiling", "distortion", "dead", "id_bits"),
         pictures="samples/reconstructions/*.png",
         about_pictures="Originals above reconstructions",
-        derived=_distortion,
+        derived=_derived,
         laws=(
             Law("perplexity", "power"),
             Law("distortion", "power"),

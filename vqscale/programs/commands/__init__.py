@@ -15,6 +15,7 @@ COMMANDS = {  # name: (file, what it does)
     "sample": ("sample", "draw images from a trained prior"),
     "sweep": ("sweep", "measure a prior under several sampling settings"),
     "study": ("study", "run every combination of a study's dials"),
+    "claims": ("claims", "judge what papers claim, by small studies and rules"),
     "plan": ("plan", "predict a training step on 1 to 1024 GPUs"),
     "shards": ("shards", "make WebDataset shards of images or drawn shapes"),
     "convert": ("convert", "make WebDataset shards of NYU Depth v2, COCO panoptic, images with labels"),

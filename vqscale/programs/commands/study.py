@@ -20,9 +20,10 @@ way; a run that has failed is recorded, the rest goes on, and the same command t
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from vqscale import config as configuration
 from vqscale.config.text import inline
@@ -58,7 +59,7 @@ def _study(argv: list[str]) -> int:
     action = asked.action
     study = configuration.load(StudyConfig, asked.path, asked.changes)
     trials = studies.expand(study, asked.path)
-    _check_options(study, trials)
+    check_options(study, trials)
     if action == "--dry-run":
         return _print_plan(study, trials)
     if action == "--stop":
@@ -69,31 +70,37 @@ def _study(argv: list[str]) -> int:
         studies.check(study, trials)
         results = report(study, trials, launchers.states(study, trials), command, asked.out)
         return _print_results(results, asked.out or Path(study.folder))
-    studies.prepare(study, trials)
     if launcher is None:  # --prepare
+        studies.prepare(study, trials)
         return _say([str(trial.file) for trial in trials])
     runner = Runner(study, trials, launcher, command)
-    with own(study.folder, "runs of the study"):
-        _listen(runner)
-        _print_results(runner.run(), Path(study.folder))
+    listen(runner.stop)
+    _print_results(carry_out(runner), Path(study.folder))
     return _end(runner, words.command("study", [*(word for word in argv if not word.startswith("-")), "--report"]))
 
 
-def _check_options(study: StudyConfig, trials: Sequence[Trial]) -> None:
+def carry_out(runner: Runner) -> Results:
+    """Start what is left of a study as the only writer of its folder, and wait for it if it is for us to wait."""
+    studies.prepare(runner.study, runner.trials)
+    with own(runner.study.folder, "runs of the study"):
+        return runner.run()
+
+
+def check_options(study: StudyConfig, trials: Sequence[Trial]) -> None:
     """The end of the program, by argparse, for options that `vqscale sample` or `vqscale evaluate` has not; ValueError
     for those that do not go together."""
     if study.measured is not None:
         evaluate.arguments(study_measured.words(study.measured, trials[0]))
     if study.samples is not None:
         for trial in {trial.sample: trial for trial in trials}.values():
-            sample.parser().parse_args(study_samples.words(study.samples, trial))
+            sample.parser().parse_args(study_samples.words(trial))
 
 
-def _listen(runner: Runner) -> None:
-    """Signals stop the runner, but for those that this process was started to ignore, as nohup does."""
+def listen(stop: Callable[[int, FrameType | None], None]) -> None:
+    """Signals call `stop`, but for those that this process was started to ignore, as nohup does."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, runner.stop)
+            signal.signal(number, stop)
 
 
 @dataclass(frozen=True)
