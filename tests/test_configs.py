@@ -263,7 +263,7 @@ def test_shipped_claims_have_names_of_their_own_and_are_quick_in_45_minutes(monk
     every = [configuration.load(ClaimsConfig, path) for path in CLAIMS]
     names = [claim.name for config in every for claim in config.claims] + [path.stem for path in CLAIMS]
     assert len(names) == len(set(names))
-    assert sum(config.quick_minutes for config in every) <= 45
+    assert sum(config.quick_minutes for config in every if not config.needs) <= 45
     assert {claim.paper for config in every for claim in config.claims} >= {"IBQ", "FSQ", "SCQ", "SimVQ", "CTF"}
 
 

@@ -3,7 +3,12 @@
     vqscale shards --source shapes --num 4096 --size 64 --out data/shapes
     vqscale shards --source /data/ImageNet/train --out data/imagenet --name train
     vqscale shards --source /data/LibriTTS/train-clean-100 --out data/speech
+    vqscale shards --source cifar-10-python.tar.gz --out data/cifar10
+    vqscale shards --source GTSRB_Final_Training_Images.zip --out data/gtsrb
     vqscale shards --source /data/photographs --crops 16 --size 64 --scales 64,256 --held-out 0.1 --out data/squares
+
+Of CIFAR-10 (python or binary) the test pictures are in the shards val-0000.tar and on, of GTSRB a zip of pictures gives
+those that it has; both become PNG, with their classes. Nothing of a pickle is run.
 
 Folders directly below --source are classes; the label is their place in the order of names. Without --crops files go
 into the shards unchanged: images, or where there are none recordings (wav, flac, mp3, ogg, opus). With it each
@@ -69,11 +74,13 @@ def _make(args: argparse.Namespace) -> int:
 
 def _plans(args: argparse.Namespace) -> list[tuple[str, Plan]]:
     """(name, what to make) of each set of shards."""
-    from vqscale.data.made import make, photographs
+    from vqscale.data.made import archives, make, photographs
 
     settings, root = _settings(args), Path(args.source).expanduser()
     if isinstance(settings, ShapesConfig):
         return [(args.name, make.shapes(settings))]
+    if settings is None and root.is_file():
+        return archives.plans(root, args.name, HELD_OUT, args.seed)
     if settings is None:
         return [(args.name, make.folder(root, args.seed))]
     found = photographs.find(root, settings)
@@ -109,7 +116,9 @@ def _sides(text: str) -> tuple[int, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = words.parser(__doc__)
     parser.add_argument(
-        "--source", required=True, help="`shapes`, or a folder of images or recordings, one folder for each class"
+        "--source",
+        required=True,
+        help="`shapes`, a folder of images or recordings, one for each class, or an archive of CIFAR-10 or GTSRB",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that the shards are put into")
     parser.add_argument("--name", default="train", help="what the names of the shards begin with (default: train)")
