@@ -215,16 +215,18 @@ def _time_limit(ground: Ground) -> tuple[str, int]:
     limit = 60 * int(hours) + int(minutes) + 2
     ground.ask("scontrol", "update", f"jobid={ground.job}", f"timelimit={limit}")
     ground.until(lambda: "requeue" in ground.new(), "requeueing")
+    ground.ask("scontrol", "update", f"jobid={ground.job}", "timelimit=60")  # of its next start, or it is asked again
     assert "USR1: asking it to save and leave" in ground.new(), ground.new()
-    lost = ground.lost()
-    ground.ask("scontrol", "update", f"jobid={ground.job}", "timelimit=60")
-    return "saves before its time is up, goes on by itself", lost
+    return "saves before its time is up, goes on by itself", ground.lost()
 
 
 def _two_jobs(ground: Ground) -> tuple[str, int]:
     log, before = ground.place / "second.txt", last_step(ground.run)
     second = ground.submit_beside(log, "--nodes=1")
-    ground.until(lambda: ground.shown("JobState", name=second) == "FAILED", "that the second is refused")
+    try:
+        ground.until(lambda: ground.shown("JobState", name=second) == "FAILED", "that the second is refused")
+    finally:
+        ground.ask("scancel", second)
     said = log.read_text()
     assert "error: " in said, said
     ground.until(lambda: last_step(ground.run) > before + FEW, "new steps of the first")
