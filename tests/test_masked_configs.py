@@ -97,6 +97,9 @@ def test_a_plan_prices_training_and_steps_of_sampling():
     assert found["sampling, 12 passes: head"] == 2076 * 2 * K * D
     assert found["training: head"] == pytest.approx(8 * 0.809 * 256 * K * D, rel=0.01)  # at least 45 % masked
     assert prior.sampling_passes(MaskedSampleConfig(steps=32, order="halton")) == (32, 256)
+    halton = operations(prior, tables, MaskedSampleConfig(steps=32, order="halton", guidance=2.0))
+    assert halton["sampling, 32 passes: transformer"] == 2 * 32 * forward
+    assert halton["sampling, 32 passes: head"] == 256 * 2 * K * D
     said = plan_prior(config, 8).text()
     assert "GFLOP per image" in said
     assert re.search(r"sampling, 12 passes: transformer +1,1\d\d\.\d{3}", said)

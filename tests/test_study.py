@@ -273,6 +273,9 @@ def test_a_study_of_a_prior_from_nothing_to_its_page(prior):
         planned = costs_of(configuration.load(Run, place / "configs" / f"{name}.yaml"), 1).operations
         trained = sum(planned[f"training: {part}"] for part in ("transformer", "head"))
         assert float(line["training_gflop"]) == pytest.approx(trained / 1e9)
+        looked, head = (planned[f"sampling, 1 pass: {part}"] for part in ("transformer", "head"))
+        guidance = drawn["settings"]["guidance"]
+        assert float(line["sampling_gflop"]) == pytest.approx((looked * (1 if guidance == 1 else 2) + head) / 1e9)
     text = (place / "index.html").read_text()
     assert text.count("data:image/png;base64,") == len(study_page.TASKS["prior"].figures) - 1 + 2
     for key, figure in study_page.TASKS["prior"].figures.items():

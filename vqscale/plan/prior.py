@@ -26,6 +26,7 @@ from vqscale.plan.count import KernelCounter
 from vqscale.plan.tokenizer import MIB, Costs, frozen_numbers, planned_mesh
 from vqscale.plan.traffic import network_bytes
 from vqscale.priors.base import Prior
+from vqscale.priors.config import SampleConfig
 from vqscale.train.config.prior import PriorRun
 from vqscale.train.frozen import freeze
 
@@ -81,24 +82,26 @@ def planned(config: PriorRun, mesh: Mesh) -> tuple[Prior, dict[str, Codebook]]:
     return prior, {name: table for name, table in set_aside(prior).items() if isinstance(table, Codebook)}
 
 
-def operations(prior: Prior, tables: Mapping[str, Codebook]) -> dict[str, int]:
+def operations(prior: Prior, tables: Mapping[str, Codebook], settings: SampleConfig | None = None) -> dict[str, int]:
     """Of an image: products of the network (in training thrice those of its forward pass) and of the head: its tables
     of outputs (in training four of 2 K D per token, see codes/heads/passes.py) and its own network. Sampling is with
-    the settings at their default, but for as many steps as there are tokens, and without guidance.
+    these settings; where there are none, with the defaults, but for as many steps as there are tokens.
     """
     forward, (network, times) = _forward(prior), _head_network(prior)
     outputs = {name: table for name, table in tables.items() if name.endswith("outputs")}
     each = 2 * sum(prior.rows_met(name, table.num_codes) * table.dim for name, table in outputs.items())
-    settings = prior.config.sampling()
-    if any(key == "steps" for key, _ in prior.config.against(settings)):
-        settings = replace(settings, steps=prior.config.num_tokens)
+    if settings is None:
+        settings = prior.config.sampling()
+        if any(key == "steps" for key, _ in prior.config.against(settings)):
+            settings = replace(settings, steps=prior.config.num_tokens)
+    guided = sum(n * (1 + _guided(settings, stage)) for stage, n in forward.items())
     trained, sampled = prior.training_passes(), prior.sampling_passes(settings)
     looked = _condition_operations(prior)
     return {
         **({"training: image encoder": 3 * looked, "sampling: image encoder": looked} if looked else {}),
-        "training: transformer": round(3 * forward * trained.network),
+        "training: transformer": round(3 * sum(forward.values()) * trained.network),
         "training: head": round((4 * each + 3 * network) * trained.asked),
-        f"sampling, {_words(sampled.network)}: transformer": round(forward * sampled.network),
+        f"sampling, {_words(sampled.network)}: transformer": round(guided * sampled.network),
         f"sampling, {_words(sampled.network)}: head": round((each + times * network) * sampled.asked),
     }
 
@@ -107,9 +110,14 @@ def _words(passes: float) -> str:
     return "1 pass" if passes == 1 else f"{passes:g} passes"
 
 
-def _forward(prior: Prior) -> int:
-    """Operations of a pass of the transformers over the tokens of an image."""
-    return sum(_forward_of(net, prior.grid) for net in prior.config.transformers.values())
+def _guided(settings: SampleConfig, stage: str) -> bool:
+    """Whether this transformer looks twice at everything; the head does not, which is given what both looks make."""
+    return getattr(settings, "fine_guidance" if stage == "fine" else "guidance", 1) != 1
+
+
+def _forward(prior: Prior) -> dict[str, int]:
+    """Operations of a pass of each transformer over the tokens of an image."""
+    return {stage: _forward_of(net, prior.grid) for stage, net in prior.config.transformers.items()}
 
 
 def _forward_of(net: TransformerConfig, grid: tuple[int, ...]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,8 @@ from typing import Any
 
 from vqscale import config as configuration
 from vqscale.disk import files
-from vqscale.plan import costs_of
+from vqscale.parallel.mesh import Mesh
+from vqscale.plan.prior import operations, planned
 from vqscale.programs import study_measured, study_samples
 from vqscale.programs.launchers.base import State
 from vqscale.programs.study import Trial, last_row, logged_rows
@@ -27,7 +29,8 @@ from vqscale.run import folder as run_folder
 from vqscale.run import machine
 from vqscale.show import laws, study_page
 from vqscale.show.study_page import Results
-from vqscale.train.config import Run
+from vqscale.train import nulls
+from vqscale.train.config import PriorRun, Run
 
 Line = dict[str, Any]
 
@@ -102,17 +105,21 @@ def _of_the_run(trial: Trial) -> Line:
         if "time/step_s" in row and 2 * row["step"] > trial.config.run.steps
     ]
     if trial.config.task == "prior":  # of tokenizers the plan counts none
-        said |= _operations(trial.folder, trial.processes)
+        said |= _operations(trial.folder, json.dumps(study_samples.settings(trial)))
     return said | ({"process_s": trial.processes * statistics.median(seconds)} if seconds else {})
 
 
 @cache
-def _operations(folder: Path, processes: int) -> Line:
-    """GFLOP of an image of a prior that is trained, in training and in sampling with the settings at their default."""
+def _operations(folder: Path, drawn_with: str) -> Line:
+    """GFLOP of an image of a prior that is trained, in training and in sampling: with the settings that its samples
+    were drawn with, as JSON, or the defaults where it has none."""
     if not (folder / "run.yaml").exists():
         return {}
     config: Run = configuration.load(Run, folder / "run.yaml", written=True)
-    counted = costs_of(config, processes).operations
+    assert isinstance(config, PriorRun)
+    prior, tables = planned(nulls.fill(config), Mesh(device="meta"))
+    settings = json.loads(drawn_with)
+    counted = operations(prior, tables, prior.config.sampling.of(settings) if settings else None)
     sums = {kind: sum(n for name, n in counted.items() if name.startswith(kind)) for kind in ("training", "sampling")}
     return {f"{kind}_gflop": n / 1e9 for kind, n in sums.items() if n}
 

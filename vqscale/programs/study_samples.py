@@ -34,6 +34,11 @@ def numbers(trial: Trial) -> dict[str, Any]:
     return found | ({"samples_per_s": made["images_per_s"]} if "images_per_s" in made else {})
 
 
+def settings(trial: Trial) -> dict[str, Any]:
+    """What the samples of a run were drawn with; empty where there are none."""
+    return run_folder.read_json(trial.folder / DRAWN / "sample.json").get("settings", {})
+
+
 def steps(samples: SamplesConfig, trial: Trial) -> Iterator[list[str]]:
     """The commands that are left, as python is given them."""
     given, drawn = words(trial), trial.folder / DRAWN
