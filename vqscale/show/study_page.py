@@ -112,6 +112,7 @@ TASKS = {
         measured={
             "psnr_": "{:.2f}", "shapes_distance": "{:.3f}", "rfid": "{:.2f}", "distance_other_inception": "{:.3f}",
             "prior_nats": "{:.3f}", "unigram_nats": "{:.3f}", "moved_": "{:.2%}",
+            "reached": "{:.1%}", "reached_evenly": "{:.1%}",
         },
         figures={
             "usage": Figure("usage: share of codes that held-out images use", beside="ceiling"),

@@ -8,7 +8,8 @@
     torchrun --nproc_per_node=8 -m vqscale evaluate sounds RUN --shards 'test-{00..03}.tar' --out results/speech
 
 tokenizer    PSNR, SSIM, usage, perplexity; rFID with --inception, LPIPS with --vgg and --heads; how well a prior will
-             do with its ids, before there is one: --swaps, --training, --agreement
+             do with its ids, before there is one: --swaps, --training, --agreement; which codes
+             a gradient reaches: --reach
 statistics   mean and covariance of Inception's features, and the features of some images: a --reference
 samples      FID, sFID, Inception score, precision and recall of an npz with uint8 images (ADM's layout); of drawn
              shapes, with --classifier, how many are recognised as their class, which needs no download

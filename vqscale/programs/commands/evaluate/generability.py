@@ -1,4 +1,5 @@
-"""What `vqscale evaluate tokenizer` says of how well a prior will do with the ids: --swaps, --training, --agreement."""
+"""What `vqscale evaluate tokenizer` says of how well a prior will do with the ids: --swaps, --training, --agreement;
+and which codes a gradient reaches: --reach."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ class Opened:
     swaps: UnderSwaps | None
     moved: Moved | None
     codes: Codes | None
+    reach: SampleStream | None
 
     @property
     def beside(self) -> list[Callable[[Looked], None]]:
@@ -54,7 +56,7 @@ def opened(
     """Collective. ValueError where it cannot be opened, or cannot be said of this tokenizer."""
     from vqscale.data.samples import SampleStream
     from vqscale.metrics.shapes_classifier import check_size
-    from vqscale.programs import generability, judge, score
+    from vqscale.programs import generability, judge, reach, score
     from vqscale.train import probe, shapes_classifier
 
     count = tokenizer.quantizer.num_ids
@@ -69,6 +71,8 @@ def opened(
             f"{len(stream.config.shapes)} shapes (--buckets, or the tokenizer's card): give --image-size, or leave "
             "them out"
         )
+    if args.reach:
+        reach.check(tokenizer, stream)
     training, about, features = None, dict[str, Any](), _known(measures) if args.swaps else []
     if args.classifier:
         classifier, card = shapes_classifier.load(args.classifier, mesh)
@@ -86,13 +90,15 @@ def opened(
         swaps = generability.UnderSwaps(tokenizer, mesh, args.swaps, args.neighbours, features)
     moved = generability.Moved(tokenizer, mesh) if args.agreement else None
     codes = None if training is None else score.Codes(stream.num_samples, mesh)
-    return Opened(training, about, swaps, moved, codes)
+    return Opened(training, about, swaps, moved, codes, stream if args.reach else None)
 
 
 def told(
     args: argparse.Namespace, tokenizer: Tokenizer, given: Opened, found: Scored, measures: Measures, mesh: Mesh
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """(numbers, what the protocol says of them), of what is asked for, after `score`. Collective."""
+    from vqscale.programs import reach
+
     numbers, protocol = dict[str, float](), dict(given.about)
     if given.swaps is not None:
         numbers |= given.swaps.numbers({each.name: _real(found, measures) for each in _known(measures)})
@@ -102,6 +108,9 @@ def told(
     if given.moved is not None:
         numbers |= given.moved.numbers()
         protocol["moved"] = MOVED
+    if given.reach is not None:
+        numbers |= reach.reached(tokenizer, given.reach, mesh)
+        protocol["reached, reached_evenly"] = reach.ABOUT
     if given.training is not None and given.codes is not None:
         entropies, about = _entropies(args, tokenizer, given.codes, given.training, mesh)
         numbers, protocol = numbers | entropies, protocol | about

@@ -21,6 +21,7 @@ SWAPS = (
 )
 CLASSIFIER = "a folder of `vqscale classifier`: distance of its features from those of the images, drawn shapes"
 AGREEMENT = "which share of the ids bfloat16 moves, and an image that stands a pixel or a token further"
+REACH = "which share of the codes one backward pass of the first batch gives a gradient"
 TRAINING = "training shards: nats of held-out ids under a small prior that has learnt theirs, beside unigram and log K"
 SAVE = "write the tokenizer, its card with these numbers (measured), into this folder"
 BUCKETS = "measure images in the nearest of these heights and widths, such as 256x256 224x288, in place of squares"
@@ -42,6 +43,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     tokenizer.add_argument("--neighbours", type=int, default=8, help="of a code, for --swaps (default: %(default)s)")
     tokenizer.add_argument("--classifier", help=CLASSIFIER)
     tokenizer.add_argument("--agreement", action="store_true", help=AGREEMENT)
+    tokenizer.add_argument("--reach", action="store_true", help=REACH)
     tokenizer.add_argument("--training", metavar="SHARDS", help=TRAINING)
     tokenizer.add_argument("--training-images", type=int, default=4096, help="the first of --training (%(default)s)")
     tokenizer.add_argument("--prior-steps", type=int, default=400, help="of the small prior (default: %(default)s)")
