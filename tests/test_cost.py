@@ -181,5 +181,16 @@ def test_the_entropy_costs_what_its_temperature_leaves_of_it():
         Work(2**18, 256, 4096, "ibq", True, codes_precision="medium", entropy_temperature=t) for t in (0.01, 1.0)
     )
     found = [cost.on_machine(AXIS, work, MACHINES["h100"]).exponentials for work in (low, high)]
-    assert found == [pytest.approx(4.0, abs=0.1), 8.0]
-    assert cost.on_machine(AXIS, replace(low, entropy=False), MACHINES["h100"]).exponentials == 3
+    assert found == [pytest.approx(2.9, abs=0.1), 6.0]
+    assert cost.on_machine(AXIS, replace(low, entropy=False), MACHINES["h100"]).exponentials == 2
+
+
+def test_of_the_products_of_a_step_on_a_gpu_two_are_the_librarys():
+    work, machine = Work(2**18, 256, 4096, codes_precision="medium"), MACHINES["h200"]
+    assert cost.on_machine(AXIS, work, machine).products == 6
+    assert cost.on_machine(AXIS, replace(work, entropy=True), machine).products == 8
+    product = 2 * 4096 * 2**18 * 256 / 1e12
+    seconds = 6 * product / cost.codes_rate(work, machine)
+    assert seconds == pytest.approx(4 * product / (0.6 * 700) + 2 * product / 700)
+    assert seconds == pytest.approx(6.8e-3, rel=0.01)
+    assert cost.codes_rate(replace(work, quantizer="vq"), machine) == pytest.approx(0.6 * 700)

@@ -9,129 +9,32 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from interpreted import INTERPRETED
-from similarities import NAMES, added
+from similarities import NAMES
 from torch.utils._python_dispatch import TorchDispatchMode
-from whole import CODES, integers, mine, normal, put
+from whole import CODES, integers, normal
 
 pytest.importorskip("triton")
 
+from fused import DEVICE, answers, check, near, numbers, small_tiles
+
 from vqscale.codes import backend, dense, products
-from vqscale.codes.codebook import Codebook
 from vqscale.codes.gpu import operators, passes, tiles
-from vqscale.codes.gpu.tiles import Tile
 from vqscale.codes.scan import BITS, Keys
 from vqscale.codes.softmax import forward
 from vqscale.codes.softmax.backward import Upstream
 from vqscale.codes.softmax.forward import Wanted
-from vqscale.parallel.mesh import Mesh
 
 ROOT = Path(__file__).parent.parent
-DEVICE = "cpu" if INTERPRETED else "cuda"
-FUSED = backend.Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.mix_backward)
-
-
-@contextmanager
-def small_tiles():
-    """Enough programs that every kernel splits its inner loop; few and large tiles, which an interpreter likes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "programs", lambda device: 3)
-        if INTERPRETED:
-            patch.setattr(tiles, "FULL", (Tile(32, 64, 1, 1), Tile(16, 64, 1, 1)))
-        yield
-
-
-@contextmanager
-def kernels_serve(low):
-    """As on a device that has the kernels: all passes are theirs, with products in bfloat16 or in float32."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "pick", lambda x_BD, products="fp32": FUSED)
-        patch.setattr(products, "wanted", lambda device_type, dtype: "bf16" if low else "fp32")
-        yield
 
 
 @pytest.fixture(autouse=True)
 def _several_programs():
     with small_tiles():
         yield
-
-
-def _numbers(num, codes, dim, scale, low):
-    """x and rows: float64 numbers that float32, or bfloat16, holds exactly."""
-    kind = torch.bfloat16 if low else torch.float32
-    x, rows = scale * normal(num, dim, seed=1), normal(codes, dim, seed=2)
-    return x.to(kind).double().to(DEVICE), rows.to(kind).double().to(DEVICE)
-
-
-def _weights(num, codes, dim, used):
-    every = {
-        "mean": normal(num, dim, seed=3),
-        "lse": normal(num, seed=4),
-        "entropy": normal(num, seed=5),
-        "columns": normal(codes, seed=6),
-    }
-    return {name: every[name].to(DEVICE) for name in used.split()}
-
-
-@added()
-def _mixed(ranks_of_codes, shape, scale, similarity, used, low, temperatures):
-    """What this rank's tokens and rows are told, and the gradients of x and the rows."""
-    mesh, (num, codes, dim) = Mesh(1, ranks_of_codes), shape
-    x, rows = _numbers(num, codes, dim, scale, low)
-    codebook = put(Codebook(codes, dim, mesh=mesh, similarity=similarity).to(DEVICE), rows.float())
-    x = mine(x, mesh).float().requires_grad_()
-    with kernels_serve(low):
-        out = codebook.mix(x, *temperatures)
-        layout = codebook.layout
-        says = {"lse": out.lse_N, "mean": out.mean_ND, "entropy": out.entropy_N, "columns": out.columns_k}
-        loss = 0.0
-        for name, weight in _weights(num, codes, dim, used).items():
-            part = weight[layout.start : layout.stop] if name == "columns" else mine(weight, mesh)
-            loss = loss + (says[name] * part.float()).sum()
-        loss.backward()
-        says |= {"ids": out.ids_N, "nearest": codebook.nearest(x)[0], "score": out.score_N}
-    says |= {"dx": x.grad, "drows": codebook.rows.grad}
-    return {name: part.detach().cpu() for name, part in says.items()}
-
-
-@added()
-def _mixed_in_small_tiles(*args):
-    with small_tiles():
-        return _mixed(*args)
-
-
-def _near(got, expected, tolerance):
-    """Close, relative to the largest number."""
-    assert got.shape == expected.shape
-    got, expected = got.detach().double(), expected.detach().double().cpu()
-    torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
-
-
-@added()
-def _check(
-    ranks, shape, similarity, used, low, tolerance, temperatures=(0.7, 0.2), codes=1, mixed=_mixed_in_small_tiles
-):
-    scale = shape[2] ** -0.5 * 2
-    results = ranks(codes, mixed, codes, shape, scale, similarity, used, low, temperatures)
-    got = {name: torch.cat([result[name] for result in results]) for name in results[0]}
-    x, rows = (part.requires_grad_() for part in _numbers(*shape, scale, low))
-    truth = dense.mix(x, rows, similarity, *temperatures)
-    ids, score = dense.nearest(x, rows, similarity)
-    assert torch.equal(got["ids"], ids.cpu())
-    assert torch.equal(got["nearest"], ids.cpu())
-    _near(got["score"], score / temperatures[0], 1e-6)
-    named = {"mean": truth.mean_ND, "lse": truth.lse_N, "entropy": truth.entropy_N, "columns": truth.columns_K}
-    for name, value in named.items():
-        _near(got[name], value, tolerance)
-    loss = sum((named[name] * weight).sum() for name, weight in _weights(*shape, used).items())
-    dx, drows = torch.autograd.grad(loss, (x, rows))
-    _near(got["dx"], dx, tolerance)
-    _near(got["drows"], drows, tolerance)
 
 
 ALL = "mean lse entropy columns"
@@ -143,18 +46,18 @@ QUICK = [name if name == "dot" else pytest.param(name, marks=pytest.mark.slow) f
 @pytest.mark.parametrize("low", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_values_and_gradients_are_the_dense_ones(ranks, similarity, low, codes):
     # bfloat16 rounds the keys that are not the rows, the upstream gradient, the probabilities and their gradient
-    _check(ranks, (40, 203, 20), similarity, ALL, low, 2e-2 if low else 3e-5, codes=codes)
+    check(ranks, (40, 203, 20), similarity, ALL, low, 2e-2 if low else 3e-5, codes=codes)
 
 
 @pytest.mark.parametrize("used", ["mean", "lse", "entropy", "columns"])
 def test_a_gradient_alone_is_the_dense_one(ranks, used):
-    _check(ranks, (18, 70, 16), "euclid", used, False, 3e-5)
+    check(ranks, (18, 70, 16), "euclid", used, False, 3e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 5), (33, 64, 33)])
 def test_shapes_that_fill_no_tile(ranks, shape):
-    _check(ranks, shape, "dot", ALL, False, 3e-5)
-    _check(ranks, shape, "dot", ALL, True, 2e-2)
+    check(ranks, shape, "dot", ALL, False, 3e-5)
+    check(ranks, shape, "dot", ALL, True, 2e-2)
 
 
 def _wanted(codes, temperature=1.0, entropy_temperature=None, low=False):
@@ -201,16 +104,16 @@ def test_ties_go_to_the_lowest_row():
 @pytest.mark.parametrize("low", [False, True])
 def test_logits_of_ten_thousand(low):
     shape, scale = (20, 90, 16), 600.0
-    x, rows = _numbers(*shape, scale, low)
+    x, rows = numbers(*shape, scale, low)
     assert (x @ rows.t()).abs().max() > 1e4
-    got = _mixed(1, shape, scale, "dot", ALL, low, (1.0, 0.01))
+    got = answers(1, shape, scale, "dot", ALL, low, (1.0, 0.01))
     truth = dense.mix(x, rows, "dot", 1.0, 0.01)
     assert torch.equal(got["ids"], dense.nearest(x, rows)[0].cpu())
-    _near(got["lse"], truth.lse_N, 1e-6)
-    _near(got["mean"], truth.mean_ND, 1e-2 if low else 1e-5)
+    near(got["lse"], truth.lse_N, 1e-6)
+    near(got["mean"], truth.mean_ND, 1e-2 if low else 1e-5)
     # float32 sums of 16 products near 1e4 (steps of 9.8e-4) are off by up to 2.5 steps, in whatever order they are
     # added: at this temperature that is 28 per cent of a probability
-    _near(got["columns"], truth.columns_K, 0.28)
+    near(got["columns"], truth.columns_K, 0.28)
     for part in got.values():
         assert torch.isfinite(part).all()
 
@@ -285,14 +188,14 @@ def test_half_inputs_are_read_as_they_are():
     truth = dense.mix(x.double(), rows.double())
     assert torch.equal(mixed.row_B, dense.nearest(x.double(), rows.double())[0])
     assert mixed.sum_BD.dtype == mixed.soft.sum_B.dtype == torch.float32
-    _near(mixed.score_B + mixed.soft.sum_B.log2() / BITS, truth.lse_N, 1e-5)
-    _near(mixed.sum_BD / mixed.soft.sum_B[:, None], truth.mean_ND, 1e-2)
+    near(mixed.score_B + mixed.soft.sum_B.log2() / BITS, truth.lse_N, 1e-5)
+    near(mixed.sum_BD / mixed.soft.sum_B[:, None], truth.mean_ND, 1e-2)
     up = Upstream(
         score_B=mixed.score_B, log_B=mixed.soft.sum_B.log2(), g_mean_BD=None, shift_B=-torch.ones(20, device=DEVICE)
     )
     out = passes.mix_backward(x, Keys(rows), rows, mixed, up, _wanted(60))
     assert out.x_BD.dtype == out.keys_kD.dtype == torch.bfloat16
-    _near(out.x_BD, torch.softmax(x.double() @ rows.double().t(), 1) @ rows.double(), 1e-2)
+    near(out.x_BD, torch.softmax(x.double() @ rows.double().t(), 1) @ rows.double(), 1e-2)
 
 
 class _NoWaiting(TorchDispatchMode):
@@ -310,7 +213,7 @@ class _NoWaiting(TorchDispatchMode):
 
 def test_no_operation_waits_for_the_device():
     x, rows = torch.randn(20, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
-    bias, zero, numbers = rows.sum(1), torch.zeros(20, device=DEVICE), torch.zeros(7, 20, device=DEVICE)
+    bias, zero, upstream = rows.sum(1), torch.zeros(20, device=DEVICE), torch.zeros(20, 5, device=DEVICE)
     plain = {
         name: getattr(operators, name)._init_fn for name in ("best", "mix", "column_sums", "row_means", "mix_backward")
     }
@@ -320,7 +223,7 @@ def test_no_operation_waits_for_the_device():
             plain["mix"](x, rows, bias, rows, 1.0, 5.0, low)
             plain["column_sums"](x, rows, bias, 5.0, zero, zero, low)
             plain["row_means"](x, rows, bias, 5.0, zero, zero, bias, low)
-            plain["mix_backward"](x, rows, bias, rows, numbers, x, bias, True, True, 1.0, 1.0, 5.0, low)
+            plain["mix_backward"](x, rows, bias, rows, upstream, x, bias, True, True, 1.0, 5.0, 2**20, low)
         with pytest.raises(AssertionError, match="waits"):
             zero.sum().item()
         with pytest.raises(AssertionError, match=r"waits|length"):
@@ -332,10 +235,10 @@ def test_operators_keep_their_promises():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.best, (x, rows, None, False), test_utils=checks)
     torch.library.opcheck(operators.mix, (x, rows, None, rows, 1.0, 5.0, False), test_utils=checks)
-    zero, numbers = torch.zeros(5, device=DEVICE), torch.zeros(7, 5, device=DEVICE)
+    zero, upstream = torch.zeros(5, device=DEVICE), torch.zeros(5, 5, device=DEVICE)
     torch.library.opcheck(operators.column_sums, (x, rows, None, 1.0, zero, zero, False), test_utils=checks)
     torch.library.opcheck(operators.row_means, (x, rows, None, 1.0, zero, zero, rows[:, 0], False), test_utils=checks)
-    given = (x, rows, rows.sum(1), rows, numbers, x, None, True, False, 1.0, 1.0, 5.0, False)
+    given = (x, rows, rows.sum(1), rows, upstream, x, None, True, False, 1.0, 5.0, 2**20, False)
     torch.library.opcheck(operators.mix_backward, given, test_utils=checks)
 
 
@@ -358,11 +261,21 @@ def test_blocks_serve_a_cpu_whatever_is_wanted():
 @pytest.mark.slow
 def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(ROOT / "tools" / "bench"), "kernels", "--only", "row_means", "--dim", "64"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "bench"),
+        "kernels",
+        "--only",
+        "row_means",
+        "--dim",
+        "64",
+        "--capability",
+        "90",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernel, *_, products = done.stdout.splitlines()[1].split()
-    assert kernel == "row_means_kernel"
+    assert kernel == "row_means"
     assert int(products) > 0, "no product of warp groups: the tensor cores of sm_90 would be idle"
 
 
@@ -371,7 +284,7 @@ def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("dim", [64, 256])
 def test_on_the_device_at_real_sizes(ranks, similarity, low, dim):
-    _check(ranks, (1024, 16384 + 7, dim), similarity, ALL, low, 2e-2 if low else 1e-4, mixed=_mixed)
+    check(ranks, (1024, 16384 + 7, dim), similarity, ALL, low, 2e-2 if low else 1e-4, answers=answers)
 
 
 @pytest.mark.gpu

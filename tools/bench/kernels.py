@@ -1,8 +1,9 @@
-"""`bench kernels`: what the fused kernels of vqscale/codes need of a GPU that need not be here.
+"""`bench kernels`: what the fused kernels of vqscale/codes need of GPUs that need not be here.
 
-Compiles each with Triton for compute capability 9.0 (H100, H200), with the tiles that vqscale/codes/gpu/tiles.py
-gives it, and prints registers per thread, bytes of stack (what does not fit into registers), shared memory and the
-warp-group products in its code. Times nothing.
+Compiles each with Triton for compute capabilities 8.0 (A100), 9.0 (H100, H200) and 10.0 (B200), with the tiles that
+vqscale/codes/gpu/tiles.py gives it there, and prints for each registers per thread, bytes of stack (what does not fit
+into registers and is spilled), shared memory, and how many products of tensor cores are in its code: those of warps
+(mma), of warp groups (wgmma), of the fifth generation (tcgen05). Times nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any, NamedTuple
 
 from . import command
 
-SHARED_MOST = 227 * 1024  # bytes of shared memory that a program may have
-POINTERS = {"X": "low", "C": "low", "V": "low", "G": "low", "LOW": "low", "SCORE": "*fp64", "ROW": "*i32"}
+PRODUCTS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # by compute capability
+LOW = {"X": "low", "C": "low", "V": "low", "G": "low", "LOW": "low"}
+POINTERS = {**LOW, "SCORE": "*fp64", "ROW": "*i32"}
 FULL_TOKENS = ("rescore_kernel", "widths_kernel")  # these read tokens and codes as they are given, not operands
-NUMBERS = ("scale", "out_scale", "ratio", "rounding")
+NUMBERS = ("scale", "ratio", "rounding")
 
 
 class Case(NamedTuple):
@@ -32,17 +34,22 @@ class Case(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
+    from vqscale.codes.gpu import tiles
+
     args = arguments(argv)
-    print(f"{'kernel':28}{'case':28}{'registers':>10}{'stack B':>9}{'shared KiB':>12}{'wgmma':>7}")
+    print(f"{'kernel':24}{'case':32}{'cc':>4}{'registers':>10}{'stack B':>9}{'shared KiB':>12}{'products':>10}")
     fits = True
-    for case in cases(args.dim, args.fp32):
-        name = case.kernel.__name__
-        if args.only not in name:
-            continue
-        registers, stack, shared, products = compiled(case, "*fp32" if args.fp32 else "*bf16")
-        fits &= shared <= SHARED_MOST
-        print(f"{name:28}{case.says:28}{registers:10}{stack:9}{shared / 1024:12.1f}{products:7}", flush=True)
-    print("all fit" if fits else f"NOT all fit into {SHARED_MOST // 1024} KiB of shared memory")
+    for capability in args.capability:
+        most = tiles.SHARED_KIB[capability]
+        for case in cases(args.dim, args.fp32, capability):
+            name = case.kernel.__name__
+            if args.only not in name:
+                continue
+            registers, stack, shared, products = compiled(case, "*fp32" if args.fp32 else "*bf16", capability)
+            fits &= shared <= most * 1024
+            line = f"{name.removesuffix('_kernel'):24}{case.says:32}{capability:4}{registers:10}{stack:9}"
+            print(f"{line}{shared / 1024:12.1f}{products:10}", flush=True)
+    print("all fit" if fits else "NOT all fit into the shared memory of a program")
     return 0 if fits else 1
 
 
@@ -51,22 +58,27 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
     out.add_argument("--fp32", action="store_true", help="operands in float32; else bfloat16")
     out.add_argument("--only", default="", help="kernels whose name contains this")
+    out.add_argument(
+        "--capability", type=int, nargs="+", default=list(PRODUCTS), choices=PRODUCTS, help="80, 90, 100 (all)"
+    )
     return out.parse_args(argv)
 
 
-def cases(dim: int, full: bool) -> Iterator[Case]:
+def cases(dim: int, full: bool, capability: int) -> Iterator[Case]:
     """Every kernel with a bias, in the variants that differ in what they hold."""
     from vqscale.codes.gpu import kernels, kernels_backward, tiles
 
+    def tile(kind: tiles.Kernel, wide: bool = False) -> tiles.Tile:
+        return tiles.tile(kind, dim, 4 if full else 2, wide, capability)
+
     def case(kernel: Any, kind: tiles.Kernel, says: str, wide: bool = False, **flags: bool) -> Case:
-        tile = tiles.tile(kind, dim, 4 if full else 2, wide)
-        blocks = {"BLOCK_N": tile.tokens, "BLOCK_K": tile.codes, "BLOCK_D": tiles.padded(dim)}
-        return Case(kernel, {"HAS_BIAS": True, **flags, **blocks}, tile.warps, tile.stages, says)
+        chosen = tile(kind, wide)
+        blocks = {"BLOCK_N": chosen.tokens, "BLOCK_K": chosen.codes, "BLOCK_D": tiles.padded(dim)}
+        return Case(kernel, {"HAS_BIAS": True, **flags, **blocks}, chosen.warps, chosen.stages, says)
 
     yield case(kernels.peaks_kernel, "peaks", "")
     for kind in ("peaks", "mix"):
-        chunk = tiles.tile(kind, dim, 4 if full else 2).codes
-        flags = {"HAS_BIAS": True, "CHUNK": chunk, "BLOCK_D": tiles.RESCORE_DIM}
+        flags = {"HAS_BIAS": True, "CHUNK": tile(kind).codes, "BLOCK_D": tiles.RESCORE_DIM}
         yield Case(kernels.widths_kernel, flags, 4, 3, f"after {kind}")
         flags = {**flags, "BLOCK_N": tiles.RESCORE_TOKENS}
         yield Case(kernels.rescore_kernel, flags, 4, 3, f"after {kind}")
@@ -77,13 +89,11 @@ def cases(dim: int, full: bool) -> Iterator[Case]:
             says = ", ".join(word for word, said in (("values apart", not same), ("two temperatures", entropy)) if said)
             yield case(kernels.mix_kernel, "mix", says, ENTROPY=entropy, SAME=same)
             marks = {"HAS_MEAN": True, "HAS_SHIFT": True, "HAS_ENTROPY": entropy, "HAS_COLUMNS": entropy, "SAME": same}
-            wide = entropy or not same
-            yield case(kernels_backward.token_gradient_kernel, "tokens", says, wide, **marks)
-            yield case(kernels_backward.key_gradient_kernel, "keys", says, wide, **marks)
+            yield case(kernels_backward.logit_gradient_kernel, "gradient", says, not same, **marks)
 
 
-def compiled(case: Case, operand: str) -> tuple[int, int, int, int]:
-    """(registers, bytes of stack, bytes of shared memory, products of warp groups)."""
+def compiled(case: Case, operand: str, capability: int) -> tuple[int, int, int, int]:
+    """(registers, bytes of stack, bytes of shared memory, products of tensor cores in the code)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,6 +105,8 @@ def compiled(case: Case, operand: str) -> tuple[int, int, int, int]:
             signature[name] = "constexpr"
             continue
         kind = "i32" if name.islower() else POINTERS.get(name, "*fp32")
+        if case.kernel.__name__ == "logit_gradient_kernel" and name == "OUT":
+            kind = operand
         if name in NUMBERS:
             kind = "fp32"
         elif kind == "low":
@@ -105,9 +117,9 @@ def compiled(case: Case, operand: str) -> tuple[int, int, int, int]:
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     options = {"num_warps": case.warps, "num_stages": case.stages}
     source = ASTSource(case.kernel, signature, constants, aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = usage(kernel.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    return registers, stack, kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async")
+    return registers, stack, kernel.metadata.shared, len(re.findall(PRODUCTS[capability], kernel.asm["ptx"]))
 
 
 def usage(binary: bytes, cuobjdump: Path) -> tuple[int, int]:

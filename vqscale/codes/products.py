@@ -90,10 +90,12 @@ def _switch(products: Rounding) -> AbstractContextManager[None]:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, products: Rounding) -> None:
-    """out += a @ b, where a and b may be operands."""
+    """out += a @ b, where a and b may be operands. On a GPU the product of bf16 itself adds, in float32."""
     if products != "bf16":
         with _switch(products):
             out.addmm_(a, b)
+    elif out.device.type == "cuda" and out.dtype == torch.float32 and not torch.compiler.is_compiling():
+        torch.addmm(out, a.to(LOW), b.to(LOW), out_dtype=torch.float32, out=out)
     else:
         out.add_(_low(a, b))
 

@@ -43,7 +43,11 @@ def quadratic(rows_kD: Tensor, form_DD: Tensor, budget: int) -> Tensor:
 def blocks(num_tokens: int, num_rows: int, item_bytes: int, budget: int) -> Iterator[tuple[slice, slice]]:
     """Slices of (tokens, rows), rows in order inside tokens; BUFFERS blocks of them fit into `budget` bytes."""
     tokens = max(1, min(num_tokens, TOKEN_BLOCK))
-    rows = max(64, budget // (BUFFERS * item_bytes * tokens) // 64 * 64)
+    return cut(num_tokens, num_rows, tokens, max(64, budget // (BUFFERS * item_bytes * tokens) // 64 * 64))
+
+
+def cut(num_tokens: int, num_rows: int, tokens: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of so many (tokens, rows), the last ones shorter; rows in order inside tokens."""
     for token in range(0, num_tokens, tokens):
         for row in range(0, num_rows, rows):
             yield slice(token, min(token + tokens, num_tokens)), slice(row, min(row + rows, num_rows))

@@ -136,30 +136,38 @@ def has_kernels(work: Work, machine: Machine) -> bool:
 def codes_rate(work: Work, machine: Machine) -> float:
     """1e12 operations per second of products on the code axis."""
     if has_kernels(work, machine):
-        return machine.tflops["bf16"] * machine.kernels
+        library = LIBRARY / _waves(work) if work.quantizer == "ibq" else 0.0
+        return machine.tflops["bf16"] / ((1 - library) / machine.kernels + library / machine.library)
     other = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[work.codes_precision]]
     logits = 1 / 3 if work.quantizer == "ibq" else 1.0  # of the products: these are float32 whatever is asked for
     return 1 / (logits / machine.tflops["fp32"] + (1 - logits) / other)
 
 
+LIBRARY = 2  # products of a step that the library does, of blocks that a kernel wrote: for the tokens and for the rows
+
+
+def _waves(work: Work) -> int:
+    """Products of a step of IBQ, by codes/gpu/passes.py: mix 2, mix_backward 4; column_sums and row_means 1 each."""
+    return 8 if work.entropy else 6
+
+
 def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:
     """What is done per token and code there: `axis`, passes over blocks, or what codes/gpu/passes.py says of itself.
 
-    Tiles never leave the chip; the backward pass makes logits and values twice, for x and for the keys. Of the
-    entropy's five exponentials per pair, those are left out whose tile holds no probability that counts.
+    Tiles never leave the chip, but for the block of gradients of logits: two bytes, half a pass, that are written and
+    stay in the cache until two products have read them. Of the entropy's four exponentials per pair, those are left out
+    whose tile holds no probability that counts.
     """
     if not has_kernels(work, machine):
         return axis
     if work.quantizer != "ibq":
         return replace(axis, products=1, passes=0, exponentials=0)
-    if not work.entropy:
-        return replace(axis, products=8, passes=0, exponentials=3)
     entropy = sum(live_tiles(work.codes, work.entropy_temperature, pairs) for pairs in ENTROPY_TILES)
-    return replace(axis, products=10, passes=0, exponentials=3 + entropy)
+    return replace(axis, products=_waves(work), passes=0.5, exponentials=2 + (entropy if work.entropy else 0.0))
 
 
-ENTROPY_TILES = (128 * 64, 128 * 128, 128 * 128, 128 * 32, 128 * 32)
-"""pairs of the tiles of codes/gpu that make the entropies' probabilities: mix, columns, means, and twice backward"""
+ENTROPY_TILES = (128 * 64, 128 * 128, 128 * 128, 128 * 64)
+"""pairs of the tiles of codes/gpu that make the entropies' probabilities: mix, columns, means, gradient"""
 
 
 def live_tiles(codes: int, temperature: float, pairs: int) -> float:

@@ -137,7 +137,7 @@ class CodeAxis:
 
     products: int
     """matrix products of 2 N K D operations"""
-    passes: int
+    passes: float
     """reads and writes of a number per token and code, outside products"""
     exponentials: float
 

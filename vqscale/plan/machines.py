@@ -48,6 +48,8 @@ class Machine:
     """what convolutions reach of the rate of products"""
     kernels: float = 0.6
     """what the fused kernels of the code axis reach of it; 0 where there are none"""
+    library: float = 1.0
+    """what products of blocks that a kernel wrote reach of it"""
     measured: Mapping[Kind, Wire] = field(default_factory=dict)
     """wires by kind of collective where they were measured; they go before inside and between"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,35 +11,64 @@ from torch import Tensor
 
 from vqscale.codes.gpu import tiles
 from vqscale.codes.gpu.tiles import Kernel
+from vqscale.codes.products import Rounding
 
 
+@dataclass(frozen=True)
 class Operands:
-    """Tokens and codes as the products read them: bfloat16 if asked for or if both are, else float32; contiguous."""
+    """Tokens and codes as the products read them, contiguous, and the bias in float32."""
 
-    def __init__(self, x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, low: bool) -> None:
+    x: Tensor
+    c: Tensor
+    bias: Tensor
+    """where there is none, a pointer that the kernels do not read"""
+    has_bias: bool
+
+    @classmethod
+    def of(cls, x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, low: bool) -> Operands:
+        """bfloat16 if that is asked for or if both are, else float32."""
         low = low or x_BD.dtype == keys_kD.dtype == torch.bfloat16
-        self.dtype = torch.bfloat16 if low else torch.float32
-        self.x, self.c = self.of(x_BD), self.of(keys_kD)
-        # Where there is no bias the kernels get a pointer that they do not read.
-        self.bias = self.x if bias_k is None else bias_k.float().contiguous()
-        self.has_bias = bias_k is not None
-        self.num, self.rows, self.dim = len(x_BD), len(keys_kD), x_BD.shape[1]
+        x, c = (part.to(torch.bfloat16 if low else torch.float32).contiguous() for part in (x_BD, keys_kD))
+        return cls(x, c, x if bias_k is None else bias_k.float().contiguous(), bias_k is not None)
 
-    def of(self, x: Tensor) -> Tensor:
+    @property
+    def num(self) -> int:
+        return len(self.x)
+
+    @property
+    def rows(self) -> int:
+        return len(self.c)
+
+    @property
+    def dim(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def products(self) -> Rounding:
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    def like(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).contiguous()
+
+    def block(self, tokens: slice, rows: slice) -> Operands:
+        return Operands(self.x[tokens], self.c[rows], self.bias[rows] if self.has_bias else self.bias, self.has_bias)
 
 
 class Launch:
     """The grid of a kernel whose programs keep tiles of one side and walk over parts of the other."""
 
     def __init__(self, kernel: Kernel, given: Operands, wide: bool = False) -> None:
-        tile = tiles.tile(kernel, given.dim, given.dtype.itemsize, wide)
+        device = given.x.device
+        tile = tiles.tile(kernel, given.dim, given.dtype.itemsize, wide, tiles.capability(device))
         if tiles.keeps_codes(kernel):
             count, length, block = -(-given.rows // tile.codes), given.num, tile.tokens
         else:
             count, length, block = -(-given.num // tile.tokens), given.rows, tile.codes
-        programs = tiles.programs(given.x.device)
-        self.parts, self.per_part = tiles.parts(count, length, block, programs)
+        self.parts, self.per_part = tiles.parts(count, length, block, tiles.programs(device))
         self.grid, self.codes = (count, self.parts), tile.codes
         self.options = {
             "HAS_BIAS": given.has_bias,

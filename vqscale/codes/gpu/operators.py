@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from vqscale.codes import scan
 from vqscale.codes.gpu import kernels, kernels_backward, tiles
 from vqscale.codes.gpu.launch import Launch, Operands, is_same, on_device_of
 from vqscale.codes.gpu.tiles import RESCORE_DIM, RESCORE_TOKENS
 from vqscale.codes.scan import LOWEST
+from vqscale.codes.softmax.backward import Gradients
 
 
 @custom_op("vqscale::best", mutates_args=())
 def best(x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, low: bool) -> tuple[Tensor, Tensor]:
     if not len(x_BD) or not len(keys_kD):
         return _nobody(x_BD)
-    given = Operands(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, low)
     launch = Launch("peaks", given)
     num_chunks = -(-given.rows // launch.codes)
     peak = given.x.new_empty((given.num, num_chunks), dtype=torch.float32)
@@ -90,7 +92,7 @@ def mix(
         state_4B = torch.zeros((4, len(x_BD)), dtype=torch.float32, device=x_BD.device)
         state_4B[0] = LOWEST
         return *_nobody(x_BD), state_4B, torch.zeros_like(x_BD, dtype=torch.float32)
-    given = Operands(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, low)
     same = is_same(keys_kD, values_kD)
     launch = Launch("mix", given)
     num_chunks = -(-given.rows // launch.codes)
@@ -99,7 +101,7 @@ def mix(
     mean = peak.new_empty((launch.parts, given.num, given.dim))
     with on_device_of(x_BD):
         kernels.mix_kernel[launch.grid](
-            given.x, given.c, given.bias, given.c if same else given.of(values_kD), state, mean, peak,
+            given.x, given.c, given.bias, given.c if same else given.like(values_kD), state, mean, peak,
             given.num, given.rows, given.dim, num_chunks, launch.per_part, scale, ratio or 1.0,
             ENTROPY=ratio is not None, SAME=same, **launch.options,
         )  # fmt: skip
@@ -132,7 +134,7 @@ def column_sums(
 ) -> Tensor:
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros(len(keys_kD), dtype=torch.float32, device=x_BD.device)
-    given = Operands(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, low)
     launch = Launch("columns", given)
     out = given.x.new_empty((launch.parts, given.rows), dtype=torch.float32)
     with on_device_of(x_BD):
@@ -159,7 +161,7 @@ def row_means(
 ) -> Tensor:
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros(len(x_BD), dtype=torch.float32, device=x_BD.device)
-    given = Operands(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, low)
     launch = Launch("means", given)
     out = given.x.new_empty((launch.parts, given.num), dtype=torch.float32)
     with on_device_of(x_BD):
@@ -180,49 +182,50 @@ def mix_backward(
     keys_kD: Tensor,
     bias_k: Tensor | None,
     values_kD: Tensor,
-    upstream_7B: Tensor,
-    mean_BD: Tensor | None,
+    upstream_B5: Tensor,
+    g_BD: Tensor | None,
     columns_k: Tensor | None,
     has_shift: bool,
     has_entropy: bool,
     scale: float,
-    out_scale: float,
     ratio: float,
+    budget: int,
     low: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, the keys and the bias (empty without one). `upstream_7B` as `load_upstream` reads them."""
+    """The gradients of x, the keys and the bias (empty without one), block after block; `upstream_B5` as UPSTREAM."""
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros_like(x_BD), torch.zeros_like(keys_kD), _like_bias(keys_kD, bias_k).zero_()
-    given = Operands(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, low)
     same = is_same(keys_kD, values_kD)
-    read = (
-        given.x, given.c, given.bias, given.c if same else given.of(values_kD),
-        given.x if mean_BD is None else given.of(mean_BD), upstream_7B.float().contiguous(),
-        given.x if columns_k is None else columns_k.float().contiguous(),
-    )  # fmt: skip
+    values, g = given.c if same else given.like(values_kD), given.x if g_BD is None else given.like(g_BD)
+    upstream, columns = upstream_B5.float().contiguous(), given.x if columns_k is None else columns_k.float()
     flags = {
-        "HAS_MEAN": mean_BD is not None,
+        "HAS_MEAN": g_BD is not None,
         "HAS_SHIFT": has_shift,
         "HAS_ENTROPY": has_entropy,
         "HAS_COLUMNS": columns_k is not None,
         "SAME": same,
     }
-    sizes, wide = (given.num, given.rows, given.dim), not same or has_entropy or columns_k is not None
+    sums = Gradients(
+        torch.zeros_like(x_BD, dtype=torch.float32),
+        torch.zeros_like(keys_kD, dtype=torch.float32),
+        torch.zeros_like(bias_k, dtype=torch.float32) if bias_k is not None else None,
+    )
+    size = tiles.wave(given.num, given.dtype.itemsize, tiles.cache_bytes(x_BD.device), budget)
+    buffer = scan.Buffer()
     with on_device_of(x_BD):
-        launch = Launch("tokens", given, wide)
-        out = given.x.new_empty((launch.parts, given.num, given.dim), dtype=torch.float32)
-        kernels_backward.token_gradient_kernel[launch.grid](
-            *read, out, *sizes, launch.per_part, scale, out_scale, ratio, **flags, **launch.options
-        )
-        grad_BD = _summed(out, x_BD.dtype)
-        launch = Launch("keys", given, wide)
-        out = given.x.new_empty((launch.parts, given.rows, given.dim), dtype=torch.float32)
-        out_bias = out.new_empty((launch.parts, given.rows if given.has_bias else 0))
-        kernels_backward.key_gradient_kernel[launch.grid](
-            *read, out, out_bias, *sizes, launch.per_part, scale, out_scale, ratio, **flags, **launch.options
-        )
-    grad_k = _summed(out_bias, torch.float32 if bias_k is None else bias_k.dtype)
-    return grad_BD, _summed(out, keys_kD.dtype), grad_k
+        for tokens, rows in scan.cut(given.num, given.rows, *size):
+            block = given.block(tokens, rows)
+            launch = Launch("gradient", block, wide=not same)
+            du_br = buffer.view(given.x, block.num, block.rows, dtype=given.dtype)
+            kernels_backward.logit_gradient_kernel[launch.grid](
+                block.x, block.c, block.bias, values[rows], g[tokens], upstream[tokens],
+                columns if columns_k is None else columns[rows], du_br,
+                block.num, block.rows, given.dim, launch.per_part, scale, ratio, **flags, **launch.options,
+            )  # fmt: skip
+            sums.add_block(du_br, given.x, given.c, tokens, rows, given.products)
+    grad_k = _like_bias(keys_kD, bias_k) if sums.bias_k is None or bias_k is None else sums.bias_k.to(bias_k.dtype)
+    return sums.x_BD.to(x_BD.dtype), sums.keys_kD.to(keys_kD.dtype), grad_k
 
 
 @mix_backward.register_fake
@@ -232,8 +235,3 @@ def _(x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, *_: Any) -> tuple[Te
 
 def _like_bias(keys_kD: Tensor, bias_k: Tensor | None) -> Tensor:
     return keys_kD.new_empty(0, dtype=torch.float32) if bias_k is None else torch.empty_like(bias_k)
-
-
-def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of the parts of programs, in their order; one part is not copied."""
-    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)

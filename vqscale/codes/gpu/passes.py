@@ -1,19 +1,32 @@
 """The passes of scan.py and softmax/ as fused GPU kernels: same signatures, same answers, no wait for the device.
 
-The budget is ignored: tiles live in registers and shared memory. Beyond its outputs an operation needs operands in the
-kernels' type, the peaks of chunks of codes (4 bytes per token and 64 codes; 64 MiB at 4096 x 262,144), and parts of
-token sums (16 x tokens x D floats at most). Products of 2 B k D operations:
+Tiles live in registers and shared memory. Beyond its outputs an operation needs operands in the kernels' type, the
+peaks of chunks of codes (4 bytes per token and 64 codes; 64 MiB at 4096 x 262,144), parts of token sums (16 x tokens x
+D floats at most), and in the backward pass one block of gradients of logits, which the budget and the cache of the
+device bound (tiles.wave; 33 MiB on a H200). Products of 2 B k D operations:
 
     best         1   logits                                             + float64 products of the few chunks in doubt
     mix          2   logits, mean row                                   + the same
     column_sums  1   logits
     row_means    1   logits
-    mix_backward 6   logits and values twice, for the gradient of x and for that of the keys; softmax/backward.py has 4
+    mix_backward 4   logits and values in the kernel, which writes a block once; x and the keys by the library, which
+                     reads it while it is in the cache: the form and the two products of softmax/backward.py
 
 The operands of the products are bfloat16 in `best`, elsewhere where such products are wanted (products.py) or if x and
-the keys are; else float32 without tensor cores, by which the kernels are judged: backend.py does not choose it.
-Sums, powers and the state of the softmax are float32 in both. At 256 dimensions and logits of unit variance bfloat16
-moves entropies at temperature 0.01, which are 0.06 in the mean, by 0.02 (root mean square).
+the keys are; else float32 without tensor cores, by which the kernels are judged: backend.py does not choose it. TF32
+multiplies nothing here. Sums, powers and the state of the softmax are float32 in both, and so are the sums of the
+library's products, in the order of the blocks: the same in every run.
+
+What bfloat16 loses, with u = 2^-8 its rounding, C and V the norms of the longest key and value, to first order in u:
+
+* a logit is off by at most 2 u |x| C / T, a log-normaliser by twice that. At 256 dimensions and logits of unit variance
+  entropies at temperature 0.01, which are 0.06 in the mean, move by 0.02 (root mean square);
+* given the logits, a mean row is off by at most 2 u V, the gradient of x by u (2 sum_j |du_j| |key_j| + 4 |g| V C / T),
+  that of row j by u sum_n (2 |du_nj| + 4 p_nj |g_n| V / T) |x_n|, in the letters of softmax/backward.py: rounded are
+  the probabilities, g, the values, du, and what du multiplies.
+
+float8 is left out: its rounding, 2^-4, would make these bounds a fourth of what they bound, and nothing here has
+measured what a training makes of that.
 
 Ids do not depend on it: they are the arg max of the float64 scores of the given numbers. For that the kernels keep the
 best score of every chunk of codes, and score again, in float64, every chunk that the error bound of its peak does not
@@ -28,7 +41,8 @@ torch's scaled_dot_product_attention is not used. Its flash form makes the same 
 but no arg max, no second temperature and no bias per code: ids and entropies would each be another pass over the codes.
 Its backward pass has no gradient for the log-normaliser and makes one for the values, a product that nobody wants here.
 
-Every kernel is compared with dense.py in Triton's interpreter and compiles for sm_90. None has been timed on a GPU.
+Every kernel is compared with dense.py in Triton's interpreter and compiles for sm_80, sm_90 and sm_100 (tools/bench
+kernels). None has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +55,7 @@ from torch import Tensor
 from vqscale.codes.gpu import operators as ops
 from vqscale.codes.gpu.kernels_backward import UPSTREAM
 from vqscale.codes.scan import Keys
-from vqscale.codes.softmax.backward import Gradients, Upstream
+from vqscale.codes.softmax.backward import Gradients, Slopes, Upstream
 from vqscale.codes.softmax.forward import LocalMixture, Softmax, Wanted
 
 
@@ -105,30 +119,29 @@ def mix_backward(
     x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: LocalMixture, up: Upstream, wanted: Wanted
 ) -> Gradients:
     """The backward pass, as backward.mix_backward; gradients come in the types of x and the keys."""
+    at = Slopes.of(up, wanted)
     numbers = {
         "top": _top(mixed, up.score_B),
-        "log": up.log_B,
-        "shift": up.shift_B,
-        "entropy_log": up.entropy_log_B,
-        "g_entropy": up.g_entropy_B,
-        "entropy": up.entropy_B,
-        "g_columns_mean": up.g_columns_mean_B,
+        "shift": at.shift_B,
+        "entropy_log": at.entropy_log_B,
+        "level": at.level_B,
+        "bend": at.bend_B,
     }
     zero_B = torch.zeros_like(up.log_B)
-    upstream_7B = torch.stack([zero_B if (part_B := numbers[name]) is None else part_B for name in UPSTREAM])
+    upstream = [zero_B if (part_B := numbers[name]) is None else part_B for name in UPSTREAM]
     dx_BD, dkeys_kD, dbias_k = ops.mix_backward(
         x_BD,
         keys.keys_kD,
         keys.bias_k,
         values_kD,
-        upstream_7B,
-        up.g_mean_BD,
-        up.g_columns_k,
-        up.shift_B is not None,
-        up.g_entropy_B is not None,
+        torch.stack(upstream, dim=1),
+        at.g_BD,
+        at.columns_k,
+        at.shift_B is not None,
+        at.bend_B is not None,
         wanted.scale,
-        1.0 / wanted.temperature,
         wanted.ratio or 1.0,
+        wanted.budget,
         wanted.products == "bf16",
     )
     return Gradients(dx_BD, dkeys_kD, None if keys.bias_k is None else dbias_k)

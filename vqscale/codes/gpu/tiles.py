@@ -1,21 +1,26 @@
-"""How the fused kernels cut their work: tiles of tokens x codes per kernel, and parts so that every processor has some.
+"""How the fused kernels cut their work: tiles of tokens x codes per kernel, parts so that every processor has some, and
+blocks of gradients of logits that the device's cache holds.
 
-Chosen for Hopper (227 KiB of shared memory for a program, 64 Ki registers and 132 processors): at 256 dimensions every
-kernel fits, uses the warp-group products and keeps all but 56 bytes of a thread in registers, which tools/bench kernels
-reads off code compiled for sm_90. Their speed has not been measured.
+At 256 dimensions every kernel fits into the shared memory of A100, H100, H200 and B200 and uses their tensor cores;
+what is spilled, 200 bytes of a thread at most, tools/bench kernels reads off code compiled for each. Their speed has
+not been measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import isqrt
 from typing import Literal
 
 import torch
 
 MOST_PARTS = 16
+SHARED_KIB = {80: 163, 90: 227, 100: 227}  # that a program may have, by ten times the compute capability
+SIDE = 128  # tokens and codes of a block of gradients of logits are a multiple of it
+CACHE_BYTES = 50 * 2**20  # of a H100 or H200, for what is no GPU
 
-Kernel = Literal["peaks", "mix", "columns", "means", "tokens", "keys"]
+Kernel = Literal["peaks", "mix", "columns", "means", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -34,24 +39,25 @@ TILES: dict[Kernel, Tile] = {
     "mix": Tile(128, 64, 8, 2),
     "columns": Tile(128, 128, 8, 2),
     "means": Tile(128, 128, 8, 2),
-    "tokens": Tile(128, 64, 8, 2),
-    "keys": Tile(64, 128, 8, 2),
+    "gradient": Tile(128, 64, 8, 2),
 }
-# Where values are not the keys, or the second temperature has a gradient: more to load, more to hold.
-WIDE: dict[Kernel, Tile] = {"tokens": Tile(128, 32, 8, 2), "keys": Tile(32, 128, 8, 2)}
+WIDE: dict[Kernel, Tile] = {"gradient": Tile(128, 32, 8, 2)}  # where values are not the keys: more to load
+# Before Hopper there is less shared memory, and sums are held in registers while operands are.
+OLDER: dict[Kernel, Tile] = {"mix": Tile(64, 64, 8, 2), "gradient": Tile(64, 64, 8, 2)}
 FULL = Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)  # float32 operands: programs that keep tokens, that keep codes
 RESCORE_TOKENS, RESCORE_DIM = 16, 32
 
 
 def keeps_codes(kernel: Kernel) -> bool:
     """Programs keep a tile of codes and walk over the tokens; else the other way round."""
-    return kernel in ("columns", "keys")
+    return kernel == "columns"
 
 
-def tile(kernel: Kernel, dim: int, item_bytes: int, wide: bool = False) -> Tile:
+def tile(kernel: Kernel, dim: int, item_bytes: int, wide: bool = False, capability: int = 90) -> Tile:
     if item_bytes == 4:
         return FULL[keeps_codes(kernel)]
-    found = WIDE.get(kernel, TILES[kernel]) if wide else TILES[kernel]
+    special = OLDER if capability < 90 else WIDE if wide else {}
+    found = special.get(kernel, TILES[kernel])
     return found if padded(dim) > 128 else Tile(found.tokens, found.codes, found.warps, found.stages + 1)
 
 
@@ -73,6 +79,31 @@ def parts(num_tiles: int, length: int, block: int, programs: int) -> tuple[int, 
         if waves * per_part < least:
             best, least = (-(-blocks // per_part), per_part * block), waves * per_part
     return best
+
+
+def wave(num_tokens: int, item_bytes: int, cache_bytes: int, budget: int) -> tuple[int, int]:
+    """(tokens, rows) of the blocks of gradients of logits that are written by one kernel and read by two products.
+
+    A block takes two thirds of the device's cache at most, and the budget: what is read again, tokens and rows, has the
+    rest. Blocks are about square, because a product of T tokens and R rows does as many operations per number that it
+    reads as the smaller of them has; they are whole tiles, and all have about as many tokens.
+    """
+    room = min(2 * cache_bytes // 3, budget) // item_bytes
+    count = max(1, round(num_tokens / max(SIDE, isqrt(room))))
+    tokens = min(num_tokens, -(-num_tokens // (count * SIDE)) * SIDE)
+    return tokens, max(SIDE, room // tokens // SIDE * SIDE)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the cache that all processors of the device share."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CACHE_BYTES
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Ten times the compute capability; that of Hopper for what is no GPU."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 @cache

@@ -65,6 +65,11 @@ class Wanted:
         assert self.ratio is not None
         return self.scale * self.ratio
 
+    @property
+    def sharpness(self) -> float:
+        """1 / the entropy temperature."""
+        return self.entropy_scale / BITS
+
 
 @dataclass
 class Softmax:

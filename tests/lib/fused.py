@@ -1,0 +1,122 @@
+"""`Codebook.mix` served by the fused kernels, in Triton's interpreter or on a device, and dense.py as its judge."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from interpreted import INTERPRETED
+from similarities import added
+from whole import mine, normal, put
+
+from vqscale.codes import backend, dense, products
+from vqscale.codes.codebook import Codebook
+from vqscale.codes.gpu import passes, tiles
+from vqscale.codes.gpu.tiles import Tile
+from vqscale.parallel.mesh import Mesh
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+FUSED = backend.Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.mix_backward)
+
+
+@contextmanager
+def small_tiles():
+    """Enough programs that every kernel splits its inner loop; few and large tiles, which an interpreter likes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "programs", lambda device: 3)
+        if INTERPRETED:
+            patch.setattr(tiles, "FULL", (Tile(32, 64, 1, 1), Tile(16, 64, 1, 1)))
+        yield
+
+
+@contextmanager
+def kernels_serve(low):
+    """As on a device that has the kernels: all passes are theirs, with products in bfloat16 or in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "pick", lambda x_BD, products="fp32": FUSED)
+        patch.setattr(products, "wanted", lambda device_type, dtype: "bf16" if low else "fp32")
+        yield
+
+
+def numbers(num, codes, dim, scale, low):
+    """x and rows: float64 numbers that float32, or bfloat16, holds exactly."""
+    kind = torch.bfloat16 if low else torch.float32
+    x, rows = scale * normal(num, dim, seed=1), normal(codes, dim, seed=2)
+    return x.to(kind).double().to(DEVICE), rows.to(kind).double().to(DEVICE)
+
+
+def weights(num, codes, dim, used):
+    every = {
+        "mean": normal(num, dim, seed=3),
+        "lse": normal(num, seed=4),
+        "entropy": normal(num, seed=5),
+        "columns": normal(codes, seed=6),
+    }
+    return {name: every[name].to(DEVICE) for name in used.split()}
+
+
+@added()
+def answers(ranks_of_codes, shape, scale, similarity, used, low, temperatures, budget=None):
+    """What this rank's tokens and rows are told, and the gradients of x and the rows."""
+    mesh, (num, codes, dim) = Mesh(1, ranks_of_codes), shape
+    x, rows = numbers(num, codes, dim, scale, low)
+    codebook = put(Codebook(codes, dim, mesh=mesh, similarity=similarity).to(DEVICE), rows.float())
+    codebook.budget = budget or codebook.budget
+    x = mine(x, mesh).float().requires_grad_()
+    with kernels_serve(low):
+        out = codebook.mix(x, *temperatures)
+        layout = codebook.layout
+        says = {"lse": out.lse_N, "mean": out.mean_ND, "entropy": out.entropy_N, "columns": out.columns_k}
+        loss = 0.0
+        for name, weight in weights(num, codes, dim, used).items():
+            part = weight[layout.start : layout.stop] if name == "columns" else mine(weight, mesh)
+            loss = loss + (says[name] * part.float()).sum()
+        loss.backward()
+        says |= {"ids": out.ids_N, "nearest": codebook.nearest(x)[0], "score": out.score_N}
+    says |= {"dx": x.grad, "drows": codebook.rows.grad}
+    return {name: part.detach().cpu() for name, part in says.items()}
+
+
+@added()
+def answers_in_small_tiles(*args):
+    with small_tiles():
+        return answers(*args)
+
+
+def near(got, expected, tolerance):
+    """Close, relative to the largest number."""
+    assert got.shape == expected.shape
+    got, expected = got.detach().double(), expected.detach().double().cpu()
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
+
+
+@added()
+def check(
+    ranks,
+    shape,
+    similarity,
+    used,
+    low,
+    tolerance,
+    temperatures=(0.7, 0.2),
+    codes=1,
+    budget=None,
+    answers=answers_in_small_tiles,
+):
+    scale = shape[2] ** -0.5 * 2
+    results = ranks(codes, answers, codes, shape, scale, similarity, used, low, temperatures, budget)
+    got = {name: torch.cat([result[name] for result in results]) for name in results[0]}
+    x, rows = (part.requires_grad_() for part in numbers(*shape, scale, low))
+    truth = dense.mix(x, rows, similarity, *temperatures)
+    ids, score = dense.nearest(x, rows, similarity)
+    assert torch.equal(got["ids"], ids.cpu())
+    assert torch.equal(got["nearest"], ids.cpu())
+    near(got["score"], score / temperatures[0], 1e-6)
+    named = {"mean": truth.mean_ND, "lse": truth.lse_N, "entropy": truth.entropy_N, "columns": truth.columns_K}
+    for name, value in named.items():
+        near(got[name], value, tolerance)
+    loss = sum((named[name] * weight).sum() for name, weight in weights(*shape, used).items())
+    dx, drows = torch.autograd.grad(loss, (x, rows))
+    near(got["dx"], dx, tolerance)
+    near(got["drows"], drows, tolerance)
