@@ -35,12 +35,13 @@ def test_two_processes_from_the_command_line():
     assert set(report["head"]) == {"99"}
     vectors, number, ident = N * D * 4, N * 4, N * 8
     for codes, works in report["head"].items():
-        assert {"ours", "bf16", "dense", "floor"} <= set(works["loss"])
+        assert {"ours", "bf16", "twice", "dense", "floor"} <= set(works["loss"])
         assert set(works["sample"]) == {"ours", "top-p", "dense"}
         for row in [*works["loss"].values(), *works["sample"].values()]:
             assert row["seconds"] > 0
             assert row["peak_bytes"] is None or row["peak_bytes"] >= 0
-        assert works["loss"]["ours"]["sent_bytes"] == 2 * vectors + ident + 2 * 3 * number + number
+        assert works["loss"]["twice"]["sent_bytes"] == 2 * vectors + ident + 2 * 3 * number + number
+        assert works["loss"]["ours"]["sent_bytes"] == works["loss"]["twice"]["sent_bytes"] + 4
         assert works["loss"]["dense"]["sent_bytes"] == int(codes) * D * 4
         assert works["loss"]["floor"]["sent_bytes"] == works["sample"]["dense"]["sent_bytes"] == 0
         assert works["sample"]["ours"]["sent_bytes"] == DRAWN * (D * 4 + 8 + 2 * (4 + 8))
@@ -71,10 +72,11 @@ def test_peak_bytes_of_ours_are_not_tokens_times_codes(tool):
     forms, measure = tool("head_forms"), tool("measure")
     mesh, tokens, codes = Mesh(), 512, 16384
     pairs = tokens * codes * 4
-    wanted = forms.HeadSetting(tokens, codes, 8, drawn=tokens, scan_mib=4, losses=("ours", "bf16", "dense"))
+    wanted = forms.HeadSetting(tokens, codes, 8, drawn=tokens, scan_mib=4, losses=("twice", "ours", "bf16", "dense"))
     built = forms.build(wanted, mesh)
     peaks = {name: measure.alone(form, mesh).peak_bytes for name, form in built["loss"].items()}
-    assert peaks["ours"] < pairs / 2
+    assert peaks["twice"] < pairs / 2
+    assert peaks["ours"] < pairs / 2  # whose exponentials would be more than it may keep
     assert peaks["bf16"] < pairs / 2
     # one more copy of them is a library's that lays out what it multiplies anew, as on some processors
     assert 2 * pairs < peaks["dense"] < forms.dense_memory(wanted) + 1.2 * pairs
@@ -97,6 +99,8 @@ def test_what_does_not_fit_or_is_not_there_is_left_out_and_said(tool, capsys, mo
     assert ["512", "loss", "dense"] not in rows
     assert ["512", "loss", "ours"] in rows
     assert ["512", "sample", "dense"] not in rows
+    assert head.main([*SMALL, "--codes", "128", "--losses", "twice"]) == 0
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines() if " loss " in line] == ["twice", "floor"]
     assert forms.dense_bytes(forms.HeadSetting(1, 100, 10, processes=4)) == 2 * 3 * 4000 // 4
 
 

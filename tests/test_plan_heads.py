@@ -21,9 +21,10 @@ CONFIG = {
 }
 
 
-def costs(head, codes=1, num_ids=1, num_codes=K):
+def costs(head, codes=1, num_ids=1, num_codes=K, batch=8):
     prior = {"num_codes": num_codes, "num_ids": num_ids, "grid": [4, 4], "num_classes": 2, "net": NET, "head": head}
-    return plan(configuration.parse(Run, {**CONFIG, "prior": prior, "mesh": {"codes": codes}}), codes)
+    data = {**CONFIG["data"], "batch": batch}
+    return plan(configuration.parse(Run, {**CONFIG, "data": data, "prior": prior, "mesh": {"codes": codes}}), codes)
 
 
 def sampled(found):
@@ -38,24 +39,32 @@ def block(width, positions):
 
 def test_flat_and_digits_cost_their_rows():
     flat, digits = costs({"name": "flat"}), costs({"name": "factorised", "factors": [64, 64], "within": None})
-    assert flat.operations["training: head"] == T * 4 * 2 * K * D
-    assert digits.operations["training: head"] == T * 4 * 2 * 128 * D
+    assert flat.operations["training: head"] == T * 3 * 2 * K * D
+    assert digits.operations["training: head"] == T * 3 * 2 * 128 * D
     assert sampled(flat) == T * 2 * K * D
     assert sampled(digits) == T * 2 * 128 * D
     tables = {name: n for name, n in digits.parameters.items() if name.startswith("head.")}
     assert sum(tables.values()) == 2 * 128 * D
     assert digits.memory["rows, their gradients and moments"] == 4 * 4 * 2 * 128 * D
     assert not any("head's network" in name for name in digits.memory)
+    kept = "exponentials of the head's logits"
+    assert (flat.memory[kept], digits.memory[kept]) == (4 * 8 * T * K, 4 * 8 * T * 64)
+
+
+def test_where_the_exponentials_are_too_many_the_logits_are_made_again():
+    found = costs({"name": "flat", "scan_mib": 1}, num_codes=2**18, batch=16)
+    assert found.operations["training: head"] == T * 4 * 2 * 2**18 * D
+    assert not any("exponentials" in name for name in found.memory)
 
 
 def test_the_transformer_over_digits_is_counted():
     within = {"num_layers": 2, "ffn_multiple": 8}
     found = costs({"name": "factorised", "factors": [64, 64], "within": within})
-    assert found.operations["training: head"] == T * (4 * 2 * 128 * D + 3 * 2 * block(D, 2))
+    assert found.operations["training: head"] == T * (3 * 2 * 128 * D + 3 * 2 * block(D, 2))
     assert sampled(found) == T * (2 * 128 * D + 2 * block(D, 2))
     assert any("head's network, 128 tokens" in name and n > 0 for name, n in found.memory.items())
     several = costs({"name": "factorised", "within": within}, num_ids=3, num_codes=32)
-    assert several.operations["training: head"] == T * (4 * 2 * 96 * D + 3 * 2 * block(D, 3))
+    assert several.operations["training: head"] == T * (3 * 2 * 96 * D + 3 * 2 * block(D, 3))
 
 
 def test_bits_cost_their_network_in_every_step_and_send_nothing():

@@ -104,8 +104,10 @@ def everywhere(measure: Callable[[Any], Any], setting: Any) -> list[Any]:
 def joined(costs: Sequence[Cost]) -> dict[str, Any]:
     """The costs of one form on all processes as one: a repeat lasts as long as its slowest process."""
     peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
+    processor = [cost.processor for cost in costs]
     return {
         "seconds": median(max(repeat) for repeat in zip(*(cost.seconds for cost in costs), strict=True)),
+        **({"processor_seconds": median(max(each) for each in zip(*processor, strict=True))} if all(processor) else {}),
         "peak_bytes": max(peaks, default=None),
         "sent_bytes": max(cost.sent_bytes for cost in costs),
     }

@@ -23,8 +23,9 @@ ABOUT = """\
 The loss of a head (mean cross entropy, forward and backward to the tokens and the rows) and one draw of ids, for each
 K of --codes. Forms that start from the same numbers and take turns:
 
-  ours    Head.loss and Head.sample, in blocks, the rows split over the processes; float32 products
-  bf16    Head.loss with products: bf16 (tokens and rows rounded for the products, the rest float32)
+  ours    Head.weighted and Head.sample, in blocks, the rows split over the processes; float32 products, three of a loss
+  bf16    Head.weighted with products: bf16 (tokens and rows rounded for the products, the rest float32)
+  twice   Head.loss, which makes the logits once more in the backward pass: four products, less memory
   top-p   Head.sample with top-p 0.9
   dense   F.cross_entropy(F.linear(h, rows)); softmax of all logits and torch.multinomial
   torch   F.linear_cross_entropy of torch 2.13 in chunks, as it chooses them
@@ -32,7 +33,8 @@ K of --codes. Forms that start from the same numbers and take turns:
   quack   QuACK's chunked loss where the package is installed, which is for GPUs
   floor   three matrix products as torch.mm in blocks: logits, gradient of h, gradient of the rows
 
-seconds is the median over the repeats, of the slowest process. Peak memory is of one process and beyond its inputs;
+seconds is the median over the repeats, of the slowest process; cpu s is processor time, of all its threads, which other
+work on the machine disturbs least. Peak memory is of one process and beyond its inputs;
 the gradients of h and of the rows are in it. Sent bytes are of one process and one run, as a ring sends them.
 
 With --processes M, tokens are per process. Ours shares the K rows; the others are replicas with all K rows, whose
@@ -48,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--dim", type=int, default=256, help="D, width of the model (256)")
     out.add_argument("--repeats", type=int, default=5, help="timed runs of each form (5)")
+    out.add_argument(
+        "--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="forms of the loss, and the floor (all)"
+    )
     command.add_options(out)
     return out
 
@@ -104,7 +109,8 @@ def choose(args: argparse.Namespace) -> tuple[list[HeadSetting], list[str]]:
                 f"dense and cce are left out for {codes} codes: they need about {need / 2**20:.1f} MiB, more than the "
                 f"{args.max_dense_gib:g} GiB of --max-dense-gib"
             )
-        losses = tuple(name for name in LOSSES if name not in absent and name not in big)
+        asked = {*args.losses, "floor"}
+        losses = tuple(name for name in LOSSES if name in asked and name not in absent and name not in big)
         settings.append(replace(setting, losses=losses, samples=tuple(name for name in SAMPLES if name not in big)))
     return settings, notes
 
@@ -138,15 +144,17 @@ def table(report: dict[str, Any]) -> str:
         f"{config['processes']} x {config['threads']} threads",
         command.place(report),
         "",
-        f"{'codes':>8} {'':14}{'seconds':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
+        f"{'codes':>8} {'':14}{'seconds':>10}{'/ floor':>9}{'cpu s':>10}{'/ floor':>9}{'peak MiB':>11}{'sent MiB':>11}",
     ]
     for codes, works in report["head"].items():
         for work, forms in works.items():
-            floor = works["loss"]["floor"]["seconds"] if work == "loss" else None
+            floor = works["loss"]["floor"] if work == "loss" else None
             for name, row in forms.items():
-                ratio = f"{row['seconds'] / floor:9.2f}" if floor else f"{'-':>9}"
+                times = ""
+                for key in ("seconds", "processor_seconds"):
+                    times += f"{row[key]:10.4f}" + (f"{row[key] / floor[key]:9.2f}" if floor else f"{'-':>9}")
                 peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.2f}"
                 sent = f"{row['sent_bytes'] / 2**20:.2f}"
-                lines.append(f"{codes:>8} {work:7}{name:7}{row['seconds']:10.4f}{ratio}{peak:>11}{sent:>11}")
+                lines.append(f"{codes:>8} {work:7}{name:7}{times}{peak:>11}{sent:>11}")
     lines.append(f"floor: {len(PRODUCTS)} of 2 N K D operations: {', '.join(PRODUCTS)}")
     return "\n".join(lines)

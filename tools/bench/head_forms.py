@@ -1,8 +1,8 @@
 """The forms that `bench head` compares, as functions without arguments, and their measurement.
 
-    loss      ours, ours in bf16 products, the dense form (F.cross_entropy of all logits), F.linear_cross_entropy of
-              torch in chunks, cut-cross-entropy (on a CPU its torch_compile form), QuACK's (GPUs only), the floor
-              (three products)
+    loss      ours, ours in bf16 products, ours with the logits made twice, the dense form (F.cross_entropy of all
+              logits), F.linear_cross_entropy of torch in chunks, cut-cross-entropy (on a CPU its torch_compile form),
+              QuACK's (GPUs only), the floor (three products)
     sample    ours, ours with top-p, the dense form (softmax of all logits, torch.multinomial)
 
 A loss returns (mean loss, gradient of h, gradient of the rows), a sample (ids_N,), the floor nothing of use. With M
@@ -11,6 +11,7 @@ processes ours splits the K rows over them; the others are replicas with all K r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -84,7 +85,9 @@ def measure(setting: HeadSetting) -> dict[str, dict[str, Cost]]:
         costs[work] = {name: alone(form, mesh) for name, form in some.items()}
         for _ in range(setting.repeats):
             for name, form in some.items():
+                before = time.process_time()
                 costs[work][name].seconds.append(seconds(form, mesh.device, mesh.codes))
+                costs[work][name].processor.append(time.process_time() - before)
     return costs
 
 
@@ -96,6 +99,8 @@ def build(setting: HeadSetting, mesh: Mesh) -> dict[str, dict[str, Form]]:
     heads = {name: _head(setting, mesh, bf16=name == "bf16") for name in ("ours", "bf16") if name in setting.losses}
     head = heads.get("ours") or _head(setting, mesh, bf16=False)
     losses: dict[str, Form] = {name: _ours(each, h_ND, targets_N) for name, each in heads.items()}
+    if "twice" in setting.losses:
+        losses["twice"] = _loss(lambda h, _, targets: head.loss(h, targets).mean(), h_ND, head.rows, targets_N)
     rows_KD = _rows(setting, mesh)
     for name, function in _functions(setting).items():
         if name in setting.losses:
@@ -157,7 +162,8 @@ def _rounded(function: MeanLoss) -> MeanLoss:
 
 
 def _ours(head: Head, h_ND: Tensor, targets_N: Tensor) -> Form:
-    return _loss(lambda h, _, targets: head.loss(h, targets).mean(), h_ND, head.rows, targets_N)
+    weight_N = torch.full(targets_N.shape, 1 / len(targets_N), device=h_ND.device)
+    return _loss(lambda h, _, targets: head.weighted(h, targets, weight_N)[0], h_ND, head.rows, targets_N)
 
 
 def _loss(function: MeanLoss, h_ND: Tensor, rows: Tensor, targets_N: Tensor) -> Form:

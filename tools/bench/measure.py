@@ -11,7 +11,7 @@ import ctypes
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ class Cost:
     peak_bytes: int | None = None  # None where the kernel does not count
     sent_bytes: int = 0
     same_ids: float | None = None  # of a search: the share of tokens for which it finds what ours finds
+    processor: list[float] = field(default_factory=list)  # seconds of the processor, of all threads; where asked for
 
 
 def measure(setting: Setting) -> dict[str, dict[str, Cost]]:

@@ -68,10 +68,10 @@ def exp2_(x: Tensor) -> Tensor:
 
 
 class Buffer:
-    """Memory for a block that is used again for every block of a pass."""
+    """Memory for a block that is used again for every block of a pass; `flat` is a part of other memory for it."""
 
-    def __init__(self) -> None:
-        self._flat: Tensor | None = None
+    def __init__(self, flat: Tensor | None = None) -> None:
+        self._flat = flat
 
     def view(self, like: Tensor, tokens: int, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tokens x rows tensor, of one type in the buffer's life; what was in the buffer is lost."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from vqscale import priors
 from vqscale.codes.codebook import Codebook
+from vqscale.codes.heads.flat import Head
+from vqscale.codes.heads.passes import LEAST_TOKENS
 from vqscale.codes.rows import set_aside
 from vqscale.engine.optimisers import muon_matrices
 from vqscale.engine.rounded import num_rounded
@@ -63,6 +65,7 @@ def plan(config: PriorRun, world: int) -> Costs:
             f"gathered tokens of {codes} processes": 3 * tokens * codes * sum(widths) * FP32,
             **_head_activations(config, prior, tokens),
             "blocks of the scan": config.prior.head.scan_mib * MIB,
+            **_exponentials(prior, tables, tokens * codes),
         },
         {
             "gradients and parameters of the replicated part": network_bytes(dense - still, low, config.engine, world),
@@ -84,12 +87,16 @@ def planned(config: PriorRun, mesh: Mesh) -> tuple[Prior, dict[str, Codebook]]:
 
 def operations(prior: Prior, tables: Mapping[str, Codebook], settings: SampleConfig | None = None) -> dict[str, int]:
     """Of an image: products of the network (in training thrice those of its forward pass) and of the head: its tables
-    of outputs (in training four of 2 K D per token, see codes/heads/passes.py) and its own network. Sampling is with
-    these settings; where there are none, with the defaults, but for as many steps as there are tokens.
+    of outputs (in training three or four of 2 K D per token, see codes/heads/passes.py) and its own network. Sampling
+    is with these settings; where there are none, with the defaults, but for as many steps as there are tokens.
     """
     forward, (network, times) = _forward(prior), _head_network(prior)
-    outputs = {name: table for name, table in tables.items() if name.endswith("outputs")}
-    each = 2 * sum(prior.rows_met(name, table.num_codes) * table.dim for name, table in outputs.items())
+    met = {
+        name: 2 * prior.rows_met(name, table.num_codes) * table.dim
+        for name, table in tables.items()
+        if name.endswith("outputs")
+    }
+    each, trained_each = sum(met.values()), sum((3 if _at_once(prior, name) else 4) * n for name, n in met.items())
     if settings is None:
         settings = prior.config.sampling()
         if any(key == "steps" for key, _ in prior.config.against(settings)):
@@ -100,10 +107,26 @@ def operations(prior: Prior, tables: Mapping[str, Codebook], settings: SampleCon
     return {
         **({"training: image encoder": 3 * looked, "sampling: image encoder": looked} if looked else {}),
         "training: transformer": round(3 * sum(forward.values()) * trained.network),
-        "training: head": round((4 * each + 3 * network) * trained.asked),
+        "training: head": round((trained_each + 3 * network) * trained.asked),
         f"sampling, {_words(sampled.network)}: transformer": round(guided * sampled.network),
         f"sampling, {_words(sampled.network)}: head": round((each + times * network) * sampled.asked),
     }
+
+
+def _at_once(prior: Prior, name: str, tokens: int = LEAST_TOKENS) -> int:
+    """Of how many tokens the gradients of this table of outputs are made with the logits of the loss; 0: made again."""
+    head = prior.get_submodule(name.rpartition(".")[0])
+    return head.tokens_at_once(tokens) if prior.asks_once and isinstance(head, Head) else 0
+
+
+def _exponentials(prior: Prior, tables: Mapping[str, Codebook], tokens: int) -> dict[str, int]:
+    """What is kept of the logits for that, of the table that needs most: one is done after the other."""
+    held = [
+        _at_once(prior, name, tokens) * table.layout.count * (2 if getattr(head, "products", "") == "bf16" else FP32)
+        for name, table in tables.items()
+        if name.endswith("outputs") and (head := prior.get_submodule(name.rpartition(".")[0]))
+    ]
+    return {"exponentials of the head's logits": max(held)} if any(held) else {}
 
 
 def _words(passes: float) -> str:

@@ -66,6 +66,16 @@ class Autoregressive(Prior):
         members = within.losses(h_ND, self.head, self.clusters, self.clusters.of(ids_N), ids_N)
         return all_codes._replace(whole_N=(1.0 + weight) * all_codes.whole_N - weight * members.whole_N)
 
+    def weighted(self, h_ND: Tensor, ids_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Losses]:
+        if self.asks_once:
+            return super().weighted(h_ND, ids_N, weight_N)
+        found = self.losses(h_ND, ids_N, right=False)
+        return (found.whole_N * weight_N.to(found.whole_N.dtype)).sum(), found
+
+    @property
+    def asks_once(self) -> bool:
+        return self.clusters is None
+
     def draw(self, condition: Tensor, settings: AutoregressiveSampleConfig, numbers_B: Tensor, seed: int) -> Tensor:
         scales = guidance_scales(settings.guidance, settings.schedule, self.config.num_tokens)
         guided = any(scale != 1 for scale in scales)

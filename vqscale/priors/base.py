@@ -129,6 +129,12 @@ class Prior(nn.Module, ABC):
         """Of an image in a step, which is more than forward alone."""
         return Passes(1, self.config.num_tokens)
 
+    @property
+    def asks_once(self) -> bool:
+        """Whether the loss of a step is `weighted` of the head, and nothing beside it: its gradients may then be made
+        with the loss."""
+        return True
+
     def rows_met(self, table: str, num_codes: int) -> float:
         """Rows of a table of outputs that one token is multiplied with."""
         return num_codes
@@ -243,12 +249,17 @@ class Prior(nn.Module, ABC):
         """
         at = Positions(h_BTD.shape[:2], weight_BT, self.mesh.codes)
         h_ND, ids_N = at.of(h_BTD), at.of(self.in_a_row(ids_Bhw), NOBODY)
-        return self.told(self.losses(h_ND, ids_N, right=tally.statistics.on and not self.training), at)
+        if self.training:
+            total, losses = self.weighted(h_ND, ids_N, at.weights(ids_N))
+            return self.told(losses, at, total)
+        return self.told(self.losses(h_ND, ids_N, right=tally.statistics.on), at)
 
-    def told(self, losses: Losses, at: Positions) -> Modelled:
-        """What is said of a batch, of what a head says of the positions of it; nothing is sent."""
+    def told(self, losses: Losses, at: Positions, mean: Tensor | None = None) -> Modelled:
+        """What is said of a batch, of what a head says of the positions of it; nothing is sent. `mean` is that of the
+        losses, where it alone has a gradient."""
         _, z_loss = self.regularisers
-        found = Modelled(at.mean(losses.whole_N), at.means_of_images(losses.whole_N.detach()))
+        mean = at.mean(losses.whole_N) if mean is None else mean
+        found = Modelled(mean, at.means_of_images(losses.whole_N.detach()))
         if not tally.statistics.on:
             return found
         found.parts["cross_entropy"] = at.mean(losses.cross_entropy_N)
@@ -267,6 +278,11 @@ class Prior(nn.Module, ABC):
         """What the head says of ids given the vectors that predict them; NOBODY is not asked about. Collective."""
         smoothing, z_loss = self.regularisers
         return self.head.losses(h_ND, ids_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY, right=right)
+
+    def weighted(self, h_ND: Tensor, ids_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Losses]:
+        """(the sum of `losses` times weights, which alone has a gradient; the losses), in training. Collective."""
+        smoothing, z_loss = self.regularisers
+        return self.head.weighted(h_ND, ids_N, weight_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY)
 
     def prefix(self, condition: Tensor, keys_B: Tensor | None = None, *, null: bool = False) -> Tensor:
         """The vectors (B, P, D) before the first id: in training of some images the null condition's, with `null` of

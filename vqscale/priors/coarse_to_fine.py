@@ -166,6 +166,10 @@ class CoarseToFine(Prior):
         u_BT = noise.uniform(noise.keys(derive(seed, "sample"), numbers_B), 0, self.config.num_tokens)
         return (u_BT * self.num_clusters).long().clamp(max=self.num_clusters - 1).unflatten(1, self.grid)
 
+    @property
+    def asks_once(self) -> bool:
+        return False
+
     def rows_met(self, table: str, num_codes: int) -> float:
         return (
             num_codes / self.num_clusters if (table, self.config.support) == ("head.outputs", "cluster") else num_codes

@@ -41,6 +41,12 @@ class Positions:
             x_N[self._count :] = beyond
         return x_N
 
+    def weights(self, like_N: Tensor) -> Tensor:
+        """What `mean` weighs each of the N values with, in float64."""
+        if self._share_N is None:
+            return torch.full((len(like_N),), 1.0 / len(like_N), dtype=torch.float64, device=like_N.device)
+        return self._share_N / self._shape[0]
+
     def mean(self, values_N: Tensor) -> Tensor:
         """The mean over images of `means_of_images`."""
         return values_N.mean() if self._place_N is None else self.means_of_images(values_N).mean()

@@ -104,6 +104,27 @@ class Vocabulary(nn.Module, ABC):
         """
         yield
 
+    def weighted(
+        self,
+        h_ND: Tensor,
+        targets_N: Tensor,
+        weight_N: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore: int = -1,
+        right: bool = False,
+    ) -> tuple[Tensor, Losses]:
+        """(the sum of the losses times their weights, the losses): for training, which minimises a number. Collective.
+
+        As `losses`, but only the sum has a gradient, once, and what arrives for it in the backward pass is the same on
+        all ranks of a code group: what weighs tokens is in weight_N, which has no gradient. A head that knows this
+        beforehand may need fewer products.
+        """
+        found = self.losses(h_ND, targets_N, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore, right=right)
+        total = (found.whole_N * weight_N.to(found.whole_N.dtype)).sum()
+        return total, found._replace(whole_N=found.whole_N.detach())
+
     @torch.no_grad()
     def sample(
         self,

@@ -29,7 +29,7 @@ from vqscale.codes import noise
 from vqscale.codes.codebook import SCAN_MIB
 from vqscale.codes.config import Products
 from vqscale.codes.heads import draw
-from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_terms
+from vqscale.codes.heads.base import Losses, Scored, Vocabulary
 from vqscale.codes.heads.config import FactorisedConfig, WithinConfig
 from vqscale.codes.heads.flat import Head
 from vqscale.codes.ids import check_ids, whole_ids
@@ -190,18 +190,39 @@ class Factorised(Vocabulary):
         The ids of a token are right when every digit is the likeliest given the true ones before it: temperature 0
         draws exactly these.
         """
-        check_terms(label_smoothing, z_loss)
+        return _together(
+            [
+                head.losses(y_ND, digit_N, label_smoothing=label_smoothing, z_loss=z_loss, right=right)
+                for head, y_ND, digit_N in self._digits(h_ND, targets_N, ignore)
+            ]
+        )
+
+    def weighted(
+        self,
+        h_ND: Tensor,
+        targets_N: Tensor,
+        weight_N: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore: int = -1,
+        right: bool = False,
+    ) -> tuple[Tensor, Losses]:
+        """The sums of the digits."""
+        found = [
+            head.weighted(y_ND, digit_N, weight_N, label_smoothing=label_smoothing, z_loss=z_loss, right=right)
+            for head, y_ND, digit_N in self._digits(h_ND, targets_N, ignore)
+        ]
+        totals, parts = zip(*found, strict=True)
+        return torch.stack(totals).sum(), _together(parts)
+
+    def _digits(self, h_ND: Tensor, targets_N: Tensor, ignore: int) -> list[tuple[Head, Tensor, Tensor]]:
+        """(head, what predicts the digit, its target), of every digit; -1 where the target is ignored."""
         targets_N = whole_ids(targets_N, "targets")
         ignored = targets_N == ignore
         check_ids(torch.where(ignored, 0, targets_N), 0, self.num_codes, "targets", self.axis)
         digits_NS = self.split(torch.where(ignored, -1, targets_N))
-        parts = [
-            head.losses(y_ND, digit_N, label_smoothing=label_smoothing, z_loss=z_loss, right=right)
-            for head, y_ND, digit_N in zip(self.heads, self._states(h_ND, digits_NS), digits_NS.unbind(1), strict=True)
-        ]
-        whole, entropy, square = (torch.stack(values).sum(0) for values in list(zip(*parts, strict=True))[:3])
-        every = [part.right_N for part in parts if part.right_N is not None]
-        return Losses(whole, entropy, square, torch.stack(every).all(0) if right else None)
+        return list(zip(self.heads, self._states(h_ND, digits_NS), digits_NS.unbind(1), strict=True))
 
     def _states(self, h_ND: Tensor, digits_NS: Tensor) -> Sequence[Tensor]:
         """What predicts each digit, given h and the true digits before it."""
@@ -246,3 +267,10 @@ class Factorised(Vocabulary):
             digits.append(head.drawn(y_ND, chosen_N, rule, null_ND[0] if null_ND else None, guidance, scored))
         digits_SN, log_p_SN = zip(*digits, strict=True)
         return Scored(self.join(torch.stack(digits_SN, 1)), torch.stack(log_p_SN, 1).sum(1))
+
+
+def _together(parts: Sequence[Losses]) -> Losses:
+    """The losses of all digits of a token as one."""
+    whole, entropy, square = (torch.stack(values).sum(0) for values in list(zip(*parts, strict=True))[:3])
+    every = [part.right_N for part in parts if part.right_N is not None]
+    return Losses(whole, entropy, square, torch.stack(every).all(0) if every else None)

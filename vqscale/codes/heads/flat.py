@@ -7,6 +7,7 @@ owners. N, the tokens of a rank, is the same on all ranks of a code group. With 
 
     embed    gather ids                reduce-scatter vectors                        gradient to the input rows
     loss     gather h, targets         merge log-sum-exp, target logit               gradients to h, the output rows
+    weighted the same, and weights     the same, some tokens at a time               the same, made in the forward pass
     sample   gather h, keys            merge the best score, its id (and the set)    no gradient
 
 Logits are h . row, without a bias. The definitions in plain torch are in dense.py.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from vqscale.codes.codebook import SCAN_MIB, Codebook
 from vqscale.codes.config import Products
-from vqscale.codes.heads import draw
+from vqscale.codes.heads import draw, passes
 from vqscale.codes.heads.base import Losses, Scored, Vocabulary, check_terms
 from vqscale.codes.heads.config import Embedding, FlatConfig
 from vqscale.codes.heads.flat_loss import FlatLoss, LossTerms
@@ -200,19 +201,62 @@ class Head(Vocabulary):
         Each of the N tokens by itself: take the mean over those that count. label_smoothing e mixes the target with the
         uniform distribution, (1 - e) one-hot + e / K; in training mode a head with `neighbours` has, in place of the
         one-hot, how the target is shared among them (neighbours.py). z_loss z adds z lse^2, which keeps the normaliser
-        near 1. Memory is tokens x D and the blocks; logits are made once here and once more in the backward pass.
-        Targets outside 0 .. K - 1 are an error as in `embed`. `right` is by the logits of this pass, the lowest id
-        among equals.
+        near 1. Memory is tokens x D and the blocks; logits are made once here and once more in the backward pass, but
+        for a sum of losses (`weighted`). Targets outside 0 .. K - 1 are an error as in `embed`. `right` is by the
+        logits of this pass, the lowest id among equals.
         """
+        return self._losses(h_ND, targets_N, None, self._terms(label_smoothing, z_loss, ignore, right))[1]
+
+    def weighted(
+        self,
+        h_ND: Tensor,
+        targets_N: Tensor,
+        weight_N: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore: int = -1,
+        right: bool = False,
+    ) -> tuple[Tensor, Losses]:
+        """The gradients are made in the forward pass, with the logits that are there: three products in place of four.
+
+        Memory is more by the exponentials of 512 tokens with the rows of this rank, or what the budget holds; where
+        that is more than the budget and than two gradients of the rows, it is as `losses` (passes.tokens_at_once). From
+        the forward to the backward pass both gradients are kept.
+        """
+        at_once = self.tokens_at_once(len(h_ND) * self.axis.size)
+        if not at_once or not torch.is_grad_enabled():
+            return super().weighted(
+                h_ND,
+                targets_N,
+                weight_N,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                ignore=ignore,
+                right=right,
+            )
+        return self._losses(h_ND, targets_N, weight_N, self._terms(label_smoothing, z_loss, ignore, right, at_once))
+
+    def tokens_at_once(self, num_tokens: int) -> int:
+        """Of how many of B tokens `weighted` makes the gradients at once, on all ranks alike; 0: it is as `losses`."""
+        rows, item = -(-self.num_codes // self.axis.size), 2 if self.products == "bf16" else self.rows.element_size()
+        return passes.tokens_at_once(num_tokens, rows, self.dim, item, self.outputs.budget)
+
+    def _terms(self, label_smoothing: float, z_loss: float, ignore: int, right: bool, at_once: int = 0) -> LossTerms:
         check_terms(label_smoothing, z_loss)
         shared = None
         if self._num_neighbours > 1 and self.training:
             shared = self.neighbours
             assert shared is not None, "set_features gives a head with neighbours what it shares targets by"
-        terms = (label_smoothing, z_loss, ignore, self.products, self.outputs.budget, right, shared)
-        plan = LossTerms(self.layout, self.axis, *terms)
+        terms = (label_smoothing, z_loss, ignore, self.products, self.outputs.budget, right, shared, at_once)
+        return LossTerms(self.layout, self.axis, *terms)
+
+    def _losses(
+        self, h_ND: Tensor, targets_N: Tensor, weight_N: Tensor | None, terms: LossTerms
+    ) -> tuple[Tensor, Losses]:
         with clock.span("codes"), full_precision(h_ND):
-            return Losses(*FlatLoss.apply(h_ND, self.rows, whole_ids(targets_N, "targets"), plan))
+            total, *found = FlatLoss.apply(h_ND, self.rows, whole_ids(targets_N, "targets"), weight_N, terms)
+            return total, Losses(*found)
 
     @contextmanager
     def laid_out(self) -> Iterator[None]:

@@ -1,20 +1,23 @@
-"""The two blockwise passes of `Head.loss` over this rank's rows. Local arithmetic; flat.py merges the ranks.
+"""The blockwise passes of `Head.losses` over this rank's rows. Local arithmetic; flat_loss.py merges the ranks.
 
 Logits are kept in bits, l_nj = h_n . row_j / ln 2, so that probabilities are powers of two, which a CPU makes faster
-than exponentials. Between blocks stands the state of an online log-sum-exp. Nothing is kept from the first pass to the
-second but three numbers per token: logits are made again. Products of 2 B k D operations, with B tokens of the whole
-code group, k rows of this rank:
+than exponentials. Between blocks stands the state of an online log-sum-exp. Products of 2 B k D operations, with B
+tokens of the whole code group, k rows of this rank:
 
     logsumexp_forward     1   logits
     logsumexp_backward    3   logits again, gradient of h, gradient of the rows
+    kept_backward         2   gradient of h, gradient of the rows
 
-Gradients made in the first pass would save one of the four. They need the gradient of every token's loss before it
-arrives (so a mean over all tokens and nothing else), blocks that span all rows of a rank, and the ranks' sums for each
-of them: not done.
+The last is for a loss whose gradient per token is known before it arrives (a weighted mean, and nothing else wants the
+logits): some hundred tokens at a time, the first pass keeps the exponentials of all rows of this rank (`Kept`), the
+ranks merge their normalisers, and the gradients are made at once. What is kept is relative to the best logit of a token
+when it was made, a factor per token and block away from probabilities, and rounded where products are: a target with
+most of the probability is the best, and its exponential is one, so that what is left of it is not lost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from vqscale.codes import scan
 from vqscale.codes.config import Products
-from vqscale.codes.products import add_product, operand, product
+from vqscale.codes.products import LOW, add_product, operand, product
 from vqscale.codes.scan import BITS, exp2_
 
 
@@ -32,6 +35,9 @@ class Targets:
 
     mine_B: Tensor
     local_B: Tensor
+
+    def some(self, tokens: slice) -> Targets:
+        return Targets(self.mine_B[tokens], self.local_B[tokens])
 
     def columns(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """(which of the tokens have their target among these rows, its column; 0 where not)."""
@@ -54,16 +60,72 @@ class LogSumExp:
     """the first of the rows with the top logit, where it is asked for"""
 
 
+LEAST_TOKENS = (
+    512  # whose exponentials are kept at once: with fewer, the gradient of the rows is read and written often
+)
+
+
+def tokens_at_once(num_tokens: int, num_rows: int, dim: int, item_bytes: int, budget: int) -> int:
+    """Of how many tokens the exponentials of all rows are kept at once; 0 where too few would fit.
+
+    They may take the budget, or if that is too little for LEAST_TOKENS as much as the gradient of the rows in float32
+    and its sum with another do.
+    """
+    least, each = min(num_tokens, LEAST_TOKENS), max(1, num_rows * item_bytes)
+    if least * each > max(budget, 2 * 4 * num_rows * dim):
+        return 0
+    return max(least, min(num_tokens, scan.TOKEN_BLOCK, budget // each))
+
+
+class Kept:
+    """2^(l - top) of some tokens with all rows of this rank, in the type of the products, block after block of rows."""
+
+    def __init__(self, num_tokens: int, rows_kD: Tensor, products: Products) -> None:
+        self.dtype = LOW if products == "bf16" else rows_kD.dtype
+        self._flat = rows_kD.new_empty(num_tokens * len(rows_kD), dtype=self.dtype)
+        self._tops: list[tuple[slice, Tensor]] = []
+
+    def memory(self, num_tokens: int, rows: slice) -> scan.Buffer:
+        return scan.Buffer(self._flat[num_tokens * rows.start : num_tokens * rows.stop])
+
+    def begin(self) -> None:
+        """Other tokens come, no more than the first ones."""
+        self._tops.clear()
+
+    def add(self, rows: slice, top_b: Tensor) -> None:
+        """The block of these rows is in its memory, relative to this top."""
+        self._tops.append((rows, top_b))
+
+    def blocks(self, like: Tensor, lse_b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, probabilities in the type of `like`); what was kept is lost."""
+        wide, num = scan.Buffer(), len(lse_b)
+        for rows, top_b in self._tops:
+            p_br = self.memory(num, rows).view(like, num, rows.stop - rows.start)
+            if p_br.dtype != like.dtype:
+                p_br = wide.view(like, *p_br.shape).copy_(p_br)
+            p_br.mul_(torch.exp2(top_b - lse_b)[:, None])
+            yield rows, p_br.clamp_min_(2.0 ** scan.LOWEST_BITS[p_br.dtype])  # as exp2_ says
+
+
 def logsumexp_forward(
-    x_BD: Tensor, rows_kD: Tensor, targets: Targets, products: Products, budget: int, best: bool = False
+    x_BD: Tensor,
+    rows_kD: Tensor,
+    targets: Targets,
+    products: Products,
+    budget: int,
+    best: bool = False,
+    kept: Kept | None = None,
 ) -> LogSumExp:
-    """The log-sum-exp over this rank's rows and the logits of the targets that it owns."""
+    """The log-sum-exp over this rank's rows and the logits of the targets that it owns. With `kept`, of one block of
+    tokens."""
     num = len(x_BD)
     top_B, sum_B, target_B = x_BD.new_full((num,), scan.LOWEST), x_BD.new_zeros(num), x_BD.new_zeros(num)
     best_B = torch.zeros(num, dtype=torch.int64, device=x_BD.device) if best else None
     buffer = scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
-        l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS, buffer)
+        memory = None if kept is None else kept.memory(num, rows)
+        into = buffer if memory is None or products == "bf16" else memory
+        l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS, into)
         here_b, column_b = targets.columns(tokens, rows)
         target_B[tokens] += l_br.gather(1, column_b[:, None])[:, 0] * here_b
         if best_B is None:
@@ -73,8 +135,12 @@ def logsumexp_forward(
             best_B[tokens] = torch.where(value_b > top_B[tokens], row_b + rows.start, best_B[tokens])
             top_b = torch.maximum(top_B[tokens], value_b)
         sum_B[tokens] *= torch.exp2(top_B[tokens] - top_b)
-        sum_B[tokens] += exp2_(l_br.sub_(top_b[:, None])).sum(1)
+        u_br = exp2_(l_br.sub_(top_b[:, None]))
+        sum_B[tokens] += u_br.sum(1)
         top_B[tokens] = top_b
+        if kept is not None:
+            operand(u_br, products, memory)
+            kept.add(rows, top_b)
     return LogSumExp(top_B / BITS, sum_B, target_B / BITS, best_B)
 
 
@@ -91,6 +157,38 @@ class LogitGradient:
     uniform_weight: float
 
 
+class Sums:
+    """The gradients of x and of the rows, each where it is wanted, while blocks are added to them.
+
+    The factor g_n goes into what is small: tokens, not blocks.
+    """
+
+    def __init__(self, x_BD: Tensor, up: LogitGradient, dx_BD: Tensor | None, drows_kD: Tensor | None) -> None:
+        self.up, self.dx_BD, self.drows_kD = up, dx_BD, drows_kD
+        self._gx_BD = x_BD * up.g_B[:, None] if drows_kD is not None else None
+        self._low = scan.Buffer()
+
+    def add_block(
+        self, p_br: Tensor, rows_kD: Tensor, at: Targets, tokens: slice, rows: slice, products: Products
+    ) -> None:
+        """Add what a block of probabilities gives; it is changed."""
+        if self.up.p_weight_B is not None:
+            p_br *= self.up.p_weight_B[tokens, None]
+        if self.up.uniform_weight:
+            p_br -= self.up.uniform_weight
+        here_b, column_b = at.columns(tokens, rows)
+        p_br.scatter_add_(1, column_b[:, None], (here_b.to(p_br.dtype) * -self.up.target_weight)[:, None])
+        dl_br = operand(p_br, products, self._low)
+        if self.dx_BD is not None:
+            add_product(self.dx_BD[tokens], dl_br, rows_kD[rows], products)
+        if self.drows_kD is not None and self._gx_BD is not None:
+            add_product(self.drows_kD[rows], dl_br.t(), self._gx_BD[tokens], products)
+
+    def close(self) -> None:
+        if self.dx_BD is not None:
+            self.dx_BD.mul_(self.up.g_B[:, None])
+
+
 def logsumexp_backward(
     x_BD: Tensor,
     rows_kD: Tensor,
@@ -100,27 +198,21 @@ def logsumexp_backward(
     products: Products,
     budget: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x (this rank's share over its rows) and of the rows (over all B tokens), each where it is wanted.
-
-    The factor g_n goes into what is small: tokens, not blocks.
-    """
+    """Gradients of x (this rank's share over its rows) and of the rows (over all B tokens), each where it is wanted."""
     dx_BD = torch.zeros_like(x_BD) if wanted[0] else None
     drows_kD = torch.zeros_like(rows_kD) if wanted[1] else None
-    gx_BD = x_BD * up.g_B[:, None] if wanted[1] else None
-    lse_B = up.lse_B * BITS
-    buffer, low = scan.Buffer(), scan.Buffer()
+    sums, lse_B, buffer = Sums(x_BD, up, dx_BD, drows_kD), up.lse_B * BITS, scan.Buffer()
     for tokens, rows in scan.blocks_of(x_BD, len(rows_kD), budget):
         l_br = product(x_BD[tokens], rows_kD[rows].t(), products, BITS, buffer)
-        u_br = exp2_(l_br.sub_(lse_B[tokens, None]))
-        if up.p_weight_B is not None:
-            u_br *= up.p_weight_B[tokens, None]
-        if up.uniform_weight:
-            u_br -= up.uniform_weight
-        here_b, column_b = targets.columns(tokens, rows)
-        u_br.scatter_add_(1, column_b[:, None], (here_b.to(u_br.dtype) * -up.target_weight)[:, None])
-        u_br = operand(u_br, products, low)
-        if dx_BD is not None:
-            add_product(dx_BD[tokens], u_br, rows_kD[rows], products)
-        if drows_kD is not None and gx_BD is not None:
-            add_product(drows_kD[rows], u_br.t(), gx_BD[tokens], products)
-    return dx_BD if dx_BD is None else dx_BD.mul_(up.g_B[:, None]), drows_kD
+        p_br = exp2_(l_br.sub_(lse_B[tokens, None]))
+        sums.add_block(p_br, rows_kD, targets, tokens, rows, products)
+    sums.close()
+    return dx_BD, drows_kD
+
+
+def kept_backward(x_BD: Tensor, rows_kD: Tensor, at: Targets, kept: Kept, sums: Sums, products: Products) -> None:
+    """Add to the sums what is kept of these tokens."""
+    whole = slice(0, len(x_BD))
+    for rows, p_br in kept.blocks(x_BD, sums.up.lse_B * BITS):
+        sums.add_block(p_br, rows_kD, at, whole, rows, products)
+    sums.close()
