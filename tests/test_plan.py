@@ -214,7 +214,9 @@ def test_the_check_finds_bytes_and_operations_equal():
     words = ["--check", "--codes", "128", "--dim", "8", "--tokens", "16", "--gpus", "1,2", "--json"]
     done = forks.program("tools/plan.py", *words)
     assert done.returncode == 0, done.stderr
-    alone, two = json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    alone, two = found["processes"]
+    assert [row["products_counted"] for row in found["kernels"]] == [6, 8]
     assert two["gflop_counted"] == alone["gflop_counted"] / 2
     assert two["bytes_counted"] == two["bytes_predicted"] > 0 == alone["bytes_counted"]
     assert alone["seconds_predicted"] > 0 < two["seconds_measured"]

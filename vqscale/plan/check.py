@@ -7,6 +7,8 @@ pass with counting, on random tokens whose softmax is flat, so that its blocks a
 Rates, prediction and comparison are in seconds of CPU time of a process (its threads that talk included), which other
 work on the machine disturbs least. Seconds of the clock stand beside: they are longer where processes share cores, and
 on a machine that does something else.
+
+What a GPU would do is counted where triton is: products, blocks and their bytes of the kernels (interpreted.py).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from vqscale import quantizers
 from vqscale.codes import scan, tally
 from vqscale.parallel import ops, spawn
 from vqscale.parallel.mesh import Axis, Mesh, world_size
-from vqscale.plan import cost, traffic
+from vqscale.plan import cost, interpreted, traffic
 from vqscale.plan.count import KernelCounter, code_axis
 from vqscale.plan.machines import Kind, Machine, Wire
 from vqscale.plan.traffic import Grid, Work
@@ -228,14 +230,15 @@ def compare(processes: int, sizes: Iterable[tuple[int, int, int]]) -> list[dict[
 
 
 def check(sizes: Sequence[tuple[int, int, int]], processes: Iterable[int], as_json: bool = False) -> int:
-    """Print the table; 1 where bytes or operations differ from what was counted, else 0. Times decide nothing."""
-    table = [row for num in processes for row in compare(num, sizes)]
-    print(json.dumps(table, indent=1) if as_json else text(table))
+    """Print the tables; 1 where bytes or operations differ from what was counted, else 0. Times decide nothing."""
+    table, kernels = [row for num in processes for row in compare(num, sizes)], interpreted.compare()
+    print(json.dumps({"processes": table, "kernels": kernels}, indent=1) if as_json else text(table, kernels))
     exact = all(r["bytes_predicted"] == r["bytes_counted"] for r in table)
-    return 0 if exact and all(r["gflop_predicted"] == r["gflop_counted"] for r in table) else 1
+    exact &= all(r["gflop_predicted"] == r["gflop_counted"] for r in table)
+    return 0 if exact and all(interpreted.agrees(row) for row in kernels) else 1
 
 
-def text(table: list[dict[str, Any]]) -> str:
+def text(table: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> str:
     head = ["tokens in all", "K", "D", "processes", "tokens each", "GFLOP each", "counted", "bytes sent", "counted"]
     lines = [[*head, "CPU ms predicted", "measured", "error", "clock ms", "GFLOP/s", "GB/s", "Gexp/s"]]
     for row in sorted(table, key=lambda row: (row["codes"] * row["tokens"], row["processes"])):
@@ -256,4 +259,5 @@ def text(table: list[dict[str, Any]]) -> str:
     shown = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
     shown.append("")
     shown.append("the tokens of all processes together stay: the work of each (GFLOP) falls as 1 / processes")
+    shown += ["", *interpreted.text(kernels)]
     return "\n".join(shown)

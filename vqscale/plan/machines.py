@@ -2,15 +2,18 @@
 
 The GPU entries are estimates from data sheets and common experience (large products reach about three quarters of the
 sheet, convolutions about 0.6 of what products do); the H200's copy bandwidth and bf16 product were measured once
-(4.3 TB/s, 788 TFLOP/s at 8192^3) and are rounded down. A CPU is measured on the spot by check.py.
+(4.3 TB/s, 788 TFLOP/s at 8192^3) and are rounded down. What kernels and library reach of that on the code axis is
+assumed, unless a report of `bench gpu` on that card says it. A CPU is measured on the spot by check.py.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 Kind = Literal["gather", "scatter", "all_reduce"]
 
@@ -76,3 +79,38 @@ MACHINES = {
     "h100": Machine("h100", _HOPPER, 2900.0, 79.0, 3.6e12, _NVLINK4, _NDR, 8),
     "a100-80": Machine("a100-80", _AMPERE, 1700.0, 79.0, 2.4e12, _NVLINK3, _HDR, 8),
 }
+
+
+def from_results(name: str, folder: Path | None) -> tuple[Machine, str]:
+    """(the machine, where its efficiencies on the code axis come from): the newest report of `bench gpu` on that card
+    in the folder, or what is assumed. ValueError for a report that cannot be read."""
+    machine, found = MACHINES[name], sorted(folder.glob("*.json"), key=_age) if folder is not None else []
+    for path in reversed(found):
+        try:
+            report = json.loads(path.read_text())
+            card = str(report["machine"].get("gpu", "")).lower()
+            if all(word in card for word in name.split("-")) and not report.get("interpreted"):
+                return measured(machine, report["parts"]["step"]["rows"]), f"measured, {path.name}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{path} is no report of bench gpu that says what a step takes ({type(error).__name__}: {error}): move "
+                "it away, or make it anew with bash tools/gpu_check.sh"
+            ) from error
+    return machine, "assumed"
+
+
+def _age(path: Path) -> tuple[float, str]:
+    return path.stat().st_mtime, path.name
+
+
+def measured(machine: Machine, rows: Sequence[Mapping[str, Any]]) -> Machine:
+    """The machine with what a step reached of its rate of products, from the rows of a report: the library's products
+    by those of the floor, the kernels by all else that the step took, elementwise work too."""
+    seconds = {row["form"]: float(row["seconds"]) for row in rows if row.get("seconds")}
+    tokens, codes, dim = (int(number) for number in rows[0]["case"].split(" x "))
+    product = 2e-12 * tokens * codes * dim / machine.tflops["bf16"]
+    library = 6 * product / seconds["floor"]
+    kernels = 4 * product / (seconds["ours"] - 2 * product / library)
+    if not (0 < library <= 1.5 and 0 < kernels <= 1.5):
+        raise ValueError(f"{library:.2f} and {kernels:.2f} of the rate of products are none")
+    return replace(machine, library=library, kernels=kernels)

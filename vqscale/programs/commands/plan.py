@@ -10,7 +10,8 @@ bytes in vqscale/plan/traffic.py, seconds and memory in vqscale/plan/cost.py. Th
 what the discriminator sends.
 
 --check measures here: rates of this machine and real steps of the code axis on 1, 2 and 4 processes, predicted beside
-measured; with --codes (and --dim, and --tokens of all processes) at that size.
+measured; with --codes (and --dim, and --tokens of all processes) at that size. What the model says of the kernels
+of a GPU is counted in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from vqscale import config as configuration
 from vqscale.nets.config import by
 from vqscale.plan.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
-from vqscale.plan.machines import MACHINES, Machine
+from vqscale.plan.machines import MACHINES, Machine, from_results
 from vqscale.plan.traffic import Work, grids, rows
 from vqscale.programs.commands import words
 from vqscale.run import checkout, processes
@@ -93,7 +94,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from vqscale.plan.tokenizer import workload
 
     config, worlds = _run(args), _worlds(args.gpus) if args.gpus else WORLDS
-    machine = _machine(args.gpu)
+    machine, known = _machine(args.gpu)
     work, network, axis = workload(config, 1)
     axis, kernels = on_machine(axis, work, machine), has_kernels(work, machine)
     per_gpu = {world: images for world in worlds if (images := _images(args, world, network.tokens))}
@@ -117,7 +118,11 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         f"network {(network.forward + network.backward) / 1e12:.3f} TFLOP per image (forward "
         f"{network.forward / 1e12:.3f}), {work.precision}; code axis {axis.products} products of 2 N K D, "
         f"{work.codes_precision} ({codes_rate(work, machine):.3g} TFLOP/s), "
-        + ("fused kernels" if kernels else f"{axis.passes} passes over blocks"),
+        + (
+            f"fused kernels at {machine.kernels:.2f} of the rate of products, others at {machine.library:.2f} ({known})"
+            if kernels
+            else f"{axis.passes} passes over blocks"
+        ),
         "",
         *_table(steps, args.splits),
         "",
@@ -125,7 +130,12 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "",
         *_answer(work, steps, f"{work.codes_precision}, {'fused kernels' if kernels else 'blocks'}"),
     ]
-    found: dict[str, Any] = {"machine": asdict(machine), "work": asdict(work), "code_axis": asdict(axis)}
+    found: dict[str, Any] = {
+        "machine": asdict(machine),
+        "efficiencies": known,
+        "work": asdict(work),
+        "code_axis": asdict(axis),
+    }
     found["network"] = {"forward": network.forward, "backward": network.backward, "parameters": network.parameters}
     found["steps"] = [_plain(step, work, per_gpu[world]) for world, some in steps.items() for step in some]
     return {"text": "\n".join(lines), "json": found}
@@ -145,12 +155,14 @@ def _worlds(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _machine(name: str) -> Machine:
+def _machine(name: str) -> tuple[Machine, str]:
+    """(the machine, where what kernels reach there comes from)."""
     if name != "here":
-        return MACHINES[name]
+        root = checkout.checkout()
+        return from_results(name, None if root is None else root / "tools" / "results" / "gpu")
     from vqscale.plan.check import calibrate
 
-    return calibrate(1)
+    return calibrate(1), "measured here"
 
 
 def _images(args: argparse.Namespace, world: int, per_image: int) -> int:
