@@ -67,6 +67,26 @@ def test_a_linear_has_second_derivatives_and_leaves_what_is_frozen():
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8), (2, 0, 8)])
+def test_what_a_linear_answers_may_be_changed_in_place(shape):
+    layer, x = matmul.Linear(8, 6), torch.randn(shape, requires_grad=True)
+    y = layer(x).mul_(2.0)
+    assert y.shape == (*shape[:-1], 6)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * layer.weight.sum(0).detach().expand(shape))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(torch.randn(*shape[:-1], 16) if len(shape) > 1 else torch.randn(16))
+
+
+def test_a_linear_goes_through_torch_func():
+    layer, x = matmul.Linear(8, 6), torch.randn(3, 4, 8)
+    named = {name: p.detach() for name, p in layer.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, x).sum()), (None, 0))
+    torch.testing.assert_close(each(named, x)["weight"], x.sum(1)[:, None].expand(3, 6, 8))
+    _, slope = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(slope, layer.weight.sum(1).detach().expand(3, 4, 6))
+
+
 class Products(TorchDispatchMode):
     """torch's switch at each product of matrices."""
 

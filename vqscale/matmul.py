@@ -5,7 +5,8 @@ rounds where a processor has AMX; where it has none, it multiplies in float32 wi
 on every processor: on an AMD EPYC of 2024 it is twice as quick. So there the switch is turned, around such a product
 and no further: torch's attention, made of many small products, is slower under it.
 
-The switch is the process's. Not here: which products may be rounded (codes/products.py, engine.matmul).
+The switch is the process's: threads that multiply meanwhile see it, and two that turn it at once may leave it turned,
+so one thread at a time computes. Not here: which products may be rounded (codes/products.py, engine.matmul).
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not _in_onednn(x, self.weight):
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = _Product.apply(x, self.weight, self.bias)
-        return y
+        y_NO: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return y_NO.view(*x.shape[:-1], self.out_features)
 
 
 def _in_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -67,32 +68,29 @@ def _in_onednn(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()  # torch.func knows the formulas of torch's own
         and torch.get_float32_matmul_precision() == "highest"
         and exact_in_onednn()
     )
 
 
 class _Product(torch.autograd.Function):
-    """x weight^T + bias for x (..., I)."""
+    """x weight^T + bias; a view of its answer may be changed in place, which one made in here may not."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_OI)
         with full("cpu"):
-            return F.linear(x, weight, bias)
+            return F.linear(x_NI, weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        g_NO, dx, dweight, dbias = grads[0].reshape(-1, len(weight)), None, None, None
+        (x_NI, weight_OI), (g_NO,) = ctx.saved_tensors, grads
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         with full("cpu"):
-            if ctx.needs_input_grad[0]:
-                dx = (g_NO @ weight).view(x.shape)
-            if ctx.needs_input_grad[1]:
-                dweight = g_NO.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            dbias = g_NO.sum(0)
-        return dx, dweight, dbias
+            dx_NI = g_NO @ weight_OI if wants_x else None
+            dweight_OI = g_NO.t() @ x_NI if wants_weight else None
+        return dx_NI, dweight_OI, g_NO.sum(0) if wants_bias else None
 
 
 class Matrix:
