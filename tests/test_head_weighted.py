@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from whole import GRIDS, close, engine_gradient, integers, mine, normal, put
 
 from vqscale.codes.heads import dense, passes
@@ -180,6 +181,49 @@ def test_gradients_only_where_they_are_asked_for_and_none_in_evaluation():
         total, found = head.weighted(h, targets, weights())
     close(total, (found.whole_N * weights()).sum())
     assert not total.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scaled_loss_reaches_half_precision_as_it_does_in_losses(dtype):
+    """The scale leaves the range of float16, and without it the gradients do."""
+    found = []
+    for way in ("weighted", "losses"):
+        head, h = head_of(13, Mesh(), torch.float32), normal(TOKENS, DIM, seed=2).to(dtype).requires_grad_()
+        weight = torch.full((TOKENS,), 1e-9)
+        if way == "weighted":
+            total, _ = head.weighted(h, targets_of(13), weight)
+        else:
+            total = (head.losses(h, targets_of(13)).whole_N * weight).sum()
+        (total * 1e9).backward()
+        assert h.grad.dtype == dtype
+        found.append((h.grad.double(), head.rows.grad))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_weights_have_no_gradient_however_it_is_done(monkeypatch):
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(passes, "tokens_at_once", lambda *_: 0)
+        head, weight = head_of(13, Mesh()), weights().requires_grad_()
+        head.weighted(normal(TOKENS, DIM, seed=2), targets_of(13), weight)[0].backward()
+        assert head.rows.grad is not None
+        assert weight.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_sum_has_the_same_gradients(reentrant):
+    found = []
+    for again in (True, False):
+        head, h = head_of(13, Mesh()), normal(TOKENS, DIM, seed=2).requires_grad_()
+
+        def total(x, head=head):
+            return head.weighted(2 * x, targets_of(13), weights())[0]
+
+        (checkpoint(total, h, use_reentrant=reentrant) if again else total(h)).backward()
+        found.append((h.grad, head.rows.grad))
+    for got, expected in zip(*found, strict=True):
+        close(got, expected)
 
 
 def test_gradients_are_given_away_once():

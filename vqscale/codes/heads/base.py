@@ -122,7 +122,7 @@ class Vocabulary(nn.Module, ABC):
         beforehand may need fewer products.
         """
         found = self.losses(h_ND, targets_N, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore, right=right)
-        total = (found.whole_N * weight_N.to(found.whole_N.dtype)).sum()
+        total = (found.whole_N * weight_N.detach().to(found.whole_N.dtype)).sum()
         return total, found._replace(whole_N=found.whole_N.detach())
 
     @torch.no_grad()

@@ -103,7 +103,7 @@ class FlatLoss(torch.autograd.Function):
     """(the weighted sum, or None without weights; the fields of Losses). The first of them has the gradient.
 
     Saved without weights are the gathered tokens in the type they came in, the rows, and a few numbers per token; with
-    weights both gradients, which are given away once.
+    weights both gradients in the type of the rows, which are given away once.
     """
 
     @staticmethod
@@ -113,10 +113,11 @@ class FlatLoss(torch.autograd.Function):
         h_BD, targets_B = ops.gather(h_ND, plan.axis), ops.gather(targets_N, plan.axis)
         found = _Tokens.of(h_BD, rows_kD, targets_B, plan)
         ctx.plan, ctx.shared, ctx.made, ctx.weighted = plan, found.shared, None, weight_N is not None
+        ctx.type_of_h = h_ND.dtype
         if weight_N is not None and any(ctx.needs_input_grad[:2]):
             g_B = ops.gather(weight_N.to(found.x_BD.dtype), plan.axis) * found.counts_B
             dx_BD, drows_kD = _gradients_at_once(found, rows_kD, g_B, ctx.needs_input_grad, plan)
-            ctx.made = None if dx_BD is None else ops.scatter_sum(dx_BD, plan.axis).to(h_ND.dtype), drows_kD
+            ctx.made = None if dx_BD is None else ops.scatter_sum(dx_BD, plan.axis), drows_kD
         else:
             found.pass_over(rows_kD, slice(0, len(h_BD)), plan)
         if weight_N is None:
@@ -175,12 +176,14 @@ def _scaled(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
             "the gradients of Head.weighted are made in its forward pass and given away in a backward pass, but there "
             "is a second one: take Head.losses, which makes them again, or leave retain_graph out"
         )
-    made, ctx.made = ctx.made, None
+    (dh_ND, drows_kD), ctx.made = ctx.made, None
     _check_same(g, ctx.plan.axis)
-    if g.device.type == "cpu" and float(g) == 1.0:  # as in every step without accumulation
-        return made
-    dh_ND, drows_kD = (None if part is None else part.mul_(g.to(part.dtype)) for part in made)
-    return dh_ND, drows_kD
+    if g.device.type != "cpu" or float(g) != 1.0:  # it is 1 in every step without accumulation
+        for part in (dh_ND, drows_kD):
+            if part is not None:
+                part.mul_(g.to(part.dtype))
+    # Rounded after the factor: a scaled loss keeps numbers in the range of float16 that are below it without.
+    return None if dh_ND is None else dh_ND.to(ctx.type_of_h), drows_kD
 
 
 def _check_same(g: Tensor, axis: Axis) -> None:
