@@ -29,8 +29,6 @@ from vqscale.plan.machines import MACHINES
 from vqscale.plan.traffic import Work
 
 STEP = ("mix", "column_sums", "row_means", "logit_gradient")  # kernels whose work does not depend on data
-
-
 SIZES = (64, 256, 16)  # tokens, codes, dim of a step that is compared: the interpreter is slow
 LEAST_BLOCKS = 1  # bytes: the smallest blocks
 NAMES = ("products", "library", "blocks", "block_bytes")

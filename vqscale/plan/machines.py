@@ -91,7 +91,7 @@ def from_results(name: str, folder: Path | None) -> tuple[Machine, str]:
             card = str(report["machine"].get("gpu", "")).lower()
             if all(word in card for word in name.split("-")) and not report.get("interpreted"):
                 return measured(machine, report["parts"]["step"]["rows"]), f"measured, {path.name}"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(
                 f"{path} is no report of bench gpu that says what a step takes ({type(error).__name__}: {error}): move "
                 "it away, or make it anew with bash tools/gpu_check.sh"
