@@ -23,9 +23,10 @@ from vqscale.codes.heads.flat import Head
 from vqscale.nets.decoding import OneToken
 from vqscale.nets.transformer import KVCache, Transformer, rotary
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import NOBODY, Modelled, Prior
+from vqscale.priors.base import NOBODY, Prior
 from vqscale.priors.config.autoregressive import AutoregressiveConfig, AutoregressiveSampleConfig
 from vqscale.priors.guidance import guidance_scales
+from vqscale.priors.modelled import Modelled
 from vqscale.seed import derive
 
 

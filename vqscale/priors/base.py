@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,24 +24,12 @@ from vqscale.nets.mode import evaluating
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import conditions
 from vqscale.priors.config import GuidedSampleConfig, IdsConfig, Passes, PriorConfig, SampleConfig
+from vqscale.priors.modelled import Modelled
 from vqscale.priors.positions import Positions
 from vqscale.seed import derive
 from vqscale.tokenizer import export, saved
 
 NOBODY = torch.iinfo(torch.int64).min  # what the head ignores, so that -1 is an error like any other wrong id
-
-
-@dataclass
-class Modelled:
-    """What a prior says of a batch of ids."""
-
-    loss: Tensor  # to be minimised: a mean over this rank's tokens
-    nats_B: Tensor  # of each image, the mean nats of a token; no gradient. In evaluation mode the loss is their mean.
-    # They are exact, or an estimate of an upper bound where the prior's config says `bound`.
-    # The rest is shown and trains nothing; it is there while tally.statistics are on.
-    right_B: Tensor | None = None  # of each image, the share of ids that were the most probable; in evaluation mode
-    parts: dict[str, Tensor] = field(default_factory=dict)  # of the loss, by name; cross_entropy of the ids is one
-    stats: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SampleWarning(UserWarning):
@@ -257,17 +244,7 @@ class Prior(nn.Module, ABC):
     def told(self, losses: Losses, at: Positions, mean: Tensor | None = None) -> Modelled:
         """What is said of a batch, of what a head says of the positions of it; nothing is sent. `mean` is that of the
         losses, where it alone has a gradient."""
-        _, z_loss = self.regularisers
-        mean = at.mean(losses.whole_N) if mean is None else mean
-        found = Modelled(mean, at.means_of_images(losses.whole_N.detach()))
-        if not tally.statistics.on:
-            return found
-        found.parts["cross_entropy"] = at.mean(losses.cross_entropy_N)
-        if z_loss:
-            found.parts["z_loss"] = z_loss * at.mean(losses.square_N)
-        if losses.right_N is not None:
-            found.right_B = at.means_of_images(losses.right_N.double())
-        return found
+        return Modelled.of(losses, at, self.regularisers[1], mean)
 
     @property
     def regularisers(self) -> tuple[float, float]:

@@ -33,9 +33,10 @@ from vqscale.nets.transformer import Transformer, rotary
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors.autoregressive import Autoregressive
-from vqscale.priors.base import Modelled, Prior
+from vqscale.priors.base import Prior
 from vqscale.priors.config import SampleConfig
 from vqscale.priors.config.coarse_to_fine import CoarseToFineConfig, CoarseToFineSampleConfig
+from vqscale.priors.modelled import Modelled
 from vqscale.priors.places import Places
 from vqscale.priors.positions import Positions
 from vqscale.seed import derive

@@ -21,10 +21,11 @@ from vqscale.nets.transformer import Transformer, rotary
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import masked_draw
-from vqscale.priors.base import Modelled, Prior
+from vqscale.priors.base import Prior
 from vqscale.priors.config import Passes
 from vqscale.priors.config.masked import MaskedConfig, MaskedSampleConfig
 from vqscale.priors.mask_laws import left_masked, training_counts
+from vqscale.priors.modelled import Modelled
 from vqscale.priors.places import Places
 
 MASKS = 1  # derives the keys of masks from those of images, whose own first number drops their condition

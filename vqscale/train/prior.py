@@ -32,7 +32,8 @@ from vqscale.nets.transformer import Block
 from vqscale.parallel import ops
 from vqscale.parallel.clock import timed
 from vqscale.parallel.mesh import Mesh
-from vqscale.priors.base import Modelled, Prior
+from vqscale.priors.base import Prior
+from vqscale.priors.modelled import Modelled
 from vqscale.run import folder
 from vqscale.run.profile import Trace
 from vqscale.seed import derive
