@@ -8,6 +8,7 @@ import json
 import pickle
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -175,6 +176,16 @@ def test_a_pickle_runs_nothing_and_is_refused_by_its_name(name, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pickle_fills_no_memory_with_places_for_what_it_does_not_keep(tmp_path, capsys):
+    far = b"\x80\x02Nr\xff\xff\xff\x00."
+    path = _python(tmp_path / "cifar.tar.gz", data_batch_1=far)
+    assert shards.main(["--source", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "place 16777215 of what it keeps, after 2 words" in capsys.readouterr().err
+    kept = pickle.dumps({b"data": [b"x"] * 300, b"labels": [[n] for n in range(300)]}, 2)
+    archives._check_places(kept)
+    assert b"r\x00\x01\x00\x00" in kept, "it has long numbers of places"
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -208,6 +219,19 @@ def test_files_that_are_no_archives(tmp_path, capsys):
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
     assert shards.main(["--source", str(tmp_path / "cut.tar.gz"), "--out", str(tmp_path / "o")]) == 2
     assert "give cifar-10-python.tar.gz" in capsys.readouterr().err
+
+
+def test_an_archive_with_a_wrong_byte_is_refused(tmp_path, capsys):
+    """Noise is packed as it is, so that no byte of it is wrong by itself: the check sum at the end says it."""
+    rows = b"".join(b"\x01" + rng.bytes(3072) for _ in range(40))
+    whole = _binary(tmp_path / "whole.tar.gz", data_batch_1=rows).read_bytes()
+    for place in (len(whole) // 2, len(whole) - 6):
+        (tmp_path / "a.tar.gz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert shards.main(["--source", str(tmp_path / "a.tar.gz"), "--out", str(tmp_path / "o")]) == 2
+        assert "is no archive that can be read (CRC check failed" in capsys.readouterr().err
+    (tmp_path / "a.tar.gz").write_bytes(whole[:200] + bytes(200) + whole[400:])
+    assert shards.main(["--source", str(tmp_path / "a.tar.gz"), "--out", str(tmp_path / "o")]) == 2
+    assert not (tmp_path / "o").exists()
 
 
 SIDES = {"00000/00000_00000": (29, 30), "00000/00000_00001": (15, 17), "00014/00002_00029": (40, 44)}
@@ -262,6 +286,30 @@ def test_a_sign_that_is_no_whole_picture(data, tmp_path, capsys):
     path = _training(tmp_path / "gtsrb.zip", **{name: data})
     assert shards.main(["--source", str(path), "--out", str(tmp_path / "out")]) == 2
     assert f"{name} in {path} is no whole picture" in capsys.readouterr().err
+
+
+def test_a_sign_that_unpacks_to_more_than_the_zip_says(tmp_path, capsys):
+    name = "GTSRB/Final_Training/Images/00000/00000_00000.ppm"
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, b"P6\n2 2\n255\n" + bytes(1 << 25))
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    size = data.rindex(b"PK\x01\x02") + 24
+    data[size : size + 4] = struct.pack("<I", 23)
+    (tmp_path / "a.zip").write_bytes(data)
+    ((_, plan),) = archives.plans(tmp_path / "a.zip", "train", "val")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="is no whole picture"):
+        plan.sample(0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 22
+
+
+def test_a_zip_without_its_directory(tmp_path, capsys):
+    data = _training(tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace(b"PK\x01\x02", b"PK\x01\x00"))
+    assert shards.main(["--source", str(tmp_path / "a.zip"), "--out", str(tmp_path / "out")]) == 2
+    assert "is no archive that can be read (Bad magic number" in capsys.readouterr().err
 
 
 def test_a_zip_of_something_else(tmp_path, capsys):

@@ -6,18 +6,21 @@
     GTSRB_Final_Test_Images.zip        GTSRB/Final_Test/Images/00007.ppm, whose classes it does not say
 
 A pickle is read without running anything of it: it may name three things of numpy, in whose place stand records of
-bytes (`_Pickle`). Archives are a stranger's: names of members are never paths, and what is larger than it should be is
-refused before it is read.
+bytes (`_Pickle`). Archives are a stranger's: names of members are never paths, what is larger than it should be is
+refused before it is read, and an archive of CIFAR-10 is read to its end, where its check sum is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import pickle
+import pickletools
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -44,11 +47,11 @@ Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (N, 3072), (N,)
 def plans(path: Path, name: str, held_out: str, seed: int = 0) -> list[tuple[str, Plan]]:
     """(name, what to make) of each set of shards: of CIFAR-10 the training pictures under `name` and the test pictures
     under `held_out`, of GTSRB what the archive has under `name`. ValueError for another file."""
-    if zipfile.is_zipfile(path):
-        return [(name, _gtsrb(path, seed))]
     try:
+        if zipfile.is_zipfile(path):
+            return [(name, _gtsrb(path, seed))]
         batches = _cifar(path)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise ValueError(f"{path} is no archive that can be read ({error}): {_GIVE}") from error
     train, test = ([batches[each] for each in sorted(batches) if each.startswith(begin)] for begin in ("data", "test"))
     if not train or not test:
@@ -73,6 +76,9 @@ def _cifar(path: Path) -> dict[str, Batch]:
             assert file is not None, "a regular file has bytes"
             read = _binary if member.name.endswith(".bin") else _pickled
             found[named[1]] = read(file.read(), f"{member.name} in {path}")
+        assert tar.fileobj is not None, "it is open"
+        while tar.fileobj.read(MOST_BYTES):  # gzip says at its end alone whether all was whole
+            pass
     return found
 
 
@@ -85,6 +91,7 @@ def _binary(data: bytes, where: str) -> Batch:
 
 def _pickled(data: bytes, where: str) -> Batch:
     try:
+        _check_places(data)
         said = _Pickle(io.BytesIO(data), encoding="bytes").load()
         array, labels = said[b"data"], said[b"labels"]
         pixels = np.frombuffer(array.data, np.uint8).reshape(array.shape, order="F" if array.fortran else "C")
@@ -92,6 +99,14 @@ def _pickled(data: bytes, where: str) -> Batch:
     except Exception as error:  # bytes that are no such pickle raise many kinds
         raise ValueError(f"{where} is no batch of CIFAR-10 ({type(error).__name__}: {error}): {_GIVE}") from error
     return _checked(pixels, numbers, where)
+
+
+def _check_places(data: bytes) -> None:
+    """UnpicklingError where a pickle keeps something in a place beyond those that it can have filled: the unpickler
+    makes as many as the number says, which are more than there is memory for."""
+    for number, (code, place, _) in enumerate(pickletools.genops(data)):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(place or 0) > number:
+            raise pickle.UnpicklingError(f"place {place} of what it keeps, after {number} words")
 
 
 def _checked(pixels: NDArray[np.uint8], labels: NDArray[np.int64], where: str) -> Batch:
@@ -185,7 +200,9 @@ def _sign(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> NDArr
     try:
         if entry.file_size > MOST_BYTES:
             raise ValueError(f"{entry.file_size} bytes")
-        with Image.open(io.BytesIO(archive.read(entry)), formats=["PPM"]) as image:
+        with archive.open(entry) as file:
+            data = file.read(entry.file_size)  # without a number all that is packed is unpacked, whatever its size
+        with Image.open(io.BytesIO(data), formats=["PPM"]) as image:
             if max(image.size) > MOST_SIDE:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             return np.asarray(image.convert("RGB"))
