@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -256,6 +257,20 @@ def test_shipped_claims_have_rules_that_fit_their_runs(path, quick, monkeypatch)
             assert all(finding.why.endswith("is waiting") for finding in findings), claim.name
     if not quick:
         assert all(len(grid.seeds) > 1 for grid in asked.study.grids()), "one seed has no interval"
+
+
+def test_claims_of_the_published_start_of_ibq_have_the_published_settings():
+    """But for the sizes: as the config that repeats what was published value by value."""
+    published = _loaded(ROOT / "configs/tokenizer/ibq_imagenet256_16384.yaml")
+    asked = claims.load(ROOT / "configs/claims/ibq_start.yaml")
+    found = [trial.config for trial in asked.trials if trial.labels["quantizer"] == "ibq-published"]
+    wanted = dataclasses.asdict(published.tokenizer.quantizer)
+    for config in found:
+        mine = dataclasses.asdict(config.tokenizer.quantizer)
+        assert {key for key in wanted if mine[key] != wanted[key]} <= {"num_codes", "dim"}
+        assert config.tokenizer.latent_norm == published.tokenizer.latent_norm
+        assert config.loss.quantizer_weight == published.loss.quantizer_weight
+    assert {config.tokenizer.quantizer.dim for config in found} == {32, 256}
 
 
 def test_shipped_claims_have_names_of_their_own_and_are_quick_in_45_minutes(monkeypatch):
