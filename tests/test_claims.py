@@ -265,6 +265,10 @@ def _write(base: Path, claim=(), **keys) -> Path:
         ({"claim": {"rules": [{"name": "not_here"}]}}, ["says why"]),
         ({"claim": {"name": "More codes"}}, ["'More codes' is no word of a command line"]),
         ({"claim": {"rules": [ABOVE | {"of": ["K=16"], "than": []}]}}, ["of and than fix the dials K and none"]),
+        (
+            {"claim": {"rules": [ABOVE | {"of": ["K=16", "K=32"], "than": ["K=32"]}]}},
+            ["of is open among K=16, K=32, and than among nothing"],
+        ),
         ({"claim": {"rules": [ABOVE | {"of": [], "than": []}]}}, ["the same runs and the same number"]),
         ({"claim": {"rules": [ABOVE | {"of": ["K=16"], "than": ["K=32"], "margin": -1}]}}, ["margin is -1"]),
         ({"claims": []}, ["the file has no claim"]),

@@ -86,8 +86,19 @@ class TwoConfig(OneConfig):
         if fixed[0] != fixed[1]:
             dials = " and ".join(", ".join(names) or "none" for names in fixed)
             yield "than", f"of and than fix the dials {dials}: fix the same ones, so that runs can be paired"
+        several = [", ".join(sorted(_several(side))) or "nothing" for side in self.sides]
+        if several[0] != several[1]:
+            told = f"of is open among {several[0]}, and than among {several[1]}"
+            yield "than", f"{told}: give both the same labels, or runs of one are left out that the other has not"
         if self.of == self.than and self.than_measure in (None, self.measure):
             yield "than", "of and than are the same runs and the same number: change one of them"
+
+
+def _several(side: Iterable[str]) -> set[str]:
+    """The pairs of dials that are given more than once."""
+    pairs = [(pair.partition("=")[0], pair) for pair in side]
+    given = Counter(dial for dial, _ in pairs)
+    return {pair for dial, pair in pairs if given[dial] > 1}
 
 
 @dataclass(frozen=True)
