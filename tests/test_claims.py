@@ -417,7 +417,7 @@ def test_a_command_before_that_fails_is_the_reason(base, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_interrupted_and_continued(base, tmp_path):
-    num = 240  # seconds, in which both are asked to stop
+    num = 240  # steps, of which both are asked to stop after the first few
     more = [f"run.steps={num}", f"run.checkpoint_every={num}", f"run.eval_every={num}"]
     path = _write(base, study={"folder": str(tmp_path / "study"), "set": more, "seeds": [0]})
     words = [sys.executable, str(ROOT / "tools" / "claims.py"), str(path), "--out", str(tmp_path / "page")]
