@@ -20,6 +20,7 @@ import pytest
 from tests.lib import shown
 from vqscale import config as configuration
 from vqscale.plan import costs_of
+from vqscale.programs.claim_config import ClaimsConfig
 from vqscale.programs.commands import COMMANDS
 from vqscale.programs.study_config import StudyConfig
 from vqscale.train.config import Run
@@ -27,6 +28,7 @@ from vqscale.train.config import Run
 ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.environ.get("VQSCALE_FUZZ_SEED") or random.SystemRandom().randrange(10**9))
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+SCHEMAS = {"study": StudyConfig, "claims": ClaimsConfig}  # of a folder of configs; others are runs
 LINES = [line for line in shown.commands() if shown.program(line)]
 LONGEST_S = 60
 MAKERS = ("bench", "shards", "classifier")  # take no input, and so do what they are asked for
@@ -135,7 +137,7 @@ def _configs(count: int, folder: Path, plan: bool) -> None:
     for number in range(count):
         draw = random.Random(f"{SEED} config {number}")
         path = draw.choice(FILES)
-        schema = StudyConfig if path.parent.name == "study" else Run
+        schema = SCHEMAS.get(path.parent.name, Run)
         text = mangled(leaves(schema, path), draw)
         (folder / "run.yaml").write_text(text)
         with refused_or_taken(f"{path.name}: {text}", number):

@@ -218,7 +218,7 @@ def test_a_tokenizer_from_the_command_line(held_out, trained, tmp_path, capsys):
     assert (result["processes"], len(result["commit"]) > 6, len(result["notes"])) == (1, True, 3)
     html = (out / "index.html").read_text()
     assert html.count("data:image/png;base64,") == 2
-    assert "http" not in html.replace("https://download", ""), "everything is in the file"
+    assert "://" not in html.replace("https://download", ""), "everything is in the file"
     assert "psnr" in html
 
     # what --save-stats wrote, and what `statistics` writes, are the originals'

@@ -168,7 +168,7 @@ def test_samples_are_decoded_by_a_tokenizer_of_as_many_ids(tmp_path):
     with np.load(tmp_path / "samples.npz") as file:
         assert file["ids"].shape == (5, *grid, IDS)
         assert file["arr_0"].shape[0] == 5
-    other = SimpleNamespace(quantizer=SimpleNamespace(num_codes=CODES, num_ids=1), fingerprint="f")
+    other = SimpleNamespace(quantizer=SimpleNamespace(num_codes=CODES, num_ids=1), fingerprint="f", card={})
     with pytest.raises(ValueError, match="the prior has 2 ids per token and the tokenizer 1"):
         sample.check(prior, other, request)
 

@@ -30,6 +30,7 @@ IDENTITY = {
 }
 FREE = {
     "digits": (2, 3),
+    "prior": "f00d",
     "storage": 64,
     "shards": ("elsewhere/0000.tar",),
     "tokenizer_path": "elsewhere",

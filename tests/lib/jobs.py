@@ -9,6 +9,7 @@ out by `rows`; `tensors` puts the rows of a checkpoint together, whatever number
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import itertools
@@ -90,6 +91,7 @@ def write_config(folder: Path, shards: Path, *overrides: str) -> Path:
 
 def write(config, folder, *overrides):
     """Put a config with key=value overrides into folder/run.yaml; returns the file."""
+    config = copy.deepcopy(config)  # parts of it are others' too
     for text in overrides:
         key, _, value = text.partition("=")
         *above, last = key.split(".")
