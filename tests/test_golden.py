@@ -2,13 +2,16 @@
 
 The numbers were made on another machine, perhaps: the first step is compared to 1e-4, and a difference may grow by half
 with every step after it. Whether they are equal to the bit on the same kind of machine is not asked here. What is a
-choice (ids, samples) has to be the same; a tie within rounding would have to be looked at by hand.
+choice (ids, samples) has to be the same; a tie within rounding would have to be looked at by hand. On another kind of
+processor one of these few tokens may take another code once codes act, and a ratio of norms is another: the losses of
+quantizers were equal to 1e-6 until then and 1e-3 to 1e-2 apart after it. There they are compared to 1e-2.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -34,6 +37,8 @@ RUNS = {
     for run, entry in told["runs"].items()
 }
 STEPS = 10
+CPU_KEYS = ("model name", "cpu family", "model", "stepping")
+MADE_ON = json.loads((GOLDEN / "losses_family.json").read_text())["machine"]["cpu"]
 FAST = {("prior", "prior-torch"), ("prior", "prior-rows")}
 
 
@@ -65,6 +70,18 @@ def as_meant(config, out, overrides):
     return out
 
 
+def first_of(kind, row):
+    """How near the numbers of a first step have to be."""
+    moves = kind == "family" and (row["codes/landing"] > 0 or "discriminator/weight" in row)
+    return 1e-2 if moves and _processor() != MADE_ON else 1e-4
+
+
+def _processor():
+    path = Path("/proc/cpuinfo")
+    told = [re.search(rf"^{key}\s*: (.*)$", path.read_text() if path.exists() else "", re.M) for key in CPU_KEYS]
+    return " ".join(found[1] for found in told if found)
+
+
 def same_losses(golden, kind, name):
     config, overrides, wanted = RUNS[kind, name]
     place = golden / "check" / name
@@ -76,7 +93,7 @@ def same_losses(golden, kind, name):
     assert [row["step"] for row in rows] == wanted["step"] == [*range(1, STEPS + 1)]
     for i, row in enumerate(rows):
         told = {key: values[i] for key, values in wanted.items() if values[i] is not None}
-        assert_near(row, told, allowed(row["step"]))
+        assert_near(row, told, allowed(row["step"], first_of(kind, row)))
 
 
 @pytest.mark.dist
