@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqscale import matmul
 from vqscale.codes.merge import full_precision
@@ -147,3 +148,10 @@ def test_a_matrix_for_few_rows_is_the_product(dtype):
     got, exact = matmul.Matrix(weight)(x), x.double() @ weight.double().t()
     assert got.dtype == dtype
     assert (got - exact).abs().max() < {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.2}[dtype]
+
+
+def test_what_asks_the_processor_is_no_product_of_a_run():
+    matmul._keeps_bits.cache_clear()
+    with FlopCounterMode(display=False) as counter:
+        matmul.exact_in_onednn()
+    assert counter.get_total_flops() == 0

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def _keeps_bits() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or torch.cpu._is_amx_tile_supported():
         return False
     x = torch.full((64, 64), 1.0 + 2.0**-12)  # to bfloat16 it is 1
-    with matmul_precision("medium"):
+    with matmul_precision("medium"), _disable_current_modes():  # whoever counts products does not count this one
         return bool(((x @ x) / 64 - (1.0 + 2.0**-11)).abs().max() < 1e-6)
 
 
