@@ -25,7 +25,14 @@ class NormedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_v * (self.weight_g / _norm(self.weight_v))
         convolve = F.conv1d if weight.ndim == 3 else F.conv2d
-        return convolve(x, weight, self.bias, self.stride, self.padding)
+        return convolve(x, weight, self.bias, self._steps(x), self.padding)
+
+    def _steps(self, x: Tensor) -> tuple[int, ...]:
+        """The stride, but 1 along a side where the kernel has one place alone: with more, oneDNN's gradient of a weight
+        in bfloat16 is of memory that nobody wrote (torch 2.13, processors with AVX512)."""
+        padding = (int(pad) for pad in self.padding)
+        sides = zip(self.stride, padding, x.shape[2:], self.weight_v.shape[2:], strict=True)
+        return tuple(1 if side + 2 * pad == kernel else stride for stride, pad, side, kernel in sides)
 
 
 def _norm(weight: Tensor) -> Tensor:
