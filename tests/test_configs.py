@@ -333,3 +333,18 @@ def test_hours_and_expected_numbers_of_the_list_are_those_of_the_headers(row):
     for number in re.findall(r"\d*\.?\d+", hours + " " + expected):
         assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", told), f"no header has {number}"
     assert hours, "a dash says that nobody knows"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("tokenizer/simvq_libritts_4096", "tokenizer.net.num_blocks"),
+        ("tokenizer/uvim_depth_fsq", "tokenizer.net.encoder_layers"),
+        ("tokenizer/ibq_imagenet256_16384_vit", "tokenizer.net.decoder_layers"),
+        ("quickstart/tokenizer", "tokenizer.net.num_blocks"),
+        ("quickstart/prior", "prior.net.num_layers"),
+    ],
+)
+def test_a_depth_that_nothing_can_be_built_with_is_refused(name, key):
+    with pytest.raises(configuration.ConfigError, match=rf"{key}: .* is 10000000000000, and a .* at most 10000"):
+        configuration.load(Run, ROOT / "configs" / f"{name}.yaml", [f"{key}=10000000000000"])

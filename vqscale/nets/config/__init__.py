@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vqscale.config import Free, OneOf
 
+DEEPEST = 10_000
+DEPTHS = ("num_blocks", "num_layers", "encoder_layers", "decoder_layers")
 # One line for each net: its name in a config, and where its settings are.
 NETS = {
     "conv": "vqscale.nets.config:ConvConfig",
@@ -171,15 +173,18 @@ class MagvitConfig(NetSettings):
         yield from _pyramid_problems(self, ("channels", "num_blocks", "z_channels", "num_groups", "in_channels"))
 
 
-def too_few(config: Any, counts: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """(key, message) of each of these keys of a network that is below 1."""
+def miscounted(config: Any, counts: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """(key, message) of each of these keys of a network that is below 1, or deeper than anything that can be built."""
     for key in counts:
-        if getattr(config, key) < 1:
-            yield key, f"{key} is {getattr(config, key)}, but a network has at least 1 of them: raise {key}"
+        count = getattr(config, key)
+        if count < 1:
+            yield key, f"{key} is {count}, but a network has at least 1 of them: raise {key}"
+        elif key in DEPTHS and count > DEEPEST:
+            yield key, f"{key} is {count}, and a network has at most {DEEPEST} of them: lower {key}"
 
 
 def _pyramid_problems(config: ConvConfig | MagvitConfig, counts: tuple[str, ...]) -> Iterable[tuple[str, str]]:
-    yield from too_few(config, counts)
+    yield from miscounted(config, counts)
     if not config.multipliers or min(config.multipliers) < 1:
         yield (
             "multipliers",

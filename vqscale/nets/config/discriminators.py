@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vqscale.config import OneOf
-from vqscale.nets.config import too_few
+from vqscale.nets.config import miscounted
 
 # One line for each discriminator: its name in a config, and where its settings are.
 DISCRIMINATORS = {
@@ -89,7 +89,7 @@ class PatchGANConfig(DiscriminatorSettings):
         return 3 * 2**self.num_layers
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from too_few(self, ("channels", "num_layers", "num_groups", "in_channels"))
+        yield from miscounted(self, ("channels", "num_layers", "num_groups", "in_channels"))
         if self.norm == "group" and self.num_groups > 0 and 2 * self.channels % self.num_groups:
             yield (
                 "num_groups",

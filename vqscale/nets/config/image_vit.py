@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vqscale.config import Free
-from vqscale.nets.config import NetSettings, too_few
+from vqscale.nets.config import NetSettings, miscounted
 from vqscale.nets.config.vit import uneven
 
 
@@ -59,7 +59,7 @@ class ImageVitConfig(NetSettings):
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
         counts = ("patch", "width", "encoder_layers", "decoder_layers", "num_heads", "mlp_width", "in_channels")
-        yield from too_few(self, (*counts, "image_size"))
+        yield from miscounted(self, (*counts, "image_size"))
         step = self.patch if self.positions == "learned" else 1
         yield from uneven(self, step, f"patch {self.patch}")
         if self.positions == "sines" and self.width % 4:

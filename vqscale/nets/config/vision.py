@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vqscale.config import Free
-from vqscale.nets.config import too_few
+from vqscale.nets.config import miscounted
 from vqscale.nets.config.discriminators import DiscriminatorSettings
 from vqscale.nets.config.vit import VIT_COUNTS, uneven
 
@@ -38,7 +38,7 @@ class VisionConfig:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
-        yield from too_few(self, ("patch", "num_layers", *VIT_COUNTS))
+        yield from miscounted(self, ("patch", "num_layers", *VIT_COUNTS))
         yield from uneven(self, self.patch, f"patch {self.patch}")
 
 
@@ -69,7 +69,7 @@ class FeatureDiscriminatorConfig(DiscriminatorSettings):
         return 2 * self.stride
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from too_few(self, ("stride", "channels"))
+        yield from miscounted(self, ("stride", "channels"))
         last = self.vision.num_layers
         if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(1, last + 1)}):
             yield (

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 from vqscale.config import Free
-from vqscale.nets.config import NetSettings, too_few
+from vqscale.nets.config import NetSettings, miscounted
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class VitConfig(NetSettings):
                 "[256], and 1 for a channel of values",
             )
         counts = ("patch", "bottleneck", "encoder_layers", "decoder_layers", "context_channels")
-        yield from too_few(self, (*counts, *VIT_COUNTS))
+        yield from miscounted(self, (*counts, *VIT_COUNTS))
         yield from uneven(self, self.patch * self.bottleneck, f"patch {self.patch} x bottleneck {self.bottleneck}")
 
 
@@ -123,7 +123,7 @@ class ImageEncoderConfig:
         return (self.image_size // (self.patch * self.pool)) ** 2
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from too_few(self, ("channels", "patch", "pool", "num_layers", *VIT_COUNTS))
+        yield from miscounted(self, ("channels", "patch", "pool", "num_layers", *VIT_COUNTS))
         yield from uneven(self, self.patch * self.pool, f"patch {self.patch} x pool {self.pool}")
 
 

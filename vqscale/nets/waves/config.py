@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vqscale.nets.config import NetSettings, too_few
+from vqscale.nets.config import NetSettings, miscounted
 
 WINDOW_HOPS = 4  # samples of a spectrum in the decoder, in hops
 
@@ -30,7 +30,7 @@ class SpectraConfig:
     """of the convolutions of the ConvNeXt blocks; odd"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from too_few(self, ("window", "width", "hidden", "num_blocks", "kernel"))
+        yield from miscounted(self, ("window", "width", "hidden", "num_blocks", "kernel"))
         yield from _even_kernel("kernel", self.kernel)
         if not 0 < self.floor < 1:
             yield "floor", f"floor is {self.floor}, but lies between silence and a full sine: use a number in (0, 1)"
@@ -107,7 +107,7 @@ class WaveConfig(NetSettings):
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
         counts = ("channels", "kernel", "residual_kernel", "width", "hidden", "num_blocks", "decoder_kernel")
-        yield from too_few(self, (*counts, "num_groups", "in_channels"))
+        yield from miscounted(self, (*counts, "num_groups", "in_channels"))
         if self.encoder_gain is not None and self.encoder_gain <= 0:
             yield "encoder_gain", f"encoder_gain is {self.encoder_gain}: use a positive number, or null"
         if self.lstm_layers < 0:
