@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vqscale.config import Free
-from vqscale.nets.config import DEEPEST
+from vqscale.nets.config import miscounted
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,7 @@ class TransformerConfig:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, message) of all that no network can be built from."""
-        for key in ("width", "num_layers", "num_heads", "ffn_multiple", "num_prefix"):
-            if getattr(self, key) < 1:
-                yield key, f"{key} is {getattr(self, key)}, but a transformer has at least 1: raise {key}"
-        if self.num_layers > DEEPEST:
-            yield "num_layers", f"num_layers is {self.num_layers}, and a transformer has at most {DEEPEST}: lower it"
+        yield from miscounted(self, ("width", "num_layers", "num_heads", "ffn_multiple", "num_prefix"))
         if self.num_heads >= 1 and (self.width % self.num_heads or self.head_dim % 2):
             yield (
                 "num_heads",
