@@ -26,13 +26,10 @@ from vqscale.train.config.losses import LossConfig
 def training(config: Run) -> int:
     """Of one image in training."""
     if config.task == "prior":
-        from vqscale.plan.prior import operations, planned
-        from vqscale.train import nulls
+        from vqscale.plan.prior import counted
 
-        counted = operations(*planned(nulls.fill(config), Mesh(device="meta")))
-    else:
-        counted = of_tokenizer(config)
-    return in_training(counted)
+        return in_training(counted(config))
+    return in_training(of_tokenizer(config))
 
 
 def in_training(counted: Mapping[str, int]) -> int:

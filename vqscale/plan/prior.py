@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from vqscale.plan.tokenizer import MIB, Costs, frozen_numbers, planned_mesh
 from vqscale.plan.traffic import network_bytes
 from vqscale.priors.base import Prior
 from vqscale.priors.config import SampleConfig
+from vqscale.train import nulls
 from vqscale.train.config.prior import PriorRun
 from vqscale.train.frozen import freeze
 
@@ -111,6 +113,12 @@ def operations(prior: Prior, tables: Mapping[str, Codebook], settings: SampleCon
         f"sampling, {_words(sampled.network)}: transformer": round(guided * sampled.network),
         f"sampling, {_words(sampled.network)}: head": round((each + times * network) * sampled.asked),
     }
+
+
+def counted(config: PriorRun, drawn_with: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """`operations` of the prior of a run, sampling with what is said of its samples, if anything."""
+    prior, tables = planned(nulls.fill(config), Mesh(device="meta"))
+    return operations(prior, tables, prior.config.sampling.of(drawn_with) if drawn_with else None)
 
 
 def _at_once(prior: Prior, name: str, tokens: int = LEAST_TOKENS) -> int:

@@ -19,8 +19,7 @@ from typing import Any
 
 from vqscale import config as configuration
 from vqscale.disk import files
-from vqscale.parallel.mesh import Mesh
-from vqscale.plan.prior import operations, planned
+from vqscale.plan.prior import counted
 from vqscale.programs import study_measured, study_samples
 from vqscale.programs.launchers.base import State
 from vqscale.programs.study import Trial, last_row, logged_rows
@@ -29,7 +28,6 @@ from vqscale.run import folder as run_folder
 from vqscale.run import machine
 from vqscale.show import laws, study_page
 from vqscale.show.study_page import Results
-from vqscale.train import nulls
 from vqscale.train.config import PriorRun, Run
 
 Line = dict[str, Any]
@@ -117,10 +115,8 @@ def _operations(folder: Path, drawn_with: str) -> Line:
         return {}
     config: Run = configuration.load(Run, folder / "run.yaml", written=True)
     assert isinstance(config, PriorRun)
-    prior, tables = planned(nulls.fill(config), Mesh(device="meta"))
-    settings = json.loads(drawn_with)
-    counted = operations(prior, tables, prior.config.sampling.of(settings) if settings else None)
-    sums = {kind: sum(n for name, n in counted.items() if name.startswith(kind)) for kind in ("training", "sampling")}
+    parts = counted(config, json.loads(drawn_with))
+    sums = {kind: sum(n for name, n in parts.items() if name.startswith(kind)) for kind in ("training", "sampling")}
     return {f"{kind}_gflop": n / 1e9 for kind, n in sums.items() if n}
 
 
