@@ -70,8 +70,7 @@ class Autoregressive(Prior):
     def weighted(self, h_ND: Tensor, ids_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Losses]:
         if self.asks_once:
             return super().weighted(h_ND, ids_N, weight_N)
-        found = self.losses(h_ND, ids_N, right=False)
-        return (found.whole_N * weight_N.to(found.whole_N.dtype)).sum(), found
+        return self.losses(h_ND, ids_N, right=False).summed(weight_N)
 
     @property
     def asks_once(self) -> bool:

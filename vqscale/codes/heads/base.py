@@ -31,6 +31,11 @@ class Losses(NamedTuple):
     square_N: Tensor  # of the log-normaliser, which z_loss weighs
     right_N: Tensor | None = None  # whether the target is what temperature 0 draws; where it is asked for
 
+    def summed(self, weight_N: Tensor) -> tuple[Tensor, Losses]:
+        """(their sum, weighted, which alone has a gradient, and none for the weights; they themselves)."""
+        total = (self.whole_N * weight_N.detach().to(self.whole_N.dtype)).sum()
+        return total, self._replace(whole_N=self.whole_N.detach())
+
 
 class Scored(NamedTuple):
     """What was drawn for each token, and how likely it was."""
@@ -122,8 +127,7 @@ class Vocabulary(nn.Module, ABC):
         beforehand may need fewer products.
         """
         found = self.losses(h_ND, targets_N, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore, right=right)
-        total = (found.whole_N * weight_N.detach().to(found.whole_N.dtype)).sum()
-        return total, found._replace(whole_N=found.whole_N.detach())
+        return found.summed(weight_N)
 
     @torch.no_grad()
     def sample(

@@ -225,17 +225,10 @@ class Head(Vocabulary):
         the forward to the backward pass both gradients are kept.
         """
         at_once = self.tokens_at_once(len(h_ND) * self.axis.size)
+        terms = self._terms(label_smoothing, z_loss, ignore, right, at_once)
         if not at_once or not torch.is_grad_enabled():
-            return super().weighted(
-                h_ND,
-                targets_N,
-                weight_N,
-                label_smoothing=label_smoothing,
-                z_loss=z_loss,
-                ignore=ignore,
-                right=right,
-            )
-        return self._losses(h_ND, targets_N, weight_N, self._terms(label_smoothing, z_loss, ignore, right, at_once))
+            return self._losses(h_ND, targets_N, None, terms)[1].summed(weight_N)
+        return self._losses(h_ND, targets_N, weight_N, terms)
 
     def tokens_at_once(self, num_tokens: int) -> int:
         """Of how many of B tokens `weighted` makes the gradients at once, on all ranks alike; 0: it is as `losses`."""

@@ -60,9 +60,8 @@ class LogSumExp:
     """the first of the rows with the top logit, where it is asked for"""
 
 
-LEAST_TOKENS = (
-    512  # whose exponentials are kept at once: with fewer, the gradient of the rows is read and written often
-)
+# Whose exponentials are kept at once: with fewer, the gradient of the rows is read and written often.
+LEAST_TOKENS = 512
 
 
 def tokens_at_once(num_tokens: int, num_rows: int, dim: int, item_bytes: int, budget: int) -> int:
