@@ -21,7 +21,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vqscale.data.made.make import Plan, Sample, labelled
+from vqscale.data.made.make import Plan, Sample, classes_of, digest_of, labelled
 from vqscale.data.order import permutation
 from vqscale.disk import png
 from vqscale.seed import derive
@@ -161,13 +161,14 @@ def _pictures(path: Path, part: str, batches: Sequence[Batch], seed: int | None)
     """Pictures of all batches; mixed where there is a seed."""
     pixels, labels = (np.ascontiguousarray(np.concatenate(each)) for each in zip(*batches, strict=True))
     order = np.arange(len(labels)) if seed is None else permutation(len(labels), derive("make", seed))
+    classes = {name: number for number, name in enumerate(CIFAR_CLASSES)}
 
     def sample(number: int) -> Sample:
         chosen = int(order[number])
         picture = pixels[chosen].reshape(3, SIDE, SIDE).transpose(1, 2, 0)
         where = PurePath(CIFAR_CLASSES[labels[chosen]], f"{part}-{chosen:05d}.png")
-        told = labelled(where, {name: number for number, name in enumerate(CIFAR_CLASSES)})
-        return {"__key__": f"{chosen:08d}", "png": png.encoded(np.ascontiguousarray(picture)), **told}
+        encoded = png.encoded(np.ascontiguousarray(picture))
+        return {"__key__": f"{chosen:08d}", "png": encoded, **labelled(where, classes)}
 
     digest = hashlib.blake2b(pixels.data, digest_size=16).hexdigest()
     facts = {"source": f"cifar-10 {part}", "pixels": digest, "seed": seed, "classes": list(CIFAR_CLASSES)}
@@ -180,18 +181,18 @@ def _gtsrb(path: Path, seed: int) -> Plan:
     if not found:
         raise ValueError(f"{path} has no picture of GTSRB, as Final_Training/Images/00000/00000_00000.ppm: {_GIVE}")
     entries = sorted(found, key=lambda entry: entry.filename)
-    classes = {name: label for label, name in enumerate(sorted({named[1] for named in found.values() if named[1]}))}
+    paths = {entry: PurePath(*filter(None, named.groups())) for entry, named in found.items()}
+    classes = classes_of([*paths.values()])
     order = permutation(len(entries), derive("make", seed))
 
     def sample(number: int) -> Sample:
         chosen = int(order[number])
         entry = entries[chosen]
-        named = found[entry]
-        where = PurePath(named[2]) if named[1] is None else PurePath(named[1], named[2])
         picture = _sign(archive, entry, path)
-        return {"__key__": f"{chosen:08d}", "png": png.encoded(picture), **labelled(where, classes)}
+        return {"__key__": f"{chosen:08d}", "png": png.encoded(picture), **labelled(paths[entry], classes)}
 
-    facts = {"source": "gtsrb", "listing": _listing(entries), "seed": seed, "classes": list(classes)}
+    listing = digest_of((entry.filename, entry.CRC) for entry in entries)
+    facts = {"source": "gtsrb", "listing": listing, "seed": seed, "classes": list(classes)}
     return Plan(len(entries), facts, sample)
 
 
@@ -208,11 +209,3 @@ def _sign(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> NDArr
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # of zip, of Pillow
         raise ValueError(f"{entry.filename} in {path} is no whole picture ({error}): get the archive anew") from error
-
-
-def _listing(entries: Iterable[zipfile.ZipInfo]) -> str:
-    """A digest of names and check sums."""
-    digest = hashlib.blake2b(digest_size=16)
-    for entry in entries:
-        digest.update(f"{entry.filename}\0{entry.CRC}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -114,9 +114,14 @@ def _recording(data: bytes) -> None:
 
 def listing(root: Path, paths: Sequence[Path]) -> str:
     """A digest of the names below `root` and the sizes of files, which says whether they are still the same."""
+    return digest_of((path.relative_to(root), path.stat().st_size) for path in paths)
+
+
+def digest_of(facts: Iterable[tuple[object, object]]) -> str:
+    """A digest of names, and of a fact about each."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+    for name, fact in facts:
+        digest.update(f"{name}\0{fact}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

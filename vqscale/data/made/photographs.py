@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from PIL import Image
 from tqdm import tqdm
 
-from vqscale.data.made.make import Plan, Sample, classes_of, labelled
+from vqscale.data.made.make import Plan, Sample, classes_of, digest_of, labelled
 from vqscale.data.made.squares import CropsConfig, box, split
 from vqscale.data.order import permutation
 from vqscale.data.pixels import FORMATS, decode
@@ -125,12 +125,10 @@ class _Squares:
 
 
 def _plan(root: Path, photographs: Sequence[Photograph], classes: dict[str, int], config: CropsConfig) -> Plan:
-    listing = hashlib.blake2b(digest_size=16)
-    for photograph in photographs:
-        listing.update(f"{photograph.name}\0{photograph.digest}\0".encode("utf-8", "surrogateescape"))
+    listing = digest_of((photograph.name, photograph.digest) for photograph in photographs)
     settings = asdict(config) | {"scales": list(config.sides)}
     del settings["max_broken"]  # what is made does not depend on it
-    facts = {"source": "crops", **settings, "photographs": len(photographs), "listing": listing.hexdigest()}
+    facts = {"source": "crops", **settings, "photographs": len(photographs), "listing": listing}
     samples = _Squares(root, photographs, classes, config)
     return Plan(len(photographs) * config.crops, {**facts, "classes": list(classes)}, samples)
 
