@@ -209,7 +209,7 @@ class _Points:
 
     def _all(self, x_k: Tensor) -> Tensor:
         """The numbers of the rows of all ranks, in the order of ids."""
-        widest = -(-self.layout.num_codes // self.axis.size)
+        widest = self.layout.most
         padded = torch.cat([x_k, x_k.new_zeros(widest - len(x_k))])
         parts = ops.gather(padded, self.axis).view(self.axis.size, widest)
         counts = [Rows(self.layout.num_codes, self.axis.size, rank).count for rank in range(self.axis.size)]

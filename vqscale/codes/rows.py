@@ -45,6 +45,11 @@ class Rows:
     def count(self) -> int:
         return self.stop - self.start
 
+    @property
+    def most(self) -> int:
+        """Rows of the rank that has the most."""
+        return -(-self.num_codes // self.size)
+
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(which ids are of rows here, their local row numbers; 0 where they are not)."""
         mine = (ids >= self.start) & (ids < self.stop)
@@ -71,7 +76,7 @@ def decoded(decode: Callable[[Tensor], Tensor], layout: Rows, device: torch.devi
 
     All ranks ask for as many as the rank with the most codes, so that a decode that talks has equal shapes.
     """
-    for first in range(0, -(-layout.num_codes // layout.size), DECODED):
+    for first in range(0, layout.most, DECODED):
         ids_N = torch.arange(first, first + DECODED, device=device) + layout.start
         yield decode(ids_N.clamp_(max=layout.num_codes - 1))[: max(0, layout.count - first)]
 

@@ -121,19 +121,16 @@ def counted(config: PriorRun, drawn_with: Mapping[str, Any] | None = None) -> di
     return operations(prior, tables, prior.config.sampling.of(drawn_with) if drawn_with else None)
 
 
-def _at_once(prior: Prior, name: str, tokens: int = LEAST_TOKENS) -> int:
-    """Of how many tokens the gradients of this table of outputs are made with the logits of the loss; 0: made again."""
+def _at_once(prior: Prior, name: str) -> Head | None:
+    """The head of this table of outputs, if its gradients are made with the logits of the loss and not again."""
     head = prior.get_submodule(name.rpartition(".")[0])
-    return head.tokens_at_once(tokens) if prior.asks_once and isinstance(head, Head) else 0
+    return head if prior.asks_once and isinstance(head, Head) and head.tokens_at_once(LEAST_TOKENS) else None
 
 
 def _exponentials(prior: Prior, tables: Mapping[str, Codebook], tokens: int) -> dict[str, int]:
     """What is kept of the logits for that, of the table that needs most: one is done after the other."""
-    held = [
-        _at_once(prior, name, tokens) * table.layout.count * (2 if getattr(head, "products", "") == "bf16" else FP32)
-        for name, table in tables.items()
-        if name.endswith("outputs") and (head := prior.get_submodule(name.rpartition(".")[0]))
-    ]
+    heads = [_at_once(prior, name) for name in tables if name.endswith("outputs")]
+    held = [head.exponentials_bytes(tokens) for head in heads if head is not None]
     return {"exponentials of the head's logits": max(held)} if any(held) else {}
 
 

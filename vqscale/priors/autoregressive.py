@@ -67,11 +67,6 @@ class Autoregressive(Prior):
         members = within.losses(h_ND, self.head, self.clusters, self.clusters.of(ids_N), ids_N)
         return all_codes._replace(whole_N=(1.0 + weight) * all_codes.whole_N - weight * members.whole_N)
 
-    def weighted(self, h_ND: Tensor, ids_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Losses]:
-        if self.asks_once:
-            return super().weighted(h_ND, ids_N, weight_N)
-        return self.losses(h_ND, ids_N, right=False).summed(weight_N)
-
     @property
     def asks_once(self) -> bool:
         return self.clusters is None

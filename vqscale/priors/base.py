@@ -258,6 +258,8 @@ class Prior(nn.Module, ABC):
 
     def weighted(self, h_ND: Tensor, ids_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Losses]:
         """(the sum of `losses` times weights, which alone has a gradient; the losses), in training. Collective."""
+        if not self.asks_once:
+            return self.losses(h_ND, ids_N, right=False).summed(weight_N)
         smoothing, z_loss = self.regularisers
         return self.head.weighted(h_ND, ids_N, weight_N, label_smoothing=smoothing, z_loss=z_loss, ignore=NOBODY)
 

@@ -206,18 +206,14 @@ def mix_backward(
         "HAS_COLUMNS": columns_k is not None,
         "SAME": same,
     }
-    sums = Gradients(
-        torch.zeros_like(x_BD, dtype=torch.float32),
-        torch.zeros_like(keys_kD, dtype=torch.float32),
-        torch.zeros_like(bias_k, dtype=torch.float32) if bias_k is not None else None,
-    )
+    sums = Gradients.zeros(x_BD, keys_kD, bias_k, torch.float32)
     size = tiles.wave(given.num, given.dtype.itemsize, tiles.cache_bytes(x_BD.device), budget)
     buffer = scan.Buffer()
     with on_device_of(x_BD):
         for tokens, rows in scan.cut(given.num, given.rows, *size):
             block = given.block(tokens, rows)
             launch = Launch("gradient", block, wide=not same)
-            du_br = buffer.view(given.x, block.num, block.rows, dtype=given.dtype)
+            du_br = buffer.view(given.x, block.num, block.rows)
             kernels_backward.logit_gradient_kernel[launch.grid](
                 block.x, block.c, block.bias, values[rows], g[tokens], upstream[tokens],
                 columns if columns_k is None else columns[rows], du_br,

@@ -75,12 +75,9 @@ class Shard:
 
     def blocks(self, x_BD: Tensor) -> Iterator[tuple[slice, slice]]:
         """(tokens, rows) of a pass over logits that are forgotten."""
-        num = len(self.rows_kD)
-        if not self._serves(x_BD):
-            yield from scan.blocks_of(x_BD, num, self.budget)
-            return
-        for row in range(0, num, PACKED_ROWS):
-            yield slice(0, len(x_BD)), slice(row, min(row + PACKED_ROWS, num))
+        if self._serves(x_BD):
+            return scan.cut(len(x_BD), len(self.rows_kD), FEW_TOKENS, PACKED_ROWS)
+        return scan.blocks_of(x_BD, len(self.rows_kD), self.budget)
 
     def logits(self, x_bD: Tensor, rows: slice, scale: float) -> Tensor:
         """scale x rows^T of a block, or of all rows."""
@@ -206,7 +203,7 @@ def check_scores(top_B: Tensor) -> None:
 
 def _chunks(num_tokens: int, item_bytes: int, shard: Shard) -> Iterator[slice]:
     """Tokens whose logits fit into the budget on the rank with the most rows: the same on every rank."""
-    widest = -(-shard.layout.num_codes // shard.axis.size)
+    widest = shard.layout.most
     step = max(1, shard.budget // (BUFFERS * item_bytes * widest))
     for token in range(0, num_tokens, step):
         yield slice(token, min(token + step, num_tokens))

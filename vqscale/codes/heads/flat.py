@@ -232,8 +232,15 @@ class Head(Vocabulary):
 
     def tokens_at_once(self, num_tokens: int) -> int:
         """Of how many of B tokens `weighted` makes the gradients at once, on all ranks alike; 0: it is as `losses`."""
-        rows, item = -(-self.num_codes // self.axis.size), 2 if self.products == "bf16" else self.rows.element_size()
-        return passes.tokens_at_once(num_tokens, rows, self.dim, item, self.outputs.budget)
+        return passes.tokens_at_once(num_tokens, self.layout.most, self.dim, self._kept_bytes, self.outputs.budget)
+
+    def exponentials_bytes(self, num_tokens: int) -> int:
+        """What is kept of the logits of these tokens for that."""
+        return self.tokens_at_once(num_tokens) * self.layout.count * self._kept_bytes
+
+    @property
+    def _kept_bytes(self) -> int:
+        return passes.kept_type(self.rows, self.products).itemsize
 
     def _terms(self, label_smoothing: float, z_loss: float, ignore: int, right: bool, at_once: int = 0) -> LossTerms:
         check_terms(label_smoothing, z_loss)

@@ -53,6 +53,7 @@ class _Tokens:
     target_B: Tensor
     top_B: Tensor  # of this rank
     best_B: Tensor | None
+    meant_BD: Tensor | None  # what targets that are shared mean, of the rows here
 
     @classmethod
     def of(cls, h_BD: Tensor, rows_kD: Tensor, targets_B: Tensor, plan: LossTerms) -> _Tokens:
@@ -61,11 +62,12 @@ class _Tokens:
         check_ids(torch.where(counts_B, targets_B, 0), 0, plan.layout.num_codes, "targets", Axis(plan.axis.name))
         ids_B = torch.where(counts_B, targets_B, -1)
         shared = None if plan.neighbours is None else Shared.among(plan.neighbours, ids_B)
+        meant_BD = None if shared is None else shared.row(rows_kD)
         x_BD = h_BD.to(rows_kD.dtype)
         lse_B, target_B, top_B = (x_BD.new_empty(len(x_BD)) for _ in range(3))
         best_B = torch.empty_like(targets_B) if plan.right else None
         at = passes.Targets(*plan.layout.find(ids_B))
-        return cls(x_BD, counts_B, at, shared, lse_B, target_B, top_B, best_B)
+        return cls(x_BD, counts_B, at, shared, lse_B, target_B, top_B, best_B, meant_BD)
 
     def pass_over(self, rows_kD: Tensor, tokens: slice, plan: LossTerms, kept: passes.Kept | None = None) -> None:
         """The first pass for these tokens, and the merge of the ranks."""
@@ -81,8 +83,8 @@ class _Tokens:
     def losses(self, rows_kD: Tensor, plan: LossTerms) -> tuple[Tensor, Tensor, Tensor]:
         """The first fields of Losses, of the tokens of this rank."""
         wanted_B, axis = self.target_B, plan.axis
-        if self.shared is not None:
-            wanted_B = ops.sum_over((self.x_BD * self.shared.row(rows_kD)).sum(1), axis)
+        if self.meant_BD is not None:
+            wanted_B = ops.sum_over((self.x_BD * self.meant_BD).sum(1), axis)
         loss_B = self.lse_B - (1.0 - plan.smoothing) * wanted_B + plan.z_loss * self.lse_B.square()
         if plan.smoothing:
             # The mean logit of a token is its product with the mean row.
@@ -154,7 +156,8 @@ def _gradients_at_once(
         sums = passes.Sums(found.x_BD[tokens], up, None if dx_BD is None else dx_BD[tokens], drows_kD)
         at = found.at.some(tokens)
         passes.kept_backward(found.x_BD[tokens], rows_kD, at, kept, sums, plan.products)
-    _add_shared(found.shared, found.x_BD, rows_kD, g_B, dx_BD, drows_kD, plan)
+    if found.shared is not None:
+        _add_shared(found.shared, found.meant_BD, found.x_BD, g_B, dx_BD, drows_kD, plan)
     return dx_BD, drows_kD
 
 
@@ -165,7 +168,9 @@ def _made_again(ctx: Any, g_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
     up, at = _logit_gradient(g_B, lse_B, ctx.shared, plan), passes.Targets(mine_B, local_B)
     x_BD, wanted = h_BD.to(rows_kD.dtype), ctx.needs_input_grad[:2]
     dx_BD, drows_kD = passes.logsumexp_backward(x_BD, rows_kD, at, up, wanted, plan.products, plan.budget)
-    _add_shared(ctx.shared, x_BD, rows_kD, g_B, dx_BD, drows_kD, plan)
+    if ctx.shared is not None:
+        meant_BD = None if dx_BD is None else ctx.shared.row(rows_kD)
+        _add_shared(ctx.shared, meant_BD, x_BD, g_B, dx_BD, drows_kD, plan)
     return None if dx_BD is None else ops.scatter_sum(dx_BD, plan.axis).to(h_BD.dtype), drows_kD
 
 
@@ -211,19 +216,17 @@ def _logit_gradient(g_B: Tensor, lse_B: Tensor, shared: Shared | None, plan: Los
 
 
 def _add_shared(
-    shared: Shared | None,
+    shared: Shared,
+    meant_BD: Tensor | None,
     x_BD: Tensor,
-    rows_kD: Tensor,
     g_B: Tensor,
     dx_BD: Tensor | None,
     drows_kD: Tensor | None,
     plan: LossTerms,
 ) -> None:
     """Add what targets that are shared with neighbours give to the gradients."""
-    if shared is None:
-        return
     g_B1 = g_B[:, None] * (1.0 - plan.smoothing)
-    if dx_BD is not None:
-        dx_BD -= g_B1 * shared.row(rows_kD)
+    if dx_BD is not None and meant_BD is not None:
+        dx_BD -= g_B1 * meant_BD
     if drows_kD is not None:
         shared.add_(drows_kD, -g_B1 * x_BD)

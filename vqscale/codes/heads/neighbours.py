@@ -82,8 +82,7 @@ def find(rows_kF: Tensor, layout: Rows, axis: Axis, count: int, temperature: flo
     """
     ids_km = torch.full((layout.count, count), -1, dtype=torch.int64, device=rows_kF.device)
     distance_km = torch.full((layout.count, count), torch.inf, dtype=torch.float64, device=rows_kF.device)
-    most = -(-layout.num_codes // axis.size)
-    for first in range(0, most, QUERIES):
+    for first in range(0, layout.most, QUERIES):
         # Every rank asks for as many, so that shapes are equal; what is beyond its rows is thrown away.
         asked = (torch.arange(first, first + QUERIES, device=rows_kF.device)).clamp(max=max(layout.count - 1, 0))
         own_qF = rows_kF[asked] if layout.count else rows_kF.new_zeros(QUERIES, rows_kF.shape[1])

@@ -76,11 +76,16 @@ def tokens_at_once(num_tokens: int, num_rows: int, dim: int, item_bytes: int, bu
     return max(least, min(num_tokens, scan.TOKEN_BLOCK, budget // each))
 
 
+def kept_type(rows_kD: Tensor, products: Products) -> torch.dtype:
+    """Of exponentials that are kept, which are an operand of products."""
+    return LOW if products == "bf16" else rows_kD.dtype
+
+
 class Kept:
     """2^(l - top) of some tokens with all rows of this rank, in the type of the products, block after block of rows."""
 
     def __init__(self, num_tokens: int, rows_kD: Tensor, products: Products) -> None:
-        self.dtype = LOW if products == "bf16" else rows_kD.dtype
+        self.dtype = kept_type(rows_kD, products)
         self._flat = rows_kD.new_empty(num_tokens * len(rows_kD), dtype=self.dtype)
         self._tops: list[tuple[slice, Tensor]] = []
 

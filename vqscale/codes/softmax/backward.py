@@ -87,6 +87,12 @@ class Gradients:
     keys_kD: Tensor
     bias_k: Tensor | None
 
+    @classmethod
+    def zeros(cls, x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, dtype: torch.dtype | None = None) -> Gradients:
+        """Of these, before a block; `dtype` is not that of what they are of."""
+        bias_k = None if bias_k is None else torch.zeros_like(bias_k, dtype=dtype)
+        return cls(torch.zeros_like(x_BD, dtype=dtype), torch.zeros_like(keys_kD, dtype=dtype), bias_k)
+
     def add_block(
         self,
         du_br: Tensor,
@@ -109,11 +115,7 @@ def mix_backward(
     x_BD: Tensor, keys: Keys, values_kD: Tensor, mixed: LocalMixture, up: Upstream, wanted: Wanted
 ) -> Gradients:
     """Gradients of x (this rank's share over its rows), of the keys and of the bias."""
-    out = Gradients(
-        torch.zeros_like(x_BD),
-        torch.zeros_like(keys.keys_kD),
-        None if keys.bias_k is None else torch.zeros_like(keys.bias_k),
-    )
+    out = Gradients.zeros(x_BD, keys.keys_kD, keys.bias_k)
     at = Slopes.of(up, wanted)
     in_blocks = at.reaches_q and mixed.entropy_pairs is None
     if at.shift_B is not None or in_blocks:
