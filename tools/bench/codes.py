@@ -178,17 +178,17 @@ def table(report: dict[str, Any]) -> str:
         for name, row in report[work].items():
             ratio = None if row["seconds"] is None else row["seconds"] / floor
             memory = [None if row.get(key) is None else row[key] / 2**20 for key in ("peak_bytes", "sent_bytes")]
-            cells = _cell(row["seconds"], 10, 4), _cell(ratio, 9, 2), *(_cell(value, 11, 2) for value in memory)
+            cells = (
+                command.cell(row["seconds"], 10, 4),
+                command.cell(ratio, 9, 2),
+                *(command.cell(value, 11, 2) for value in memory),
+            )
             lines.append(f"{work:8}{name:10}{''.join(cells)}")
         lines += [f"{'':8}{name} / ours: {_ratios(report[work], name)}" for name in FORMS[1:] if name in report[work]]
         lines.append(
             f"{'':8}floor: {report[work]['floor']['products']} of 2 N K D operations: {', '.join(PRODUCTS[work])}"
         )
     return "\n".join(lines)
-
-
-def _cell(value: float | None, width: int, digits: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
 def _ratios(work: dict[str, dict[str, Any]], name: str) -> str:

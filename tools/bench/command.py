@@ -130,3 +130,8 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
     out = {**facts(), "threads": threads, "torch": torch.__version__}
     return {**out, "gpu": torch.cuda.get_device_name()} if device == "cuda" else out
+
+
+def cell(value: float | None, width: int, digits: int) -> str:
+    """A number in a table of text, or that there is none."""
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"

@@ -150,18 +150,14 @@ def table(report: dict[str, Any]) -> str:
         for row in part["rows"]:
             seconds, peak, floor = row.get("seconds"), row.get("peak_bytes"), floors.get(row["case"])
             cells = (
-                _cell(seconds and 1000 * seconds, 10, 2),
-                _cell(seconds and floor and seconds / floor, 9, 2),
-                _cell(peak and peak / 2**20, 11, 1),
+                command.cell(seconds and 1000 * seconds, 10, 2),
+                command.cell(seconds and floor and seconds / floor, 9, 2),
+                command.cell(peak and peak / 2**20, 11, 1),
             )
             said = " ".join(filter(None, ["FAILED" if row.get("ok") is False else "", row.get("note", "")]))
             lines.append(f"{name:10}{row['case']:26}{row.get('form', ''):9}{''.join(cells)}  {said}".rstrip())
         lines.append(f"{name:10}{part['seconds']:.0f} s" + (f"; {part['note']}" if part["note"] else ""))
     return "\n".join([*lines, "", *gpu_goals.text(report["goals"])])
-
-
-def _cell(value: float | None, width: int, digits: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
 def _results(interpret: bool) -> Path | None:
