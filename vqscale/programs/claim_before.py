@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -95,13 +94,8 @@ class Before:
     def _start(self, given: Sequence[str], log: Path) -> str | None:
         """Why a command failed, "" where it did not, None where it was told to stop."""
         name, *rest = given
-        with log.open("w") as out:  # in a group of its own: Ctrl-C is for this process, which tells it
-            self._process = subprocess.Popen(
-                [sys.executable, *checkout.program(name), *rest],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
+        with log.open("w") as out:
+            self._process = checkout.begin([*checkout.program(name), *rest], out)
             status = self._process.wait()
         if status and (self.stopping or status == run_folder.EXIT_STOPPED):
             self.stopping = True

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 
 from vqscale.programs import study_measured, study_samples
 from vqscale.programs.launchers.base import last_words
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import StudyConfig
+from vqscale.run.checkout import begin
 
 
 def left(study: StudyConfig, trial: Trial) -> list[list[str]]:
@@ -41,10 +41,8 @@ class After:
         """Do what is left of one trial; why it failed, "" where it did not."""
         log = trial.log.with_name(f"{trial.name}-{self.what}.txt")
         for step in left(self.study, trial):
-            with log.open("a") as out:  # in a group of its own: Ctrl-C is for this process, which tells it
-                self._process = subprocess.Popen(
-                    [sys.executable, *step], stdout=out, stderr=subprocess.STDOUT, process_group=0
-                )
+            with log.open("a") as out:
+                self._process = begin(step, out)
                 status = self._process.wait()
             if status:
                 return last_words(log)

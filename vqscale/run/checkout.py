@@ -1,8 +1,13 @@
-"""Where the repository is that this package was imported from: its configs, its commit. Nowhere for a wheel."""
+"""Where the repository is that this package was imported from: its configs, its commit, its programs. Nowhere for a
+wheel."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 
 def checkout() -> Path | None:
@@ -38,3 +43,9 @@ def program(name: str) -> list[str]:
 def started(name: str, processes: int) -> list[str]:
     """The same on several processes of this machine, of which nothing listens to the network."""
     return [*(["-m", "vqscale.parallel.local", str(processes)] if processes > 1 else []), *program(name)]
+
+
+def begin(words: Iterable[str], log: IO[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Python with these words, in a group of its own, for Ctrl-C is for this process, which tells it; what it prints
+    goes to the log."""
+    return subprocess.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 
 from vqscale.programs.launchers.base import Launcher, State, argument, last_words
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import StudyConfig
-from vqscale.run.checkout import started
+from vqscale.run.checkout import begin, started
 from vqscale.run.folder import EXIT_STOPPED
 
 
@@ -77,7 +76,5 @@ class Local(Launcher):
         command = [*started("train", trial.processes), argument(trial.file)]
         threads = max(1, (os.cpu_count() or 1) // max(self.places, trial.processes))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        with trial.log.open("a") as log:  # in a group of its own: Ctrl-C is for this process, which lets the run save
-            return subprocess.Popen(
-                [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
-            )
+        with trial.log.open("a") as log:
+            return begin(command, log, environment)

@@ -7,13 +7,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from vqscale.run.checkout import started
+from vqscale.run.checkout import begin, started
 
 MARK = "VQSCALE_SOAK"
 
@@ -26,13 +25,7 @@ class Start:
         self.alone = processes == 1
         environment = {"OMP_NUM_THREADS": "1", **os.environ, MARK: self.mark.partition("=")[2]}
         with log.open("a") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, *started(name, processes), *words],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                process_group=0,
-            )
+            self.process = begin([*started(name, processes), *words], out, environment)
 
     @property
     def ended(self) -> bool:
