@@ -214,6 +214,11 @@ class ClaimConfig:
     rules: tuple[RuleConfig, ...]
     """all hold: it holds; none: it does not; else it holds in part. Written before a run"""
 
+    @property
+    def testable(self) -> list[Measured]:
+        """The rules that runs can answer."""
+        return [rule for rule in self.rules if not isinstance(rule, NotHereConfig)]
+
     def problems(self) -> Iterable[tuple[str, str]]:
         if not NAME.fullmatch(self.name):
             yield "name", f"{self.name!r} is no word of a command line: use small letters, digits and dashes"

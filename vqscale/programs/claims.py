@@ -25,10 +25,9 @@ from vqscale.disk import files
 from vqscale.programs import claim_before, claim_rules, launchers, study_report
 from vqscale.programs import study as studies
 from vqscale.programs.claim_before import Before
-from vqscale.programs.claim_config import ClaimConfig, ClaimsConfig, DialedConfig, NotHereConfig, RuleConfig
+from vqscale.programs.claim_config import ClaimConfig, ClaimsConfig, DialedConfig, Measured
 from vqscale.programs.claim_rules import Finding
 from vqscale.programs.commands import words
-from vqscale.programs.launchers import State
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import SEED, StudyConfig
 from vqscale.run import folder as run_folder
@@ -93,9 +92,7 @@ def _problems(claim: ClaimConfig, study: StudyConfig, trials: Sequence[Trial]) -
     """What the rules of a claim name and the full study does not have."""
     labels = {dial.name: list(dict.fromkeys(trial.labels[dial.name] for trial in trials)) for dial in study.dials}
     known = measures(study, trials)
-    for rule in claim.rules:
-        if isinstance(rule, NotHereConfig):
-            continue
+    for rule in claim.testable:
         for pair in (pair for side in rule.sides for pair in side):
             dial, _, label = pair.partition("=")
             if dial not in labels:
@@ -137,25 +134,23 @@ def _signal(trial: Trial) -> str:
     return str(getattr(getattr(trial.config.tokenizer, "signal", None), "name", ""))
 
 
-def judged(asked: Asked) -> list[Row]:
-    """What can be said of each claim of a file now."""
-    states = _states(asked)
-    lines = [study_report.result_line(trial, states.get(trial.name)) for trial in asked.trials]
+def _lines(asked: Asked) -> list[study_report.Line]:
+    """How the runs of a file are now, also those that have failed in an earlier command."""
+    states = study_report.failures(asked.study) | launchers.states(asked.study, asked.trials)
+    return study_report.result_lines(asked.trials, states)
+
+
+def _judged(asked: Asked, lines: Sequence[study_report.Line]) -> list[Row]:
+    """What can be said of each claim of a file."""
     missing = Before(asked.config).missing()
     return [_row(asked, claim, lines, missing) for claim in asked.config.claims]
 
 
-def _states(asked: Asked) -> dict[str, State]:
-    """How runs are that are not done, also those that have failed in an earlier command."""
-    return study_report.failures(asked.study) | launchers.states(asked.study, asked.trials)
-
-
 def _row(asked: Asked, claim: ClaimConfig, lines: Sequence[study_report.Line], missing: str) -> Row:
     verdict, why, findings = claim_rules.judge(claim, lines, asked.dials)
-    open_ = [rule for rule in claim.rules if not isinstance(rule, NotHereConfig)]
-    if missing and open_:
+    if missing and claim.testable:
         verdict, why, findings = claim_rules.UNTESTED, missing, []
-    about = [line for line in lines if any(_is_about(rule, line) for rule in open_)]
+    about = [line for line in lines if any(_is_about(rule, line) for rule in claim.testable)]
     commits = dict(Counter(str(line["commit"]) for line in about if "commit" in line))
     seeds = ", ".join(dict.fromkeys(str(line[SEED]) for line in about))
     return Row(
@@ -172,12 +167,12 @@ def _row(asked: Asked, claim: ClaimConfig, lines: Sequence[study_report.Line], m
         f"{len(about)} runs, seeds {seeds}; commits {', '.join(commits) or 'none yet'}" if about else "",
         about,
         asked.dials,
-        list(dict.fromkeys(measure for rule in open_ for measure in rule.measures)),
+        list(dict.fromkeys(measure for rule in claim.testable for measure in rule.measures)),
     )
 
 
-def _is_about(rule: RuleConfig, line: study_report.Line) -> bool:
-    return not isinstance(rule, NotHereConfig) and any(claim_rules.chosen([line], side) for side in rule.sides)
+def _is_about(rule: Measured, line: study_report.Line) -> bool:
+    return any(claim_rules.chosen([line], side) for side in rule.sides)
 
 
 def _numbers(findings: Sequence[Finding]) -> str:
@@ -215,11 +210,12 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 def report(every: Sequence[Asked], command: str, place: Path) -> list[Row]:
     """Write what there is of all claims into `place`; `command` is what runs them."""
-    rows = [row for asked in every for row in judged(asked)]
+    found = [(asked, _lines(asked)) for asked in every]
+    rows = [row for asked, lines in found for row in _judged(asked, lines)]
     place.mkdir(parents=True, exist_ok=True)
-    for asked in every:
+    for asked, lines in found:
         if any(trial.done for trial in asked.trials):
-            study_report.record(asked.study, asked.trials, _states(asked), command, place / asked.name)
+            study_report.record(asked.study, asked.trials, lines, command, place / asked.name)
     card = {
         "command": command,
         "form": "quick" if any(asked.quick for asked in every) else "full",

@@ -38,17 +38,14 @@ def report(
 ) -> Results:
     """Write all there is into `place`, the study's folder if None; `command` is what runs the study."""
     place = Path(study.folder) if place is None else place
-    results = record(study, trials, states, command, place)
+    results = record(study, trials, result_lines(trials, states), command, place)
     study_page.write(place, results)
     return results
 
 
-def record(
-    study: StudyConfig, trials: Sequence[Trial], states: Mapping[str, State], command: str, place: Path
-) -> Results:
+def record(study: StudyConfig, trials: Sequence[Trial], lines: Sequence[Line], command: str, place: Path) -> Results:
     """Write the numbers into `place`, and no figures and no page."""
     place.mkdir(parents=True, exist_ok=True)
-    lines = [result_line(trial, states.get(trial.name)) for trial in trials]
     card = _card(study, trials, lines, command)
     results = Results(
         title=Path(study.folder).name,
@@ -70,6 +67,11 @@ def failures(study: StudyConfig) -> dict[str, State]:
     path = Path(study.folder) / "results.csv"
     rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
     return {row["run"]: State("failed", row.get("error") or "") for row in rows if row["status"] == "failed"}
+
+
+def result_lines(trials: Sequence[Trial], states: Mapping[str, State]) -> list[Line]:
+    """Of all runs."""
+    return [result_line(trial, states.get(trial.name)) for trial in trials]
 
 
 def result_line(trial: Trial, state: State | None = None) -> Line:
