@@ -482,6 +482,19 @@ def test_a_report_elsewhere_leaves_the_study_as_it_is(prior, tmp_path, capsys):
     assert trials[0].file.read_bytes() == before[trials[0].file]
 
 
+def test_a_report_remembers_what_had_failed_until_it_is_under_way_again(base, tmp_path, monkeypatch):
+    path = _write(base, dials=[K], folder=str(tmp_path / "study"))
+    study, trials = _expand(path)
+    study_report.report(study, trials, {"16-seed0": State("failed", "no room")}, "vqscale study")
+    for _ in range(2):
+        assert command.main([str(path), "--report"]) == 0
+        found = _results(tmp_path / "study")
+        assert [(line["status"], line["error"]) for line in found.values()] == [("failed", "no room"), ("waiting", "")]
+    monkeypatch.setattr(Local, "poll", lambda _: {"16-seed0": State("running", "process 7")})
+    assert command.main([str(path), "--report"]) == 0
+    assert [line["status"] for line in _results(tmp_path / "study").values()] == ["running", "waiting"]
+
+
 def test_two_do_not_start_the_same_runs(base, tmp_path, capsys):
     path = _write(base, dials=[K], folder=str(tmp_path / "study"))
     with owner.own(tmp_path / "study", "runs"):

@@ -22,7 +22,7 @@ from typing import Any
 
 from vqscale import config as configuration
 from vqscale.disk import files
-from vqscale.programs import claim_before, claim_rules, launchers, study_report
+from vqscale.programs import claim_before, claim_rules, study_report
 from vqscale.programs import study as studies
 from vqscale.programs.claim_before import Before
 from vqscale.programs.claim_config import ClaimConfig, ClaimsConfig, DialedConfig, Measured
@@ -136,8 +136,7 @@ def _signal(trial: Trial) -> str:
 
 def _lines(asked: Asked) -> list[study_report.Line]:
     """How the runs of a file are now, also those that have failed in an earlier command."""
-    states = study_report.failures(asked.study) | launchers.states(asked.study, asked.trials)
-    return study_report.result_lines(asked.trials, states)
+    return study_report.result_lines(asked.trials, study_report.states(asked.study, asked.trials))
 
 
 def _judged(asked: Asked, lines: Sequence[study_report.Line]) -> list[Row]:

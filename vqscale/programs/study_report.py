@@ -20,7 +20,7 @@ from typing import Any
 from vqscale import config as configuration
 from vqscale.disk import files
 from vqscale.plan.prior import counted
-from vqscale.programs import study_measured, study_samples
+from vqscale.programs import launchers, study_measured, study_samples
 from vqscale.programs.launchers.base import State
 from vqscale.programs.study import Trial, last_row, logged_rows
 from vqscale.programs.study_config import StudyConfig
@@ -62,11 +62,13 @@ def record(study: StudyConfig, trials: Sequence[Trial], lines: Sequence[Line], c
     return results
 
 
-def failures(study: StudyConfig) -> dict[str, State]:
-    """The runs that had failed when results were last written: a launcher of this machine forgets them."""
+def states(study: StudyConfig, trials: Sequence[Trial]) -> dict[str, State]:
+    """The state of every run that a launcher knows of, or that had failed when results were last written: a launcher of
+    this machine forgets that."""
     path = Path(study.folder) / "results.csv"
     rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
-    return {row["run"]: State("failed", row.get("error") or "") for row in rows if row["status"] == "failed"}
+    failed = {row["run"]: State("failed", row.get("error") or "") for row in rows if row["status"] == "failed"}
+    return failed | launchers.states(study, trials)
 
 
 def result_lines(trials: Sequence[Trial], states: Mapping[str, State]) -> list[Line]:

@@ -85,12 +85,13 @@ class Runner:
                 time.sleep(POLL_S)
 
     def _collect(self) -> bool:
-        """Look at all runs, and write the results when one has ended. Returns whether any is still active."""
+        """Look at all runs, and write the results when some have begun or one has ended. Returns whether any is still
+        active."""
         before, self.states = self.states, self.launcher.poll()
         for name in self.failed:
             if name not in before or before[name].active:
                 tqdm.write(f"{name} failed: {self.states[name].detail}")
         active, was = (sum(state.active for state in states.values()) for states in (self.states, before))
-        if active < was:
+        if active != was:
             report(self.study, self.trials, self.states, self.command)
         return active > 0

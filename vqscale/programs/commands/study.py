@@ -34,7 +34,7 @@ from vqscale.programs.commands import evaluate, sample, words
 from vqscale.programs.launchers import Launcher
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import StudyConfig
-from vqscale.programs.study_report import report
+from vqscale.programs.study_report import report, states
 from vqscale.programs.study_runner import Runner
 from vqscale.run import folder as run_folder
 from vqscale.run import processes
@@ -68,7 +68,7 @@ def _study(argv: list[str]) -> int:
     command = words.command("study", [word for word in argv if word != "--report" and not word.startswith(OUT)])
     if action == "--report":
         studies.check(study, trials)
-        results = report(study, trials, launchers.states(study, trials), command, asked.out)
+        results = report(study, trials, states(study, trials), command, asked.out)
         return _print_results(results, asked.out or Path(study.folder))
     if launcher is None:  # --prepare
         studies.prepare(study, trials)
