@@ -3,6 +3,7 @@ that would do something if they were run."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqscale.data.made import archives
+from vqscale.data.made import archives, coco, packed
 from vqscale.programs.commands import shards
 
 rng = np.random.default_rng(0)
@@ -202,7 +203,7 @@ def test_a_binary_batch_that_is_not_whole(changed, said, tmp_path, capsys):
 def test_members_that_are_larger_than_a_batch_or_no_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(archives, "MOST_BYTES", 1000)
     assert shards.main(["--source", str(_binary(tmp_path / "a.tar.gz")), "--out", str(tmp_path / "o")]) == 2
-    assert "bytes, and a batch at most 1000" in capsys.readouterr().err
+    assert "bytes, and at most 1000 are read" in capsys.readouterr().err
     with tarfile.open(tmp_path / "links.tar.gz", "w:gz") as tar:
         link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -232,6 +233,45 @@ def test_an_archive_with_a_wrong_byte_is_refused(tmp_path, capsys):
     (tmp_path / "a.tar.gz").write_bytes(whole[:200] + bytes(200) + whole[400:])
     assert shards.main(["--source", str(tmp_path / "a.tar.gz"), "--out", str(tmp_path / "o")]) == 2
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("how", ["gz", "bz2", "xz", ""])
+def test_a_tar_packed_in_any_way_by_any_program(how, tmp_path):
+    """A time of part of a second is in a PAX header, as Python writes it."""
+    with tarfile.open(tmp_path / "a.tar", f"w:{how}", format=tarfile.PAX_FORMAT) as tar:
+        for name, batch in BATCHES.items():
+            data = _batch(*batch)
+            info = tarfile.TarInfo(f"./cifar-10-batches-py/{name}")
+            info.size, info.mtime = len(data), 1234567890.5
+            tar.addfile(info, io.BytesIO(data))
+    train, test = archives.plans(tmp_path / "a.tar", "train", "val")
+    assert (train[1].num_samples, test[1].num_samples) == (7, 2)
+
+
+def _huge(kind: bytes, size: int) -> bytes:
+    """A header of a member's name or facts, so many bytes long."""
+    info = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.USTAR_FORMAT) + bytes(size)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+def test_headers_of_a_tar_take_no_memory(kind, tmp_path, capsys):
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(_huge(kind, 1 << 26)))
+    tracemalloc.start()
+    assert shards.main(["--source", str(tmp_path / "a.tar.gz"), "--out", str(tmp_path / "o")]) == 2
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "is no archive that can be read (damaged header at byte 0 (a sparse file or a wrong size)" in (
+        capsys.readouterr().err
+    )
+    assert most < 1 << 24
+
+
+def test_a_tar_unpacks_to_no_more_than_a_bound(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packed, "MOST_UNPACKED", 1 << 12)
+    assert shards.main(["--source", str(_python(tmp_path / "a.tar.gz")), "--out", str(tmp_path / "o")]) == 2
+    assert "is no archive that can be read (it unpacks to more than 4096 bytes): give" in capsys.readouterr().err
 
 
 SIDES = {"00000/00000_00000": (29, 30), "00000/00000_00001": (15, 17), "00014/00002_00029": (40, 44)}
@@ -288,21 +328,45 @@ def test_a_sign_that_is_no_whole_picture(data, tmp_path, capsys):
     assert f"{name} in {path} is no whole picture" in capsys.readouterr().err
 
 
-def test_a_sign_that_unpacks_to_more_than_the_zip_says(tmp_path, capsys):
-    name = "GTSRB/Final_Training/Images/00000/00000_00000.ppm"
+SIGN = "GTSRB/Final_Training/Images/00000/00000_00000.ppm"
+
+
+def _sign(path: Path) -> None:
+    ((_, plan),) = archives.plans(path, "train", "val")
+    plan.sample(0)
+
+
+def _segments(path: Path) -> None:
+    coco._reader(path)(Path(SIGN).name)
+
+
+@pytest.mark.parametrize("read", [_sign, _segments])
+def test_a_member_that_unpacks_to_more_than_the_zip_says(read, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, b"P6\n2 2\n255\n" + bytes(1 << 25))
+        archive.writestr(SIGN, b"P6\n2 2\n255\n" + bytes(1 << 25))
     data = bytearray((tmp_path / "a.zip").read_bytes())
     size = data.rindex(b"PK\x01\x02") + 24
     data[size : size + 4] = struct.pack("<I", 23)
     (tmp_path / "a.zip").write_bytes(data)
-    ((_, plan),) = archives.plans(tmp_path / "a.zip", "train", "val")
     tracemalloc.start()
-    with pytest.raises(ValueError, match="is no whole picture"):
-        plan.sample(0)
+    with pytest.raises((ValueError, zipfile.BadZipFile), match="Bad CRC-32"):
+        read(tmp_path / "a.zip")
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 1 << 22
+
+
+@pytest.mark.parametrize("read", [_sign, _segments])
+@pytest.mark.parametrize(
+    ("method", "most", "said"), [(zipfile.ZIP_BZIP2, 1 << 20, "method 12"), (zipfile.ZIP_STORED, 9, "at most 9 are")]
+)
+def test_a_member_that_is_not_unpacked_within_a_bound(read, method, most, said, tmp_path, monkeypatch):
+    for each in (archives, coco):
+        monkeypatch.setattr(each, "MOST_BYTES", most)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.writestr(SIGN, b"P6\n2 2\n255\n" + bytes(12))
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / "a.zip")
 
 
 def test_a_zip_without_its_directory(tmp_path, capsys):

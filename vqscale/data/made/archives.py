@@ -6,21 +6,18 @@
     GTSRB_Final_Test_Images.zip        GTSRB/Final_Test/Images/00007.ppm, whose classes it does not say
 
 A pickle is read without running anything of it: it may name three things of numpy, in whose place stand records of
-bytes (`_Pickle`). Archives are a stranger's: names of members are never paths, what is larger than it should be is
-refused before it is read, and an archive of CIFAR-10 is read to its end, where its check sum is.
+bytes (`_Pickle`). Archives are a stranger's: names of members are never paths, and what is larger than it should be is
+refused before it is read (packed.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import lzma
 import pickle
 import pickletools
 import re
-import tarfile
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -29,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vqscale.data.made import packed
 from vqscale.data.made.make import Plan, Sample, classes_of, digest_of, labelled
 from vqscale.data.order import permutation
 from vqscale.disk import png
@@ -51,7 +49,7 @@ def plans(path: Path, name: str, held_out: str, seed: int = 0) -> list[tuple[str
         if zipfile.is_zipfile(path):
             return [(name, _gtsrb(path, seed))]
         batches = _cifar(path)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+    except (packed.DamagedError, zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{path} is no archive that can be read ({error}): {_GIVE}") from error
     train, test = ([batches[each] for each in sorted(batches) if each.startswith(begin)] for begin in ("data", "test"))
     if not train or not test:
@@ -65,20 +63,9 @@ _GIVE = "give cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or a GTSRB zip of 
 def _cifar(path: Path) -> dict[str, Batch]:
     """{data_batch_1: its pictures and labels, ...} of all batches in the archive."""
     found = {}
-    with tarfile.open(path, "r:*") as tar:
-        for member in tar:
-            named = CIFAR.fullmatch(member.name)
-            if named is None or not member.isreg():
-                continue
-            if member.size > MOST_BYTES:
-                raise ValueError(f"{member.name} in {path} has {member.size} bytes, and a batch at most {MOST_BYTES}")
-            file = tar.extractfile(member)
-            assert file is not None, "a regular file has bytes"
-            read = _binary if member.name.endswith(".bin") else _pickled
-            found[named[1]] = read(file.read(), f"{member.name} in {path}")
-        assert tar.fileobj is not None, "it is open"
-        while tar.fileobj.read(MOST_BYTES):  # gzip says at its end alone whether all was whole
-            pass
+    for named, data in packed.of_tar(path, CIFAR, MOST_BYTES):
+        read = _binary if named[0].endswith(".bin") else _pickled
+        found[named[1]] = read(data, f"{named[0]} in {path}")
     return found
 
 
@@ -199,11 +186,8 @@ def _gtsrb(path: Path, seed: int) -> Plan:
 def _sign(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> NDArray[np.uint8]:
     """The pixels of one PPM, uint8 (H, W, 3)."""
     try:
-        if entry.file_size > MOST_BYTES:
-            raise ValueError(f"{entry.file_size} bytes")
-        with archive.open(entry) as file:
-            data = file.read(entry.file_size)  # without a number all that is packed is unpacked, whatever its size
-        with Image.open(io.BytesIO(data), formats=["PPM"]) as image:
+        data = io.BytesIO(packed.of_zip(archive, entry, MOST_BYTES))
+        with Image.open(data, formats=["PPM"]) as image:
             if max(image.size) > MOST_SIDE:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             return np.asarray(image.convert("RGB"))

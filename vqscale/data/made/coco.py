@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqscale.data.config_dense import as_stated, categories_of
+from vqscale.data.made import packed
 from vqscale.data.made.make import Plan, Sample
 from vqscale.data.made.pairs import Coverage, checked
 from vqscale.data.order import permutation
@@ -103,10 +104,9 @@ def _reader(maps: Path) -> Callable[[str], bytes]:
     entries = {PurePosixPath(entry.filename).name: entry for entry in opened.infolist() if not entry.is_dir()}
 
     def read(name: str) -> bytes:
-        if name not in entries or entries[name].file_size > MOST_BYTES:
-            size = entries[name].file_size if name in entries else 0
-            raise ValueError(f"{maps} has {'it with ' + str(size) + ' bytes' if size else 'no such file'}")
-        return opened.read(entries[name])
+        if name not in entries:
+            raise ValueError(f"{maps} has no such file")
+        return packed.of_zip(opened, entries[name], MOST_BYTES)
 
     return read
 
