@@ -224,6 +224,13 @@ def test_peak_bytes_of_a_known_allocation(tool):
         (["codes", "--spread", "0"], "spread is 0.0 and must be a positive number; it comes from --spread"),
         (["codes", "--scan-mib", "0"], "it comes from --scan-mib"),
         (["codes", "--max-dense-gib", "nan"], "the limit of the dense form is nan GiB"),
+        (["data", "--num", "0"], "argument --num: 0 is not a number of things"),
+        (["data", "--rounds", "-1"], "argument --rounds: -1 is not a number of things"),
+        (["data", "--workers", "-1"], "argument --workers: -1 is below 0"),
+        (["data", "--num", "62"], "62 images in 4 shards for 2 processes are 30 for one of them, and a batch is 64"),
+        (["data", "--workers", "5"], "512 images in 4 shards for 5 processes are 0 for one of them"),
+        (["kernels", "--dim", "0"], "argument --dim: 0 is not a number of things"),
+        (["gpu", "--budget-s", "nan"], "the budget is nan s"),
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
         (
             ["code"],

@@ -14,6 +14,7 @@ import prior_runs
 import pytest
 
 from vqscale.disk import manifest
+from vqscale.programs.commands import soak as command
 from vqscale.programs.soak import compare
 from vqscale.programs.soak.disk import mounted
 from vqscale.programs.soak.schedule import KINDS, schedule
@@ -44,6 +45,27 @@ def test_attacks_come_one_after_the_other_within_the_training():
         assert all(attack.step % 50 == 0 for attack in attacks if attack.moment == "a save")
         assert {attack.processes for attack in attacks} == {1, 2, 4}
         assert all(0 <= attack.one_of(3) <= 2 for attack in attacks)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--attacks", "-1"], "argument --attacks: -1 is below 0: give 0 or more"),
+        (["--attacks", "two"], "argument --attacks: invalid number value: 'two'"),
+        (["--first-round", "-2"], "argument --first-round: -2 is below 0"),
+        (["--minutes", "-1"], "argument --minutes: -1 is no time: give a number, 0 or more"),
+        (["--minutes", "nan"], "argument --minutes: nan is no time"),
+        (["--minutes", "inf"], "argument --minutes: inf is no time"),
+        (["--steps", "0"], "argument --steps: 0 is not a number of things"),
+        (["--processes", "0"], "argument --processes: 0 is not a number of things"),
+    ],
+)
+def test_numbers_of_a_soak_that_mean_nothing(given, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main([*given, "--out", str(tmp_path / "soak")])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "soak").exists()
 
 
 def test_a_disk_takes_no_byte_when_it_is_full_and_does_when_it_is_empty(tmp_path):

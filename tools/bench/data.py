@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from vqscale.programs.commands import words
+
 from . import command
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ Images per second of two readers that take turns on the same shards:
 Without --shards, JPEG files of 400 x 300 are drawn into a temporary folder. The shards are read once before
 anything is timed, so they come from the page cache: what is compared is the work, not the disk. Rates are medians over
 the rounds; start is the time to the first batch of a new reader, index the time to read the headers of all shards."""
+
+SHARDS = 4  # that are drawn
 
 
 def main(argv: Sequence[str]) -> int:
@@ -126,7 +130,7 @@ def _plain(config: ImagesConfig, shards: list[str], batch: int) -> Iterator[Any]
 
 
 def _draw(place: Path, count: int) -> str:
-    """`count` JPEG files of 400 x 300 in four shards; their pattern."""
+    """`count` JPEG files of 400 x 300 in SHARDS shards; their pattern."""
     import io
 
     from PIL import Image
@@ -134,25 +138,33 @@ def _draw(place: Path, count: int) -> str:
 
     from vqscale.data.made.shapes import draw
 
-    for shard in range(4):
+    for shard in range(SHARDS):
         with TarWriter(str(place / f"{shard}.tar")) as tar:
-            for number in range(shard * count // 4, (shard + 1) * count // 4):
+            for number in range(shard * count // SHARDS, (shard + 1) * count // SHARDS):
                 picture, label = draw(number, 400, 0)
                 file = io.BytesIO()
                 Image.fromarray(picture[:300]).save(file, "JPEG", quality=90)
                 tar.write({"__key__": f"{number:08d}", "jpg": file.getvalue(), "cls": str(label)})
-    return f"{place}/{{0..3}}.tar"
+    return f"{place}/{{0..{SHARDS - 1}}}.tar"
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     out = command.parser("data", ABOUT)
     out.add_argument("--shards", help="pattern of the shards to read (drawn ones)")
-    out.add_argument("--num", type=int, default=512, help="images to draw (512)")
-    out.add_argument("--images", type=int, default=1024, help="images that a reader gives in a round (1024)")
-    out.add_argument("--rounds", type=int, default=3, help="turns of each reader (3)")
-    out.add_argument("--batch", type=int, default=64, help="images of a batch (64)")
-    out.add_argument("--workers", type=int, default=2, help="processes that read and decode (2)")
-    out.add_argument("--image-size", type=int, default=256, help="pixels of a side that come out (256)")
-    out.add_argument("--resize", type=int, default=None, help="short side before the crop (image size)")
+    out.add_argument("--num", type=words.count, default=512, help="images to draw (512)")
+    out.add_argument("--images", type=words.count, default=1024, help="images that a reader gives in a round (1024)")
+    out.add_argument("--rounds", type=words.count, default=3, help="turns of each reader (3)")
+    out.add_argument("--batch", type=words.count, default=64, help="images of a batch (64)")
+    out.add_argument("--workers", type=words.number, default=2, help="processes that read and decode (2)")
+    out.add_argument("--image-size", type=words.count, default=256, help="pixels of a side that come out (256)")
+    out.add_argument("--resize", type=words.count, default=None, help="short side before the crop (image size)")
     out.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    return out.parse_args(argv)
+    args = out.parse_args(argv)
+    fewest = args.num // SHARDS * (SHARDS // max(1, args.workers))
+    if args.shards is None and fewest < args.batch:
+        out.error(
+            f"a process of the webdataset library reads whole shards and gives whole batches: {args.num} images in "
+            f"{SHARDS} shards for {args.workers} processes are {fewest} for one of them, and a batch is {args.batch}; "
+            f"it comes from --num, --workers and --batch: change one, or give --shards"
+        )
+    return args

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vqscale.programs.commands import words
+
 from . import command
 
 PRODUCTS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # by compute capability
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     out = command.parser("kernels", __doc__)
-    out.add_argument("--dim", type=int, default=256, help="D, dimension of a code (256)")
+    out.add_argument("--dim", type=words.count, default=256, help="D, dimension of a code (256)")
     out.add_argument("--fp32", action="store_true", help="operands in float32; else bfloat16")
     out.add_argument("--only", default="", help="kernels whose name contains this")
     out.add_argument(

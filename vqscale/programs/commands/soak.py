@@ -55,10 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/soak"), help="folder of all that is made (default: runs/soak)")
     add("--tokenizer", type=Path, metavar="CONFIG", help="of the tokenizer (default: the quickstart's)")
     add("--prior", type=Path, metavar="CONFIG", help="of the prior (default: the quickstart's)")
-    add("--minutes", type=float, default=120.0, help="no round begins after so many; the first one does (default: 120)")
+    add("--minutes", type=words.time, default=120.0, help="after which no round begins but the first (default: 120)")
     add("--steps", type=words.count, help="of each training (default: as its config says)")
-    add("--attacks", type=int, default=12, help="on each training (default: 12)")
+    add("--attacks", type=words.number, default=12, help="on each training (default: 12)")
     add("--seed", type=int, default=0, help="what is done follows from it (default: 0)")
     add("--processes", type=words.count, default=2, help="of the undisturbed trainings (default: 2)")
-    add("--first-round", type=int, default=0, help="to do rounds apart: the number of the first one (default: 0)")
+    add("--first-round", type=words.number, default=0, help="number of the first one, to do them apart (default: 0)")
     return parser

@@ -1,8 +1,9 @@
-"""What the command lines share: their parser, CONFIG and key=value, counts, and how a command is written down."""
+"""What the command lines share: their parser, CONFIG and key=value, numbers, and how a command is written down."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -56,6 +57,22 @@ def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a number of things, which begins at 1")
+    return value
+
+
+def number(text: str) -> int:
+    """A number of things of which there may be none, as the type of an option."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0: give 0 or more")
+    return value
+
+
+def time(text: str) -> float:
+    """How long something takes, in the unit of its option: a number that has an end, 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value:g} is no time: give a number, 0 or more")
     return value
 
 
