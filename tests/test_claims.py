@@ -24,7 +24,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.programs import claim_rules, claims
 from vqscale.programs import study as studies
 from vqscale.programs.claim_config import ClaimConfig, ClaimsConfig, Measured, NotHereConfig, RuleConfig
-from vqscale.programs.claim_findings import HOLDS, IN_PART, NOT_HERE, UNTESTED, interval
+from vqscale.programs.claim_findings import HOLDS, IN_PART, NOT_HERE, UNDECIDED, UNTESTED, interval, judged
 from vqscale.programs.commands import claims as command
 from vqscale.programs.study_report import Line
 from vqscale.show import study_page
@@ -58,19 +58,21 @@ ABOVE = {"name": "above", "measure": "psnr", "of": ["quantizer=ibq"], "than": ["
     ("ibq", "vq", "margin", "verdict"),
     [
         ([22.0, 22.1, 22.2], [21.0, 21.1, 21.1], 0.5, HOLDS),
-        ([22.0, 21.2, 22.2], [21.0, 21.1, 21.1], 0.5, IN_PART),
+        ([22.0, 21.2, 22.2], [21.0, 21.1, 21.1], 0.5, UNDECIDED),
+        ([21.4, 21.1, 22.0], [21.0, 21.1, 21.1], 0.5, UNDECIDED),
         ([21.2, 21.2, 21.2], [21.0, 21.1, 21.1], 0.5, NOT_HERE),
         ([22.0, 22.1], [21.0, 21.1], 0.5, HOLDS),
-        ([22.0, 22.2], [21.0, 21.1], 0.5, IN_PART),
-        ([22.0], [21.0], 0.5, IN_PART),
-        ([21.4], [21.0], 0.5, NOT_HERE),
+        ([22.0, 22.2], [21.0, 21.1], 0.5, UNDECIDED),
+        ([22.0], [21.0], 0.5, UNDECIDED),
+        ([21.4], [21.0], 0.5, UNDECIDED),
         ([21.0, 21.0], [21.0, 21.0], 0.0, NOT_HERE),
         ([21.0, math.nan], [21.0, 21.0], 0.0, UNTESTED),
     ],
 )
 def test_one_set_of_runs_beside_another(ibq, vq, margin, verdict):
     found, why, (finding,) = _judge(_lines(ibq_16=ibq, vq_16=vq), ABOVE | {"margin": margin})
-    assert found == finding.verdict == verdict
+    assert finding.verdict == verdict
+    assert found == (UNTESTED if verdict == UNDECIDED else verdict)
     if verdict == UNTESTED:
         assert why == "the run ibq-16-seed1 has no psnr"
         return
@@ -80,11 +82,60 @@ def test_one_set_of_runs_beside_another(ibq, vq, margin, verdict):
     assert (finding.ours, finding.others) == pytest.approx((sum(ibq) / n, sum(vq) / n))
     if n == 1:
         assert (finding.low, finding.high) == (None, None)
-        assert why == ("one seed, and so no interval" if verdict == IN_PART else "")
+        would = f"by their means {int(mean > margin)} of 1 comparisons would hold"
+        assert why == f"not decided: one seed, and so no interval; {would}"
         return
     spread = math.sqrt(sum((each - mean) ** 2 for each in differences) / (n - 1))
     reach = T[n] * spread / math.sqrt(n)
     assert (finding.low, finding.high) == pytest.approx((mean - reach, mean + reach), abs=1e-3)
+
+
+def test_what_is_turned_round_gets_the_opposite_verdict():
+    """By how far a number is from the level nothing is easier to affirm than to deny."""
+    opposite = {HOLDS: NOT_HERE, NOT_HERE: HOLDS, UNDECIDED: UNDECIDED}
+    seen = set()
+    for values in (
+        [1.0],
+        [-1.0],
+        [1.0, 1.1],
+        [-1.0, -1.1],
+        [1.0, -0.9],
+        [-1.0, 0.9],
+        [0.2, 0.3, 0.1],
+        [0.1, -0.2, 0.0],
+    ):
+        seeds = [str(number) for number, _ in enumerate(values)]
+        above, below = (judged("a number", seeds, values, 0.05, sign=sign, strict=True) for sign in (1, -1))
+        assert below.verdict == opposite[above.verdict]
+        assert below.beyond != above.beyond
+        seen.add(above.verdict)
+    assert seen == set(opposite)
+
+
+@pytest.mark.parametrize(
+    ("at_16", "at_32", "at_64", "verdict", "why"),
+    [
+        (1.0, 1.0, None, IN_PART, "2 of 3 holds, 1 of 3 not decided (the level is within the interval)"),
+        (
+            -1.0,
+            -1.0,
+            None,
+            NOT_HERE,
+            "2 of 3 does not hold here, 1 of 3 not decided (the level is within the interval)",
+        ),
+        (1.0, -1.0, 1.0, IN_PART, "2 of 3 holds, 1 of 3 does not hold here"),
+        (-1.0, -1.0, 1.0, IN_PART, "1 of 3 holds, 2 of 3 does not hold here"),
+        (None, None, None, UNTESTED, "not decided: the level is within the interval"),
+    ],
+)
+def test_a_verdict_for_or_against_a_claim_rests_on_a_comparison_that_is_decided(at_16, at_32, at_64, verdict, why):
+    lines = _lines(vq_16=[20.0, 20.0], vq_32=[20.0, 20.0], vq_64=[20.0, 20.0])
+    for k, better in ((16, at_16), (32, at_32), (64, at_64)):
+        values = [18.0, 23.0] if better is None else [20.0 + better, 20.0 + 1.01 * better]
+        lines += [_line("ibq", k, seed, psnr=value) for seed, value in enumerate(values)]
+    found, said, _ = _judge(lines, ABOVE)
+    assert found == verdict
+    assert why in said
 
 
 def test_the_interval_of_one_value_is_none():
@@ -96,16 +147,17 @@ def test_the_interval_of_one_value_is_none():
     ("rule", "verdict"),
     [
         ({"name": "at_least", "level": 21.0}, HOLDS),
-        ({"name": "at_least", "level": 21.25}, IN_PART),
+        ({"name": "at_least", "level": 21.25}, UNDECIDED),
         ({"name": "at_least", "level": 21.4}, NOT_HERE),
         ({"name": "at_most", "level": 21.8}, HOLDS),
-        ({"name": "at_most", "level": 21.3}, IN_PART),
+        ({"name": "at_most", "level": 21.3}, UNDECIDED),
         ({"name": "at_most", "level": 21.0}, NOT_HERE),
     ],
 )
 def test_a_level(rule, verdict):
     lines = _lines(ibq_16=[21.25, 21.3, 21.3], vq_16=[3.0])
-    assert _judge(lines, {"measure": "psnr", "of": ["quantizer=ibq"], **rule})[0] == verdict
+    _, _, (finding,) = _judge(lines, {"measure": "psnr", "of": ["quantizer=ibq"], **rule})
+    assert finding.verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -168,7 +220,7 @@ def test_along_a_dial(rule, means, verdict):
 def test_seeds_that_only_one_side_has_are_left_out():
     lines = _lines(ibq_4=[20.0, 20.1, 20.2], ibq_16=[21.0])
     (finding,) = _judge(lines, RISES)[2]
-    assert (finding.seeds, finding.verdict) == (("0",), IN_PART)
+    assert (finding.seeds, finding.verdict) == (("0",), UNDECIDED)
 
 
 CURVE = {"name": "above_curve", "measure": "psnr", "over": "bits", "of": ["quantizer=scq"]}
@@ -336,6 +388,7 @@ def test_a_file_that_is_yours_to_bring_is_asked_for_and_nothing_runs(base, tmp_p
     assert not (base.parent / "study").exists()
 
 
+UNDECIDED_HERE = f"{UNTESTED} (not decided: one seed, and so no interval; by their means "
 SHORT = [f"run.{key}=2" for key in ("steps", "eval_every", "checkpoint_every")]
 HOSTILE = "<script>alert('$x^$')</script> & \"more\" $\\frac{$"
 
@@ -365,8 +418,8 @@ def test_from_nothing_to_the_page(base, tmp_path, capsys):
     found = {line["name"]: line for line in _results(page)}
     assert found["speed"]["verdict"] == f"{UNTESTED} (it takes a GPU)"
     assert found["dies"]["verdict"].startswith(f"{UNTESTED} (the run 64-seed9 is failed: ")
-    assert found["few"]["verdict"] == f"{IN_PART} (one seed, and so no interval)"
-    assert not found["more-codes"]["verdict"].startswith(UNTESTED)
+    assert found["few"]["verdict"] == f"{UNDECIDED_HERE}1 of 1 comparisons would hold)"
+    assert found["more-codes"]["verdict"].startswith(UNDECIDED_HERE)
 
     kept = json.loads((page / "claims.json").read_text())
     (finding,) = kept["claims"][0]["findings"]
@@ -439,7 +492,7 @@ def test_interrupted_and_continued(base, tmp_path):
     for trial in asked.trials:
         rows = [json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if "loss" in row] == list(range(1, num + 1))
-    assert not _results(tmp_path / "page")[0]["verdict"].startswith(UNTESTED)
+    assert _results(tmp_path / "page")[0]["verdict"].startswith(UNDECIDED_HERE)
 
 
 def test_the_numbers_of_signals_are_those_of_their_metrics():

@@ -212,7 +212,7 @@ class ClaimConfig:
     measure: str
     """what is measured here, in words"""
     rules: tuple[RuleConfig, ...]
-    """all hold: it holds; none: it does not; else it holds in part. Written before a run"""
+    """all hold: it holds; some: it holds in part (programs/claim_rules.py). Written before a run"""
 
     @property
     def testable(self) -> list[Measured]:

@@ -1,13 +1,13 @@
-"""One comparison of numbers of runs, over seeds with its interval, and which of four verdicts it comes to.
+"""One comparison of numbers of runs, over seeds with its interval, and what it comes to.
 
 Whatever is compared comes down to numbers, one for each seed, that are to lie beyond a level: differences of runs with
 the same seed, or the numbers themselves. With the interval of their mean (Student's t, 95 %),
 
-    holds                  the mean is beyond the level, and so is the whole interval
-    holds in part          the mean is, and the interval is not, or there is one seed and no interval
-    does not hold here     the mean is not
+    holds                  the whole interval is beyond the level
+    does not hold here     nothing of the interval is
+    not decided            the level is within the interval, or there is one seed and no interval
 
-Not here: which numbers a rule compares, and what becomes of a claim with several comparisons (claim_rules.py).
+Not here: which numbers a rule compares, and the verdict of a claim with its comparisons (claim_rules.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 from vqscale.metrics.laws import COVERAGE, student_t
 
-HOLDS, IN_PART, NOT_HERE, UNTESTED = VERDICTS = (
+HOLDS, IN_PART, NOT_HERE, UNTESTED = (
     "holds",
     "holds in part",
     "does not hold here",
     "cannot be tested here",
 )
+UNDECIDED = "not decided"  # of a comparison, and no verdict of a claim
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Finding:
     where: str = ""
     """labels of the dials that the rule leaves open, and the two positions that are compared along one"""
     why: str = ""
-    """why it cannot be tested, or holds in part"""
+    """why it cannot be tested, or is not decided"""
     ours: float | None = None
     """mean of the number"""
     others: float | None = None
@@ -50,6 +51,8 @@ class Finding:
     level: float | None = None
     """what it is to lie beyond"""
     seeds: tuple[str, ...] = ()
+    beyond: bool = False
+    """the mean is beyond the level"""
 
 
 class UntestedError(Exception):
@@ -75,12 +78,10 @@ def judged(
         return sign * value > sign * level or (value == level and not strict)
 
     low, high = ends or (None, None)
-    if not beyond(mean):
-        verdict, why = NOT_HERE, ""
-    elif ends is None:
-        verdict, why = IN_PART, "one seed, and so no interval"
-    elif all(map(beyond, ends)):
-        verdict, why = HOLDS, ""
+    if ends is None:
+        verdict, why = UNDECIDED, "one seed, and so no interval"
+    elif beyond(ends[0]) == beyond(ends[1]):
+        verdict, why = HOLDS if beyond(mean) else NOT_HERE, ""
     else:
-        verdict, why = IN_PART, "the interval is not beyond the level"
-    return Finding(what, verdict, "", why, None, None, mean, low, high, level, tuple(seeds))
+        verdict, why = UNDECIDED, "the level is within the interval"
+    return Finding(what, verdict, "", why, None, None, mean, low, high, level, tuple(seeds), beyond(mean))

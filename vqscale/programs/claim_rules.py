@@ -1,9 +1,14 @@
 """What rules make of the results of a study: comparisons (claim_findings.py), and one of four verdicts for a claim.
 
-Dials that a rule leaves open give a comparison for each of their combinations. A claim holds where all comparisons of
-all its rules do, does not where none does, and else holds in part; it cannot be tested where a run or a number that it
-is about is missing. The peak of falls_after_peak is found in the numbers that are then compared, which makes it look
-higher than it is: give it a margin.
+Dials that a rule leaves open give a comparison for each of their combinations. Of all comparisons of all its rules,
+
+    holds                  all hold
+    holds in part          some do
+    does not hold here     none does, and some do not
+    cannot be tested here  a run or a number that it is about is missing, or nothing is decided
+
+So no verdict for or against a claim rests on one seed. The peak of falls_after_peak is found in the numbers that are
+then compared, which makes it look higher than it is: give it a margin.
 """
 
 from __future__ import annotations
@@ -31,27 +36,39 @@ from vqscale.programs.claim_config import (
     RuleConfig,
     TwoConfig,
 )
-from vqscale.programs.claim_findings import IN_PART, UNTESTED, VERDICTS, Finding, UntestedError, judged
+from vqscale.programs.claim_findings import (
+    HOLDS,
+    IN_PART,
+    NOT_HERE,
+    UNDECIDED,
+    UNTESTED,
+    Finding,
+    UntestedError,
+    judged,
+)
 from vqscale.programs.study_config import SEED
 
 NO_RUNS = "this form of the study has no such runs"
 Line = Mapping[str, Any]  # of results.csv
 Runs = Mapping[str, Line]  # by their seed
+Numbers = Mapping[str, float]  # too
 
 
 def judge(claim: ClaimConfig, lines: Sequence[Line], dials: Sequence[str]) -> tuple[str, str, list[Finding]]:
     """(verdict, why, comparisons) of a claim, by the lines of all runs of its study, also of those that are not
     done."""
     findings = [finding for rule in claim.rules for finding in evaluate(rule, lines, dials)]
-    found = {finding.verdict for finding in findings}
-    told = dict.fromkeys(finding.why for finding in findings if finding.verdict == UNTESTED)
-    if UNTESTED in found:
-        return UNTESTED, "; ".join(told), findings
-    if len(found) == 1:
-        return next(iter(found)), findings[0].why if found == {IN_PART} else "", findings
     counts = Counter(finding.verdict for finding in findings)
-    parts = ", ".join(f"{counts[verdict]} of {len(findings)} {verdict}" for verdict in VERDICTS if counts[verdict])
-    return IN_PART, f"of the comparisons {parts}", findings
+    told = "; ".join(dict.fromkeys(finding.why for finding in findings if finding.why))
+    if counts[UNTESTED]:
+        return UNTESTED, "; ".join(dict.fromkeys(each.why for each in findings if each.verdict == UNTESTED)), findings
+    if counts[UNDECIDED] == len(findings):
+        tend = f"by their means {sum(each.beyond for each in findings)} of {len(findings)} comparisons would hold"
+        return UNTESTED, f"not decided: {told}; {tend}", findings
+    verdict = NOT_HERE if not counts[HOLDS] else IN_PART if counts[HOLDS] < len(findings) else HOLDS
+    parts = [f"{counts[each]} of {len(findings)} {each}" for each in (HOLDS, NOT_HERE, UNDECIDED) if counts[each]]
+    why = f"of the comparisons {', '.join(parts)}" if len(parts) > 1 else ""
+    return verdict, f"{why} ({told})" if told else why, findings
 
 
 def evaluate(rule: RuleConfig, lines: Sequence[Line], dials: Sequence[str]) -> list[Finding]:
@@ -85,8 +102,8 @@ def _parts(lines: Sequence[Line], dials: Sequence[str], of: Sequence[str]) -> di
     return found
 
 
-def _numbers(runs: Runs, measure: str, seeds: Sequence[str]) -> list[float]:
-    return [_number(runs[seed], measure) for seed in seeds]
+def _numbers(runs: Runs, measure: str) -> Numbers:
+    return {seed: _number(line, measure) for seed, line in runs.items()}
 
 
 def _number(line: Line, measure: str) -> float:
@@ -116,12 +133,34 @@ def _told(side: Sequence[str]) -> str:
     return " ".join(pair.partition("=")[2] for pair in side) or "each run"
 
 
+def _paired(
+    what: str,
+    first: Numbers,
+    second: Numbers,
+    level: float,
+    *,
+    sign: int,
+    strict: bool = True,
+    relative: bool = False,
+) -> Finding:
+    """The differences of two sides, of the seeds that both have, or with `relative` as shares of the second."""
+    seeds = [seed for seed in first if seed in second]
+    if not seeds:
+        raise UntestedError("no seed is common to both")
+    units = {seed: abs(second[seed]) if relative else 1.0 for seed in seeds}
+    if not all(units.values()):
+        raise UntestedError("what it is compared with is 0, and no share of it is")
+    values = [(first[seed] - second[seed]) / units[seed] for seed in seeds]
+    ours, others = (statistics.fmean(side[seed] for seed in seeds) for side in (first, second))
+    return replace(judged(what, seeds, values, level, sign=sign, strict=strict), ours=ours, others=others)
+
+
 def _level(rule: AtLeastConfig | AtMostConfig, lines: Sequence[Line], dials: Sequence[str]) -> list[Finding]:
     sign = 1 if isinstance(rule, AtLeastConfig) else -1
     what = f"{rule.measure} of {_told(rule.of)} at {'least' if sign > 0 else 'most'} {rule.level:g}"
 
     def made(place: str, runs: Runs) -> Finding:
-        values = _numbers(runs, rule.measure, list(runs))
+        values = list(_numbers(runs, rule.measure).values())
         found = judged(what, list(runs), values, rule.level, sign=sign, strict=False)
         return replace(found, ours=found.difference)
 
@@ -138,16 +177,9 @@ def _two(rule: TwoConfig, lines: Sequence[Line], dials: Sequence[str]) -> list[F
     parts = {"of": _parts(lines, dials, rule.of), "than": _parts(lines, dials, rule.than)}
 
     def made(place: str, runs: Runs) -> Finding:
-        seeds = [seed for seed in runs if seed in parts["than"][place]]
-        first = _numbers(runs, rule.measure, seeds)
-        second = _numbers(parts["than"][place], beside, seeds)
-        if not seeds or (rule.relative and not all(second)):
-            raise UntestedError("no seed is common to both" if not seeds else f"{beside} is 0, and no share of it is")
-        unit = list(map(abs, second)) if rule.relative else [1.0] * len(seeds)
-        values = [(a - b) / size for a, b, size in zip(first, second, unit, strict=True)]
-        level = sign * rule.margin if strict else -sign * rule.margin
-        found = judged(what, seeds, values, level, sign=sign, strict=strict)
-        return replace(found, ours=statistics.fmean(first), others=statistics.fmean(second))
+        first, second = _numbers(runs, rule.measure), _numbers(parts["than"][place], beside)
+        level = rule.margin if strict else -rule.margin
+        return _paired(what, first, second, sign * level, sign=sign, strict=strict, relative=rule.relative)
 
     return _each({place: runs for place, runs in parts["of"].items() if place in parts["than"]}, made, what)
 
@@ -161,16 +193,13 @@ def _above_curve(rule: AboveCurveConfig, lines: Sequence[Line], dials: Sequence[
         here = next(iter(runs.values()))
         beside = [line for line in lines if all(line[dial] == here[dial] for dial in same)]
         others = list(_parts(beside, dials, rule.curve).values())
-        seeds = [seed for seed in runs if all(seed in each for each in others)]
-        if not seeds or not others:
-            raise UntestedError("no seed is common to both" if others else NO_RUNS)
-        first, second = _numbers(runs, rule.measure, seeds), []
-        for seed in seeds:
+        if not others:
+            raise UntestedError(NO_RUNS)
+        second = {}
+        for seed in (seed for seed in runs if all(seed in each for each in others)):
             curve = sorted((_number(each[seed], rule.over), _number(each[seed], rule.measure)) for each in others)
-            second.append(_between(curve, _number(runs[seed], rule.over), rule.over))
-        values = [a - b for a, b in zip(first, second, strict=True)]
-        found = judged(what, seeds, values, sign * rule.margin, sign=sign, strict=True)
-        return replace(found, ours=statistics.fmean(first), others=statistics.fmean(second))
+            second[seed] = _between(curve, _number(runs[seed], rule.over), rule.over)
+        return _paired(what, _numbers(runs, rule.measure), second, sign * rule.margin, sign=sign)
 
     return _each(_parts(lines, dials, rule.of), made, what)
 
@@ -197,27 +226,19 @@ def _along(rule: DialedConfig, lines: Sequence[Line], dials: Sequence[str]) -> l
         try:
             if len(positions) < 2:
                 raise UntestedError(f"{rule.over} has one position in this form of the study")
-            values = {x: {seed: _number(line, rule.measure) for seed, line in runs[x].items()} for x in positions}
-            pairs = list(pairwise(positions)) if rises else [_peak(values, positions, sign)]
-            seeds = [[seed for seed in values[one] if seed in values[other]] for one, other in pairs]
-            if not all(seeds):
-                raise UntestedError("no seed is common to both")
+            values = {x: _numbers(runs[x], rule.measure) for x in positions}
+            for worse, better in pairwise(positions) if rises else [_peak(values, positions, sign)]:
+                found = _paired(what, values[better], values[worse], sign * rule.margin, sign=sign)
+                where = ", ".join(filter(None, [place, f"{rule.over} {better} beside {worse}"]))
+                findings.append(replace(found, where=where))
         except UntestedError as error:
             findings.append(Finding(what, UNTESTED, place, str(error)))
-            continue
-        for (worse, better), common in zip(pairs, seeds, strict=True):
-            first, second = ([values[x][seed] for seed in common] for x in (better, worse))
-            differences = [a - b for a, b in zip(first, second, strict=True)]
-            where = ", ".join(filter(None, [place, f"{rule.over} {better} beside {worse}"]))
-            found = judged(what, common, differences, sign * rule.margin, sign=sign, strict=True)
-            ours, others = statistics.fmean(first), statistics.fmean(second)
-            findings.append(replace(found, where=where, ours=ours, others=others))
     return findings or [Finding(what, UNTESTED, why=NO_RUNS)]
 
 
-def _peak(values: Mapping[str, Mapping[str, float]], positions: Sequence[str], sign: int) -> tuple[str, str]:
-    """(last position, the best one): with the peak at the end their difference is 0, which is no fall."""
-    return positions[-1], max(positions, key=lambda x: sign * statistics.fmean(values[x].values()))
+def _peak(values: Mapping[str, Numbers], positions: Sequence[str], sign: int) -> tuple[str, str]:
+    """(last position, the best one before it)."""
+    return positions[-1], max(positions[:-1], key=lambda x: sign * statistics.fmean(values[x].values()))
 
 
 def _grouped(lines: Sequence[Line], others: Sequence[str], rule: DialedConfig) -> dict[str, dict[str, dict[str, Line]]]:

@@ -25,7 +25,8 @@ FINDINGS = {
 ABOUT = (
     "A row for each comparison: the means of the two sides over seeds, the mean of what is judged (the differences of "
     "runs with the same seed, or the numbers themselves) with its 95 % interval by Student's t, and the level that it "
-    "is to lie beyond. The rule was written before the runs."
+    "is to lie beyond. Where the level is within the interval, or one seed has none, nothing is decided. The rule was "
+    "written before the runs."
 )
 
 
