@@ -126,3 +126,10 @@ def test_moving_averages_begin_at_the_rows():
     quantizer = quantizers.build(EMAConfig(num_codes=5, dim=2), seed=1)
     assert torch.equal(quantizer.averages.sums_kD, quantizer.codebook.rows)
     assert quantizer.averages.counts_k.tolist() == [1.0] * 5
+
+
+def test_every_public_name_is_there_and_another_one_is_told_of_them():
+    for name in vqscale.__all__:
+        assert getattr(vqscale, name).__name__.rpartition(".")[2] == name
+    with pytest.raises(AttributeError, match="it has Codebook, Head, Mesh, Prior, Tokenizer, priors, quantizers"):
+        vqscale.Vocabulary  # noqa: B018

@@ -88,7 +88,6 @@ def test_words_that_yaml_takes_for_values_stay_text(tmp_path, text):
         ("2.", 2.0),
         ("1E6", 1e6),
         ("1.0e+6", 1e6),
-        (".inf", float("inf")),
     ],
 )
 def test_numbers_of_a_float(tmp_path, text, value):
@@ -112,6 +111,8 @@ label: 3 -> label: expected str, found 3; put it in quotes: '3'
 label: true -> label: expected str, found true; put it in quotes: 'true'
 optim: {lr: true} -> optim.lr: expected float, found true; write it like 1000, 0.5 or 1e-3
 optim: {lr: .nan} -> optim.lr: expected float, found the text '.nan'; write it like 1000, 0.5 or 1e-3
+optim: {lr: .inf} -> optim.lr: expected float, found .inf; write it like 1000, 0.5 or 1e-3
+optim: {betas: [0, -.inf]} -> optim.betas.1: expected float, found -.inf; write it like 1000, 0.5 or 1e-3
 optim: {warmup_steps: x} -> optim.warmup_steps: expected int, found the text 'x'; write plain digits, like 1000
 optim: {betas: 0.9} -> optim.betas: expected a list [float, float], found 0.9; write it in [ ]
 optim: {betas: [1]} -> optim.betas: expected a list of 2, [float, float], found one of 1; give 2

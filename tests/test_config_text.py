@@ -64,7 +64,7 @@ FULL = Run(
     stages=(),
     label="yes",
     shards=("1e-3", "null", "a, b", "#x", "x: y"),
-    teacher=Optim(lr=float("inf"), warmup_steps=0),
+    teacher=Optim(lr=1e299, warmup_steps=0),
     tags=(
         "",
         " ",

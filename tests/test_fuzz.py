@@ -31,8 +31,8 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 SCHEMAS = {"study": StudyConfig, "claims": ClaimsConfig}  # of a folder of configs; others are runs
 LINES = [line for line in shown.commands() if shown.program(line)]
 LONGEST_S = 60
-MAKERS = ("bench", "shards", "classifier")  # take no input, and so do what they are asked for
-PLANNED = ("train", "study")
+MAKERS = ("bench", "shards", "classifier", "soak")  # take no input, and so do what they are asked for
+PLANNED = {"train": "--dry-run", "study": "--dry-run", "claims": "--list"}
 
 PLAIN = (
     "0 -1 1 2 3 7 1000000 1e308 1e309 -0.0 .inf -.inf .nan nan 1e-3 0.5 1_0 0x10 007 1:30 on yes true false null ~ text"
@@ -172,7 +172,7 @@ def _programs(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         name, given = shown.program(draw.choice(lines))
         given = words_of(given, draw)
         if name in PLANNED:  # first, so that no option takes it for its value
-            given.insert(0, "--dry-run")
+            given.insert(0, PLANNED[name])
         with refused_or_taken(f"{name} {given}", number) as said:
             status = import_module(f"vqscale.programs.commands.{COMMANDS[name][0]}").main(given)
             told = said.getvalue()

@@ -208,6 +208,25 @@ def test_what_is_refused_says_why(plan, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("quickstart/tokenizer", ["tokenizer.net.channels=1000000000000"]),
+        ("quickstart/tokenizer", ["tokenizer.quantizer.num_codes=1000000000000000000"]),
+        ("quickstart/tokenizer", ["data.train.image_size=1000000000000", "data.val=null"]),
+        ("prior/llamagen_B", ["prior.net.width=12000000000000", "mesh.codes=null"]),
+    ],
+)
+def test_sizes_that_no_memory_has_are_refused_planned_or_started(file, changes, capsys):
+    path = ROOT / "configs" / f"{file}.yaml"
+    config = configuration.load(Run, path, changes)
+    for ask in (lambda: costs_of(config, 2), lambda: operations_of(config)):
+        with pytest.raises(ValueError, match=r"more bytes than there are addresses .*sizes=\[.*: lower the sizes"):
+            ask()
+    assert train.main([str(path), "--dry-run", *changes]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_check_finds_bytes_and_operations_equal():

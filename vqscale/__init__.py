@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from vqscale.codes.codebook import Codebook
     from vqscale.codes.heads.flat import Head
     from vqscale.parallel.mesh import Mesh
+    from vqscale.priors.base import Prior
     from vqscale.tokenizer.model import Tokenizer
 
-__all__ = ["Codebook", "Head", "Mesh", "Tokenizer"]
+__all__ = ["Codebook", "Head", "Mesh", "Prior", "Tokenizer", "priors", "quantizers"]
 
 _HOMES = {
     "Codebook": "vqscale.codes.codebook",
     "Head": "vqscale.codes.heads.flat",
     "Mesh": "vqscale.parallel.mesh",
+    "Prior": "vqscale.priors.base",
     "Tokenizer": "vqscale.tokenizer.model",
 }
 
@@ -27,6 +29,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in ("quantizers", "priors"):
+    if name in __all__:
         return import_module(f"vqscale.{name}")
-    raise AttributeError(f"module 'vqscale' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    raise AttributeError(f"module 'vqscale' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -154,7 +154,5 @@ def as_text(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, none of nan, that fits into a float."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value in (math.inf, -math.inf) or abs(value) < 10**_MOST_DIGITS
+    """Whether a value is a finite number that fits into a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**_MOST_DIGITS
