@@ -102,7 +102,7 @@ def test_ids_that_were_damaged_are_met_at_the_start(tmp_path):
     token_caches.write(tmp_path, 5, views=("drawn",), prior="f00d")
     path = next((tmp_path / "ids").glob("c.0.*"))
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    with pytest.raises(ExplainedError, match=r"was damaged after it was sealed .* draw it again, with python tools"):
+    with pytest.raises(ExplainedError, match=r"ids/c\.0\.\S+ was damaged after .* or draw it again .*: python tools"):
         DrawnIds(DrawnIdsConfig(str(tmp_path)), 8, torch.device("cpu"))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import prior_runs
@@ -123,6 +124,14 @@ def test_what_cannot_be_known_is_said_and_nothing_written(place, tmp_path, words
     status, said = draw(place, tmp_path / "out", *(word.format(place) for word in words))
     assert (status, message in said) == (2, True), said
     assert not (tmp_path / "out" / "sample.json").exists()
+
+
+def test_known_ids_that_were_damaged_are_said_to_be(place, tmp_path):
+    shutil.copytree(place / "cache", tmp_path / "cache")
+    path = next((tmp_path / "cache" / "ids").glob("c.0.*"))
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    status, said = draw(place, tmp_path / "out", "--known", tmp_path / "cache", *REGION)
+    assert (status, f"{path} was damaged after the cache was sealed" in said) == (1, True), said
 
 
 def test_a_prior_with_an_order_of_its_own_refuses_known_ids_before_it_is_read(place, tmp_path):

@@ -229,7 +229,7 @@ def test_ids_that_are_no_codes_are_found_when_written_sealed_and_read(tmp_path):
     assert writing.verify(tmp_path, card, wide.entries, [2, 4]) == []
     writing.seal(tmp_path, wide.card, wide.entries, [])
     changed = TokenStream(config(tmp_path), 8, train=False)
-    changed.card = card
+    changed.cache.card = card
     with pytest.raises(RuntimeError, match=r"c\.3\.0\.0\.0 was damaged .*262144, where 0 to 262143 are codes"):
         list(changed.batches())
     faults = writing.verify(tmp_path, card, wide.entries, range(card.num_shards))

@@ -33,7 +33,7 @@ def count(stream: TokenStream, mesh: Mesh) -> Tensor:
     num = min(COUNTED_SHARDS, card.num_shards)
     for first in range(0, num, mesh.world.size):
         number = first + mesh.world.rank
-        block = stream.block(number * card.num_shards // num) if number < num else None
+        block = stream.cache.block(number * card.num_shards // num, stream.num_views) if number < num else None
         for view in range(stream.num_views):
             ids = np.full((card.storage, *card.ids_shape), -1, dtype=np.int64)  # as many on every rank; -1 is nobody
             if block is not None:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from vqscale.codes import noise
 from vqscale.data.tokens.stream import Cache
-from vqscale.data.tokens.write import bad_rows
-from vqscale.errors import ExplainedError
 from vqscale.train import nulls
 from vqscale.train.config import TokenizerRun
 from vqscale.train.config.drawn_ids import DrawnIdsConfig
@@ -50,7 +48,7 @@ class DrawnIds:
         count, place = config.count(images), torch.arange(images)
         drawn = (place + 1) * count // images > place * count // images  # spread evenly
         self._places, self.own = drawn.nonzero()[:, 0], (~drawn).nonzero()[:, 0].to(device)
-        self._ids = self._read()
+        self._ids = self.cache.first(self.cache.card.num_images)
         self._by_label = np.argsort(self.cache.labels, kind="stable")
         self._labels = self.cache.labels[self._by_label]
 
@@ -81,18 +79,3 @@ class DrawnIds:
         low_n, high_n = np.where(high_n > low_n, (low_n, high_n), [[0], [len(self._labels)]])
         at_n = noise.uniform(noise.keys(DRAWS, keys_n), 0, 1, torch.float64)[:, 0].numpy() * (high_n - low_n)
         return self._by_label[np.minimum(low_n + at_n.astype(np.int64), high_n - 1)]
-
-    def _read(self) -> np.ndarray:
-        """ExplainedError where they cannot be read."""
-        card = self.cache.card
-        try:
-            ids: np.ndarray = self.cache.ids[:, 0]
-            wrong = bad_rows(ids, card)
-        except Exception as error:  # a codec may raise anything on damaged data
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            raise ExplainedError(
-                f"the token cache in {self.cache.path} was damaged after it was sealed ({wrong}): copy it again, or "
-                f"draw it again, with {card.command or 'vqscale sample --ids'}"
-            )
-        return ids

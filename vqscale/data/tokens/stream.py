@@ -81,6 +81,28 @@ class Cache:
         text: bytes = self._key_bytes[begin : int(self._key_ends[number])].tobytes()
         return text.decode("utf-8", "backslashreplace")
 
+    def block(self, shard: int, num_views: int = 1) -> NDArray[Any]:
+        """The ids of the images of a storage shard in the first views, -1 for images without ids; ExplainedError where
+        they cannot be read, or are no codes."""
+        card, span = self.card, self.card.span(shard)
+        try:
+            found: NDArray[Any] = self.ids[span.start : span.stop, :num_views]
+            wrong = bad_rows(found, card, [number - span.start for number, _, _ in card.broken if number in span])
+        except Exception as error:  # a codec may raise anything on damaged data
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            path, how = form.shard_file(self.path, card, shard), "remove this file and repair the cache"
+            raise ExplainedError(
+                f"{path} was damaged after the cache was sealed ({wrong}): copy the cache again, or "
+                f"{'draw it again' if card.prior else how} with the command that made it: {card.command}"
+            )
+        return found
+
+    def first(self, count: int) -> NDArray[Any]:
+        """The ids of so many images, at least one, in the first view; as `block`."""
+        shards = range(-(-count // self.card.storage))
+        return np.concatenate([self.block(shard)[:, 0] for shard in shards])[:count]
+
     def fingerprint(self) -> str:
         """Names the tokenizer, the images, their views and which are left out: all that the order and the ids follow
         from.
@@ -235,35 +257,13 @@ class TokenStream:
             at, span = np.flatnonzero(shards == shard), self.card.span(int(shard))
             rows = numbers[at] - span.start
             views[at] = self.draw(epoch, int(shard))[rows]
-            ids[at] = self.block(int(shard))[rows, views[at]]
-            wrong = bad_rows(ids[at], self.card)
-            if wrong:
-                raise ExplainedError(self._damaged(int(shard), wrong))
+            ids[at] = self.cache.block(int(shard), self.num_views)[rows, views[at]]
         return _Piece(ids, numbers, views)
-
-    def block(self, shard: int) -> NDArray[Any]:
-        """The ids of the images of a storage shard in all views that are drawn from, -1 for images without ids.
-
-        ExplainedError where it cannot be read.
-        """
-        span = self.card.span(shard)
-        try:
-            found: NDArray[Any] = self.cache.ids[span.start : span.stop, : self.num_views]
-        except Exception as error:  # a codec may raise anything on damaged data
-            raise ExplainedError(self._damaged(shard, f"{type(error).__name__}: {error}")) from error
-        return found
 
     def draw(self, epoch: int, shard: int) -> Ints:
         """The view of each image of a storage shard in an epoch: a pure function of the seed."""
         raw = np.random.PCG64(derive("views", self.seed, epoch, shard)).random_raw(self.card.storage)
         return np.asarray(raw % np.uint64(self.num_views)).astype(np.int64)
-
-    def _damaged(self, shard: int, why: str) -> str:
-        path = form.shard_file(self.cache.path, self.card, shard)
-        return (
-            f"{path} was damaged after the cache was sealed ({why}): copy the cache again, or remove this file and "
-            f"repair the cache with the command that made it: {self.card.command}"
-        )
 
 
 @dataclass

@@ -73,7 +73,7 @@ def _cached(path: Path, marks: Sequence[str], prior: Prior, most: int) -> tuple[
     numbers = [n for n in range(min(cache.card.num_images, most + len(broken))) if n not in broken][:most]
     if not numbers:
         raise ValueError(f"the token cache in {path} has the ids of no image: give another as --known")
-    ids = np.asarray(cache.ids[: numbers[-1] + 1, 0])[numbers]
+    ids = cache.first(numbers[-1] + 1)[numbers]
     return ids.astype(np.int64), np.asarray(cache.labels)[numbers].astype(np.int64)
 
 

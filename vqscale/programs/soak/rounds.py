@@ -75,7 +75,7 @@ def _attack(settings: Settings, place: str, config: Run, moves: bool, report: Re
     disk, reference = settings.out / "disk", Path(config.run.folder)
     run, steps = disk / "run", config.run.steps
     file = settings.out / "configs" / f"{place.replace(' ', '-')}.yaml"
-    _write(file, config, [f"run.folder={inline(str(run))}"])
+    _write(file, config, folder=str(run))
     processes = MOVES if moves else (settings.processes,)
     attacks = schedule(settings.seed, place, settings.attacks, steps, config.run.checkpoint_every, processes)
     with mounted(disk, 3 * _size(reference) + (16 << 20)) as mount:
@@ -118,9 +118,8 @@ class Undisturbed:
         """A config as all rounds have it, but for the folder: every step is logged, and it saves often."""
         asked = configuration.load(Run, base, changes)
         steps = self.settings.steps or asked.run.steps
-        every = f"run.checkpoint_every={max(1, steps // SAVES)}"
-        folder = f"run.folder={inline(str(self.place / name))}"
-        return _write(self._file(name), asked, [folder, f"run.steps={steps}", every, "run.log_every=1"])
+        often = {"checkpoint_every": max(1, steps // SAVES), "log_every": 1}
+        return _write(self._file(name), asked, folder=str(self.place / name), steps=steps, **often)
 
     def _file(self, name: str) -> Path:
         return self.settings.out / "configs" / f"{name}.yaml"
@@ -150,11 +149,11 @@ class Undisturbed:
             raise RunError(f"{program} failed undisturbed, with status {start.status}: {start.log} says why")
 
 
-def _write(file: Path, config: Run, changes: Sequence[str]) -> Run:
-    """Write a config with changes; the config."""
+def _write(file: Path, config: Run, **changes: Any) -> Run:
+    """Write a config with changes of its key `run`; the config."""
+    data = configuration.to_dict(config)
+    changed: Run = configuration.parse(Run, {**data, "run": data["run"] | changes})
     file.parent.mkdir(parents=True, exist_ok=True)
-    files.write(file, configuration.dump(config))
-    changed: Run = configuration.load(Run, file, changes)
     files.write(file, configuration.dump(changed))
     return changed
 
