@@ -76,9 +76,8 @@ def write(path: Path, rows: Sequence[Row], how: Sequence[str]) -> None:
     """Write the page; `how` are texts on how it was made."""
     table = page.table([row.summary for row in rows], SUMMARY)
     parts = [("All claims", table), *((row.title, _part(row)) for row in rows)]
-    told = "".join(f"<pre>{html.escape(text)}</pre>" for text in how)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, page.page("What papers claim, and what came out here", [*parts, ("How", told)]))
+    files.write(path, page.page("What papers claim, and what came out here", [*parts, ("How", page.blocks(how))]))
 
 
 def _part(row: Row) -> str:
@@ -89,8 +88,8 @@ def _part(row: Row) -> str:
         "Runs": row.made,
     }
     told = "".join(f"<p><b>{html.escape(name)}</b>: {html.escape(text)}</p>" for name, text in said.items() if text)
-    found = f"<p>{html.escape(ABOUT)}</p>{page.table(row.findings, FINDINGS)}" if row.findings else ""
-    return f"{told}{found}{''.join(_figures(row))}<pre>{html.escape(row.command)}</pre>"
+    found = page.paragraphs([ABOUT]) + page.table(row.findings, FINDINGS) if row.findings else ""
+    return f"{told}{found}{''.join(_figures(row))}{page.blocks([row.command])}"
 
 
 def _figures(row: Row) -> list[str]:
@@ -98,5 +97,5 @@ def _figures(row: Row) -> list[str]:
     for measure in row.measures:
         png = page.chart(Figure(measure, from_zero=False), row.lines, measure, row.dials)
         if png is not None:
-            drawn.append(f"<figure>{page.img(png, f'{measure} of the runs of: {row.title}', chart=True)}</figure>")
+            drawn.append(page.chart_of(png, f"{measure} of the runs of: {row.title}"))
     return drawn

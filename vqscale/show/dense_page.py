@@ -4,7 +4,6 @@ and a picture of images, truths and predictions side by side.
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,7 +53,7 @@ def write(folder: Path, title: str, result: Mapping[str, Any], shown: tuple[str,
     pictures.save(folder / PICTURE, shown[1])
     files.write(folder / RESULT, report.text(whole) + "\n")
     rest = {key: value for key, value in result.items() if key not in ("rows", "notes", "classes")}
-    how = ("How", f"<pre>{html.escape(report.text(rest))}</pre>")
+    how = ("How", page.blocks([report.text(rest)]))
     files.write(folder / "index.html", page.page("Guiding codes", [part(folder), how]))
     return folder / "index.html"
 
@@ -72,8 +71,7 @@ def part(folder: Path) -> tuple[str, str]:
         ) from error
     names = columns(table)
     rows = [{"": name, **dict(zip(names, cells(numbers, names), strict=True))} for name, numbers in table.items()]
-    told = "".join(f"<p class=failed>{html.escape(note)}</p>" for note in notes)
-    text = page.table(rows, dict.fromkeys(["", *names], "{}")) + told
+    text = page.table(rows, dict.fromkeys(["", *names], "{}")) + page.paragraphs(notes, failed=True)
     text += page.picture(folder / PICTURE, f"from left to right: {shown}")
     return title, text + "".join(_of_classes(classes))
 
@@ -83,7 +81,7 @@ def _of_classes(classes: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Ite
     for ways in list(classes.values())[:1]:
         metric = next(iter(next(iter(ways.values()))))
         rows = [{"": name} | _cells(of, metric) for name, of in classes.items()]
-        yield f"<p>{html.escape(metric)} of each class:</p>" + page.table(rows, dict.fromkeys(["", *ways], "{}"))
+        yield page.paragraphs([f"{metric} of each class:"]) + page.table(rows, dict.fromkeys(["", *ways], "{}"))
 
 
 def _cells(of: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, str]:

@@ -170,6 +170,21 @@ def cell(value: Any, form: str) -> str:
     return form.format(found) if found is not None and form != "{}" else "" if value is None else str(value)
 
 
+def paragraphs(texts: Iterable[str], failed: bool = False) -> str:
+    """A paragraph of each text; `failed` as what has gone wrong."""
+    return "".join(f"<p{' class=failed' * failed}>{html.escape(text)}</p>" for text in texts)
+
+
+def blocks(texts: Iterable[str]) -> str:
+    """A block of letters of one width of each text."""
+    return "".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
+
+
+def chart_of(png: bytes, caption: str) -> str:
+    """A figure of a chart; the caption is for who does not see it."""
+    return f"<figure>{img(png, caption, chart=True)}</figure>"
+
+
 def picture(path: Path, caption: str, chart: bool = False) -> str:
     """An <img> that carries its file."""
     return f"<figure>{img(path.read_bytes(), caption, chart)}<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -8,7 +8,6 @@ FOLDER/reconstructions.png  originals above reconstructions          FOLDER/usag
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -58,13 +57,13 @@ def write(
         path = pictures.save(folder / f"{name.split(maxsplit=1)[0]}.png", picture)
         figures.append((name.capitalize(), page.picture(path, name)))
     rest = {key: value for key, value in result.items() if key not in ("numbers", "notes")}
-    notes = "".join(f"<p class=failed>{html.escape(note)}</p>" for note in result.get("notes", ()))
+    notes = page.paragraphs(result.get("notes", ()), failed=True)
     rows = [{"": name, "value": line} for name, line in lines(result["numbers"])]
     parts = [
         ("Numbers", page.table(rows, {"": "{}", "value": "{}"}) + notes),
         *more,
         *figures,
-        ("How", f"<pre>{html.escape(text(rest))}</pre>"),
+        ("How", page.blocks([text(rest)])),
     ]
     files.write(folder / "index.html", page.page(title, parts))
     return folder / "index.html"

@@ -108,7 +108,7 @@ def samples(
         lines.append(f"<tr><td>{html.escape(name)}</td><td>{strips[0]}</td><td>{strips[1]}</td></tr>")
     told = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in how.items())
     table = page.table_of(("class", "drawn from the prior", "real"), lines)
-    return "Samples", f"<p>The first images of every class, none chosen: {html.escape(told)}.</p>{table}"
+    return "Samples", page.paragraphs([f"The first images of every class, none chosen: {told}."]) + table
 
 
 def judged(found: Mapping[str, float], accuracy: float) -> Part:
@@ -127,11 +127,11 @@ def judged(found: Mapping[str, float], accuracy: float) -> Part:
         )
     ]
     table = page.table(rows, {"": "{}", "samples": "{}", "real": "{}"})
-    return "The samples before a judge", f"<p>{text}</p>{table}"
+    return "The samples before a judge", page.paragraphs([text]) + table
 
 
 def commands(lines: Sequence[str]) -> Part:
-    return "To go on", f"<pre>{html.escape(os.linesep.join(lines))}</pre>"
+    return "To go on", page.blocks([os.linesep.join(lines)])
 
 
 def unbegun(summary: Mapping[str, Any]) -> str:
@@ -178,7 +178,7 @@ def chart(
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return f"<figure>{page.img(canvas.png(drawn), caption, chart=True)}</figure>"
+    return page.chart_of(canvas.png(drawn), caption)
 
 
 def _strip(images: Sequence[Picture], caption: str) -> str:

@@ -6,7 +6,6 @@ from these. A table has the columns that any of its runs has, in this order.
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -200,11 +199,11 @@ def write(place: Path, results: Results) -> Path:
     shown = _pictures(task, results.folders)
     told = [how_many(lines), *task.cautions(lines)]
     parts = [
-        ("Results", _paragraphs(told) + page.table(lines, columns(task, lines)) + _failures(lines)),
-        ("Figures", _paragraphs([BANDS]) + "".join(_figures(place / "figures", results, fitted))),
-        *([("Laws", page.table([each.line for each in fitted], LAWS) + _paragraphs([laws.ABOUT]))] if fitted else []),
+        ("Results", page.paragraphs(told) + page.table(lines, columns(task, lines)) + _failures(lines)),
+        ("Figures", page.paragraphs([BANDS]) + "".join(_figures(place / "figures", results, fitted))),
+        *([("Laws", page.table([law.line for law in fitted], LAWS) + page.paragraphs([laws.ABOUT]))] if fitted else []),
         *([(task.about_pictures, page.side_by_side(shown))] if shown else []),
-        ("How", "".join(f"<pre>{html.escape(text)}</pre>" for text in results.how)),
+        ("How", page.blocks(results.how)),
     ]
     path = place / "index.html"
     files.write(path, page.page(f"Study {results.title}", parts))
@@ -226,13 +225,8 @@ def how_many(lines: Sequence[Line]) -> str:
     return f"Of {len(lines)} runs are: {', '.join(others)}."
 
 
-def _paragraphs(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
-
-
 def _failures(lines: Sequence[Line]) -> str:
-    told = [(str(line["run"]), str(line["error"])) for line in lines if line.get("error")]
-    return "".join(f"<p class=failed>{html.escape(run)}: {html.escape(error)}</p>" for run, error in told)
+    return page.paragraphs((f"{line['run']}: {line['error']}" for line in lines if line.get("error")), failed=True)
 
 
 def _figures(folder: Path, results: Results, fitted: Sequence[Fitted]) -> list[str]:
