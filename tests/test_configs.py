@@ -22,6 +22,7 @@ from vqscale.plan.tokenizer import plan, planned_mesh
 from vqscale.programs import claim_findings, claim_rules, claims, study_report
 from vqscale.programs import study as studies
 from vqscale.programs.claim_config import ClaimsConfig, NotHereConfig
+from vqscale.programs.commands import claims as claims_command
 from vqscale.programs.commands import study
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
@@ -244,7 +245,7 @@ def test_a_shipped_study_is_planned_and_prepared(path, tmp_path, capsys):
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
 def test_shipped_claims_have_rules_that_fit_their_runs(path, quick, monkeypatch):
     monkeypatch.chdir(ROOT)  # commands before a study name configs from there
-    asked = claims.load(path, quick=quick)
+    asked = claims_command.loaded(path, quick=quick)
     study.check_options(asked.study, asked.trials)
     assert 0 < asked.minutes <= 120
     assert path.read_text().startswith("# ")

@@ -26,12 +26,13 @@ from vqscale.disk import owner
 from vqscale.plan import costs_of
 from vqscale.programs import launchers, study_after, study_measured, study_report, study_runner, study_samples
 from vqscale.programs import study as studies
-from vqscale.programs.commands import evaluate, words
+from vqscale.programs.commands import evaluate
 from vqscale.programs.commands import study as command
 from vqscale.programs.commands.evaluate import options
 from vqscale.programs.launchers import Launcher, State
 from vqscale.programs.launchers.local import Local
 from vqscale.programs.study_config import StudyConfig
+from vqscale.run import checkout
 from vqscale.show import page, study_page
 from vqscale.show.study_page import Results
 from vqscale.train.config import Run
@@ -303,7 +304,7 @@ def test_samples_are_drawn_anew_where_other_options_are_asked_for_and_judged_onc
     given = [str(trial.folder), "tokenizer", str(trial.folder / "samples"), "--num-images=10"]
     assert draw == [str(ROOT / "tools" / "sample.py"), *given]
     assert options.parser(None).parse_args(judge[1:]).classifier == "judge"
-    done = {"state": "done", "command": words.command("sample", given)}
+    done = {"state": "done", "command": checkout.command("sample", given)}
     (trial.folder / "samples" / "sample.json").write_text(json.dumps(done))
     assert list(study_samples.steps(samples, trial)) == [judge]
     (trial.folder / "judged").mkdir()
@@ -538,7 +539,7 @@ def test_what_is_measured_of_tokenizers_stands_beside_their_psnr_and_is_measured
     words_of = evaluate.arguments(measure[1:])
     assert (words_of.path, words_of.shards, words_of.swaps) == (str(trial.folder), "val.tar", [0.1])
     said = {"psnr": 20.0, "psnr_near_0.1": 18.25, "moved_bf16": 0.0625, "images": 10}
-    result = {"numbers": said, "command": words.command("evaluate", measure[1:])}
+    result = {"numbers": said, "command": checkout.command("evaluate", measure[1:])}
     (trial.folder / "measured" / "result.json").write_text(json.dumps(result))
     assert study_after.missing(study, trials) == []
     assert study_measured.numbers(trial).keys() == {"psnr", "psnr_near_0.1", "moved_bf16"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from vqscale.programs.commands import words
+from vqscale.run import checkout
 from vqscale.run.folder import commit
 from vqscale.run.machine import cores, facts
 
@@ -115,7 +115,7 @@ def joined(costs: Sequence[Cost]) -> dict[str, Any]:
 
 def origin(subcommand: str, argv: Sequence[str], device: str, threads: int) -> dict[str, Any]:
     """Where a report was made: {"machine", "commit", "command"}."""
-    asked = words.command("bench", [subcommand, *argv])
+    asked = checkout.command("bench", [subcommand, *argv])
     return {"machine": machine(device, threads), "commit": commit(), "command": asked}
 
 

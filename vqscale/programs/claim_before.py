@@ -3,7 +3,8 @@
     FOLDER/before.json        how each command ended; FOLDER is that of the full study
     FOLDER/logs/before-N.txt  what it printed
 
-A command that is done is not started again, one that has failed is. Not here: the study (study_runner.py).
+A command that is done is not started again, one that has failed is. Not here: the study (study_runner.py),
+and what a command would refuse (commands/claims.py).
 """
 
 from __future__ import annotations
@@ -11,31 +12,14 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vqscale import config as configuration
 from vqscale.disk import files
 from vqscale.programs.claim_config import ClaimsConfig
-from vqscale.programs.commands import COMMANDS, words
 from vqscale.programs.launchers.base import last_words
 from vqscale.run import checkout
 from vqscale.run import folder as run_folder
-from vqscale.train.config import Run
-
-
-def check(given: Sequence[str]) -> None:
-    """ValueError, or the end of the program by argparse, for what its program would refuse before it opens a file that
-    may not be there yet."""
-    name, *rest = given
-    if name == "train":
-        path, changes = words.config_and_changes(rest)
-        if path is None:
-            raise ValueError("train is given no CONFIG: name one")
-        configuration.load(Run, path, changes)
-    else:
-        import_module(f"vqscale.programs.commands.{COMMANDS[name][0]}").arguments(rest)
 
 
 class Before:
@@ -89,7 +73,7 @@ class Before:
             self._process.send_signal(signal.SIGTERM)
 
     def _commands(self) -> list[str]:
-        return [words.command(name, given) for name, *given in self.config.before]
+        return [checkout.command(name, given) for name, *given in self.config.before]
 
     def _start(self, given: Sequence[str], log: Path) -> str | None:
         """Why a command failed, "" where it did not, None where it was told to stop."""

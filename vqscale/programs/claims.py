@@ -22,16 +22,15 @@ from typing import Any
 
 from vqscale import config as configuration
 from vqscale.disk import files
-from vqscale.programs import claim_before, claim_rules, study_report
+from vqscale.programs import claim_rules, study_report
 from vqscale.programs import study as studies
 from vqscale.programs.claim_before import Before
 from vqscale.programs.claim_config import ClaimConfig, ClaimsConfig, DialedConfig, Measured
 from vqscale.programs.claim_rules import Finding
-from vqscale.programs.commands import words
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import SEED, StudyConfig
+from vqscale.run import checkout, machine
 from vqscale.run import folder as run_folder
-from vqscale.run import machine
 from vqscale.show import claims_page, study_page
 from vqscale.show.claims_page import Row
 
@@ -69,21 +68,16 @@ class Asked:
 
     def command(self, claim: ClaimConfig) -> str:
         """What runs all that a claim needs."""
-        return words.command("claims", [str(self.path), "--only", claim.name, *(["--quick"] if self.quick else [])])
+        return checkout.command("claims", [str(self.path), "--only", claim.name, *(["--quick"] if self.quick else [])])
 
 
 def load(path: Path, changes: Iterable[str] = (), quick: bool = False) -> Asked:
-    """A file of claims; ValueError for all that is wrong with it, and what its study or its commands would refuse."""
+    """A file of claims; ValueError for all that is wrong with it, and what its study would refuse."""
     config = configuration.load(ClaimsConfig, path, changes)
     trials = studies.expand(config.study, path)
     problems = [f"{path}: {text}" for claim in config.claims for text in _problems(claim, config.study, trials)]
     if problems:
         raise ValueError("\n".join(problems))
-    for given in config.before:
-        try:
-            claim_before.check(given)
-        except ValueError as error:
-            raise ValueError(f"{path}: before: {words.command(given[0], given[1:])}: {error}") from error
     study = config.quickened() if quick else config.study
     return Asked(path, config, study, studies.expand(study, path) if quick else trials, quick)
 

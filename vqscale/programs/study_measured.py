@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vqscale.programs.commands.words import command
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import MeasuredConfig
 from vqscale.run import checkout
@@ -37,5 +36,5 @@ def steps(measured: MeasuredConfig, trial: Trial) -> Iterator[list[str]]:
     """The command that is left, as python is given it."""
     given = words(measured, trial)
     said = run_folder.read_json(trial.folder / MEASURED / "result.json")
-    if said.get("command") != command("evaluate", given):
+    if said.get("command") != checkout.command("evaluate", given):
         yield [*checkout.program("evaluate"), *given]

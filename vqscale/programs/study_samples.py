@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vqscale.programs.commands.words import command
 from vqscale.programs.study import Trial
 from vqscale.programs.study_config import SamplesConfig
 from vqscale.run import checkout
@@ -43,7 +42,7 @@ def steps(samples: SamplesConfig, trial: Trial) -> Iterator[list[str]]:
     """The commands that are left, as python is given them."""
     given, drawn = words(trial), trial.folder / DRAWN
     facts = run_folder.read_json(drawn / "sample.json")
-    anew = facts.get("state") != "done" or facts.get("command") != command("sample", given)
+    anew = facts.get("state") != "done" or facts.get("command") != checkout.command("sample", given)
     if anew:
         yield [*checkout.program("sample"), *given]
     if samples.classifier is not None and (anew or not (trial.folder / JUDGED / "result.json").exists()):

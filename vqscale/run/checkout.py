@@ -3,6 +3,7 @@ wheel."""
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,11 @@ def program(name: str) -> list[str]:
     """What python is given to start a program: its file of the checkout, or else a name of the installed package."""
     root = checkout()
     return ["-m", "vqscale", name] if root is None else [str(root / f"{FILES.get(name, f'tools/{name}')}.py")]
+
+
+def command(name: str, words: Iterable[str]) -> str:
+    """The command that a file tells: `vqscale NAME` is the same program however it was started."""
+    return shlex.join(["vqscale", name, *words])
 
 
 def started(name: str, processes: int) -> list[str]:

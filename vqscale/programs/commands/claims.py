@@ -21,18 +21,21 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
+from vqscale import config as configuration
 from vqscale.config.text import inline
 from vqscale.programs import claims, launchers
 from vqscale.programs.claim_before import Before
 from vqscale.programs.claims import Asked
-from vqscale.programs.commands import study, words
+from vqscale.programs.commands import COMMANDS, study, words
 from vqscale.programs.study_runner import Runner
 from vqscale.run import checkout, processes
 from vqscale.run import folder as run_folder
+from vqscale.train.config import Run
 
 PLACE = Path("runs/claims")
 OF_SBATCH = re.compile(r"--[a-z][a-z-]*=.*")
@@ -41,7 +44,7 @@ OF_SBATCH = re.compile(r"--[a-z][a-z-]*=.*")
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, submitted or told, 1 something failed on the way, 2 the user's input, 75 stopped on request."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return processes.status_of(lambda: _claims(arguments(given), words.command("claims", given)))
+    return processes.status_of(lambda: _claims(arguments(given), checkout.command("claims", given)))
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -81,7 +84,7 @@ def shipped() -> list[Path]:
 
 
 def _claims(args: argparse.Namespace, command: str) -> int:
-    every = [claims.load(path, args.changes, args.quick) for path in args.files]
+    every = [loaded(path, args.changes, args.quick) for path in args.files]
     chosen = _chosen(every, args.only)
     for asked in every:
         study.check_options(asked.study, asked.trials)
@@ -100,6 +103,29 @@ def _claims(args: argparse.Namespace, command: str) -> int:
         print("interrupted: what ran has saved, the same command goes on")
         return run_folder.EXIT_STOPPED
     return 1 if done.failed else 0
+
+
+def loaded(path: Path, changes: Iterable[str] = (), quick: bool = False) -> Asked:
+    """A file of claims; ValueError also for what its commands would refuse before they open a file that may not be
+    there yet, or the end of the program by argparse."""
+    asked = claims.load(path, changes, quick)
+    for given in asked.config.before:
+        try:
+            _check(given)
+        except ValueError as error:
+            raise ValueError(f"{path}: before: {checkout.command(given[0], given[1:])}: {error}") from error
+    return asked
+
+
+def _check(given: Sequence[str]) -> None:
+    name, *rest = given
+    if name != "train":
+        import_module(f"vqscale.programs.commands.{COMMANDS[name][0]}").arguments(rest)
+        return
+    path, changes = words.config_and_changes(rest)
+    if path is None:
+        raise ValueError("train is given no CONFIG: name one")
+    configuration.load(Run, path, changes)
 
 
 def _chosen(every: Sequence[Asked], only: Sequence[str]) -> list[Asked]:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.programs.commands import words
-from vqscale.run import processes
+from vqscale.run import checkout, processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed, 2 the user's input."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return processes.status_of(lambda: _cluster(arguments(given), words.command("cluster", given)))
+    return processes.status_of(lambda: _cluster(arguments(given), checkout.command("cluster", given)))
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:

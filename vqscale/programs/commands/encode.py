@@ -22,7 +22,7 @@ from typing import Any
 from vqscale.config import load_class
 from vqscale.data.config import INTERPOLATIONS, MEDIA, VIEWS, MediumConfig, ShardsConfig
 from vqscale.programs.commands import words
-from vqscale.run import processes
+from vqscale.run import checkout, processes
 from vqscale.signals.config import SignalConfig
 
 ASKED = ("image_size", "resize", "interpolation", "seconds")
@@ -31,7 +31,7 @@ ASKED = ("image_size", "resize", "interpolation", "seconds")
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while encoding, 2 the user's input, 75 stopped on request."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return processes.status_of(lambda: _encode(arguments(given), words.command("encode", given)))
+    return processes.status_of(lambda: _encode(arguments(given), checkout.command("encode", given)))
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:

@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqscale.programs.commands import drawing, words
-from vqscale.run import processes
+from vqscale.programs.commands import drawing
+from vqscale.run import checkout, processes
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed while drawing, 2 the user's input, 75 stopped on request."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return processes.status_of(lambda: _sample(arguments(given), words.command("sample", given)))
+    return processes.status_of(lambda: _sample(arguments(given), checkout.command("sample", given)))
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:

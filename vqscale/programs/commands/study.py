@@ -36,8 +36,8 @@ from vqscale.programs.study import Trial
 from vqscale.programs.study_config import StudyConfig
 from vqscale.programs.study_report import report, states
 from vqscale.programs.study_runner import Runner
+from vqscale.run import checkout, processes
 from vqscale.run import folder as run_folder
-from vqscale.run import processes
 from vqscale.show import study_page
 from vqscale.show.study_page import Results
 
@@ -65,7 +65,7 @@ def _study(argv: list[str]) -> int:
     if action == "--stop":
         return _stop(launchers.build(study, trials))
     launcher = launchers.build(study, trials) if action is None else None
-    command = words.command("study", [word for word in argv if word != "--report" and not word.startswith(OUT)])
+    command = checkout.command("study", [word for word in argv if word != "--report" and not word.startswith(OUT)])
     if action == "--report":
         studies.check(study, trials)
         results = report(study, trials, states(study, trials), command, asked.out)
@@ -76,7 +76,7 @@ def _study(argv: list[str]) -> int:
     runner = Runner(study, trials, launcher, command)
     listen(runner.stop)
     _print_results(carry_out(runner), Path(study.folder))
-    return _end(runner, words.command("study", [*(word for word in argv if not word.startswith("-")), "--report"]))
+    return _end(runner, checkout.command("study", [*(word for word in argv if not word.startswith("-")), "--report"]))
 
 
 def carry_out(runner: Runner) -> Results:

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqscale.programs.commands import drawing, words
-from vqscale.run import processes
+from vqscale.programs.commands import drawing
+from vqscale.run import checkout, processes
 
 if TYPE_CHECKING:
     from vqscale.parallel.mesh import Mesh
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 failed on the way, 2 the user's input, 75 stopped on request."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return processes.status_of(lambda: _sweep(arguments(given), words.command("sweep", given)))
+    return processes.status_of(lambda: _sweep(arguments(given), checkout.command("sweep", given)))
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:

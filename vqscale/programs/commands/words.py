@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,13 +75,8 @@ def time(text: str) -> float:
     return value
 
 
-def command(name: str, words: Sequence[str]) -> str:
-    """The command that a file tells: `vqscale NAME` is the same program however it was started."""
-    return shlex.join(["vqscale", name, *words])
-
-
 def made_by(name: str) -> dict[str, object]:
     """Which code a result was made by, and by which command."""
-    from vqscale.run import folder
+    from vqscale.run import checkout, folder
 
-    return {"commit": folder.commit(), "versions": folder.versions(), "command": command(name, sys.argv[1:])}
+    return {"commit": folder.commit(), "versions": folder.versions(), "command": checkout.command(name, sys.argv[1:])}
