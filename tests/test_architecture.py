@@ -55,10 +55,11 @@ INSIDE = {
     "priors": {"config": set()},
     "train": {"config": set()},
     "programs": {
-        "commands": {"launchers", "sampling", "soak"},
-        "launchers": set(),
+        "claims": {"studies"},
+        "commands": {"claims", "sampling", "soak", "studies"},
         "sampling": set(),
         "soak": set(),
+        "studies": set(),
     },
 }
 

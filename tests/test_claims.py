@@ -21,12 +21,13 @@ from vqscale import config as configuration
 from vqscale import signals
 from vqscale.config.schema import classes_of
 from vqscale.parallel.mesh import Mesh
-from vqscale.programs import claim_rules, claims
-from vqscale.programs import study as studies
-from vqscale.programs.claim_config import ClaimConfig, ClaimsConfig, Measured, NotHereConfig, RuleConfig
-from vqscale.programs.claim_findings import HOLDS, IN_PART, NOT_HERE, UNDECIDED, UNTESTED, interval, judged
+from vqscale.programs.claims import claims
+from vqscale.programs.claims import rules as claim_rules
+from vqscale.programs.claims.config import ClaimConfig, ClaimsConfig, Measured, NotHereConfig, RuleConfig
+from vqscale.programs.claims.findings import HOLDS, IN_PART, NOT_HERE, UNDECIDED, UNTESTED, interval, judged
 from vqscale.programs.commands import claims as command
-from vqscale.programs.study_report import Line
+from vqscale.programs.studies import study as studies
+from vqscale.programs.studies.report import Line
 from vqscale.show import study_page
 from vqscale.signals.config import SignalConfig
 

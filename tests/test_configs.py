@@ -19,11 +19,14 @@ from vqscale.codes.rows import set_aside
 from vqscale.nets.config import grid
 from vqscale.plan.prior import plan as plan_prior
 from vqscale.plan.tokenizer import plan, planned_mesh
-from vqscale.programs import claim_findings, claim_rules, claims, study_report
-from vqscale.programs import study as studies
-from vqscale.programs.claim_config import ClaimsConfig, NotHereConfig
+from vqscale.programs.claims import claims
+from vqscale.programs.claims import findings as claim_findings
+from vqscale.programs.claims import rules as claim_rules
+from vqscale.programs.claims.config import ClaimsConfig, NotHereConfig
 from vqscale.programs.commands import claims as claims_command
 from vqscale.programs.commands import study
+from vqscale.programs.studies import report as study_report
+from vqscale.programs.studies import study as studies
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
 

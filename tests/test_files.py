@@ -22,7 +22,7 @@ OTHERS = {
     "disk/wav.py": "a file in memory",
     "disk/owner.py": "what names the writer of a folder is made by a link, and goes with it",
     "disk/writer.py": "renames what a killed one left, to be removed",
-    "programs/claim_before.py": "what a command prints, as it prints it",
+    "programs/claims/before.py": "what a command prints, as it prints it",
     "programs/sampling/folder.py": "an entry of the zip that files.writing writes",
     "run/processes.py": "words to whoever started this process, read when it has ended",
     "tokenizer/export.py": "weights come in blocks, over many calls; files.place puts them in their place",

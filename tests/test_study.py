@@ -24,14 +24,19 @@ from vqscale import config as configuration
 from vqscale.config.schema import classes_of, fields_of
 from vqscale.disk import owner
 from vqscale.plan import costs_of
-from vqscale.programs import launchers, study_after, study_measured, study_report, study_runner, study_samples
-from vqscale.programs import study as studies
 from vqscale.programs.commands import evaluate
 from vqscale.programs.commands import study as command
 from vqscale.programs.commands.evaluate import options
-from vqscale.programs.launchers import Launcher, State
-from vqscale.programs.launchers.local import Local
-from vqscale.programs.study_config import StudyConfig
+from vqscale.programs.studies import after as study_after
+from vqscale.programs.studies import launchers
+from vqscale.programs.studies import measured as study_measured
+from vqscale.programs.studies import report as study_report
+from vqscale.programs.studies import runner as study_runner
+from vqscale.programs.studies import samples as study_samples
+from vqscale.programs.studies import study as studies
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.launchers import Launcher, State
+from vqscale.programs.studies.launchers.local import Local
 from vqscale.run import checkout
 from vqscale.show import page, study_page
 from vqscale.show.study_page import Results

@@ -9,9 +9,9 @@ from importlib import import_module
 from pathlib import Path
 
 from vqscale import config as configuration
-from vqscale.programs.claim_config import ClaimsConfig
+from vqscale.programs.claims.config import ClaimsConfig
 from vqscale.programs.commands import COMMANDS
-from vqscale.programs.study_config import StudyConfig
+from vqscale.programs.studies.config import StudyConfig
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).resolve().parents[2]

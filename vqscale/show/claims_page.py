@@ -1,6 +1,6 @@
 """The page of claims: what papers say, what was measured here beside it, and the verdict, in one self-contained file.
 
-A row is plain data; what a verdict follows from is programs/claim_rules.py.
+A row is plain data; what a verdict follows from is programs/claims/rules.py.
 """
 
 from __future__ import annotations

@@ -28,11 +28,12 @@ from types import FrameType
 
 from vqscale import config as configuration
 from vqscale.config.text import inline
-from vqscale.programs import claims, launchers
-from vqscale.programs.claim_before import Before
-from vqscale.programs.claims import Asked
+from vqscale.programs.claims import claims
+from vqscale.programs.claims.before import Before
+from vqscale.programs.claims.claims import Asked
 from vqscale.programs.commands import COMMANDS, study, words
-from vqscale.programs.study_runner import Runner
+from vqscale.programs.studies import launchers
+from vqscale.programs.studies.runner import Runner
 from vqscale.run import checkout, processes
 from vqscale.run import folder as run_folder
 from vqscale.train.config import Run

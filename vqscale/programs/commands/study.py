@@ -28,14 +28,16 @@ from types import FrameType
 from vqscale import config as configuration
 from vqscale.config.text import inline
 from vqscale.disk.owner import own
-from vqscale.programs import launchers, study_measured, study_samples
-from vqscale.programs import study as studies
 from vqscale.programs.commands import evaluate, sample, words
-from vqscale.programs.launchers import Launcher
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import StudyConfig
-from vqscale.programs.study_report import report, states
-from vqscale.programs.study_runner import Runner
+from vqscale.programs.studies import launchers
+from vqscale.programs.studies import measured as study_measured
+from vqscale.programs.studies import samples as study_samples
+from vqscale.programs.studies import study as studies
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.launchers import Launcher
+from vqscale.programs.studies.report import report, states
+from vqscale.programs.studies.runner import Runner
+from vqscale.programs.studies.study import Trial
 from vqscale.run import checkout, processes
 from vqscale.run import folder as run_folder
 from vqscale.show import study_page

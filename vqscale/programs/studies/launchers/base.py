@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import StudyConfig
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.study import Trial
 
 Status = Literal["waiting", "running", "failed", "stopped"]
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from vqscale.disk import files
 from vqscale.errors import ExplainedError
-from vqscale.programs.launchers.base import Launcher, State, argument, last_words
-from vqscale.programs.study import Trial
+from vqscale.programs.studies.launchers.base import Launcher, State, argument, last_words
+from vqscale.programs.studies.study import Trial
 
 SCRIPT = Path("launch") / "slurm" / "array.sbatch"
 OURS = ("--array", "-a", "--output", "-o", "--parsable", "--wrap")

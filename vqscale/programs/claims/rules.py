@@ -1,4 +1,4 @@
-"""What rules make of the results of a study: comparisons (claim_findings.py), and one of four verdicts for a claim.
+"""What rules make of the results of a study: comparisons (findings.py), and one of four verdicts for a claim.
 
 Dials that a rule leaves open give a comparison for each of their combinations. Of all comparisons of all its rules,
 
@@ -21,7 +21,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from vqscale.programs.claim_config import (
+from vqscale.programs.claims.config import (
     AboveConfig,
     AboveCurveConfig,
     AtLeastConfig,
@@ -36,7 +36,7 @@ from vqscale.programs.claim_config import (
     RuleConfig,
     TwoConfig,
 )
-from vqscale.programs.claim_findings import (
+from vqscale.programs.claims.findings import (
     HOLDS,
     IN_PART,
     NOT_HERE,
@@ -46,7 +46,7 @@ from vqscale.programs.claim_findings import (
     UntestedError,
     judged,
 )
-from vqscale.programs.study_config import SEED
+from vqscale.programs.studies.config import SEED
 
 NO_RUNS = "this form of the study has no such runs"
 Line = Mapping[str, Any]  # of results.csv

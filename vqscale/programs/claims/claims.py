@@ -5,8 +5,8 @@
     PLACE/index.html   the page
     PLACE/FILE/        results.csv and study.json of the study of a file
 
-A file of claims is data (claim_config.py): its study runs as any other (study.py), its rules are computed by
-claim_rules.py, and what comes before is claim_before.py. The page is of all files that are asked for, whichever of them
+A file of claims is data (config.py): its study runs as any other (studies/study.py), its rules are computed by
+rules.py, and what comes before is before.py. The page is of all files that are asked for, whichever of them
 have been run.
 """
 
@@ -22,13 +22,14 @@ from typing import Any
 
 from vqscale import config as configuration
 from vqscale.disk import files
-from vqscale.programs import claim_rules, study_report
-from vqscale.programs import study as studies
-from vqscale.programs.claim_before import Before
-from vqscale.programs.claim_config import ClaimConfig, ClaimsConfig, DialedConfig, Measured
-from vqscale.programs.claim_rules import Finding
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import SEED, StudyConfig
+from vqscale.programs.claims import rules as claim_rules
+from vqscale.programs.claims.before import Before
+from vqscale.programs.claims.config import ClaimConfig, ClaimsConfig, DialedConfig, Measured
+from vqscale.programs.claims.rules import Finding
+from vqscale.programs.studies import report as study_report
+from vqscale.programs.studies import study as studies
+from vqscale.programs.studies.config import SEED, StudyConfig
+from vqscale.programs.studies.study import Trial
 from vqscale.run import checkout, machine
 from vqscale.run import folder as run_folder
 from vqscale.show import claims_page, study_page

@@ -3,7 +3,7 @@
     FOLDER/before.json        how each command ended; FOLDER is that of the full study
     FOLDER/logs/before-N.txt  what it printed
 
-A command that is done is not started again, one that has failed is. Not here: the study (study_runner.py),
+A command that is done is not started again, one that has failed is. Not here: the study (studies/runner.py),
 and what a command would refuse (commands/claims.py).
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.disk import files
-from vqscale.programs.claim_config import ClaimsConfig
-from vqscale.programs.launchers.base import last_words
+from vqscale.programs.claims.config import ClaimsConfig
+from vqscale.programs.studies.launchers.base import last_words
 from vqscale.run import checkout
 from vqscale.run import folder as run_folder
 

@@ -4,7 +4,7 @@
     RUN/samples/  samples, grid, speed (sampling/folder.py)     RUN/judged/  numbers, page
 
 Samples that the same command has drawn stay; where other options are asked for, `vqscale sample` says what to do.
-Not here: when they are started (study_after.py).
+Not here: when they are started (after.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import SamplesConfig
+from vqscale.programs.studies.config import SamplesConfig
+from vqscale.programs.studies.study import Trial
 from vqscale.run import checkout
 from vqscale.run import folder as run_folder
 

@@ -7,7 +7,7 @@ the same seed, or the numbers themselves. With the interval of their mean (Stude
     does not hold here     nothing of the interval is
     not decided            the level is within the interval, or there is one seed and no interval
 
-Not here: which numbers a rule compares, and the verdict of a claim with its comparisons (claim_rules.py).
+Not here: which numbers a rule compares, and the verdict of a claim with its comparisons (rules.py).
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from vqscale.errors import ExplainedError
-from vqscale.programs.launchers.base import Launcher, State
-from vqscale.programs.launchers.local import Local
-from vqscale.programs.launchers.slurm import Slurm
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import StudyConfig
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.launchers.base import Launcher, State
+from vqscale.programs.studies.launchers.local import Local
+from vqscale.programs.studies.launchers.slurm import Slurm
+from vqscale.programs.studies.study import Trial
 
 LAUNCHERS: dict[str, type[Launcher]] = {"local": Local, "slurm": Slurm}
 

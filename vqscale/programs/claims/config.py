@@ -1,5 +1,5 @@
 """What a file of claims may say: a study, what papers say that it bears on, and the rules by which that is judged. No
-torch here, and nothing of a file is run: rules are of the forms below, which programs/claim_rules.py computes.
+torch here, and nothing of a file is run: rules are of the forms below, which rules.py computes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from vqscale.programs.study_config import PartConfig, StudyConfig
+from vqscale.programs.studies.config import PartConfig, StudyConfig
 
 Better = Literal["higher", "lower"]
 PROGRAMS = ("train", "encode", "cluster", "classifier", "shards")
@@ -212,7 +212,7 @@ class ClaimConfig:
     measure: str
     """what is measured here, in words"""
     rules: tuple[RuleConfig, ...]
-    """all hold: it holds; some: it holds in part (programs/claim_rules.py). Written before a run"""
+    """all hold: it holds; some: it holds in part (programs/claims/rules.py). Written before a run"""
 
     @property
     def testable(self) -> list[Measured]:

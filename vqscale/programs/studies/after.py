@@ -1,5 +1,5 @@
-"""What is done with the runs of a study when all are done: priors draw (study_samples.py), tokenizers are measured
-(study_measured.py), one run after the other, a program at a time.
+"""What is done with the runs of a study when all are done: priors draw (samples.py), tokenizers are measured
+(measured.py), one run after the other, a program at a time.
 
     FOLDER/logs/NAME-samples.txt, NAME-measured.txt  what the programs printed
 """
@@ -10,10 +10,11 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
-from vqscale.programs import study_measured, study_samples
-from vqscale.programs.launchers.base import last_words
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import StudyConfig
+from vqscale.programs.studies import measured as study_measured
+from vqscale.programs.studies import samples as study_samples
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.launchers.base import last_words
+from vqscale.programs.studies.study import Trial
 from vqscale.run.checkout import begin
 
 

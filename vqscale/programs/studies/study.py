@@ -4,12 +4,12 @@
     FOLDER/runs/NAME/     the run folders               FOLDER/logs/NAME.txt       what they printed
     FOLDER/results.csv    a line per run                FOLDER/laws.csv            a line per law that was fitted
     FOLDER/study.json     what made the numbers         FOLDER/index.html          the page, with figures/
-    FOLDER/runs/NAME/samples/, judged/                  what a prior draws (study_samples.py), and what is said of it
-    FOLDER/runs/NAME/measured/                          what is measured of a tokenizer (study_measured.py)
+    FOLDER/runs/NAME/samples/, judged/                  what a prior draws (samples.py), and what is said of it
+    FOLDER/runs/NAME/measured/                          what is measured of a tokenizer (measured.py)
 
 The base run may be of any task. A study continues where it was left: runs that are done are not started again, the
-others resume from their checkpoints. study_config.py has what a file may say, the expansion is here, study_runner.py
-brings the runs to their end, launchers/ knows where they run, study_report.py writes what there is, and
+others resume from their checkpoints. config.py has what a file may say, the expansion is here, runner.py
+brings the runs to their end, launchers/ knows where they run, report.py writes what there is, and
 vqscale/show/study_page.py has what is shown of a task.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 from vqscale import config as configuration
 from vqscale.config.text import inline
 from vqscale.disk import files
-from vqscale.programs.study_config import SEED, ChoiceConfig, StudyConfig
+from vqscale.programs.studies.config import SEED, ChoiceConfig, StudyConfig
 from vqscale.train.config import Run
 
 

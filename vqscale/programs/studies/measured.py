@@ -3,7 +3,7 @@ swapped ids, what their ids say of each other, whatever its options ask for. It 
 
     RUN/measured/  numbers, page
 
-What the same command has measured stays. Not here: when it is started (study_after.py).
+What the same command has measured stays. Not here: when it is started (after.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import MeasuredConfig
+from vqscale.programs.studies.config import MeasuredConfig
+from vqscale.programs.studies.study import Trial
 from vqscale.run import checkout
 from vqscale.run import folder as run_folder
 

@@ -20,10 +20,12 @@ from typing import Any
 from vqscale import config as configuration
 from vqscale.disk import files
 from vqscale.plan.prior import counted
-from vqscale.programs import launchers, study_measured, study_samples
-from vqscale.programs.launchers.base import State
-from vqscale.programs.study import Trial, last_row, logged_rows
-from vqscale.programs.study_config import StudyConfig
+from vqscale.programs.studies import launchers
+from vqscale.programs.studies import measured as study_measured
+from vqscale.programs.studies import samples as study_samples
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.launchers.base import State
+from vqscale.programs.studies.study import Trial, last_row, logged_rows
 from vqscale.run import folder as run_folder
 from vqscale.run import machine
 from vqscale.show import laws, study_page
@@ -80,7 +82,7 @@ def result_line(trial: Trial, state: State | None = None) -> Line:
     """A line of results.csv: labels, status, steps, and the numbers of a run that is done.
 
     The status of a run that is not is its launcher's; nobody's is waiting, or begun where it has steps. What there is
-    of its samples (study_samples.py), or was measured besides (study_measured.py), is among the numbers.
+    of its samples (samples.py), or was measured besides (measured.py), is among the numbers.
     """
     line: Line = {"run": trial.name, **trial.labels, "status": "waiting"}
     summary, row = run_folder.read_json(trial.folder / "summary.json"), last_row(trial.folder)

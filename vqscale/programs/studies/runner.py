@@ -10,11 +10,11 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from vqscale.programs import study_after
-from vqscale.programs.launchers.base import Launcher, State
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import StudyConfig
-from vqscale.programs.study_report import report
+from vqscale.programs.studies import after as study_after
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.launchers.base import Launcher, State
+from vqscale.programs.studies.report import report
+from vqscale.programs.studies.study import Trial
 from vqscale.show.study_page import Results
 
 POLL_S = 1.0

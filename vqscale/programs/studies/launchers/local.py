@@ -11,9 +11,9 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
-from vqscale.programs.launchers.base import Launcher, State, argument, last_words
-from vqscale.programs.study import Trial
-from vqscale.programs.study_config import StudyConfig
+from vqscale.programs.studies.config import StudyConfig
+from vqscale.programs.studies.launchers.base import Launcher, State, argument, last_words
+from vqscale.programs.studies.study import Trial
 from vqscale.run.checkout import begin, started
 from vqscale.run.folder import EXIT_STOPPED
 
