@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import dense_runs
@@ -13,6 +14,7 @@ import prior_runs
 import pytest
 import quantizer_cases
 import saved_runs
+import token_caches
 import torch
 from torch.nn import functional as F
 
@@ -148,6 +150,28 @@ def test_what_does_not_fit_is_refused_before_processes_meet(tmp_path, tiny_shard
     path = jobs.write_config(tmp_path, tiny_shards, *SHORT, f"init.from={source}", *changes)
     with pytest.raises(ValueError, match=text.replace(".", r"\.")):
         first_weights.check(configuration.load(Run, path))
+
+
+def test_a_folder_of_another_kind_or_signal_is_refused_before_processes_meet(tmp_path, tiny_shards):
+    there = configuration.load(Run, prior_runs.write_config(tmp_path / "prior", tmp_path)).prior
+    priors.build(there).save(tmp_path / "saved-prior")
+    saved_runs.small().save(tmp_path / "saved-tokenizer")
+    token_caches.write(tmp_path / "cache")
+    dense = configuration.load(Run, dense_runs.tokenizer(tmp_path / "dense", tiny_shards))
+    Tokenizer.from_config(dense.tokenizer).save(tmp_path / "of-colours")
+    (tmp_path / "images").mkdir()
+    write_tokenizer = partial(jobs.write_config, tmp_path / "run", tiny_shards)
+    write_prior = partial(prior_runs.write_config, tmp_path / "other", tmp_path)
+    for write, name, text in (
+        (write_tokenizer, "saved-prior", "card of 'vqscale prior' and not of a 'vqscale tokenizer': give a folder"),
+        (write_prior, "saved-tokenizer", "card of 'vqscale tokenizer' and not of a 'vqscale prior': give a folder"),
+        (write_tokenizer, "cache", "card of 'vqscale token cache' and not of a 'vqscale tokenizer': give a folder"),
+        (write_tokenizer, "prior", "config of task 'prior', and a tokenizer comes from a run with task 'tokenizer'"),
+        (write_tokenizer, "images", "images has neither card.json nor run.yaml: give the folder of a tokenizer"),
+        (write_tokenizer, "of-colours", "signal.name: color -> images"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            first_weights.check(configuration.load(Run, write(f"init.from={tmp_path / name}")))
 
 
 def test_commands_of_the_readme_begin_from_a_run(tmp_path, tiny_shards, source):

@@ -345,12 +345,13 @@ def test_the_config_of_a_run_is_read_as_configs_are(run, text):
         Tokenizer.load(run)
 
 
+@pytest.mark.parametrize("name", ["summary.json", "tokens.json", "init.json"])
 @pytest.mark.parametrize("text", ["{", "[1]", "3", "[" * 100_000])
-def test_damaged_facts_of_a_run_are_named(run, text):
-    (run / "summary.json").write_text(text)
-    with pytest.raises(ValueError, match=r"summary\.json cannot be read .*: copy it again, or remove it"):
+def test_damaged_facts_of_a_run_are_named(run, text, name):
+    (run / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read .*: copy it again, or remove it"):
         Tokenizer.load(run)
-    (run / "summary.json").unlink()
+    (run / name).unlink()
     assert Tokenizer.load(run)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import token_caches
+import torch
 import zarr
 from saved_runs import small, write_run
 from shard_files import png, write_tar
@@ -25,6 +27,9 @@ from vqscale.data.tokens import write as writing
 from vqscale.data.tokens.stream import Cache
 from vqscale.disk import manifest
 from vqscale.disk.arrays import open_array
+from vqscale.metrics import fid
+from vqscale.nets.weights import read_state
+from vqscale.programs.commands import train
 from vqscale.programs.sampling import folder as sample_folder
 
 V2 = {"zarr_format": 2, "dtype": "|O", "compressor": None, "fill_value": "", "order": "C"}
@@ -99,6 +104,38 @@ def test_everything_opens_arrays_in_the_one_place():
     package = Path(writing.__file__).parents[2]
     opening = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if "zarr.open_array" in p.read_text()}
     assert opening == {"disk/arrays.py"}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "bin"])
+def test_weights_and_statistics_that_are_pickles_run_nothing(tmp_path, suffix):
+    marker, weights, arrays = tmp_path / "ran", tmp_path / f"a.{suffix}", tmp_path / "a.npz"
+    for save in (lambda x: torch.save(x, weights), lambda x: weights.write_bytes(pickle.dumps(x, protocol=2))):
+        save({"state_dict": {"a": Command(marker)}})
+        with pytest.raises(ValueError, match="cannot be read as weights"):
+            read_state(weights, what="it", where="there")
+    np.savez(arrays, mu=np.array([Command(marker)], dtype=object), sigma=np.eye(1))
+    with pytest.raises(ValueError, match="cannot be read"):
+        fid.read(arrays)
+    arrays.write_bytes(pickle.dumps(Command(marker)))
+    with pytest.raises(ValueError, match="cannot be read"):
+        fid.read(arrays)
+    assert not marker.exists()
+
+
+def test_nothing_of_a_file_is_unpickled():
+    """Every call that could says that it does not."""
+    package, unpickling = Path(writing.__file__).parents[2], re.compile(r"(torch\.load|pickle\.loads?)\(.*")
+    calls = [found[0] for path in package.rglob("*.py") for found in unpickling.finditer(path.read_text())]
+    assert calls
+    assert [call for call in calls if "weights_only=True" not in call] == []
+    assert not [path for path in package.rglob("*.py") if re.search(r"allow_pickle=(?!False)", path.read_text())]
+
+
+def test_a_plan_runs_no_command_of_its_config(tmp_path):
+    changes = [f"data.{split}.shards='pipe:touch {tmp_path / 'ran'}'" for split in ("train", "val")]
+    config = Path(__file__).parents[1] / "configs" / "quickstart" / "tokenizer.yaml"
+    assert train.main([str(config), "--dry-run", *changes, "data.train.make=null", "data.val.make=null"]) == 0
+    assert not (tmp_path / "ran").exists()
 
 
 def eps(marker: Path) -> bytes:
