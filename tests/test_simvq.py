@@ -46,22 +46,29 @@ def test_it_is_the_one_of_vector_quantize_pytorch(rotation):
     assert torch.allclose(x.grad, y.grad, rtol=0, atol=1e-6 if rotation else 1e-12)  # theirs has an eps of 1e-6
 
 
-def _step(data, codes, bias):
+def _step(data, codes, bias, learn_basis):
     mesh = Mesh(data, codes)
-    quantizer = _simvq(mesh, bias=bias)
+    quantizer = _simvq(mesh, bias=bias, learn_basis=learn_basis)
     x = mine(normal(TOKENS, DIM, seed=4), mesh).requires_grad_()
     answer = quantizer(x)
     (sum(answer.losses.values()) + (answer.z * mine(normal(TOKENS, DIM, seed=5), mesh)).sum()).backward()
     grads = [p.grad for p in quantizer.map.parameters()]
+    if learn_basis:
+        grads.append(
+            F.pad(
+                quantizer.codebook.rows.grad,
+                (0, 0, quantizer.codebook.layout.start, K - quantizer.codebook.layout.stop),
+            )
+        )
     return answer.z.detach(), answer.ids, float(sum(answer.losses.values())), x.grad, grads, answer.stats["code_norm"]
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "learn_basis"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_whole_and_split_are_the_mapped_codebook_written_out(ranks, grid, bias):
-    results = ranks(grid[0] * grid[1], _step, *grid, bias)
+def test_whole_and_split_are_the_mapped_codebook_written_out(ranks, grid, bias, learn_basis):
+    results = ranks(grid[0] * grid[1], _step, *grid, bias, learn_basis)
     world = len(results)
-    x, rows = normal(TOKENS, DIM, seed=4).requires_grad_(), normal(K, DIM, seed=1) * DIM**-0.5
+    x, rows = normal(TOKENS, DIM, seed=4).requires_grad_(), (normal(K, DIM, seed=1) * DIM**-0.5).requires_grad_()
     weight = normal(DIM, DIM, seed=2).requires_grad_()
     shift = (normal(DIM, seed=3) if bias else torch.zeros(DIM, dtype=torch.float64)).requires_grad_()
     codes = rows @ weight.t() + shift
@@ -75,7 +82,8 @@ def test_whole_and_split_are_the_mapped_codebook_written_out(ranks, grid, bias):
     assert torch.allclose(torch.cat([r[0] for r in results]), z.detach(), rtol=0, atol=1e-12)
     assert sum(r[2] for r in results) / world == pytest.approx(float(loss.detach()), rel=1e-12)
     assert torch.allclose(torch.cat([r[3] for r in results]), x.grad, rtol=0, atol=1e-12)
-    for got, want in zip(zip(*[r[4] for r in results], strict=True), [weight.grad, shift.grad], strict=False):
+    wanted = [weight.grad, *[shift.grad] * bias, *[rows.grad] * learn_basis]
+    for got, want in zip(zip(*[r[4] for r in results], strict=True), wanted, strict=True):
         assert torch.allclose(sum(got), want, rtol=0, atol=1e-11)
     for result in results:
         assert float(result[5]) == pytest.approx(float(codes.detach().norm(dim=1).mean()), rel=1e-12)
@@ -105,6 +113,25 @@ def test_the_basis_comes_from_the_seed_and_does_not_learn():
     quantizer(torch.randn(50, 4))
     assert quantizer.update() == []
     assert torch.equal(quantizer.codebook.rows, before)
+
+
+def test_a_basis_that_learns_tells_which_rows_begin_anew():
+    """Those that a fit or a revival has set: an engine forgets their moments."""
+    keys = {"dim": 4, "learn_basis": True, "warmup_steps": 1, "revive_patience": 0.5}
+    quantizer = quantizers.build({"name": "simvq", "num_codes": 50, **keys}, seed=5)
+    quantizer.begin()
+    changes = []
+    for seed in range(8):
+        before = quantizer.codebook.rows.detach().clone()
+        quantizer(torch.randn(64, 4, generator=torch.Generator().manual_seed(seed)) * (1 if seed < 2 else 0.01))
+        ((rows, changed),) = quantizer.update()
+        assert rows is quantizer.codebook.rows
+        assert rows.requires_grad
+        moved = (rows.detach() != before).any(1).nonzero().flatten()
+        assert torch.equal(changed.sort().values, moved)
+        changes.append(len(moved))
+    assert max(changes) == 50, "the fit sets every row"
+    assert 0 < changes[-1] < 50, "revived are those that no token takes"
 
 
 def test_revived_rows_are_never_so_long_that_a_step_of_the_map_throws_their_codes():

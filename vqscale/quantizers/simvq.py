@@ -1,4 +1,4 @@
-"""SimVQ: a frozen basis C under one learned linear map; the codes are E = C W^T + b (Zhu et al. 2024).
+"""SimVQ: a basis C, frozen, under one learned linear map; the codes are E = C W^T + b (Zhu et al. 2024).
 
     k = nearest row of E,   z = E[k],   losses  weight (|sg(x) - z|^2 + commitment_weight |x - sg(z)|^2)
 
@@ -16,6 +16,8 @@ of the map, so the first codes are those very latents:
 What is learned is W as before, by the same steps: the frame S^(1/2) - W'_0 and m - b'_0 lies in buffers beside the
 parameters (W'_0, b'_0: their first values), so that no engine has to set them. A dead row is revived where the map
 takes it to a token x, c = W^(-1) (x - b), or near it where the map has all but lost a direction that x needs.
+
+learn_basis: true learns C beside W, each row by the tokens that chose it, as a table's rows are.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class SimVQ(UpheldQuantizer):
             similarity="euclid",
             init_scale=config.dim**-0.5,
             seed=seed,
-            learned=False,
+            learned=config.learn_basis,
             scan_mib=config.scan_mib,
         )
         with torch.random.fork_rng(devices=[]):
@@ -116,9 +118,12 @@ class SimVQ(UpheldQuantizer):
         return self._map(self.codebook.lookup(self.known(ids_N)))
 
     def update(self, stepped: bool = True) -> list[Renewed]:
-        self.upkeep.update(stepped, self._back)
-        self._fits = {} if self.upkeep.filled is None else {"fit": self.fit(self.upkeep.filled)}
-        return []
+        changed = self.upkeep.update(stepped, self._back)
+        self._fits = {}
+        if self.upkeep.filled is not None:
+            self._fits["fit"] = self.fit(self.upkeep.filled)
+            changed = torch.arange(len(self.codebook.rows), device=changed.device)
+        return [(self.codebook.rows, changed)] if self.config.learn_basis else []
 
     def _back(self, x_PD: Tensor) -> Tensor:
         """Basis rows that the map of the last forward pass takes to x, or near it where they would be too long."""

@@ -101,6 +101,8 @@ class SimVQConfig(TableConfig, QuantizerSettings):
     module: ClassVar[str] = "vqscale.quantizers.simvq:SimVQ"
     name: Literal["simvq"] = "simvq"
     """nearest code of a frozen basis under one learned linear map"""
+    learn_basis: bool = False
+    """the basis learns too, each row by the tokens that chose it; the paper freezes it"""
     init: Annotated[Init, Before("normal")] = "data"
     """first basis: data: encoder outputs after warmup_steps, whitened, with the map as the way back; normal: as
     published, N(0, 1/dim)"""
