@@ -1,4 +1,4 @@
-"""Predict a tokenizer training step on 1 to 1024 GPUs, and say how to split the codebook.
+"""Predict a training step of a tokenizer or a prior on 1 to 1024 GPUs, and say how to split the codebook.
 
     vqscale plan [CONFIG] [dotted.key=value ...] [--gpu h200] [--gpus 1,8,64,1024] [--images 32]
     vqscale plan --check
@@ -7,7 +7,8 @@ A run as for `vqscale train`; in a checkout, without one, configs/tokenizer/ibq_
 number of GPUs: the split data x codes with the shortest predicted step, what it holds, sends and takes, and the
 smallest code axis that fits. engine.matmul=highest, high or medium is the precision on the code axis. The formulas:
 bytes in vqscale/plan/traffic.py, seconds and memory in vqscale/plan/cost.py. They do not know waiting for data, nor
-what the discriminator sends.
+what the discriminator sends. Of a prior the code axis is its head, and the formulas are in vqscale/plan/prior.py and
+prior_step.py; operations of drawing an image are told, and not their time.
 
 --check measures here: rates of this machine and real steps of the code axis on 1, 2 and 4 processes, predicted beside
 measured; with --codes (and --dim, and --tokens of all processes) at that size. What the model says of the kernels
@@ -19,23 +20,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from vqscale import config as configuration
 from vqscale.nets.config import by
-from vqscale.plan.cost import GIB, Step, codes_rate, has_kernels, on_machine, predict
+from vqscale.plan.cost import codes_rate, has_kernels, on_machine, predict
 from vqscale.plan.machines import MACHINES, Machine, from_results
-from vqscale.plan.traffic import Work, grids, rows
+from vqscale.plan.report import advice, answer, plain, table
+from vqscale.plan.traffic import grids, rows
 from vqscale.programs.commands import words
 from vqscale.run import checkout, processes
-from vqscale.train.config import TokenizerRun
+from vqscale.train.config import Run, TokenizerRun
+from vqscale.train.config.prior import PriorRun
 
 DEFAULT = "tokenizer/ibq_imagenet256_262144.yaml"
 WORLDS = [2**i for i in range(11)]
-SHARE = 0.10  # of a step: what the code axis may take at most
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     out = words.parser(__doc__)
     out.add_argument("words", nargs="*", metavar="CONFIG or key=value", help="a run, and changes of its keys")
     out.add_argument("--config", type=Path, help="the run, as the first word")
-    out.add_argument("--codes", type=int, help="K, for tokenizer.quantizer.num_codes")
+    out.add_argument("--codes", type=int, help="K, for tokenizer.quantizer.num_codes or prior.num_codes")
     out.add_argument("--dim", type=int, help="D, for tokenizer.quantizer.dim")
     out.add_argument("--gpu", choices=[*MACHINES, "here"], default="h200", help="here: this CPU, measured (h200)")
     out.add_argument("--gpus", help="numbers of GPUs (1,2,4,...,1024; with --check of processes, 1,2,4)")
@@ -91,30 +93,70 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    from vqscale.plan.tokenizer import workload
+    config = _run(args)
+    return _prior(args, config) if isinstance(config, PriorRun) else _tokenizer(args, config)
 
-    config, worlds = _run(args), _worlds(args.gpus) if args.gpus else WORLDS
+
+def _prior(args: argparse.Namespace, config: PriorRun) -> dict[str, Any]:
+    from vqscale.plan import prior_step
+    from vqscale.train import nulls
+
+    config = nulls.fill(config)
     machine, known = _machine(args.gpu)
-    work, network, axis = workload(config, 1)
-    axis, kernels = on_machine(axis, work, machine), has_kernels(work, machine)
-    per_gpu = {world: images for world in worlds if (images := _images(args, world, network.tokens))}
+    work = prior_step.work(config)
+    per_gpu = _per_gpu(args, work.tokens)
+    steps = {world: prior_step.predict(config, images, world, machine, work) for world, images in per_gpu.items()}
+    operations = ", ".join(f"{name} {n / 1e9:.1f} GFLOP" for name, n in work.operations.items())
+    lines = [
+        f"{config.prior.name} prior, K {config.prior.num_codes:,}, images of {work.tokens} tokens, on {machine.name}; "
+        + _batch(args, per_gpu),
+        f"of an image: {operations}; network in {config.engine.precision}, head at matmul={config.engine.matmul}",
+        "",
+        *table(steps, args.splits),
+        "",
+        *advice(steps, machine, "a higher engine.zero_stage"),
+        "",
+        *answer(work.codes, steps, f"engine.matmul={config.engine.matmul}"),
+    ]
+    found: dict[str, Any] = {"machine": asdict(machine), "efficiencies": known, "operations": work.operations}
+    found["steps"] = [
+        plain(step, -(-work.codes // step.grid.codes), per_gpu[world]) for world, some in steps.items() for step in some
+    ]
+    return {"text": "\n".join(lines), "json": found}
+
+
+def _per_gpu(args: argparse.Namespace, tokens: int) -> dict[int, int]:
+    """Images per GPU by number of GPUs."""
+    worlds = _worlds(args.gpus) if args.gpus else WORLDS
+    per_gpu = {world: images for world in worlds if (images := _images(args, world, tokens))}
     if not per_gpu:
         raise ValueError(
             f"--global-batch {args.global_batch} divides by none of the numbers of GPUs {', '.join(map(str, worlds))}: "
             "change --global-batch or --gpus"
         )
+    return per_gpu
+
+
+def _batch(args: argparse.Namespace, per_gpu: Mapping[int, int]) -> str:
+    if args.global_batch:
+        return f"{args.global_batch} images in all"
+    return f"{next(iter(per_gpu.values()))} images per GPU"
+
+
+def _tokenizer(args: argparse.Namespace, config: TokenizerRun) -> dict[str, Any]:
+    from vqscale.plan.tokenizer import workload
+
+    machine, known = _machine(args.gpu)
+    work, network, axis = workload(config, 1)
+    axis, kernels = on_machine(axis, work, machine), has_kernels(work, machine)
+    per_gpu = _per_gpu(args, network.tokens)
     steps = {}
     for world, images in per_gpu.items():
         here = replace(work, images=images, tokens=images * network.tokens)
         steps[world] = [predict(here, grid, machine, axis, network) for grid in grids(world)]
     lines = [
         f"{config.tokenizer.quantizer.name}, K {work.codes:,} x D {work.dim}, samples of {by(config.data.train.sides)} "
-        f"with {network.tokens} tokens, on {machine.name}; "
-        + (
-            f"{args.global_batch} images in all"
-            if args.global_batch
-            else f"{next(iter(per_gpu.values()))} images per GPU"
-        ),
+        f"with {network.tokens} tokens, on {machine.name}; {_batch(args, per_gpu)}",
         f"network {(network.forward + network.backward) / 1e12:.3f} TFLOP per image (forward "
         f"{network.forward / 1e12:.3f}), {work.precision}; code axis {axis.products} products of 2 N K D, "
         f"{work.codes_precision} ({codes_rate(work, machine):.3g} TFLOP/s), "
@@ -124,11 +166,11 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
             else f"{axis.passes} passes over blocks"
         ),
         "",
-        *_table(steps, args.splits),
+        *table(steps, args.splits),
         "",
-        *_advice(steps, machine),
+        *advice(steps, machine, "tokenizer.net.checkpointing, a higher engine.zero_stage"),
         "",
-        *_answer(work, steps, f"{work.codes_precision}, {'fused kernels' if kernels else 'blocks'}"),
+        *answer(work.codes, steps, f"{work.codes_precision}, {'fused kernels' if kernels else 'blocks'}"),
     ]
     found: dict[str, Any] = {
         "machine": asdict(machine),
@@ -137,15 +179,21 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "code_axis": asdict(axis),
     }
     found["network"] = {"forward": network.forward, "backward": network.backward, "parameters": network.parameters}
-    found["steps"] = [_plain(step, work, per_gpu[world]) for world, some in steps.items() for step in some]
+    found["steps"] = [
+        plain(step, rows(work, step.grid), per_gpu[world]) for world, some in steps.items() for step in some
+    ]
     return {"text": "\n".join(lines), "json": found}
 
 
-def _run(args: argparse.Namespace) -> TokenizerRun:
-    changes = list(args.changes)
-    changes += [f"tokenizer.quantizer.num_codes={args.codes}"] if args.codes else []
-    changes += [f"tokenizer.quantizer.dim={args.dim}"] if args.dim else []
-    return configuration.load(TokenizerRun, args.config or checkout.config(DEFAULT), changes)
+def _run(args: argparse.Namespace) -> Run:
+    path = args.config or checkout.config(DEFAULT)
+    task = configuration.load(Run, path, args.changes).task
+    if task == "prior" and args.dim:
+        raise ValueError("--dim is the width of a codebook's rows, and a prior has prior.net.width: leave --dim out")
+    codes, dim = ("prior" if task == "prior" else "tokenizer.quantizer"), args.dim
+    changes = [f"{codes}.num_codes={args.codes}"] if args.codes else []
+    changes += [f"tokenizer.quantizer.dim={dim}"] if dim else []
+    return configuration.load(Run, path, [*args.changes, *changes])
 
 
 def _worlds(text: str) -> list[int]:
@@ -172,91 +220,3 @@ def _images(args: argparse.Namespace, world: int, per_image: int) -> int:
     if args.tokens and args.tokens % per_image:
         raise ValueError(f"--tokens {args.tokens} is no number of images of {per_image} tokens: use a multiple")
     return args.tokens // per_image if args.tokens else args.images or 32
-
-
-def best(some: Iterable[Step]) -> Step:
-    """The shortest step that fits; where none fits, the one that needs least."""
-    fitting = [step for step in some if step.fits]
-    return min(fitting, key=lambda s: s.total) if fitting else min(some, key=lambda s: sum(s.memory.values()))
-
-
-def _table(steps: dict[int, list[Step]], every: bool) -> list[str]:
-    head = ["GPUs", "data x codes", "GiB", "step ms", "network", "losses", "products", "elementw.", "rows", "optim."]
-    head += ["comm codes", "data", "world", "codes %", "MiB codes", "data", "world", "images/s"]
-    table = [head]
-    for world, some in steps.items():
-        for step in some if every else [best(some)]:
-            ms = {name.rpartition(": ")[2]: f"{1e3 * value:.2f}" for name, value in step.seconds.items()}
-            communication = [f"{1e3 * step.seconds[f'communication: {axis}']:.2f}" for axis in step.sent]
-            sent = [f"{value / 2**20:.1f}" for value in step.sent.values()]
-            held = f"{sum(step.memory.values()) / GIB:.1f}" + ("" if step.fits else " !")
-            rate = world * step.images / step.total
-            parts = [ms["network"], ms["losses"], ms["products"], ms["elementwise"], ms["rows"], ms["optimiser"]]
-            split = f"{step.grid.data} x {step.grid.codes}"
-            share = f"{100 * step.code_axis / step.total:.1f}"
-            table.append(
-                [
-                    str(world),
-                    split,
-                    held,
-                    f"{1e3 * step.total:.1f}",
-                    *parts,
-                    *communication,
-                    share,
-                    *sent,
-                    f"{rate:.0f}",
-                ]
-            )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True)) for row in table]
-
-
-def _advice(steps: dict[int, list[Step]], machine: Machine) -> list[str]:
-    out = []
-    for world, some in steps.items():
-        chosen, smallest = best(some), next((step for step in some if step.fits), None)
-        if smallest is None:
-            need = sum(chosen.memory.values()) / GIB
-            out.append(
-                f"{world} GPUs: does not fit: {need:.1f} GiB of {machine.memory_gib:g} on the leanest split; fewer "
-                "images, tokenizer.net.checkpointing, a higher engine.zero_stage, or more GPUs"
-            )
-            continue
-        out.append(
-            f"{world} GPUs: mesh.codes={chosen.grid.codes} (data {chosen.grid.data}); the smallest code axis that fits "
-            f"is {smallest.grid.codes}, {1e3 * smallest.total:.1f} ms"
-        )
-    return out
-
-
-def _answer(work: Work, steps: dict[int, list[Step]], how: str) -> list[str]:
-    """Is the code axis within its share of a step?"""
-    out = []
-    for world, some in steps.items():
-        step = best(some)
-        share = step.code_axis / step.total
-        others = step.total - step.code_axis
-        allowed = SHARE / (1 - SHARE) * others
-        verdict = "yes" if share <= SHARE else "no"
-        out.append(
-            f"is the code axis at K = {work.codes:,} at most {SHARE:.0%} of the step on {world} GPUs? {verdict}: "
-            f"{share:.1%}: {1e3 * step.code_axis:.1f} ms, and {1e3 * allowed:.1f} ms would be {SHARE:.0%} "
-            f"({how})"
-        )
-    return out
-
-
-def _plain(step: Step, work: Work, images: int) -> dict[str, Any]:
-    return {
-        "data": step.grid.data,
-        "codes": step.grid.codes,
-        "images_per_gpu": images,
-        "rows": rows(work, step.grid),
-        "seconds": step.seconds,
-        "step_s": step.total,
-        "code_axis_share": step.code_axis / step.total,
-        "memory": step.memory,
-        "sent": step.sent,
-        "products": step.products,
-        "fits": step.fits,
-    }
