@@ -56,7 +56,7 @@ def _check_folder(run, path):
     assert all(math.isfinite(x) for row in rows for x in row.values())
     logged = {"loss", "loss/l2", "loss/commitment", "codes/usage", "codes/perplexity", "codes/dead", "lr", "grad_norm"}
     logged |= {"skipped", "broken", "time/images_per_s", "time/data_wait", "time/step_s", "time/code_axis_share"}
-    logged |= {"time/operations_per_s", "time/peak_share"}
+    logged |= {"time/operations_per_s", "time/peak_share", "time/memory_mib"}
     assert logged <= rows[-2].keys()
     assert {"val/psnr", "val/ssim", "val/usage", "val/perplexity"} <= rows[-1].keys()
     assert rows[4]["val/images"] == 8  # run.eval_images; the last evaluation takes all
@@ -73,6 +73,7 @@ def _check_folder(run, path):
     assert summary["operations_per_s"] == pytest.approx(summary["images_per_s"] * operations_of(config))
     assert 0 < summary["peak_share"] < 2, "a step of small convolutions is no faster than two processes' products"
     assert 0 < summary["code_axis_share"] < 1
+    assert 0 < rows[0]["time/memory_mib"] <= rows[-2]["time/memory_mib"] <= summary["memory_mib"]
     pictures = sorted(file.relative_to(run / "samples").as_posix() for file in (run / "samples").rglob("*.png"))
     assert pictures == [f"{kind}/{step:010d}.png" for kind in ("reconstructions", "usage") for step in (4, 8)]
     assert all(file.stat().st_size > 500 for file in (run / "samples").rglob("*.png"))

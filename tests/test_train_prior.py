@@ -50,7 +50,9 @@ def test_what_a_run_leaves_behind(alone, caches):
     rows = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     assert all(math.isfinite(x) for row in rows for x in row.values())
-    assert {"loss", "perplexity", "lr", "grad_norm", "skipped", "time/tokens_per_s"} <= rows[0].keys()
+    assert {"loss", "perplexity", "lr", "grad_norm", "skipped", "time/tokens_per_s", "time/memory_mib"} <= rows[
+        0
+    ].keys()
     first = {"cross_entropy": math.log(CODES), "z_loss": 1e-3 * math.log(CODES) ** 2}
     assert {name: rows[0][f"loss/{name}"] for name in first} == pytest.approx(first, rel=1e-5)
     assert rows[0]["loss"] == pytest.approx(sum(first.values()), rel=1e-6)

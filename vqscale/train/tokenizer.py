@@ -196,7 +196,8 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
                 row |= loop.under("discriminator", discriminator.numbers())
                 for note in discriminator.takeover.notes(step, row):
                     progress.say(note)
-            board.scalars(step, row | fitted | loop.under("time", watch.logged(progress.rates())))
+            rates = progress.rates() | {"memory_mib": peak_mib(mesh)}
+            board.scalars(step, row | fitted | loop.under("time", watch.logged(rates)))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
         elif fitted:
             board.scalars(step, fitted)

@@ -62,7 +62,8 @@ class Watch:
         self._quiet.close()
 
     def logged(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """Of a logged step, for the log: `rates` of the progress, what they are of the machine, and the step's own."""
+        """Of a logged step, for the log: `rates` of the progress and what stands beside them, what they are of the
+        machine, and the step's own."""
         return {**rates, **self._reached(rates["images_per_s"]), **self._logged}
 
     def _reached(self, images_per_s: float) -> dict[str, float]:
