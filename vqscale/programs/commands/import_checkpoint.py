@@ -2,8 +2,8 @@
 
     vqscale import --from FAMILY FILE OUT [--weights average|raw]
 
-FAMILY is ibq, simvq, simvq_audio or wavtokenizer, or, with --weights raw, taming (VQGAN), diffusers (VQModel) or
-llamagen; or open_magvit2.
+FAMILY is ibq, open_magvit2, simvq or simvq_audio; or, with --weights raw, taming (VQGAN), diffusers (VQModel), llamagen
+or wavtokenizer, which have no averages.
 
 FILE is a .ckpt, .pt, .pth, .bin or .safetensors that you fetched; nothing is downloaded, and nothing in it is executed.
 Every key is accounted for: what is missing, unknown or of another shape is listed, and then nothing is written.
