@@ -102,7 +102,7 @@ class Support:
 class Solution:
     """The answer for the tokens of this rank."""
 
-    support: Support
+    support: Support  # as wide as the widest of any rank
     residual_N: Tensor  # of the KKT conditions, as a share of the size of the slope
     passes: int  # over the rows
 
@@ -138,19 +138,18 @@ def solve(x_ND: Tensor, codebook: Codebook, lam: float) -> Solution:
     held = Support(nearest_N[:, None], torch.ones_like(x_ND[:, :1]), rows_ND[:, None])
     longest = simplex.longest(codebook)
     residual_N, passes = torch.zeros_like(x_ND[:, 0]), 0
-    while passes < PASSES:
+    while True:
         # Tokens that are done are not sent; every rank sends as many as the one with the most, supports as wide.
-        sizes = torch.stack([open_N.sum(), open_N.new_tensor(held.ids_Ns.shape[1], dtype=torch.int64)])
+        sizes = torch.stack([open_N.sum(), nearest_N.new_full((), held.ids_Ns.shape[1])])
         most, slots = ops.max_over(sizes, axis).tolist()
-        if not most:
-            break
+        if not most or passes == PASSES:
+            return Solution(held.widened(slots), residual_N, passes)
         passes += 1
         which_n = torch.argsort((~open_N).to(torch.uint8), stable=True)[:most]
         here = held.at(which_n).widened(slots)
         found, residual_N[which_n], better_n = _improve(x_ND[which_n], here, codebook, lam, longest)
         held = held.put(which_n, found)
         open_N[which_n] = better_n & ((found.weight_Ns > 0).sum(1) < MOST + MOST_PER_DIM * codebook.dim)
-    return Solution(held, residual_N, passes)
 
 
 def _improve(
@@ -225,9 +224,7 @@ def combine(x_ND: Tensor, codebook: Codebook, lam: float) -> tuple[Tensor, Entri
 
 def _entries(support: Support, layout: Rows, axis: Axis) -> tuple[Entries, Tensor]:
     """The entries on this rank's rows, and their slots in the supports of their tokens."""
-    slots = int(ops.max_over(torch.tensor(support.ids_Ns.shape[1], device=support.ids_Ns.device), axis))
-    wide = support.widened(slots)
-    ids_Bs, weight_Bs = ops.gather(wide.ids_Ns, axis), ops.gather(wide.weight_Ns, axis)
+    ids_Bs, weight_Bs = ops.gather(support.ids_Ns, axis), ops.gather(support.weight_Ns, axis)
     mine_Bs, local_Bs = layout.find(ids_Bs)
     token_E, slot_E = torch.nonzero(mine_Bs & (weight_Bs > 0), as_tuple=True)
     return Entries(token_E, local_Bs[token_E, slot_E], weight_Bs[token_E, slot_E]), slot_E
@@ -259,9 +256,7 @@ class _Combine(torch.autograd.Function):
         with clock.span("codes"), full_precision(x_ND):
             plan, entries, low = ctx.plan, ctx.entries, x_ND.dtype
             part_Ns, h_ND, r_ND = _implicit(x_ND.double(), ctx.support, grads[0].double(), plan)
-            slots = int(ops.max_over(torch.tensor(part_Ns.shape[1], device=x_ND.device), plan.axis))
-            part_Bs = ops.gather(F.pad(part_Ns, (0, slots - part_Ns.shape[1])), plan.axis)
-            part_E = part_Bs[entries.token_E, ctx.slot_E]
+            part_E = ops.gather(part_Ns, plan.axis)[entries.token_E, ctx.slot_E]
             r_BD, rest_BD = ops.gather(torch.cat([r_ND, grads[0] - h_ND], 1).to(low), plan.axis).chunk(2, 1)
             rows_kD = entries.spread(part_E, r_BD, ctx.shape[0], plan.budget)
             rows_kD += entries.spread(entries.weight_E, rest_BD, ctx.shape[0], plan.budget)

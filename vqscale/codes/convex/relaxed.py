@@ -103,8 +103,7 @@ class _Combine(torch.autograd.Function):
             a_BD = ops.gather(a_ND.contiguous(), axis)
             out_kD = entries.spread(slope_E, plan.u_BD.to(low), len(rows_kD), budget)
             out_kD += entries.spread(entries.weight_E, g_BD, len(rows_kD), budget)
-            mine_B, local_B = plan.layout.find(plan.nearest_B)
-            out_kD.index_add_(0, local_B[mine_B], -a_BD[mine_B].to(low))
+            plan.layout.add_(out_kD, plan.nearest_B, -a_BD.to(low))
             gram_DD = a_BD.t() @ plan.u_BD
             out_kD.addmm_(rows_kD, -(gram_DD + gram_DD.t()).to(low))
             return a_ND.to(low), out_kD, None

@@ -132,9 +132,15 @@ def _scores(
     for tokens, rows in scan.blocks(len(u_BD), len(rows_kD), u_BD.element_size(), budget):
         score_br = torch.mm(u_BD[tokens], rows_kD[rows].t())
         column_bs = without_Bs[tokens] - (layout.start + rows.start)
-        token_T, entry_T = torch.nonzero((column_bs >= 0) & (column_bs < score_br.shape[1]), as_tuple=True)
-        score_br[token_T, column_bs[token_T, entry_T]] = scan.LOWEST
+        here_bs = (column_bs >= 0) & (column_bs < score_br.shape[1])
+        most_bs = torch.where(here_bs, scan.LOWEST, torch.inf).to(score_br.dtype)  # what is not here lowers nothing
+        score_br.scatter_reduce_(1, torch.where(here_bs, column_bs, 0), most_bs, "amin")
         yield tokens, rows, score_br
+
+
+def _shifted(pairs_T2: Tensor, token: int, row: int) -> Tensor:
+    """Pairs (token, row) of a block that begins there; plain numbers, of which a GPU needs no copy."""
+    return torch.stack([pairs_T2[:, 0] + token, pairs_T2[:, 1] + row], dim=1)
 
 
 def _update_best(score_br: Tensor, first_id: int, score_bq: Tensor, ids_bq: Tensor) -> None:
@@ -165,8 +171,7 @@ def project(u_BD: Tensor, nearest_B: Tensor, nearest_score_B: Tensor, codebook: 
     # The rounding of the scores that gave the bound, and of those that are compared with it.
     theta_B -= 4 * codebook.dim**0.5 * torch.finfo(low_BD.dtype).eps * longest(codebook) * u_BD.norm(dim=1)
     found = [
-        torch.nonzero(score_br > theta_B[tokens, None].to(score_br.dtype))
-        + score_br.new_tensor([tokens.start, rows.start], dtype=torch.int64)
+        _shifted(torch.nonzero(score_br > theta_B[tokens, None].to(score_br.dtype)), tokens.start, rows.start)
         for tokens, rows, score_br in _scores(low_BD, rows_kD, layout, without_B1, codebook.budget)
     ]
     token_E, row_E = torch.cat([torch.zeros_like(nearest_B[:0, None].expand(-1, 2)), *found]).unbind(1)
@@ -174,11 +179,11 @@ def project(u_BD: Tensor, nearest_B: Tensor, nearest_score_B: Tensor, codebook: 
     score_E = entries.products(u_BD, rows_kD, codebook.budget)
     theta_B = _root(score_E, entries, nearest_score_B, theta_B, axis)
     mine_B, local_B = layout.find(nearest_B)
-    nearest_T = torch.nonzero(mine_B)[:, 0]
-    token_E, row_E = torch.cat([token_E, nearest_T]), torch.cat([row_E, local_B[nearest_T]])
-    weight_E = torch.cat([score_E, 1.0 + nearest_score_B[nearest_T]]) - theta_B[token_E]
-    some_E = weight_E > 0
-    return Entries(token_E[some_E], row_E[some_E], weight_E[some_E])
+    weight_B = torch.where(mine_B, 1.0 + nearest_score_B - theta_B, 0.0)
+    weight_E = torch.cat([score_E - theta_B[token_E], weight_B])
+    some = torch.nonzero(weight_E > 0)[:, 0]
+    token_E = torch.cat([token_E, torch.arange(len(local_B), device=token_E.device)])
+    return Entries(token_E[some], torch.cat([row_E, local_B])[some], weight_E[some])
 
 
 def _lower_bound(top_Bq: Tensor, nearest_score_B: Tensor) -> Tensor:
