@@ -49,7 +49,7 @@ class Rule(test_sample.Rule):
         return torch.tensor(rows).view(-1, *self.grid)
 
 
-def _draw(folder, prior, tokenizer):
+def drawn_cache(folder, prior, tokenizer):
     """A cache of drawn ids, as `vqscale sample --ids` writes it."""
     request = SampleRequest(20, (0, 1, 2, 3, 4), AutoregressiveSampleConfig(), ids_only=True)
     assert sample(prior, tokenizer, folder, Mesh(), request).state == "sampled"
@@ -62,7 +62,7 @@ def place(tmp_path_factory, tiny_shards):
     folder = tmp_path_factory.mktemp("drawn")
     jobs.finish(jobs.write_config(folder / "first", tiny_shards, *SHORT, ADVERSARIAL, "run.steps=3"))
     tokenizer = Tokenizer.load(folder / "first" / "run")
-    _draw(folder / "samples", Rule(tokenizer), tokenizer)
+    drawn_cache(folder / "samples", Rule(tokenizer), tokenizer)
     return folder
 
 
@@ -174,7 +174,7 @@ def test_a_run_on_drawn_ids_goes_on_as_one_that_was_not_stopped_on_any_number_of
     tokenizer = Tokenizer.load(place / "first" / "run")
     prior = Rule(tokenizer)
     prior.fingerprint = "beef"
-    other = _draw(tmp_path / "other", prior, tokenizer)
+    other = drawn_cache(tmp_path / "other", prior, tokenizer)
     assert command.main([str(paths["cut"]), "run.steps=6", f"drawn.from={other}"]) == 2
 
 
@@ -182,7 +182,7 @@ def test_ids_that_are_none_of_a_prior_of_the_tokenizer_are_refused(place, tmp_pa
     tokenizer = Tokenizer.load(place / "first" / "run")
     tokenizer.card["ids_of"] = ["abc"]
     made = {
-        "models those of the tokenizer abc": _draw(tmp_path / "strange", Rule(tokenizer, "abc"), tokenizer),
+        "models those of the tokenizer abc": drawn_cache(tmp_path / "strange", Rule(tokenizer, "abc"), tokenizer),
         "a cache of ids of images": tmp_path / "encoded",
         "positions along the sides": tmp_path / "sides",
         "no token cache": tmp_path / "nothing",

@@ -9,7 +9,12 @@ import forks
 import jobs
 import prior_runs
 import pytest
+import test_drawn_ids
 import yaml
+
+from vqscale import config as configuration
+from vqscale.tokenizer.model import Tokenizer
+from vqscale.train.config import TokenizerRun
 
 # Any wait is in one of these functions, or in what they call.
 ALLOWED = {
@@ -98,6 +103,18 @@ def test_a_step_of_a_tokenizer_waits_where_it_must(name, tmp_path, tiny_shards):
     config["tokenizer"]["quantizer"] = quantizer
     path.write_text(yaml.safe_dump(config))
     check(waits(path), ALWAYS | expected)
+
+
+@pytest.mark.slow
+def test_a_step_on_drawn_ids_waits_for_no_more(tmp_path, tiny_shards):
+    first = jobs.write_config(tmp_path / "first", tiny_shards)
+    tokenizer = Tokenizer.from_config(configuration.load(TokenizerRun, first).tokenizer)
+    tokenizer.card["ids_of"] = ["abc"]  # its own name follows from its weights, which a stand-in does not have
+    tokenizer.save(tmp_path / "tokenizer")
+    cache = test_drawn_ids.drawn_cache(tmp_path / "samples", test_drawn_ids.Rule(tokenizer, "abc"), tokenizer)
+    trained = [f"init.from={tmp_path / 'tokenizer'}", "trained=[decoder]", f"drawn.from={cache}"]
+    path = jobs.write_config(tmp_path, tiny_shards, *QUIET, test_drawn_ids.ADVERSARIAL, *trained)
+    check(waits(path), ALWAYS)
 
 
 @pytest.mark.slow

@@ -181,6 +181,7 @@ def main(path: str) -> None:
     from vqscale.codes import backend
     from vqscale.codes.convex import exact
     from vqscale.parallel.mesh import Mesh
+    from vqscale.tokenizer import saved
     from vqscale.train import nulls, prior, tokenizer, watch
     from vqscale.train.config import Run
 
@@ -203,6 +204,7 @@ def main(path: str) -> None:
 
     watch.Watch.begin = begun  # type: ignore[method-assign]
     backend._capability = lambda device: (9, 0)
+    saved.Saved.check_finite = lambda *_: None  # type: ignore[method-assign]  # made-up numbers are not
     exact.PASSES = 2  # where numbers are made up there is always a token that is not solved
     with device_watched(told) as device:
         try:

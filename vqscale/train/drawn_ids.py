@@ -44,7 +44,7 @@ class DrawnIds:
     multiple of so many in the batch; `own` are their places that keep their own ids."""
 
     def __init__(self, config: DrawnIdsConfig, images: int, device: torch.device) -> None:
-        self.cache = Cache(config.from_)
+        self.cache, self._device = Cache(config.from_), device
         count, place = config.count(images), torch.arange(images)
         drawn = (place + 1) * count // images > place * count // images  # spread evenly
         self._places, self.own = drawn.nonzero()[:, 0], (~drawn).nonzero()[:, 0].to(device)
@@ -67,11 +67,15 @@ class DrawnIds:
             )
 
     def ids(self, labels_B: Tensor, keys_B: Tensor) -> Tensor:
-        """(B, *grid), or (B, *grid, num_ids): drawn ids where an image gives these, and -1 where it keeps its own."""
-        ids = torch.full((len(keys_B), *self.cache.card.ids_shape), -1)
-        numbers_n = self._numbers(labels_B[self._places].numpy(), keys_B.cpu()[self._places])
+        """(B, *grid), or (B, *grid, num_ids): drawn ids where an image gives these, and -1 where it keeps its own.
+
+        Labels and keys are the host's, and ids go to the device in a copy that neither of them waits for.
+        """
+        pinned = self._device.type == "cuda"
+        ids = torch.full((len(keys_B), *self.cache.card.ids_shape), -1, pin_memory=pinned)
+        numbers_n = self._numbers(labels_B[self._places].numpy(), keys_B[self._places])
         ids[self._places] = torch.from_numpy(self._ids[numbers_n].astype(np.int64))
-        return ids.to(keys_B.device)
+        return ids.to(self._device, non_blocking=True)
 
     def _numbers(self, labels_n: np.ndarray, keys_n: Tensor) -> np.ndarray:
         """Of each image a number in the cache: any of its class, or any at all where none is."""

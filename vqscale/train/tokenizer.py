@@ -141,9 +141,10 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
             samples = batch.samples.to(mesh.device, non_blocking=True)
             original, *context = signal.enter(samples)
             # What is random per sample follows from its place in the batch of the step, however that is cut.
-            places = torch.arange(mine, device=mesh.device) + (micro * mesh.world.size + mesh.world.rank) * mine
+            places = torch.arange(mine) + (micro * mesh.world.size + mesh.world.rank) * mine
             keys = noise.keys(derive(run.seed, "codes dropped"), step, places)
             given = None if drawn is None else drawn.ids(batch.labels, keys)
+            keys = keys.to(mesh.device, non_blocking=True)
             recon, quantized = engine(original, context[0] if context else None, keys, given)
             active = discriminator if discriminator is not None and discriminator.trains(step) else None
             its_values = dict[str, Tensor]()
