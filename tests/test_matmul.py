@@ -68,6 +68,16 @@ def test_a_linear_has_second_derivatives_and_leaves_what_is_frozen():
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("learns", ["weight", "x", "both"])
+def test_a_linear_keeps_what_a_gradient_is_made_of(learns):
+    """As torch's own does: of a frozen layer no x, of a first layer no weight."""
+    layer, x = matmul.Linear(8, 6).requires_grad_(learns != "x"), torch.randn(4, 8, requires_grad=learns != "weight")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda kept: kept):
+        layer(x)
+    assert sorted(kept) == {"weight": [4 * 8], "x": [6 * 8], "both": [4 * 8, 6 * 8]}[learns]
+
+
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8), (2, 0, 8)])
 def test_what_a_linear_answers_may_be_changed_in_place(shape):
     layer, x = matmul.Linear(8, 6), torch.randn(shape, requires_grad=True)

@@ -80,7 +80,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_OI)
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_NI if wants_weight else None, weight_OI if wants_x else None)
         with full("cpu"):
             return F.linear(x_NI, weight_OI, bias_O)
 
