@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from vqscale.codes import scan
-from vqscale.codes.constant import constant_result
+from vqscale.codes.gpu import tiles
 from vqscale.codes.products import Rounding
 from vqscale.codes.softmax import backward, forward
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
-LEAST_CAPABILITY = (8, 0)  # of the device: products of bfloat16
+LEAST_CAPABILITY = 80  # of the device: products of bfloat16
 HAS_TRITON = find_spec("triton") is not None  # the extra `gpu`
 
 
@@ -61,9 +61,4 @@ def readable(rows_kD: Tensor) -> Tensor:
 def _has_kernels(x: Tensor) -> bool:
     if not (x.is_cuda and HAS_TRITON and x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] <= MOST_DIM):
         return False
-    return _capability(x.device) >= LEAST_CAPABILITY
-
-
-@constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return tiles.capability(x.device) >= LEAST_CAPABILITY

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from vqscale.codes.constant import constant_result
+
 MOST_PARTS = 16
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # that a program may have, by ten times the compute capability
 SIDE = 128  # tokens and codes of a block of gradients of logits are a multiple of it
@@ -99,7 +101,7 @@ def cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CACHE_BYTES
 
 
-@cache
+@constant_result
 def capability(device: torch.device) -> int:
     """Ten times the compute capability; that of Hopper for what is no GPU."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
