@@ -69,8 +69,11 @@ def test_the_whole_program_runs_in_the_interpreter_on_torch_and_triton_alone(tmp
     for part in ("step", "entropy", "search"):
         assert forms(report, part) == {"ours", "dense", "floor"}
     assert forms(report, "head") >= {"bf16", "dense", "floor"}
-    assert forms(report, "training") == {"ours"}
-    assert "code axis" in report["parts"]["training"]["rows"][0]["note"]
+    assert forms(report, "training") == {"ours", "device"}
+    ours, device = report["parts"]["training"]["rows"]
+    assert "code axis" in ours["note"]
+    assert device["seconds"] > 0
+    assert "the device works in" in device["note"]
     assert report["parts"]["ranks"]["rows"][0]["ok"] is True
     assert all(goal["found"] is not None for goal in report["goals"] if "GiB" not in goal["goal"])
     assert "the times are those of a CPU, and say nothing" in printed
@@ -89,6 +92,28 @@ def test_a_part_that_takes_too_long_is_cut_short_and_says_so(tool):
     found = tool("gpu").part("checks", True, limit_s=0.05)
     assert found["note"] == "cut short after 0 s"
     assert found["rows"] == []
+
+
+def test_parts_that_are_run_again_leave_the_others_in_the_report(tool, tmp_path):
+    def report(command, **parts):
+        found = {name: {"rows": [{"case": "c", "form": "floor", "seconds": s}]} for name, s in parts.items()}
+        return {"machine": {"gpu": "NVIDIA H200"}, "commit": "abc", "command": command, "parts": found, "goals": []}
+
+    gpu = tool("gpu")
+    paths = {
+        gpu._write(tmp_path, one) for one in (report("all", step=1.0, head=2.0), report("some", search=3.0, step=4.0))
+    }
+    (path,) = paths
+    assert path.name == "nvidia-h200-abc.json"
+    written = json.loads(path.read_text())
+    assert [(name, part["rows"][0]["seconds"]) for name, part in written["parts"].items()] == [
+        ("step", 4.0),
+        ("search", 3.0),
+        ("head", 2.0),
+    ]
+    assert any(goal["goal"].startswith("a head's loss at c") for goal in written["goals"])
+    path.write_text("cut sh")
+    assert list(json.loads(gpu._write(tmp_path, report("some", step=5.0)).read_text())["parts"]) == ["step"]
 
 
 def test_what_falls_short_comes_last_and_what_is_not_measured_is_no_success(tool):

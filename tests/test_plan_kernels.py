@@ -46,6 +46,7 @@ def test_what_kernels_and_library_reach_is_assumed_until_a_report_of_the_card_sa
     assert machines.from_results("h200", tmp_path) == (machines.MACHINES["h200"], "assumed")
     product = 2 * 4096 * 262144 * 256 / 700e12
     (tmp_path / "a.json").write_text(json.dumps(_report(floor=6 * product / 0.9, ours=(2 / 0.9 + 4 / 0.5) * product)))
+    (tmp_path / "z.json").write_text(json.dumps({**_report(), "parts": {"search": {"rows": []}}}))  # --only search
     (tmp_path / "b.json").write_text(json.dumps(_report("NVIDIA A100-SXM4-80GB", floor=1.0, ours=2.0)))
     found, known = machines.from_results("h200", tmp_path)
     assert (found.library, found.kernels) == pytest.approx((0.9, 0.5))

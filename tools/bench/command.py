@@ -6,7 +6,9 @@ Nothing is measured here, see measure.py.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +119,14 @@ def origin(subcommand: str, argv: Sequence[str], device: str, threads: int) -> d
     """Where a report was made: {"machine", "commit", "command"}."""
     asked = checkout.command("bench", [subcommand, *argv])
     return {"machine": machine(device, threads), "commit": commit(), "command": asked}
+
+
+def told(printed: str) -> Iterator[dict[str, Any]]:
+    """The rows among the lines that a process printed, JSON objects; one that was cut short is none."""
+    for line in printed.splitlines():
+        if line.startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
 
 
 def place(report: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ out where they are missing, and said. The parts, each cut short when its time is
   search     the exact search at this size: ours, dense, flash-kmeans, floor
   head       the loss of a prior's head at 2^14, 2^16, 2^18 codes: ours, dense, torch's, cut-cross-entropy, QuACK, floor
   training   a step of configs/tokenizer/ibq_imagenet256_262144.yaml with everything but data and the weights of LPIPS
-             (they are drawn), 16 images: seconds, peak memory, the share of the code axis
+             (they are drawn), 16 images: seconds, peak memory, the shares of the code axis and of the device
   ranks      the codes split over two processes that talk over NCCL, on one device if that can be
 
 The table comes last, then what falls short of the goals. The numbers go to tools/results/gpu/ of the checkout, or to
@@ -84,6 +84,8 @@ def main(argv: list[str]) -> int:
     device = "cpu" if args.interpret else "cuda"
     report = {"parts": run(args)} | command.origin("gpu", argv, device, 1)
     report["interpreted"] = args.interpret
+    for part in report["parts"].values():
+        part["command"] = report["command"]
     report["goals"] = gpu_goals.judged(report["parts"])
     print(table(report), flush=True)
     if (folder := args.out or _results(args.interpret)) is not None:
@@ -125,16 +127,9 @@ def part(name: str, interpret: bool, limit_s: float) -> dict[str, Any]:
         last = [line for line in errors.read().splitlines() if line.strip()][-1:]
     if process.returncode and not note:
         note = f"ended with status {process.returncode}: {' '.join(last)}"
-    rows = list(_rows(told))
+    rows = list(command.told(told))
     failed = bool(process.returncode) or any(row.get("ok") is False for row in rows)
     return {"rows": rows, "seconds": time.monotonic() - began, "note": note, "failed": failed}
-
-
-def _rows(told: str) -> Iterable[dict[str, Any]]:
-    for line in told.splitlines():
-        if line.startswith("{"):
-            with contextlib.suppress(json.JSONDecodeError):  # a line that was cut short
-                yield json.loads(line)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -166,10 +161,14 @@ def _results(interpret: bool) -> Path | None:
 
 
 def _write(folder: Path, report: dict[str, Any]) -> Path:
-    """FOLDER/CARD-COMMIT.json; a second run of the same commit takes its place."""
+    """FOLDER/CARD-COMMIT.json; parts that are run again at the same commit take the place of what they were there."""
     host = report["machine"]
     words = re.sub(r"[^a-z0-9]+", "-", f"{host.get('gpu') or 'interpreted'}-{report['commit']}".lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{words}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    parts = dict(report["parts"])
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none there, or one that is none
+        parts = {**json.loads(path.read_text())["parts"], **parts}
+    parts = {name: parts[name] for name in PARTS if name in parts}
+    path.write_text(json.dumps({**report, "parts": parts, "goals": gpu_goals.judged(parts)}, indent=1) + "\n")
     return path

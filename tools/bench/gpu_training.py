@@ -6,7 +6,6 @@ engine and products of bfloat16 over codes; images are drawn, and so are the wei
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from vqscale import config as configuration
 from vqscale.codes import dense, noise, products
@@ -28,10 +29,12 @@ from vqscale.nets.lpips import LPIPS
 from vqscale.parallel import ops
 from vqscale.parallel.clock import clock
 from vqscale.parallel.mesh import Mesh, connect, disconnect
+from vqscale.run.profile import covered
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.config import TokenizerRun
 
+from . import command
 from .gpu_checks import NEAR, Row, apart
 
 STEPS = 5  # the first compiles and is not counted
@@ -111,6 +114,22 @@ def step(device: str, images: int, side: int, channels: int, codes: int, dim: in
     note = f"code axis {median(codes_s[1:]) / taken:.1%} of the step; peak memory is of the whole process"
     case = f"{images} images, {codes} codes"
     yield {"case": case, "form": "ours", "seconds": taken, "peak_bytes": peak, "note": note}
+    with products.precision(config.engine.matmul):
+        works = _works(lambda: one(number + 1), cuda)
+    note = f"the device works in {works / taken:.1%} of the step, and waits for the host in the rest"
+    yield {"case": case, "form": "device", "seconds": works, "note": note}
+
+
+def _works(step: Callable[[], None], cuda: bool) -> float:
+    """Seconds of a step in which any operation runs on the device, by torch's profiler: what a step would take if
+    nothing had to be launched."""
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as traced:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    here = DeviceType.CUDA if cuda else DeviceType.CPU
+    ran = [one for one in traced.events() or () if one.device_type == here and not one.is_user_annotation]
+    return 1e-6 * covered([(one.time_range.start, one.time_range.end) for one in ran])
 
 
 def _step(config: TokenizerRun, mesh: Mesh, samples: torch.Tensor) -> Callable[[int], None]:
@@ -147,7 +166,7 @@ def two_ranks(device: str) -> Iterator[Row]:
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
     words += ["--interpret"] if device == "cpu" else []
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    told = list(command.told(done.stdout))
     yield from told
     if not told:
         lines = (done.stdout + done.stderr).splitlines()

@@ -83,13 +83,14 @@ MACHINES = {
 
 def from_results(name: str, folder: Path | None) -> tuple[Machine, str]:
     """(the machine, where its efficiencies on the code axis come from): the newest report of `bench gpu` on that card
-    in the folder, or what is assumed. ValueError for a report that cannot be read."""
+    in the folder that has a step, or what is assumed. ValueError for a report that cannot be read."""
     machine, found = MACHINES[name], sorted(folder.glob("*.json"), key=_age) if folder is not None else []
     for path in reversed(found):
         try:
             report = json.loads(path.read_text())
             card = str(report["machine"].get("gpu", "")).lower()
-            if all(word in card for word in name.split("-")) and not report.get("interpreted"):
+            timed = "step" in report["parts"] and not report.get("interpreted")
+            if timed and all(word in card for word in name.split("-")):
                 return measured(machine, report["parts"]["step"]["rows"]), f"measured, {path.name}"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(
