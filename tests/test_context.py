@@ -40,11 +40,19 @@ def contexts(count=BATCH):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(4))
 
 
-def test_the_published_counts_of_the_image_encoder():
+@pytest.mark.parametrize(
+    ("size", "patches", "blocks"),
+    [
+        ({}, 787_456, 302_311_424 + 1024 * 1024),
+        ({"width": 768, "num_layers": 12, "num_heads": 12, "mlp_width": 3072}, 590_592, 85_056_000 + 1024 * 768),
+    ],
+    ids=["large", "base"],
+)
+def test_the_published_counts_of_the_image_encoder(size, patches, blocks):
     with torch.device("meta"):
-        encoder = ImageEncoder(ImageEncoderConfig())
+        encoder = ImageEncoder(ImageEncoderConfig(**size))
     count = {name: sum(p.numel() for p in child.parameters()) for name, child in encoder.named_children()}
-    assert count == {"patches": 787_456, "blocks": 302_311_424 + 1_048_576}
+    assert count == {"patches": patches, "blocks": blocks}
 
 
 def test_the_config_of_uvims_second_stage_has_its_image_encoder():

@@ -19,6 +19,7 @@ from vqscale.data.views import Source
 from vqscale.parallel.mesh import Mesh
 from vqscale.priors import Prior
 from vqscale.programs import dense, encode, predict
+from vqscale.programs.commands import evaluate
 from vqscale.programs.sampling import draw as sample
 from vqscale.programs.sampling.request import SampleRequest
 from vqscale.tokenizer.model import Tokenizer
@@ -120,6 +121,28 @@ def test_what_a_prior_predicts_is_measured_beside_true_codes_and_none(tiny_shard
     assert results[0][1]["sampled"] == pytest.approx(rows["sampled"], rel=1e-5)
 
 
+def test_the_command_draws_with_the_guidance_that_is_asked_for(tmp_path, stage_1, stage_2, tiny_shards, capsys):
+    asked = ["dense", stage_1, "--prior", stage_2, "--training-images", 0, "--device", "cpu", "--batch", 5, "--json"]
+    tokenizer, prior, told = Tokenizer.load(stage_1), Prior.load(stage_2), {}
+    for guidance in (0.0, 1.0, 60.0):
+        assert evaluate.main([*map(str, asked), "--guidance", str(guidance)]) == 0
+        told[guidance] = json.loads(capsys.readouterr().out)
+        draws = predict.draws(prior, tokenizer, more={"guidance": guidance})
+        expected = dense.measure(tokenizer, SampleStream(val_of(tiny_shards), 5, train=False), Mesh(), draws=draws).rows
+        for way in draws:
+            assert told[guidance]["rows"][way] == pytest.approx(expected[way], rel=1e-6)
+        assert told[guidance]["protocol"]["guidance of what is drawn"] == guidance
+    assert told[60.0]["rows"]["sampled"] != told[1.0]["rows"]["sampled"]
+    assert evaluate.main([*map(str, asked)]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == told[1.0]["rows"]
+
+
+@pytest.mark.parametrize("given", [("--prior", "x", "--guidance", "-1"), ("--guidance", "2")])
+def test_guidance_is_of_what_a_prior_draws(given, capsys):
+    assert evaluate.main(["dense", "runs/x", *given]) == 2
+    assert "--guidance is of what a prior draws and 0 or more; it is" in capsys.readouterr().err
+
+
 def test_a_masked_prior_can_draw_all_ids_in_one_pass(tiny_shards, stage_1):
     tokenizer, batch = Tokenizer.load(stage_1), held_out(tiny_shards)
     asked = {"num_codes": dense_runs.CODES, "grid": list(dense_runs.GRID), "num_classes": 0}
@@ -140,6 +163,15 @@ def test_a_masked_prior_can_draw_all_ids_in_one_pass(tiny_shards, stage_1):
         ValueError, match=r"is context, an image, and classes are drawn here: .* vqscale evaluate dense"
     ):
         sample.check(prior, tokenizer, SampleRequest(4, (-1,), prior.sample_config({"steps": 4})))
+
+
+def test_stage_1_goes_on_alike_on_two_processes(tmp_path, tiny_shards, stage_1):
+    """With a context, dropped codes and their vector."""
+    stop = partial(jobs.at_call, "vqscale.engine.engine:Engine.backward", 3, partial(jobs.hear, signal.SIGTERM), 0)
+    path = dense_runs.tokenizer(tmp_path, tiny_shards)
+    assert jobs.start(path, before=stop).wait() == [jobs.STOPPED]
+    assert jobs.steps_saved(path.parent / "run") == [2, 3]
+    jobs.same_numbers(stage_1, jobs.finish(path, world=2))
 
 
 def test_stage_2_is_the_same_on_two_processes_and_when_it_goes_on_there(tmp_path, tiny_shards, stage_1, stage_2):

@@ -6,6 +6,7 @@ That every other one is taken by its program, too, is shown in test_commands.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,8 @@ import torch
 import vqscale
 from tests.lib import shown
 from vqscale import config as configuration
+from vqscale.data.made import sounds
+from vqscale.disk import wav
 from vqscale.tokenizer.config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +42,20 @@ SHORT_DENSE = (
     "data.val.shards={tmp}/shards/val-0.tar data.val.make.num_images=8 data.train.index_dir={tmp}/index "
     "data.val.index_dir={tmp}/index"
 )
+SHORT_SOUND = (
+    "run.steps=2 run.eval_every=2 run.eval_images=8 run.checkpoint_every=2 run.log_every=1 data.batch=8 "
+    "data.train.num_workers=0 data.val.num_workers=0 data.train.index_dir={tmp}/index data.val.index_dir={tmp}/index "
+    "tokenizer.quantizer.warmup_steps=1 tokenizer.quantizer.landing_steps=1"
+)
+DRAWN_SOUND = (
+    "data.train.shards={tmp}/shards/train-0.tar data.train.make.num_sounds=20 "
+    "data.val.shards={tmp}/shards/val-0.tar data.val.make.num_sounds=8"
+)
 PRIOR_PLANNED = "--dry-run prior.num_codes=4096 prior.grid=[8,8] prior.feature_dim=16"
 # A command begins with the first of these that fits; what is added makes it short.
 SHORTER = {
     "bash launch/dense.sh": f"{SHORT_DENSE} run.folder={{tmp}}/dense -- {SHORT_DENSE} prior.net.num_layers=1 -- color",
+    "bash launch/sound.sh": f"{SHORT_SOUND} {DRAWN_SOUND} -- {SHORT_PRIOR}",
     "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR} -- {SHORT_JUDGE}",
     "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
     "python launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
@@ -67,16 +80,16 @@ def test_every_short_form_is_of_a_command_that_is_shown():
     assert [begin for begin in SHORTER if not any(line.startswith(begin) for line in RUN)] == []
 
 
-def _environment() -> dict[str, str]:
+def _environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
-def _run(words):
+def _run(words, **more):
     """The quickstart is started as a shell starts it, torchrun and all; the others are forked, with the same words."""
     first, *others = words
     if first == "bash":
-        return subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=600)
+        return subprocess.run(words, cwd=ROOT, env=_environment(**more), capture_output=True, text=True, timeout=600)
     world = int(others.pop(0).removeprefix("--nproc_per_node=")) if first == "torchrun" else 1
     return forks.program(*others, world=world, env=_environment(), timeout_s=600)
 
@@ -85,9 +98,13 @@ def _run(words):
 @pytest.mark.parametrize("command", RUN, ids=lambda command: command[:60])
 def test_a_command_of_the_readme_works(command, tmp_path):
     added = next(added for begin, added in SHORTER.items() if command.startswith(begin))
+    if command.startswith("bash launch/sound.sh"):
+        pytest.importorskip("soundfile", reason="the extra audio is not installed")
     words = shlex.split(command) + shlex.split(added.format(tmp=tmp_path))
-    done = _run(words)
+    done = _run(words, RUN=str(tmp_path / "sound"))
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    if command.startswith("bash launch/sound.sh"):
+        _check_heard(tmp_path / "sound-page", held_out=8, classes=10)
     if command.startswith("bash launch/dense.sh"):
         rows = json.loads((tmp_path / "dense" / "color-measured" / "result.json").read_text())["rows"]
         assert {"true codes", "no code", "constant", "greedy", "sampled"} <= rows.keys()
@@ -96,6 +113,34 @@ def test_a_command_of_the_readme_works(command, tmp_path):
         assert "PSNR on held-out images" in done.stdout
         assert (tmp_path / "run" / "reconstructions.png").exists()
         assert (tmp_path / "run.html").exists()
+
+
+def _check_heard(folder, held_out, classes):
+    """A page of whole recordings beside their reconstructions, and of twenty sounds that a prior drew."""
+    numbers = json.loads((folder / "result.json").read_text())["numbers"]
+    assert (numbers["images"], numbers["broken"]) == (held_out, 0)
+    assert all(math.isfinite(numbers[name]) for name in ("mel", "stft", "si_sdr", "usage", "ceiling"))
+    page = (folder / "index.html").read_text()
+    assert page.count("<audio controls src=") == 2 * held_out + 20
+    assert {f"class {label}" for label in range(classes)} <= set(re.findall(r"<figcaption>(class \d+)", page))
+
+
+@pytest.mark.slow
+def test_your_own_recordings_become_a_page_to_listen_to(tmp_path):
+    pytest.importorskip("soundfile", reason="the extra audio is not installed")
+    for number in range(20):
+        file = tmp_path / "mine" / ("ah", "speech")[number % 2] / f"{number:02d}.wav"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(wav.encoded(sounds.draw(9 if number % 2 else 6, 16_000, 16_000, number)[0], 16_000))
+    added = shlex.split(f"{SHORT_SOUND} -- {SHORT_PRIOR}".format(tmp=tmp_path))
+    place = {"RUN": str(tmp_path / "sound"), "SOURCE": str(tmp_path / "mine")}
+    done = _run(["bash", "launch/sound.sh", *added], **place)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    _check_heard(tmp_path / "sound-page", held_out=2, classes=2)
+    (tmp_path / "mine/ah/00.wav").unlink()
+    done = _run(["bash", "launch/sound.sh"], **place)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'mine'} has 19 recordings, and at least 20 are needed" in done.stderr
 
 
 @pytest.mark.slow

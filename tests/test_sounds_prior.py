@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shard_files import write_shards
 
 from vqscale import config as configuration
 from vqscale.data.tokens.format import open_ids, read_card
 from vqscale.parallel.mesh import Mesh
+from vqscale.tokenizer.config import TokenizerConfig
+from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.config import Run
-from vqscale.train.prior import train as train_prior
 from vqscale.train.tokenizer import train
 
 pytest.importorskip("soundfile", reason="the extra audio is not installed")
@@ -122,8 +124,6 @@ def test_priors_draw_sounds_of_every_class(trained, prior, capsys):
         kept, labels, ids = file["arr_0"], file["arr_1"], file["ids"]
     assert (kept.shape, kept.dtype, ids.shape) == ((20, LENGTH), np.int16, (20, LENGTH // HOP))
     assert sorted(labels.tolist()) == sorted([*range(10)] * 2)
-    from vqscale.tokenizer.model import Tokenizer
-
     decoded = Tokenizer.load(trained / "run").decode(torch.from_numpy(ids)).clamp(-1, 1)[:, 0]
     assert np.abs(decoded.numpy() - kept / 32767).max() < 1e-3
     with wave.open(io.BytesIO((out / "000013.wav").read_bytes())) as file:
@@ -140,15 +140,30 @@ def test_priors_draw_sounds_of_every_class(trained, prior, capsys):
     assert tool("evaluate", *page, "--samples", trained / "cache") == 2
 
 
-def test_a_cache_of_another_tokenizer_is_refused_by_a_prior(trained, tmp_path):
-    cache = json.loads((trained / "cache/card.json").read_text())
-    assert cache["tokenizer"] != ""
+def test_a_cache_of_pictures_is_refused_by_a_prior_of_sounds(trained, tmp_path, capsys):
+    """Whether the config says the grid of its ids, or has it looked up beside the tokenizer of sounds."""
+    net = {"channels": 8, "multipliers": [1, 1], "num_blocks": 1, "z_channels": 4, "num_groups": 4}
+    pictures = {"net": net | {"attention_levels": []}, "quantizer": {"name": "vq", "num_codes": CODES, "dim": 4}}
+    saved = Tokenizer.from_config(configuration.parse(TokenizerConfig, pictures)).save(tmp_path / "saved")
+    (shards,) = write_shards(tmp_path, [6])
+    given = ("--shards", shards, "--image-size", 8, "--workers", 0, "--device", "cpu")
+    assert tool("encode", saved, tmp_path / "cache", *given) == 0
+    net = {"width": 16, "num_layers": 1, "num_heads": 2, "ffn_multiple": 8}
     asked = {
         "task": "prior",
         "run": {"folder": str(tmp_path / "prior"), "steps": 1, "device": "cpu"},
-        "data": {"batch": 4, "train": {"path": str(trained / "cache")}},
-        "prior": {"name": "autoregressive", "num_codes": CODES, "grid": [4, 4], "num_classes": 10},
+        "data": {"batch": 2, "train": {"path": str(tmp_path / "cache")}},
         "engine": {"name": "torch"},
     }
-    with pytest.raises(ValueError, match="16"):
-        train_prior(configuration.parse(Run, asked), Mesh())
+    known = {"num_codes": CODES, "grid": [LENGTH // HOP]}
+    looked_up = {"num_codes": None, "grid": None, "feature_dim": None, "head": {"embedding": "codebook"}}
+    wants = {
+        "it has [4, 4] positions along the sides (grid), but expected are [16]": {"prior": known},
+        "give that tokenizer, or encode a cache with this one": {"prior": looked_up, "tokenizer": str(trained / "run")},
+    }
+    for said, change in wants.items():
+        change["prior"] |= {"num_classes": 10, "net": net}
+        (tmp_path / "prior.yaml").write_text(json.dumps(asked | change))
+        assert launch([str(tmp_path / "prior.yaml")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "prior").exists()

@@ -97,7 +97,7 @@ def test_the_inverse_gives_back_what_was_analysed_between_zeros():
     window = torch.hann_window(1280, dtype=torch.float64)
     spectra = torch.stft(padded, 1280, hop, window=window, center=False, return_complex=True)
     again = inverse_stft(spectra.transpose(1, 2).to(torch.complex64), hop)
-    torch.testing.assert_close(again.double(), wave, rtol=0, atol=2e-6)
+    torch.testing.assert_close(again.double(), wave, rtol=0, atol=1e-6)
 
 
 def test_closed_cases_of_the_head():

@@ -53,7 +53,8 @@ def told(args: argparse.Namespace) -> str:
             constant = dense.label_sums(signal, stream(run.data.train), mesh, args.training_images)
         fingerprint, draws = tokenizer.fingerprint, dict[str, dense.Draw]()  # collective
         if args.prior:
-            draws = predict.draws(Prior.load(args.prior, mesh=mesh, weights=args.weights), tokenizer)
+            prior = Prior.load(args.prior, mesh=mesh, weights=args.weights)
+            draws = predict.draws(prior, tokenizer, more=None if args.guidance is None else {"guidance": args.guidance})
         seen = stream(held_out, keys)
         truth = Files(held_out, seen.index) if args.own_size else None
         maps, written = None, list[Path]()
@@ -82,6 +83,7 @@ def told(args: argparse.Namespace) -> str:
             "codes of another image": "those of the next image of the set",
             "a part of the codes": "at places drawn anew for each image, a smaller part among those of a larger",
             "constant": f"from the first {args.training_images} images of {', '.join(run.data.train.patterns)}",
+            **({"guidance of what is drawn": args.guidance} if args.guidance is not None else {}),
             **(_about_fid(args, measures) if args.inception else {}),
         },
         "notes": [f"{len(found.broken)} images or more could not be read: {found.broken[0]}"] if found.broken else [],

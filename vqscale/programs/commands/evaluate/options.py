@@ -8,6 +8,7 @@ from vqscale.data.config import INTERPOLATIONS
 from vqscale.programs.commands import words
 
 LEARNT = "(default: as the tokenizer was trained; not known, or for statistics"
+GUIDANCE = "of what the prior draws: 1 is none (default), 0 what it knows without the image"
 CONSTANT = "of the training set, for the constant that codes are compared with; 0 is none (default: %(default)s)"
 OWN_SIZE = "measure at the size of the files, as published, in place of that of the samples"
 KEYS = "measure the samples whose keys this file lists, one a line (a file's name does too), and no others"
@@ -68,6 +69,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     dense.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
     dense.add_argument("--config", help="YAML that has data.val and data.train (default: run.yaml of the run)")
     dense.add_argument("--prior", metavar="PRIOR", help="a prior of its ids that sees the image: rows of what it draws")
+    dense.add_argument("--guidance", type=float, help=GUIDANCE)
     dense.add_argument("--shards", help="held-out shards in place of those of data.val")
     dense.add_argument("--training-images", type=int, default=1000, help=CONSTANT)
     words.add_weights(dense)
@@ -146,12 +148,18 @@ def check(args: argparse.Namespace) -> None:
             )
     elif args.command == "statistics" and args.images and args.images < 4:
         wrong.append(f"--images is {args.images}, and a third neighbour takes 4: give at least 4, or 0 to keep none")
-    elif args.command == "dense" and args.training_images < 0:
-        wrong.append(f"--training-images is {args.training_images}: give 0 (no constant) or more")
-    elif args.command == "dense" and bool(args.inception) != bool(args.reference):
-        wrong.append("FID takes a reference and Inception, and one was given: give --reference and --inception")
-    elif args.command == "dense" and args.predictions and not args.own_size:
-        wrong.append("--predictions writes maps of the size of their files, which evaluators want: give --own-size too")
+    elif args.command == "dense":
+        if args.training_images < 0:
+            wrong.append(f"--training-images is {args.training_images}: give 0 (no constant) or more")
+        if bool(args.inception) != bool(args.reference):
+            wrong.append("FID takes a reference and Inception, and one was given: give --reference and --inception")
+        if args.predictions and not args.own_size:
+            wrong.append("--predictions writes maps of the size of their files, for evaluators: give --own-size too")
+        if args.guidance is not None and (not args.prior or not args.guidance >= 0):
+            wrong.append(
+                f"--guidance is of what a prior draws and 0 or more; it is {args.guidance:g} and --prior {args.prior}: "
+                "give 2 and a prior, say"
+            )
     elif args.command == "prior" and args.images < 0:
         wrong.append(f"--images is {args.images}: give 0 (all) or more")
     elif args.command == "sounds" and not args.most_seconds > 0:
