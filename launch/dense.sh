@@ -9,8 +9,8 @@
 # after it those of the priors beside them; after another one stand the tasks, if not all three. Everything is in the
 # folder runs/dense, with run.folder=runs/second in that one.
 #
-# At its shipped lengths about 45 minutes of CPU on two processes, counted by parts, 19 of them for the prior of segments:
-# 25 minutes on two free cores.
+# At its shipped lengths 18 minutes on two cores that other work was on, too, 21 of CPU; 9 of them for the prior of
+# segments.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
