@@ -35,7 +35,7 @@ if [ -n "${SOURCE:-}" ]; then
         echo "error: $SOURCE has $count recordings, and at least 20 are needed: give another folder" >&2
         exit 2
     fi
-    python tools/make_shards.py --source "$SOURCE" --out "$run-shards" --name all --shard-size $(((count + 9) / 10))
+    python tools/make_shards.py --source "$SOURCE" --medium sounds --out "$run-shards" --name all --shard-size $(((count + 9) / 10))
     shards=("$run-shards"/all-*.tar)
     last=$((${#shards[@]} - 1))
     number() { local name=${shards[$1]##*-}; printf %s "${name%.tar}"; }

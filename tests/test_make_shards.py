@@ -226,7 +226,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is not a folder"), ({}, "no image and no recording in"), ({"a/x.png": b"junk"}, "a/x.png is not whole")],
+    [(None, "is not a folder"), ({}, "no images and no sounds in"), ({"a/x.png": b"junk"}, "a/x.png is not whole")],
 )
 def test_folders_of_which_nothing_can_be_made(tmp_path: Path, content: object, message: str, capsys: object) -> None:
     if content is not None:

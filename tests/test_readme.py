@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,7 @@ def test_your_own_recordings_become_a_page_to_listen_to(tmp_path):
         file = tmp_path / "mine" / ("ah", "speech")[number % 2] / f"{number:02d}.wav"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(wav.encoded(sounds.draw(9 if number % 2 else 6, 16_000, 16_000, number)[0], 16_000))
+    shutil.copy(ROOT / "tools/results/usage.png", tmp_path / "mine")
     added = shlex.split(f"{SHORT_SOUND} -- {SHORT_PRIOR}".format(tmp=tmp_path))
     place = {"RUN": str(tmp_path / "sound"), "SOURCE": str(tmp_path / "mine")}
     done = _run(["bash", "launch/sound.sh", *added], **place)

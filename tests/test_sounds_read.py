@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from vqscale.data.config_sounds import DrawnSoundsConfig, SoundsConfig
 from vqscale.data.made import make
 from vqscale.data.made.sounds import CLASS_NAMES, draw
 from vqscale.disk import wav
+from vqscale.programs.commands import shards
 
 RATE = 8000
 NEEDS = "the extra audio is not installed"
@@ -187,6 +189,27 @@ def test_a_folder_of_recordings_becomes_shards(soundfile, tmp_path):
     (tmp_path / "in/a/1.wav").write_bytes((tmp_path / "in/a/1.wav").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"1\.wav is not whole.*cut short"):
         make.write(make.folder(tmp_path / "in"), [tmp_path / "again/train-0000.tar"], "train")
+
+
+def test_of_a_folder_of_both_recordings_are_taken_where_they_are_asked_for(soundfile, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.wav").write_bytes(saved(soundfile, voice(0.2, RATE), RATE))
+    (tmp_path / "in/1.png").write_bytes(png(1))
+    for given, suffix in (((), ".png"), (("--medium", "images"), ".png"), (("--medium", "sounds"), ".wav")):
+        out = tmp_path / "-".join(["out", *given])
+        assert shards.main(["--source", str(tmp_path / "in"), "--out", str(out), *given]) == 0
+        with tarfile.open(out / "train-0000.tar") as tar:
+            assert {Path(name).suffix for name in tar.getnames()} - {".json"} == {suffix}
+    (tmp_path / "in/1.wav").unlink()
+    capsys.readouterr()
+    for source, more, said in (
+        ("in", (), "no sounds in"),
+        ("in", ("--crops", "2"), "of which --crops 2 cuts squares: leave it out"),
+        ("out/train-0000.tar", (), "--medium sounds is about the files of a folder as they are, and --source is"),
+    ):
+        given = ["--source", str(tmp_path / source), "--out", str(tmp_path / "none"), "--medium", "sounds", *more]
+        assert shards.main(given) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_problems_of_a_config_are_told_together():

@@ -59,12 +59,12 @@ def shapes(config: ShapesConfig) -> Plan:
     return Plan(config.num_images, {**asdict(config), "classes": list(CLASS_NAMES)}, sample)
 
 
-def folder(root: Path, seed: int = 0) -> Plan:
-    """The image files under `root`, or where there are none the recordings, unchanged; the folders directly below it
-    are the classes, in the order of their names. The order of the files is mixed by `seed`, so that a shard holds many
-    classes. ValueError if there is none.
+def folder(root: Path, seed: int = 0, medium: str | None = None) -> Plan:
+    """The files of a medium under `root`, unchanged: `images` or `sounds`, or images and where there are none sounds;
+    the folders directly below it are the classes, in the order of their names. The order of the files is mixed by
+    `seed`, so that a shard holds many classes. ValueError if there is none.
     """
-    found, check = _files(root)
+    found, check = _files(root, medium)
     paths = [path.relative_to(root) for path in found]
     classes = classes_of(paths)
     order = permutation(len(found), derive("make", seed))
@@ -84,22 +84,24 @@ def folder(root: Path, seed: int = 0) -> Plan:
     return Plan(len(found), facts, sample)
 
 
-def _files(root: Path) -> tuple[list[Path], Callable[[bytes], None]]:
-    """(files of the first medium that has some below root, what raises on bytes that are none of its)."""
+def _files(root: Path, medium: str | None) -> tuple[list[Path], Callable[[bytes], None]]:
+    """(files of the medium, or of the first that has some below root, what raises on bytes that are none of its)."""
     if not root.is_dir():
         raise ValueError(
             f"{root} is not a folder: --source takes `shapes`, or a folder of images or recordings, one folder for "
             "each class"
         )
     there = [(path, path.suffix.lower().lstrip(".")) for path in sorted(root.rglob("*"))]
-    for suffixes, check in ((ImagesConfig.suffixes, _image), (SoundsConfig.suffixes, _recording)):
+    media = {"images": (ImagesConfig.suffixes, _image), "sounds": (SoundsConfig.suffixes, _recording)}
+    asked = [medium] if medium else [*media]
+    for suffixes, check in (media[name] for name in asked):
         found = [path for path, suffix in there if suffix in suffixes and path.is_file()]
         if found:
             return found, check
     raise ValueError(
-        f"no image and no recording in {root}: files that end in {', '.join(ImagesConfig.suffixes)} or "
-        f"{', '.join(SoundsConfig.suffixes)} are looked for, in all folders below; give the folder that holds the "
-        "class folders"
+        f"no {' and no '.join(asked)} in {root}: files that end in "
+        f"{' or '.join(', '.join(media[name][0]) for name in asked)} are looked for, in all folders below; give the "
+        "folder that holds the class folders"
     )
 
 

@@ -11,10 +11,11 @@ Of CIFAR-10 (python or binary) the test pictures are in the shards val-0000.tar 
 those that it has; both become PNG, with their classes. Nothing of a pickle is run.
 
 Folders directly below --source are classes; the label is their place in the order of names. Without --crops files go
-into the shards unchanged: images, or where there are none recordings (wav, flac, mp3, ogg, opus). With it each
-photograph, of any format that Pillow reads, gives that many squares as PNG, and all squares of a photograph that is
-held out are in the shards val-0000.tar and on; files without a whole picture are left out and named. An interrupted
-making goes on where it stopped when the same command is given again.
+into the shards unchanged: images, or where there are none recordings (wav, flac, mp3, ogg, opus); --medium sounds
+takes recordings of a folder that has both. With it each photograph, of any format that Pillow reads, gives that many
+squares as PNG, and all squares of a photograph that is held out are in the shards val-0000.tar and on; files without a
+whole picture are left out and named. An interrupted making goes on where it stopped when the same command is given
+again.
 """
 
 from __future__ import annotations
@@ -77,12 +78,17 @@ def _plans(args: argparse.Namespace) -> list[tuple[str, Plan]]:
     from vqscale.data.made import archives, make, photographs
 
     settings, root = _settings(args), Path(args.source).expanduser()
+    if args.medium and (settings is not None or root.is_file()):
+        raise ValueError(
+            f"--medium {args.medium} is about the files of a folder as they are, and --source is {args.source}"
+            f"{'' if args.crops is None else f', of which --crops {args.crops} cuts squares'}: leave it out"
+        )
     if isinstance(settings, ShapesConfig):
         return [(args.name, make.shapes(settings))]
     if settings is None and root.is_file():
         return archives.plans(root, args.name, HELD_OUT, args.seed)
     if settings is None:
-        return [(args.name, make.folder(root, args.seed))]
+        return [(args.name, make.folder(root, args.seed, args.medium))]
     found = photographs.find(root, settings)
     _tell(found)
     train, held_out = photographs.plans(root, found, settings)
@@ -119,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         "--source",
         required=True,
         help="`shapes`, a folder of images or recordings, one for each class, or an archive of CIFAR-10 or GTSRB",
+    )
+    parser.add_argument(
+        "--medium",
+        choices=("images", "sounds"),
+        help="what to take of a folder (default: images, or where there are none sounds)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that the shards are put into")
     parser.add_argument("--name", default="train", help="what the names of the shards begin with (default: train)")
