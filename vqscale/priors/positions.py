@@ -26,7 +26,7 @@ class Positions:
             share_BT = weight_BT.double() / weight_BT.double().sum(1, keepdim=True)
             place_N = weight_BT.flatten().nonzero()[:, 0]
             self._count = len(place_N)
-            most = int(ops.max_over(torch.tensor(self._count, device=place_N.device), axis))
+            most = int(ops.max_over(place_N.new_full((), self._count), axis))
             self._place_N = F.pad(place_N, (0, most - self._count))
             self._share_N = share_BT.flatten()[self._place_N]
             self._share_N[self._count :] = 0.0
