@@ -9,11 +9,13 @@ import importlib
 import prior_runs
 import pytest
 import saved_runs
+import torch
 from prior_runs import CODES, GRID
 
 from vqscale import config as configuration
 from vqscale import priors
 from vqscale.plan import costs_of
+from vqscale.plan.tokenizer import planned_mesh
 from vqscale.run import folder
 from vqscale.train import nulls
 from vqscale.train.config import PriorRun, Run
@@ -41,12 +43,33 @@ def asked(folder, caches, *overrides):
 
 
 def test_null_is_what_the_cache_says(tmp_path, caches):
-    given = asked(tmp_path, caches)
+    given = nulls.fill(asked(tmp_path, caches))
+    assert given == asked(tmp_path, caches, "prior.head.neighbours=0")
     assert nulls.fill(given) is given
     assert nulls.fill(asked(tmp_path, caches, *NULL)) == given
     assert costs_of(asked(tmp_path, caches, *NULL), 1) == costs_of(given, 1)
     only = nulls.fill(asked(tmp_path, caches, "prior.num_codes=38", "prior.grid=null"))
     assert (only.prior.num_codes, only.prior.grid) == (38, GRID)  # what is given stays, and is refused by the cache
+
+
+@pytest.mark.parametrize(
+    ("words", "neighbours"),
+    [
+        (("num_codes=65536", "head.embedding=codebook"), 8),
+        (("num_codes=65536", "head.embedding=codebook", "head.neighbours=3"), 3),
+        (("num_codes=65535", "head.embedding=codebook"), 0),
+        (("num_codes=65536",), 0),
+        (("num_codes=65536", "head.embedding=codebook", "name=masked"), 0),
+        (("num_codes=65536", "head.embedding=codebook", "cluster_weight=1.0", "num_clusters=8", "clusters=nowhere"), 0),
+    ],
+)
+def test_targets_are_shared_where_there_are_many_codes_with_vectors(tmp_path, caches, tokenizer, words, neighbours):
+    vectors = ["prior.feature_dim=4", f"tokenizer={tokenizer / 'saved'}"] if "head.embedding=codebook" in words else []
+    found = nulls.fill(asked(tmp_path, caches, *(f"prior.{word}" for word in words), *vectors))
+    assert found.prior.head.neighbours == neighbours
+    with torch.device("meta"):
+        head = priors.build(found.prior, planned_mesh(1, 1)).head
+    assert head._num_neighbours == neighbours
 
 
 @pytest.mark.parametrize("kind", ["run", "saved", "run/checkpoints/0000000007"])
@@ -98,7 +121,7 @@ def test_a_run_that_goes_on_is_compared_by_what_was_used(tmp_path, caches):
     was = nulls.fill(asked(tmp_path, caches, *NULL))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text(configuration.dump(was))
-    assert configuration.load(Run, tmp_path / "run" / "run.yaml") == asked(tmp_path, caches)
+    assert configuration.load(Run, tmp_path / "run" / "run.yaml") == nulls.fill(asked(tmp_path, caches))
     folder.check(nulls.fill(asked(tmp_path, caches, *NULL)))
     prior_runs.write_cache(tmp_path / "other", 4, 1, num_codes=50)
     moved = nulls.fill(asked(tmp_path, caches, *NULL, f"data.train.path={tmp_path / 'other'}"))

@@ -1,25 +1,31 @@
 """Keys of a prior's config that are null because others know them: num_codes, num_ids and grid the token cache, or the
 tokenizer that encodes; feature_dim the tokenizer, num_clusters the file of its clusters; so are head.factors where they
-are the ids' own. They are filled before any process group is made, so that run.yaml says what was used, and a run that
-goes on is compared by it.
+are the ids' own, and head.neighbours, which follows from the number of codes. They are filled before any process group
+is made, so that run.yaml says what was used, and a run that goes on is compared by it.
 
 Not here: whether keys that were given agree with these (prior_data.py, when they are opened).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqscale import config as configuration
+from vqscale.codes.heads.config import FlatConfig
 from vqscale.data.config_tokens import TokensConfig
 from vqscale.nets.config import NetConfig, grid
+from vqscale.priors.config.autoregressive import AutoregressiveConfig
 from vqscale.tokenizer.clusters import read_card
 from vqscale.train.config.prior import PriorRun
 
 if TYPE_CHECKING:
     from vqscale.data.tokens.format import Card
     from vqscale.tokenizer.config import TokenizerConfig
+
+
+MANY_CODES, NEIGHBOURS = 2**16, 8  # from so many codes on targets are shared; measured with configs/study/heads_65536
 
 
 def fill(config: PriorRun) -> PriorRun:
@@ -40,7 +46,7 @@ def fill(config: PriorRun) -> PriorRun:
     if "num_clusters" in keys and config.prior.clusters is not None:
         found["num_clusters"] = read_card(config.prior.clusters).num_clusters
     if not keys:
-        return config
+        return _sharing(config)
     if "head.factors" in keys and not found.get("head.factors"):
         raise ValueError(
             "prior.head.factors is own, and the token cache or the tokenizer says of no digits of ids: they are "
@@ -50,7 +56,18 @@ def fill(config: PriorRun) -> PriorRun:
     for key in keys:
         part, _, last = key.rpartition(".")
         (whole["prior"][part] if part else whole["prior"])[last] = found[key]
-    return configuration.parse(PriorRun, whole, source="with what the token cache and the tokenizer say")
+    return _sharing(configuration.parse(PriorRun, whole, source="with what the token cache and the tokenizer say"))
+
+
+def _sharing(config: PriorRun) -> PriorRun:
+    """With the neighbours of a flat head that are null: none where no study has asked, as of other priors."""
+    prior = config.prior
+    if not isinstance(prior.head, FlatConfig) or prior.head.neighbours is not None:
+        return config
+    asked = isinstance(prior, AutoregressiveConfig) and prior.head.wants_features and not prior.cluster_weight
+    many = prior.num_codes is not None and prior.num_codes >= MANY_CODES
+    head = replace(prior.head, neighbours=NEIGHBOURS if asked and many else 0)
+    return replace(config, prior=replace(prior, head=head))
 
 
 class Made(NamedTuple):

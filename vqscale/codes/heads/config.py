@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from vqscale.codes.config import Products
-from vqscale.config import Free, OneOf, load_class
+from vqscale.config import Before, Free, OneOf, load_class
 from vqscale.nets.config.transformer import TransformerConfig
 
 Embedding = Literal["rows", "tied", "codebook"]
@@ -69,9 +69,10 @@ class FlatConfig(HeadSettings):
     """first embeddings are N(0, init_scale^2); output rows begin at zero, unless they are the embeddings (tied)"""
     output_scale: float = 0.0
     """embedding codebook: output rows begin as the codes' vectors in a random frame, times this; 0: at zero"""
-    neighbours: int = 0
+    neighbours: Annotated[int | None, Before(0)] = None
     """embedding codebook: in training a target is shared by so many codes, itself and those nearest to it (SNCE); 0:
-    it is alone"""
+    it is alone; null: 8 in a run of an autoregressive prior with at least 65,536 codes, which gains by it
+    (configs/study), else 0"""
     neighbour_temperature: float = 1.0
     """how far: at this many mean squared distances between nearest codes a weight has fallen to 1 / e"""
     products: Products = "fp32"
@@ -91,7 +92,8 @@ class FlatConfig(HeadSettings):
                 f"output_scale is {self.output_scale} with embedding: {self.embedding}, and scales the codes' vectors, "
                 "which only embedding: codebook has: use 0, or a positive scale with embedding: codebook",
             )
-        if self.neighbours < 0 or (self.neighbours and self.embedding != "codebook"):
+        neighbours = self.neighbours or 0
+        if neighbours < 0 or (neighbours and self.embedding != "codebook"):
             yield (
                 "neighbours",
                 f"neighbours is {self.neighbours} with embedding: {self.embedding}, and they are of the codes' "

@@ -121,6 +121,7 @@ class Head(Vocabulary):
         """The head of a prior's settings; `feature_dim` counts with embedding: codebook only."""
         wanted = feature_dim if config.wants_features else None
         settings = {key: value for key, value in asdict(config).items() if key != "name"}
+        settings["neighbours"] = config.neighbours or 0
         return cls(num_codes, dim, mesh, seed=seed, feature_dim=wanted, **settings)
 
     @property
