@@ -182,11 +182,7 @@ def test_another_project_is_no_checkout(tmp_path, monkeypatch):
 def test_what_a_study_says_is_text_on_its_page():
     script = "<script>alert(1)</script>"
     line = {"run": script, "status": "failed", "error": f"{script} <img src=x onerror=alert(1)>", script: script}
-    told = (
-        study_page._failures([line])
-        + study_page._paragraphs([script])
-        + page.table([line], {script: "{}", "run": "{}"})
-    )
+    told = study_page._failures([line]) + page.paragraphs([script]) + page.table([line], {script: "{}", "run": "{}"})
     told += page.page(script, [(script, page.img(b"", script))])
     assert told.count("<script>") == 1  # the page's own
     assert f"<script>{document.SCRIPT}</script>" in told
