@@ -230,6 +230,28 @@ def test_a_plain_folder_of_images_and_labels(tmp_path):
     assert (info["depth"], info["categories"]) == ({"unit_m": 1 / 256}, list(CATEGORIES))
 
 
+def test_a_plain_folder_of_images_and_categories_of_pixels(tmp_path, capsys):
+    words, ids = pairs(tmp_path / "mine"), np.where(np.arange(48).reshape(SIDES) % 2, 90, 255).astype(np.uint8)
+    images = [path for path in (tmp_path / "mine").rglob("a*") if path.name.count(".") == 1]
+    for path in images:
+        path.with_name(f"{path.stem}.seg.png").write_bytes(png(ids))
+    assert main([*map(str, words), "--out", str(tmp_path / "out")]) == 2
+    assert "has panoptic.png and seg.png, two labels of the same pixels" in capsys.readouterr().err
+    for path in (tmp_path / "mine").rglob("*.panoptic.*"):
+        path.unlink()
+    assert main([*map(str, words[:4]), "--out", str(tmp_path / "out")]) == 2
+    assert "has seg.png, and nothing says the categories" in capsys.readouterr().err
+    converted(*words, "--out", tmp_path / "out")
+    config = PanopticConfig(str(tmp_path / "out/train-0000.tar"), image_size=8, num_workers=0)
+    (batch,) = SampleStream(config, 3, train=False).batches()
+    assert (len(images), batch.broken) == (3, [])
+    rows = ((np.arange(8) + 0.5) * 6 / 8).astype(int)
+    assert (batch.samples[:, 3].numpy() == np.where(ids == 90, CLASSES[90], 0)[rows]).all()
+    images[0].with_name(f"{images[0].stem}.seg.png").write_bytes(png(ids + 1))
+    assert main([*map(str, words), "--out", str(tmp_path / "again")]) == 2
+    assert "its seg.png has the numbers [91]" in capsys.readouterr().err
+
+
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     fastdepth(tmp_path / "tree")
     words, opened = ["nyu", tmp_path / "tree", "--out", tmp_path / "out", "--shard-size", 2], list[str]()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_files import CATEGORIES, depth_sample, depth_shard, image, panoptic_sample, panoptic_shard, segment
+from dense_files import CATEGORIES, depth_sample, depth_shard, image, panoptic_sample, panoptic_shard, png, segment
 from PIL import Image
 from shard_files import write_tar
 from slow_metrics import Small, slow_frechet
@@ -316,6 +316,11 @@ def test_predicted_segments_are_files_whose_pq_is_that_of_the_table(tmp_path, ca
         assert result["rows"][way]["pq"] == pytest.approx(sum(expected.values()) / len(expected), abs=1e-12)
         assert result["rows"][way]["images"] == 2
     assert result["rows"]["no code"]["pq"] > 0.5
+    labels = [[(f"{n}.png", png(image())), (f"{n}.seg.png", png(np.full((8, 8), 7, np.uint8)))] for n in range(2)]
+    write_tar(tmp_path / "a.tar", [member for sample in labels for member in sample])
+    assert main([str(word) for word in [*words, *files]]) == 0
+    told = json.loads((tmp_path / "maps/no_code.json").read_text())
+    assert [row["image_id"] for row in told["annotations"]] == ["0", "1"], "keys, where no panoptic.json says more"
     assert "pq of each class:" in (tmp_path / "out/index.html").read_text()
     (tmp_path / "keys").write_text("0\n7\n")
     assert main([str(word) for word in words]) == 2

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
+import struct
+import zlib
 
 import dense_files
 import numpy as np
 import pytest
 import torch
 from dense_files import CATEGORIES, CLASSES, depth_sample, image, painted, panoptic_sample, png, segment
+from PIL import Image
 from shard_files import read_slowly, write_shards, write_tar
 
 from vqscale import config as configuration
@@ -241,7 +245,7 @@ def test_the_order_of_instances_is_that_of_the_definition(seed):
         ([[1, 1]], [segment(1, 3), segment(9, 3)], r"its panoptic.json has segments that its panoptic.png lacks: [9]"),
         ([[1, 1]], [segment(1, 3), segment(1, 7)], r"its panoptic.json lists segments twice: [1]"),
         ([[1, 1]], [segment(1, 5)], "names the categories [5], which are none of the 4"),
-        ([[1, 1], [1, 1]], [segment(1, 3)], "its image is 2 x 1 and its panoptic.png 2 x 2"),
+        ([[1, 1], [1, 1]], [segment(1, 3)], "its image is 2 x 1 and its panoptic.png/seg.png 2 x 2"),
     ],
 )
 def test_labels_that_contradict_themselves_are_broken_samples(tmp_path, ids, listed, message):
@@ -253,6 +257,114 @@ def test_a_gray_panoptic_png_is_a_broken_sample(tmp_path):
     members = [("0.png", png(image())), ("0.panoptic.png", png(np.ones((8, 8), np.uint8)))]
     path = write_tar(tmp_path / "a.tar", [*members, ("0.panoptic.json", b'{"segments_info": []}')])
     assert "has the mode L, but ids of segments are in RGB" in only(segments(path))[1][0]
+
+
+# --- the category of each pixel alone
+
+
+def gray_of_4_bits(pixels):
+    """A PNG that Pillow reads but does not write."""
+    rows = b"".join(b"\0" + bytes(row[::2] << 4 | row[1::2]) for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 4, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def by_palette(pixels):
+    file = io.BytesIO()
+    found = Image.fromarray(pixels.astype(np.uint8), "L")
+    painted_P = Image.new("P", found.size)
+    painted_P.putdata(list(pixels.ravel().tolist()))
+    painted_P.putpalette([value * 7 % 256 for value in range(768)])
+    painted_P.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("written", "void"),
+    [
+        (lambda ids: png(ids.astype(np.uint8)), 255),
+        (by_palette, 255),
+        (by_palette, 0),
+        (lambda ids: png(ids.astype(np.uint16)), 65535),
+        (lambda ids: png(ids.astype(np.uint16)), 0),
+    ],
+)
+def test_categories_of_pixels_become_one_segment_a_class(tmp_path, written, void):
+    ids = np.array([[90, 3, 90, 3], [7, void, void, 3], [7, 40, 7, 7], [40, 7, 7, 40]])
+    path = write_tar(tmp_path / "a.tar", [("0.png", png(image(4, 4))), ("0.seg.png", written(ids))])
+    sample, broken = only(segments(path, side=4))
+    assert broken == []
+    of = {void: (0, 0), 90: (CLASSES[90], 1), 3: (CLASSES[3], 2), 7: (CLASSES[7], 3), 40: (CLASSES[40], 4)}
+    assert sample[3:5].tolist() == [
+        [[float(of[id][channel]) for id in row] for row in ids.tolist()] for channel in (0, 1)
+    ]
+    assert not sample[5].any()
+
+
+def test_a_category_may_have_the_number_0_and_then_0_is_not_void(tmp_path):
+    ids = np.array([[0, 255], [0, 300]])
+    path = write_tar(tmp_path / "a.tar", [("0.png", png(image(2, 2))), ("0.seg.png", png(ids.astype(np.uint16)))])
+    known = tuple(CategoryConfig(number, str(number), isthing=False) for number in (300, 0, 255))
+    assert only(segments(path, side=2, categories=known))[0][3].tolist() == [[2, 3], [2, 1]]
+
+
+def test_the_categories_of_pixels_are_cut_and_mirrored_with_the_image(tmp_path):
+    """Red says the category again, by the pixels below."""
+    rows, columns = np.mgrid[:40, :60]
+    ids = rows // 10 * 6 + columns // 10
+    pixels = np.stack([ids * 10] * 3, -1).astype(np.uint8)
+    path = write_tar(tmp_path / "a.tar", [("0.png", png(pixels)), ("0.seg.png", png(ids.astype(np.uint8)))])
+    known = tuple(CategoryConfig(number, str(number), isthing=False) for number in range(24))
+    config = segments(path, side=16, crop="resized", flip=True, min_area=0.2, categories=known)
+    mirrored = 0
+    for _, batch in zip(range(40), SampleStream(config, 1).batches(), strict=False):
+        sample = batch.samples[0]
+        numbers = sample[3] - 1
+        shown = (sample[0] + 1) * 127.5 / 10
+        assert ((shown - numbers).abs() < 0.05).float().mean() > 0.6, "image and labels agree but at borders"
+        assert torch.equal(numbers, numbers.round())
+        assert len(sample[4].unique()) == len(numbers.unique()) == sample[4].max()
+        mirrored += int(numbers[0, 0] > numbers[0, -1])
+    assert 10 < mirrored < 30
+
+
+GRAY = png(np.full((8, 8), 7, np.uint8))
+PAINTED = png(painted(np.ones((8, 8), np.int64)))
+FACTS = json.dumps({"segments_info": [segment(1, 3)]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"seg.png": png(np.full((8, 8), 5, np.uint8))}, "its seg.png has the numbers [5], which are none of the 4 of"),
+        ({"seg.png": png(np.full((8, 8), 255, np.uint16))}, "has the numbers [255], which are none of the 4"),
+        ({"seg.png": png(np.full((9, 8), 7, np.uint8))}, "its image is 8 x 8 and its panoptic.png/seg.png 8 x 9"),
+        ({"seg.png": PAINTED}, "its seg.png has the mode RGB, of 8 bits and 3 channels"),
+        ({"seg.png": gray_of_4_bits(np.full((8, 8), 7, np.uint8))}, "its seg.png has the mode L, of 4 bits"),
+        ({"seg.png": GRAY, "panoptic.png": PAINTED, "panoptic.json": FACTS}, "it has seg.png and panoptic.png, two"),
+        ({"seg.png": GRAY, "panoptic.png": PAINTED}, "it has seg.png and panoptic.png, two labels"),
+        ({"panoptic.png": PAINTED}, "no seg.png/panoptic.json among its members, which images with segments need"),
+        ({}, "no panoptic.png/seg.png and no seg.png/panoptic.json among its members"),
+    ],
+)
+def test_a_sample_whose_categories_cannot_be_read_is_a_broken_one(tmp_path, labels, message):
+    """Between one of categories and one of segments, which are read."""
+    spoilt = [("1.png", png(image())), *((f"1.{suffix}", data) for suffix, data in labels.items())]
+    whole = [("2.png", png(image())), ("2.panoptic.png", PAINTED), ("2.panoptic.json", FACTS)]
+    path = write_tar(tmp_path / "a.tar", [("0.png", png(image())), ("0.seg.png", GRAY), *spoilt, *whole])
+    batch = evaluated(segments(path), 3)
+    assert batch.valid.tolist() == [True, False, True]
+    (told,) = batch.broken
+    assert message in told
+    assert batch.samples[[0, 2], 3].flatten(1).unique(dim=1).tolist() == [[CLASSES[7]], [CLASSES[3]]]
+    taken = next(SampleStream(segments(path), 8).batches())
+    assert taken.valid.all()
+    assert "1" not in taken.keys
+
+
+# --- categories
 
 
 def test_categories_are_a_list_or_a_file_or_those_of_info_json(tmp_path):

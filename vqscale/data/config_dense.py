@@ -74,7 +74,7 @@ class CategoryConfig:
     """A category of segments, as COCO's files have them."""
 
     id: int
-    "its number in panoptic.json"
+    "its number in panoptic.json, or in seg.png"
     name: str
     "what it is called"
     isthing: bool
@@ -167,11 +167,14 @@ class DepthConfig(DenseConfig):
 @dataclass(frozen=True)
 class PanopticConfig(DenseConfig):
     """WebDataset shards of images with their segments: members `key.jpg` (jpeg, png, webp), `key.panoptic.png` with
-    the number of each pixel's segment, R + 256 G + 65536 B (0 = void), and `key.panoptic.json` with `segments_info`.
+    the number of each pixel's segment, R + 256 G + 65536 B (0 = void), and `key.panoptic.json` with `segments_info`; or
+    in place of these two `key.seg.png` with the id of each pixel's category, gray or by a palette (void = the largest
+    number of its bits, 255 or 65535, and 0 where no category has it).
     """
 
     module: ClassVar[str] = "vqscale.data.panoptic:Segments"
-    labels: ClassVar[tuple[tuple[str, ...], ...]] = (("panoptic.png",), ("panoptic.json",))
+    labels: ClassVar[tuple[tuple[str, ...], ...]] = (("panoptic.png", "seg.png"), ("seg.png", "panoptic.json"))
+    """seg.png stands for both; beside panoptic.png it shows as the second"""
     kind: ClassVar[str] = "images with segments"
     channels: ClassVar[int] = 6
 

@@ -68,8 +68,8 @@ class Dense(ABC):
         image, labels = decode(members[0]), self.labels(members[1:])
         if labels.shape[1:] != (image.height, image.width):
             raise ValueError(
-                f"its image is {image.width} x {image.height} and its {self.config.labels[0][0]} {labels.shape[2]} x "
-                f"{labels.shape[1]}: labels are of the pixels of their image, make them again"
+                f"its image is {image.width} x {image.height} and its {'/'.join(self.config.labels[0])} "
+                f"{labels.shape[2]} x {labels.shape[1]}: labels are of the pixels of their image, make them again"
             )
         return image, labels
 

@@ -4,6 +4,9 @@ a crowd; whole numbers, as floats.
 
 Classes are the things, then the stuff, as they are listed, so those of COCO's file are place + 1. Instances are
 numbered anew in each sample, by what is left of them in it.
+
+A sample may have the category of each pixel alone, seg.png. Nothing tells objects apart there, so the pixels of a class
+are one segment, as those of stuff are, numbered with the others; a category of things has no more than one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +22,8 @@ from PIL import Image
 
 from vqscale.data.config_dense import PanopticConfig
 from vqscale.data.dense import Dense, Map
+
+_PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
 class Segments(Dense):
@@ -30,12 +36,29 @@ class Segments(Dense):
         self.classes = {category.id: number for number, category in enumerate(config.classes(), 1)}
 
     def labels(self, members: Sequence[bytes]) -> Map:
-        """(3, H, W): class, place in segments_info + 1, crowd."""
-        painted, listed = members
-        return looked_up(segment_ids(painted), json.loads(listed)["segments_info"], self.classes)
+        """(3, H, W): class, place in segments_info + 1, crowd; of a seg.png class, class, 0."""
+        facts = told(members)
+        if facts is None:
+            return by_category(*category_numbers(members[0]), self.classes)
+        return looked_up(segment_ids(members[0]), facts["segments_info"], self.classes)
 
     def settled(self, labels: Map) -> Map:
         return np.stack([labels[0], canonical(labels[1]), labels[2]]).astype(np.float32)
+
+
+def told(members: Sequence[bytes]) -> dict[str, Any] | None:
+    """What the panoptic.json among the labels of a sample says; None where they are seg.png, which then stands for both
+    members. ValueError where they are both forms.
+    """
+    painted, listed = members
+    if not listed.startswith(_PNG):
+        return dict(json.loads(listed))
+    if painted != listed:
+        raise ValueError(
+            "it has seg.png and panoptic.png, two labels of the same pixels: leave seg.png out where objects are told "
+            "apart, and otherwise panoptic.png"
+        )
+    return None
 
 
 def segment_ids(data: bytes) -> Map:
@@ -58,6 +81,39 @@ def id_to_rgb(ids_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
 def rgb_to_id(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.int32]:
     """The inverse: (H, W, 3) -> (H, W)."""
     return pixels_HWC[..., 0] + (pixels_HWC[..., 1].astype(np.int32) << 8) + (pixels_HWC[..., 2].astype(np.int32) << 16)
+
+
+def category_numbers(data: bytes) -> tuple[Map, int]:
+    """(H, W): the numbers of a PNG, gray of 8 or 16 bits or by a palette; and the largest that it can hold."""
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
+    image.load()
+    bits = data[24]  # of its header; Pillow stretches fewer bits of gray to 8
+    if not (image.mode == "P" or image.mode.startswith("I") or (image.mode == "L" and bits == 8)):
+        raise ValueError(
+            f"its seg.png has the mode {image.mode}, of {bits} bits and {len(image.getbands())} channels, but numbers "
+            "of categories are gray of 8 or 16 bits, or places of a palette: write the number of each pixel, not its "
+            "colour"
+        )
+    return np.asarray(image).astype(np.int32), 65535 if image.mode.startswith("I") else 255
+
+
+def by_category(numbers: Map, largest: int, classes: dict[int, int]) -> Map:
+    """(H, W) ids of categories -> (3, H, W): class, class, 0; all 0 where the id is the largest, or is 0 and no
+    category's. ValueError where a number is none of this.
+    """
+    table = np.full(largest + 1, -1, dtype=np.int32)
+    table[0] = 0
+    for number, found in classes.items():
+        if 0 <= number < largest:
+            table[number] = found
+    table[largest] = 0
+    classes_HW = table[numbers]
+    if (unknown := np.unique(numbers[classes_HW < 0])).size:
+        raise ValueError(
+            f"its seg.png has the numbers {unknown[:5].tolist()}, which are none of the {len(classes)} of "
+            f"data.train.categories (val.), nor {largest}, which is void: give the list that the labels were made with"
+        )
+    return np.stack([classes_HW, classes_HW, np.zeros_like(classes_HW)])
 
 
 def looked_up(ids: Map, segments: Sequence[dict[str, int]], classes: dict[int, int]) -> Map:

@@ -8,7 +8,6 @@ the panoptic.json of the sample says, or its key: with the shards of a data set 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vqscale.data.config_dense import PanopticConfig, as_stated
+from vqscale.data.panoptic import told
 from vqscale.metrics import panoptic_files
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -50,7 +50,7 @@ class Maps:
 
     def _image_id(self, number: int) -> int | str:
         reader = self.truth.reader
-        said = json.loads(reader.read(number)[-1]).get("image_id")
+        said = (told(reader.read(number)[1:]) or {}).get("image_id")
         return said if isinstance(said, int | str) else reader.index.key(number)
 
 

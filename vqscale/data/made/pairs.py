@@ -1,6 +1,6 @@
 """Images with labels of their pixels that lie beside them, to a plan of shards: NAME.jpg, NAME.depth.png,
-NAME.panoptic.png with NAME.panoptic.json, in one folder or in folders below. Files go into the shards as they are, once
-they are known to be what the media read (data/depth.py, data/panoptic.py).
+NAME.panoptic.png with NAME.panoptic.json, NAME.seg.png, in one folder or in folders below. Files go into the shards as
+they are, once they are known to be what the media read (data/depth.py, data/panoptic.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from vqscale.data.config import ImagesConfig
 from vqscale.data.depth import steps
 from vqscale.data.made.make import Plan, Sample, listing
 from vqscale.data.order import permutation
-from vqscale.data.panoptic import looked_up, segment_ids
+from vqscale.data.panoptic import by_category, category_numbers, looked_up, segment_ids
 from vqscale.data.pixels import opened
 from vqscale.seed import derive
 
-TOGETHER = (("depth.png",), ("panoptic.png", "panoptic.json"))
+TOGETHER = (("depth.png",), ("panoptic.png", "panoptic.json"), ("seg.png",))
 LABELS = tuple(suffix for group in TOGETHER for suffix in group)
+_SEGMENTS = {"panoptic.png", "seg.png"}  # of which a sample has one
 
 
 @dataclass
@@ -66,7 +67,7 @@ def folder(
         return {"__key__": f"{chosen:08d}", **made, "json": _about(image, root)}
 
     stated = ({"depth": {"unit_m": unit_m}} if "depth.png" in wanted else {}) | (
-        {"categories": [dict(category) for category in categories or ()]} if "panoptic.png" in wanted else {}
+        {"categories": [dict(category) for category in categories or ()]} if _SEGMENTS.intersection(wanted) else {}
     )
     every = [path for image in images for path in (image, *(_beside(image, suffix) for suffix in wanted))]
     facts = {"source": "pairs", "listing": listing(root, every), "labels": wanted, "seed": seed, **stated}
@@ -101,6 +102,8 @@ def checked(
     if "panoptic.png" in labels:
         ids = segment_ids(labels["panoptic.png"])
         maps.append(looked_up(ids, json.loads(labels["panoptic.json"])["segments_info"], classes)[0])
+    if "seg.png" in labels:
+        maps.append(by_category(*category_numbers(labels["seg.png"]), classes)[0])
     for found in maps:
         if found.shape != (picture.height, picture.width):
             raise ValueError(
@@ -121,7 +124,11 @@ def _check(
     if not images or not wanted:
         raise ValueError(
             f"{root} has {len(images)} images ({', '.join(ImagesConfig.suffixes)}) and beside them none of NAME.depth"
-            ".png, NAME.panoptic.png with NAME.panoptic.json: give a folder with both"
+            ".png, NAME.panoptic.png with NAME.panoptic.json, NAME.seg.png: give a folder with both"
+        )
+    if _SEGMENTS.issubset(wanted):
+        raise ValueError(
+            f"{root} has panoptic.png and seg.png, two labels of the same pixels: take those of one kind out"
         )
     lacking = [_beside(image, suffix) for image in images for suffix in wanted if not _beside(image, suffix).is_file()]
     if lacking:
@@ -133,8 +140,10 @@ def _check(
         raise ValueError(
             f"{root} has depth.png, and nothing says what a step is in metres: give --unit-m, 0.001 for millimetres"
         )
-    if "panoptic.png" in wanted and not categories:
-        raise ValueError(f"{root} has panoptic.png, and nothing says the categories: give --categories FILE.json")
+    if (segments := _SEGMENTS.intersection(wanted)) and not categories:
+        raise ValueError(
+            f"{root} has {', '.join(segments)}, and nothing says the categories: give --categories FILE.json"
+        )
 
 
 def _is_image(path: Path) -> bool:

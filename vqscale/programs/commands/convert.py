@@ -10,11 +10,11 @@ nyu          FastDepth's tree: train/SCENE/00001.h5 and val/official/00001.h5, w
 nyu-labeled  the 1449 labeled images, 795 of them for training
 sync         the tree of BTS and its heirs: SCENE/rgb_00045.jpg beside SCENE/sync_depth_00045.png, in millimetres
 coco         images, PNGs of segments and their JSON, as cocodataset.org has them
-pairs        NAME.jpg (png, webp) beside NAME.depth.png, or NAME.panoptic.png and NAME.panoptic.json, or all
+pairs        NAME.jpg (png, webp) beside NAME.depth.png, and NAME.panoptic.png with NAME.panoptic.json or NAME.seg.png
 
-A sample is an image and depth.png (16 bits, 0 = missing) or panoptic.png with panoptic.json; `_info.json` beside the
-shards has the unit of depth and the categories of segments. What is wrong with a file is said with its name. An
-interrupted conversion goes on where it stopped when the same command is given again.
+A sample is an image and depth.png (16 bits, 0 = missing) or panoptic.png with panoptic.json, or seg.png (the category
+of each pixel); `_info.json` beside the shards has the unit of depth and the categories. What is wrong with a file is
+said with its name. An interrupted conversion goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
