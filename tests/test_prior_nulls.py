@@ -72,6 +72,21 @@ def test_targets_are_shared_where_there_are_many_codes_with_vectors(tmp_path, ca
     assert head._num_neighbours == neighbours
 
 
+def test_both_flat_heads_of_two_stages_are_settled(tmp_path, caches):
+    net = "{width: 16, num_layers: 1, num_heads: 2}"
+    words = [
+        f"num_codes: {CODES}",
+        f"grid: {list(GRID)}",
+        "num_clusters: 4",
+        "clusters: nowhere",
+        f"net: {net}",
+        f"fine_net: {net}",
+    ]
+    found = nulls.fill(asked(tmp_path, caches, f"prior={{name: coarse_to_fine, {', '.join(words)}}}"))
+    assert (found.prior.head.neighbours, found.prior.coarse_head.neighbours) == (0, 0)
+    assert nulls.fill(found) is found
+
+
 @pytest.mark.parametrize("kind", ["run", "saved", "run/checkpoints/0000000007"])
 def test_null_is_what_the_tokenizer_says(tmp_path, caches, tokenizer, kind):
     found = nulls.fill(asked(tmp_path, caches, *CODEBOOK, f"tokenizer={tokenizer / kind}"))

@@ -60,14 +60,18 @@ def fill(config: PriorRun) -> PriorRun:
 
 
 def _sharing(config: PriorRun) -> PriorRun:
-    """With the neighbours of a flat head that are null: none where no study has asked, as of other priors."""
+    """With the neighbours of flat heads that are null: none where no study has asked, as of other priors."""
     prior = config.prior
-    if not isinstance(prior.head, FlatConfig) or prior.head.neighbours is not None:
+    heads = {name: getattr(prior, name, None) for name in ("head", "coarse_head")}
+    open_heads = {name: x for name, x in heads.items() if isinstance(x, FlatConfig) and x.neighbours is None}
+    if not open_heads:
         return config
     asked = isinstance(prior, AutoregressiveConfig) and prior.head.wants_features and not prior.cluster_weight
     many = prior.num_codes is not None and prior.num_codes >= MANY_CODES
-    head = replace(prior.head, neighbours=NEIGHBOURS if asked and many else 0)
-    return replace(config, prior=replace(prior, head=head))
+    found: dict[str, Any] = {
+        name: replace(x, neighbours=NEIGHBOURS if asked and many else 0) for name, x in open_heads.items()
+    }
+    return replace(config, prior=replace(prior, **found))
 
 
 class Made(NamedTuple):
