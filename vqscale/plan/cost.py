@@ -6,7 +6,7 @@ Seconds are operations over achievable rates, one after the other: nothing overl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import log
 from statistics import NormalDist
@@ -123,8 +123,12 @@ def predict(work: Work, grid: Grid, machine: Machine, axis: CodeAxis, network: N
             if m.axis == name
         )
     held = memory(work, grid)
-    fits = sum(held.values()) <= 0.9 * machine.memory_gib * GIB
-    return Step(grid, seconds, held, sent(every, grid), counted, images, fits)
+    return Step(grid, seconds, held, sent(every, grid), counted, images, fits(held, machine))
+
+
+def fits(held: Mapping[str, int], machine: Machine) -> bool:
+    """Whether a rank holds this, with a tenth left over for the allocator and libraries."""
+    return sum(held.values()) <= 0.9 * machine.memory_gib * GIB
 
 
 def has_kernels(work: Work, machine: Machine) -> bool:
@@ -138,9 +142,14 @@ def codes_rate(work: Work, machine: Machine) -> float:
     if has_kernels(work, machine):
         library = LIBRARY / _waves(work) if work.quantizer == "ibq" else 0.0
         return machine.tflops["bf16"] / ((1 - library) / machine.kernels + library / machine.library)
-    other = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[work.codes_precision]]
     logits = 1 / 3 if work.quantizer == "ibq" else 1.0  # of the products: these are float32 whatever is asked for
-    return 1 / (logits / machine.tflops["fp32"] + (1 - logits) / other)
+    return blocks_rate(machine, work.codes_precision, full=logits)
+
+
+def blocks_rate(machine: Machine, matmul: str, full: float) -> float:
+    """1e12 operations per second of plain products in blocks, of which a share is in full float32."""
+    other = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[matmul]]
+    return 1 / (full / machine.tflops["fp32"] + (1 - full) / other)
 
 
 LIBRARY = 2  # products of a step that the library does, of blocks that a kernel wrote: for the tokens and for the rows

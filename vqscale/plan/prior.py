@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from vqscale.nets.transformer import Transformer, rotary
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan.activations import activation_bytes
 from vqscale.plan.cost import averaged, split_bytes
-from vqscale.plan.count import KernelCounter
+from vqscale.plan.count import Kernel, KernelCounter
 from vqscale.plan.tokenizer import MIB, Costs, frozen_numbers, planned_mesh
 from vqscale.plan.traffic import network_bytes
 from vqscale.priors.base import Prior
@@ -145,17 +146,22 @@ def _guided(settings: SampleConfig, stage: str) -> bool:
 
 def _forward(prior: Prior) -> dict[str, int]:
     """Operations of a pass of each transformer over the tokens of an image."""
-    return {stage: _forward_of(net, prior.grid) for stage, net in prior.config.transformers.items()}
+    return {
+        stage: sum(kernel.operations for kernel in forward_kernels(net, prior.grid))
+        for stage, net in prior.config.transformers.items()
+    }
 
 
-def _forward_of(net: TransformerConfig, grid: tuple[int, ...]) -> int:
+@cache
+def forward_kernels(net: TransformerConfig, grid: tuple[int, ...]) -> tuple[Kernel, ...]:
+    """Of a pass of a transformer over the tokens of an image."""
     with torch.device("meta"):
         transformer = Transformer(net).eval()
         turns = rotary(net, grid)
         adapt = transformer.adapt(torch.empty(1, net.width))
         with KernelCounter() as counter, torch.no_grad():
             transformer(torch.empty(1, len(turns), net.width), turns, adapt, causal=False)
-    return counter.operations
+    return tuple(counter.kernels)
 
 
 def _condition_operations(prior: Prior) -> int:
@@ -201,6 +207,7 @@ def _activations(config: PriorRun, prior: Prior, images: int) -> int:
     return kept // 2 if config.engine.precision == "bf16" else kept
 
 
+@cache
 def _activations_of(net: TransformerConfig, grid: tuple[int, ...], images: int) -> int:
     with torch.device("meta"):
         transformer = Transformer(net)

@@ -8,17 +8,12 @@ overlaps, nobody waits for data, and sampling is not predicted: prior.py counts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
-from vqscale.nets.config.transformer import TransformerConfig
-from vqscale.nets.transformer import Transformer, rotary
-from vqscale.plan.cost import GIB, Step, kernel_seconds
-from vqscale.plan.count import Kernel, KernelCounter
+from vqscale.plan.cost import Step, blocks_rate, fits, kernel_seconds
+from vqscale.plan.count import Kernel
 from vqscale.plan.machines import Machine
-from vqscale.plan.prior import operations, plan, planned
+from vqscale.plan.prior import forward_kernels, operations, plan, planned
 from vqscale.plan.tokenizer import Costs, planned_mesh
 from vqscale.plan.traffic import Grid, grids
 from vqscale.train.config.prior import PriorRun
@@ -49,7 +44,7 @@ def work(config: PriorRun) -> PriorWork:
     outputs = {name: table.num_codes for name, table in tables.items() if name.endswith("outputs")}
     trained = prior.training_passes()
     return PriorWork(
-        tuple(kernel for net in nets for kernel in _kernels(net, prior.grid)),
+        tuple(kernel for net in nets for kernel in forward_kernels(net, prior.grid)),
         trained.network,
         config.prior.num_tokens,
         max(outputs.values(), default=0),
@@ -65,9 +60,7 @@ def predict(config: PriorRun, images: int, world: int, machine: Machine, step: P
 
 def head_seconds(operations: int, matmul: str, machine: Machine) -> float:
     """Of the head's products: a third of them logits, or where these are made twice two of four."""
-    logits = machine.tflops["bf16" if matmul == "medium" else "fp32"]
-    others = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[matmul]]
-    return operations * (1 / 3 / logits + 2 / 3 / others) * 1e-12
+    return 1e-12 * operations / blocks_rate(machine, matmul, full=0.0 if matmul == "medium" else 1 / 3)
 
 
 def _predict(config: PriorRun, images: int, grid: Grid, machine: Machine, step: PriorWork) -> Step:
@@ -88,23 +81,13 @@ def _predict(config: PriorRun, images: int, grid: Grid, machine: Machine, step: 
         ranks = grid.size(axis)
         wire = machine.wire("all_reduce", ranks, grid.stride(axis))
         seconds[f"communication: {axis}"] = wire.seconds(nbytes, ranks) if nbytes else 0.0
-    fits = sum(costs.memory.values()) <= 0.9 * machine.memory_gib * GIB
-    return Step(grid, seconds, costs.memory, sent, head, each, fits)
+    return Step(grid, seconds, costs.memory, sent, head, each, fits(costs.memory, machine))
 
 
 def _on(config: PriorRun, grid: Grid, images: int) -> PriorRun:
     mesh = replace(config.mesh, data=grid.data, codes=grid.codes)
     batch = images * grid.world * config.engine.accumulation
     return replace(config, mesh=mesh, data=replace(config.data, batch=batch))
-
-
-def _kernels(net: TransformerConfig, grid: tuple[int, ...]) -> Iterable[Kernel]:
-    with torch.device("meta"):
-        transformer, turns = Transformer(net).eval(), rotary(net, grid)
-        adapt = transformer.adapt(torch.empty(1, net.width))
-        with KernelCounter() as counter, torch.no_grad():
-            transformer(torch.empty(1, len(turns), net.width), turns, adapt, causal=False)
-    return counter.kernels
 
 
 def _state(costs: Costs) -> int:
