@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from vqscale.programs.studies.config import PartConfig, StudyConfig
+from vqscale.programs.studies.config import PartConfig, StudyConfig, named_twice
 
 Better = Literal["higher", "lower"]
 PROGRAMS = ("train", "encode", "cluster", "classifier", "shards")
@@ -118,7 +118,17 @@ class NoWorseThanConfig(TwoConfig):
 
 
 @dataclass(frozen=True)
-class AboveCurveConfig(OneConfig):
+class BetterConfig(OneConfig):
+    """A number that is to be better than another, by more than a margin."""
+
+    better: Better = "higher"
+    """which of two numbers is better"""
+    margin: float = 0.0
+    """by more than so much"""
+
+
+@dataclass(frozen=True)
+class AboveCurveConfig(BetterConfig):
     """Better than other runs at the same value of another number, such as PSNR at equal bits: the others are joined by
     straight lines, seed by seed, and beyond their ends nothing is said."""
 
@@ -128,10 +138,6 @@ class AboveCurveConfig(OneConfig):
     """dial=label of the others"""
     over: str = "bits"
     """the column that is to be the same"""
-    better: Better = "higher"
-    """which of two numbers is better"""
-    margin: float = 0.0
-    """by more than so much"""
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -143,15 +149,11 @@ class AboveCurveConfig(OneConfig):
 
 
 @dataclass(frozen=True)
-class DialedConfig(OneConfig):
+class DialedConfig(BetterConfig):
     """A number along a dial whose labels are numbers."""
 
     over: str = ""
     """the dial"""
-    better: Better = "higher"
-    """which of two numbers is better"""
-    margin: float = 0.0
-    """by more than so much"""
 
 
 @dataclass(frozen=True)
@@ -248,9 +250,7 @@ class ClaimsConfig:
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.claims:
             yield "claims", "the file has no claim: give one"
-        for name, count in Counter(claim.name for claim in self.claims).items():
-            if count > 1:
-                yield "claims", f"{count} claims are called {name}: give each a name of its own"
+        yield from named_twice("claims", (claim.name for claim in self.claims))
         for number, words in enumerate(self.before):
             if not words or words[0] not in PROGRAMS:
                 found = words[0] if words else "nothing"

@@ -12,6 +12,13 @@ SEED = "seed"
 RESERVED = ("run", SEED, "status", "error", "verdict")  # columns of results.csv that are not a dial's
 
 
+def named_twice(key: str, names: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """(key, message) of each name that several of the entries of a key have."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield key, f"{count} {key} are called {name}: give each a name of its own"
+
+
 @dataclass(frozen=True)
 class ChoiceConfig:
     """A position of a dial that changes several keys."""
@@ -124,9 +131,7 @@ class StudyConfig:
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.dials:
             yield "dials", "the study is empty, it has no dials: give at least one, with key and values or choices"
-        for name, count in Counter(dial.name for dial in self.dials).items():
-            if count > 1:
-                yield "dials", f"{count} dials are called {name}: give each a name of its own"
+        yield from named_twice("dials", (dial.name for dial in self.dials))
         if not self.seeds:
             yield "seeds", "the study is empty, it has no seeds: give at least [0]"
         for key in ("processes", "jobs"):
