@@ -18,6 +18,7 @@ from vqscale import config as configuration
 from vqscale.nets import discriminators
 from vqscale.nets.config.discriminators import PatchGANConfig
 from vqscale.nets.conv import Residual
+from vqscale.parallel.mesh import Mesh
 from vqscale.plan import costs_of, operations_of
 from vqscale.programs.commands import plan as command
 from vqscale.programs.commands import train
@@ -108,7 +109,7 @@ def test_a_network_that_looks_at_values_is_trained_without_a_rate(monkeypatch):
     watch = Watch(Effort(0, 1.0e9))
     watch.begin(log=True)
     watch.end(0.0)
-    assert "operations_per_s" not in watch.logged({"images_per_s": 2.0}) | watch.summary(2)
+    assert "operations_per_s" not in watch.logged({"images_per_s": 2.0}, Mesh()) | watch.summary(2)
 
 
 def test_operations_are_counted_where_steps_are_left_and_not_of_a_run_that_is_done(tmp_path, tiny_shards, monkeypatch):

@@ -207,9 +207,9 @@ def _train(config: PriorRun, mesh: Mesh, writing: Writer, effort: Effort | None)
             row |= {"perplexity": perplexity(row["loss/cross_entropy"]), "lr": report.lr}
             row |= {"grad_norm": report.grad_norm, "skipped": engine.skipped}
             row |= {"broken": done.broken} if most_broken else {}
-            rates = progress.rates() | {"memory_mib": peak_mib(mesh)}
+            rates = progress.rates()
             rates["tokens_per_s"] = rates["images_per_s"] * config.prior.num_tokens
-            board.scalars(step, row | loop.under("time", watch.logged(rates)))
+            board.scalars(step, row | loop.under("time", watch.logged(rates, mesh)))
             progress.show({name: row[name] for name in ("loss", "perplexity")})
         if held_out is not None and (last or step % run.eval_every == 0):
             with average.applied():

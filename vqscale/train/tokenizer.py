@@ -197,8 +197,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
                 row |= loop.under("discriminator", discriminator.numbers())
                 for note in discriminator.takeover.notes(step, row):
                     progress.say(note)
-            rates = progress.rates() | {"memory_mib": peak_mib(mesh)}
-            board.scalars(step, row | fitted | loop.under("time", watch.logged(rates)))
+            board.scalars(step, row | fitted | loop.under("time", watch.logged(progress.rates(), mesh)))
             progress.show({name.rpartition("/")[2]: row[name] for name in SHOWN if name in row})
         elif fitted:
             board.scalars(step, fitted)

@@ -61,10 +61,11 @@ class Watch:
         clock.on = False
         self._quiet.close()
 
-    def logged(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """Of a logged step, for the log: `rates` of the progress and what stands beside them, what they are of the
-        machine, and the step's own."""
-        return {**rates, **self._reached(rates["images_per_s"]), **self._logged}
+    def logged(self, rates: Mapping[str, float], mesh: Mesh) -> dict[str, float]:
+        """Of a logged step, for the log: `rates` of the progress, memory, what the rates are of the machine, and the
+        step's own. Collective."""
+        held = {"memory_mib": peak_mib(mesh)}
+        return {**rates, **held, **self._reached(rates["images_per_s"]), **self._logged}
 
     def _reached(self, images_per_s: float) -> dict[str, float]:
         if self._effort is None or not self._effort.operations:
