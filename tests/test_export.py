@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from saved_runs import images, small, small_config, write_run
 
+import vqscale
 from vqscale import priors
 from vqscale.priors.base import Prior
 from vqscale.programs.commands import export
+from vqscale.tokenizer import as_transformers
 from vqscale.tokenizer.model import Tokenizer
 
 NEEDS = "the extra export is not installed"
@@ -44,8 +48,8 @@ def tokenizer_of(codes: str, **net) -> Tokenizer:
     return tokenizer.eval()
 
 
-def exported(library: str, model, folder):
-    assert export.main(["--to", library, str(model.save(folder / "saved")), str(folder / "out")]) == 0
+def exported(library: str, model, folder, *options: str) -> Path:
+    assert export.main(["--to", library, str(model.save(folder / "saved")), str(folder / "out"), *options]) == 0
     return folder / "out"
 
 
@@ -102,6 +106,100 @@ def test_transformers_finds_the_same_ids(codes, tmp_path):
     was, now = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert was.keys() == now.keys()
     assert all(torch.equal(x, now[name]) for name, x in was.items())
+
+
+ANY = {
+    "conv": {"net": NET, "quantizer": CODES["vq"][0], "latent_norm": "layer"},
+    "magvit": {"net": {"name": "magvit", "channels": 8, "multipliers": [1, 2], "num_groups": 4, "z_channels": 4}},
+    "image_vit": {
+        "net": {"name": "image_vit", "patch": 4, "width": 16, "encoder_layers": 1, "decoder_layers": 1, "num_heads": 2}
+    },
+}
+ANY["magvit"]["quantizer"] = {"name": "lfq", "dim": 4}  # whitened by moving moments, in float64
+ANY["image_vit"]["quantizer"] = {"name": "fsq", "levels": [5, 5, 7]}  # constants that are no weights
+
+
+@pytest.mark.parametrize("net", ANY)
+def test_what_the_library_has_no_class_for_becomes_a_class_of_ours(net, tmp_path, capsys):
+    """A saved tokenizer, which we load as every other, and what AutoModel finds the class by."""
+    tokenizer = small(**ANY[net])
+    folder = exported("transformers", tokenizer, tmp_path)
+    said = capsys.readouterr().out
+    assert f"vqscale.tokenizer.auto_model.TokenizerModel.from_pretrained('{folder}')" in said
+    assert {"conv": "latent_norm is layer"}.get(net, f"net.name is {net}") in said
+    assert {file.name for file in folder.iterdir()} == {"card.json", "config.json", "model.safetensors"}
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "vqscale_tokenizer"
+    assert Tokenizer.load(folder).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ANY)
+def test_auto_model_computes_what_we_compute_to_the_bit(net, tmp_path):
+    library = pytest.importorskip("transformers", reason=NEEDS)
+    from vqscale.tokenizer.auto_model import TokenizerModel
+
+    tokenizer = small(**ANY[net])
+    folder = exported("transformers", tokenizer, tmp_path)
+    theirs = library.AutoModel.from_pretrained(folder)
+    assert isinstance(theirs, TokenizerModel)
+    assert not theirs.training
+    pixels = images(3, 16)
+    ids = tokenizer.encode(pixels)
+    assert len(ids.unique()) > 1
+    assert torch.equal(theirs.encode(pixels), ids)
+    assert torch.equal(theirs.decode(ids), tokenizer.decode(ids))
+    made = theirs(pixels)
+    assert torch.equal(made.ids, ids)
+    assert torch.equal(made.samples, tokenizer(pixels)[0])
+
+    with torch.no_grad():
+        theirs.tokenizer.decoder.get_parameter(tokenizer._last_weight).add_(1.0)
+    theirs.save_pretrained(tmp_path / "again")
+    again = library.AutoModel.from_pretrained(tmp_path, subfolder="again")
+    assert again.tokenizer.fingerprint == theirs.tokenizer.fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.slow
+def test_auto_model_refuses_what_would_be_another_tokenizer(tmp_path):
+    library = pytest.importorskip("transformers", reason=NEEDS)
+    import vqscale.tokenizer.auto_model  # noqa: F401 (tells AutoModel of the class)
+
+    folder = exported("transformers", tokenizer_of("ibq"), tmp_path, "--class-of", "vqscale")
+    load = library.AutoModel.from_pretrained
+    with pytest.raises(ValueError, match=r"dtype is torch\.bfloat16, .* in float32"):
+        load(folder, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"without device_map: leave that out"):
+        load(folder, device_map="auto")
+    with pytest.raises(ValueError, match=r"no tokenizer is made of that: load one with from_pretrained"):
+        library.AutoModel.from_config(library.AutoConfig.from_pretrained(folder))
+    with pytest.raises(ValueError, match=r"without push_to_hub: leave that out"):
+        load(folder).save_pretrained(folder, push_to_hub=True)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"the file was cut off or exchanged"):
+        load(folder)
+
+
+def test_the_class_of_the_library_is_taken_where_the_installed_version_has_it(tmp_path, capsys):
+    tokenizer = tokenizer_of("ibq")
+    (tmp_path / "old" / "models").mkdir(parents=True)
+    (tmp_path / "new" / "models" / "apertus1p5").mkdir(parents=True)
+    assert as_transformers.why_not(tokenizer, tmp_path / "new") == []
+    old = as_transformers.why_not(tokenizer, tmp_path / "old")
+    assert old == ["the installed transformers has no Apertus1p5VisionTokenizerModel"]
+    exported("transformers", tokenizer, tmp_path, "--class-of", "vqscale")
+    assert "to load it: --class-of vqscale" in capsys.readouterr().out
+    assert Tokenizer.load(tmp_path / "out").fingerprint == tokenizer.fingerprint
+    words = [str(tmp_path / "saved"), str(tmp_path / "none"), "--class-of", "vqscale"]
+    assert export.main(["--to", "diffusers", *words]) == 2
+    assert "vqscale has a class for a tokenizer in transformers only: leave --class-of out" in capsys.readouterr().err
+
+
+def test_the_package_is_imported_without_transformers():
+    """One file imports it, and no other file imports that one."""
+    package = Path(vqscale.__file__).parent
+    asks = re.compile(r"^\s*(?:import|from) (?:transformers|diffusers|vqscale\.tokenizer\.auto_model)\b", re.MULTILINE)
+    assert [path.name for path in package.rglob("*.py") if asks.search(path.read_text())] == ["auto_model.py"]
 
 
 def prior_of(prefix: int = 1, **settings) -> Prior:
@@ -183,11 +281,14 @@ def test_what_no_class_computes_is_refused_with_the_reason(library, reason, tmp_
     quantizer = {"name": "vq", "num_codes": 9, "dim": 4}
     model = small(net=net, **{"quantizer": quantizer, "latent_norm": "none", **settings})
     model.save(tmp_path / "saved")
-    assert export.main(["--to", library, str(tmp_path / "saved"), str(tmp_path / "out")]) == 2
+    words = ["--to", library, str(tmp_path / "saved"), str(tmp_path / "out")]
+    assert export.main([*words, "--class-of", "library"]) == 2
     said = capsys.readouterr().err
     assert reason in said
     assert "would be another model" in said
     assert not (tmp_path / "out").exists()
+    assert export.main(words) == (2 if library == "diffusers" else 0)  # there it becomes a class of vqscale
+    assert reason in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

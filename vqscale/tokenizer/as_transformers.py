@@ -1,11 +1,14 @@
 """A tokenizer of images as the vision tokenizer class of Emu3.5 and Apertus 1.5 in `transformers` (5.24 has it).
 
 That class encodes only: pixels to ids, the arg max of latents times a table. The decoder stays behind. Its table has no
-bias, so the nearest row (euclid) takes one number more: a channel of the last convolution that is always one.
+bias, so the nearest row (euclid) takes one number more: a channel of the last convolution that is always one. Where it
+is another network, or the installed version has no such class, a tokenizer is a class of ours: as_auto_model.py.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,22 +20,41 @@ from vqscale.tokenizer.foreign import Foreign, reasons_of_tokenizer, refuse, sca
 from vqscale.tokenizer.model import Tokenizer
 
 LOADS_AS = "transformers.Apertus1p5VisionTokenizerModel"
+MODULE = "apertus1p5"  # its folder among the models there
 COARSEST = 16  # side of the coarsest level for which the class is told where attention is, as published
 
 
 def export(tokenizer: Tokenizer) -> Foreign:
     """The encoder and the codes. ValueError with every reason why the class is another network."""
     net = tokenizer.net
-    reasons = [*reasons_of_tokenizer(tokenizer, mid_attention=True)]
-    if isinstance(net, ConvConfig) and net.num_groups != 32:
-        reasons.append(f"net.num_groups is {net.num_groups}, and it has 32")
-    refuse(LOADS_AS, "tokenizer", reasons)
+    refuse(LOADS_AS, "tokenizer", _reasons(tokenizer))
     assert isinstance(net, ConvConfig)
     tensors, table_KE = _tensors(tokenizer)
     strides = "spatial_scale_factor is the stride: sides are its multiples, pixels lie in [-1, 1]"
     remarks = ("it encodes only: the decoder is not in it (--to diffusers has both)", strides)
     settings = {"config.json": _settings(net, table_KE.shape)}
     return Foreign(LOADS_AS, "model.safetensors", tensors, settings, remarks)
+
+
+def why_not(tokenizer: Tokenizer, package: Path | None = None) -> list[str]:
+    """Every reason why the class is none for this tokenizer, or not to be had where it is exported; none where it is.
+
+    `package` is the folder of the installed `transformers`; where none is installed, one that has the class is meant.
+    """
+    spec = find_spec("transformers")
+    package = package or (Path(spec.origin).parent if spec and spec.origin else None)
+    reasons = _reasons(tokenizer)
+    if package is not None and not (package / "models" / MODULE).is_dir():
+        reasons.append(f"the installed transformers has no {LOADS_AS.split('.')[1]}")
+    return reasons
+
+
+def _reasons(tokenizer: Tokenizer) -> list[str]:
+    net = tokenizer.net
+    reasons = [*reasons_of_tokenizer(tokenizer, mid_attention=True)]
+    if isinstance(net, ConvConfig) and net.num_groups != 32:
+        reasons.append(f"net.num_groups is {net.num_groups}, and it has 32")
+    return reasons
 
 
 def _settings(net: ConvConfig, table: torch.Size) -> dict[str, Any]:

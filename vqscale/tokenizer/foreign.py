@@ -2,7 +2,8 @@
 
 Which model is which class there, and when it cannot be: as_transformers.py and as_diffusers.py beside this, of priors
 priors/as_llama.py. Here is what they share: the folder, the refusal, and codes as the table that their quantizers scan.
-No other library is imported: what a class computes is for the tests, which load what is written with it.
+No other library is imported: what a class computes is for the tests, which load what is written with it. A class of our
+own in such a library is as_auto_model.py.
 """
 
 from __future__ import annotations
@@ -38,16 +39,21 @@ class Foreign:
     remarks: tuple[str, ...] = ()
     """what its user has to know"""
 
+    def write(self, folder: Path | str) -> Path:
+        """Write the folder, which must be new or empty; the settings, without which nothing loads, come last."""
+        folder = empty(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors.write(folder / self.weights, {name: x.contiguous() for name, x in self.tensors.items()})
+        for name, settings in self.settings.items():
+            files.write_json(folder / name, settings)
+        return folder
 
-def write(folder: Path | str, model: Foreign) -> Path:
-    """Write the folder, which must be new or empty; the settings, without which nothing loads, come last."""
+
+def empty(folder: Path | str) -> Path:
+    """The folder, if it is new or empty; ValueError where it is not."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and not an empty folder, and an export writes over nothing: give another")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors.write(folder / model.weights, {name: x.contiguous() for name, x in model.tensors.items()})
-    for name, settings in model.settings.items():
-        files.write_json(folder / name, settings)
     return folder
 
 
