@@ -113,6 +113,22 @@ def test_the_numbers_are_those_of_one_recording_after_the_other(shards, quantize
     assert all(len(one.wave) == len(one.recon) for one in found.heard)
 
 
+def test_every_id_of_a_token_is_counted(shards):
+    """SEANet's decoder behind a residual quantizer, as EnCodec has them."""
+    levels = {"name": "residual", "levels": 3, "inner": asked()["quantizer"]}
+    given = asked() | {"net": asked()["net"] | {"decoder": "seanet"}, "quantizer": levels}
+    tokenizer = Tokenizer.from_config(configuration.parse(TokenizerConfig, given), seed=3).eval()
+    numbers = score(tokenizer, Recordings(shards, 0.8), Mesh()).numbers
+    waves = [torch.from_numpy(drawn(*one).astype(np.float32) / 32768)[None, None, :6400] for one in enumerate(LENGTHS)]
+    with torch.no_grad():
+        passes = [tokenizer(wave) for wave in waves]
+    bands = MelBands(RATE, 256, 64, 20)
+    mel = [mel_distance(x[0], y[0].clamp(-1, 1), bands).item() for x, (y, _) in zip(waves, passes, strict=True)]
+    assert numbers["mel"] == pytest.approx(np.mean(mel), rel=1e-5)
+    assert numbers["kbps"] == pytest.approx(3 * numbers["tokens_per_s"] * math.log2(CODES) / 1000)
+    assert numbers["tokens_per_s"] * numbers["seconds"] == pytest.approx(sum(len(found.ids) for _, found in passes))
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "grids"), [(2, [(2, 1), (1, 2)]), (4, [(2, 2)])])

@@ -50,13 +50,45 @@ def lstm(s, name: str, x: Tensor) -> Tensor:
     return x + torch.stack(frames, 2)
 
 
+def level(s, name: str, x: Tensor, causal: bool = True) -> Tensor:
+    h = padded(s, f"{name}.block.1.conv.conv", elu(x), causal=causal)
+    return conv(s, f"{name}.shortcut.conv.conv", x) + conv(s, f"{name}.block.3.conv.conv", elu(h))
+
+
 def latents(s, waves: Tensor, prefix: str = "encoder.model.", causal: bool = True) -> Tensor:
     x = padded(s, f"{prefix}0.conv.conv", waves, causal=causal)
     for i, stride in zip((1, 4, 7, 10), (2, 4, 5, 8), strict=True):
-        h = padded(s, f"{prefix}{i}.block.1.conv.conv", elu(x), causal=causal)
-        x = conv(s, f"{prefix}{i}.shortcut.conv.conv", x) + conv(s, f"{prefix}{i}.block.3.conv.conv", elu(h))
+        x = level(s, f"{prefix}{i}", x, causal)
         x = padded(s, f"{prefix}{i + 2}.conv.conv", elu(x), stride, causal)
     return padded(s, f"{prefix}15.conv.conv", elu(lstm(s, f"{prefix}13.lstm", x)), causal=causal)
+
+
+def spread(s, name: str, x: Tensor, stride: int) -> Tensor:
+    """(B, c, n) -> (B, out, n stride): every number adds its kernel of two strides; what is after the last is cut."""
+    g, v = s[f"{name}.weight_g"], s[f"{name}.weight_v"]
+    weight = g * v / v.square().sum((1, 2), keepdim=True) ** 0.5
+    n, kernel = x.shape[2], weight.shape[2]
+    whole = x.new_zeros(len(x), weight.shape[1], (n + 1) * stride)
+    for t in range(n):
+        whole[:, :, t * stride : t * stride + kernel] += torch.einsum("bc,cok->bok", x[:, :, t], weight)
+    return whole[:, :, : n * stride] + s[f"{name}.bias"][:, None]
+
+
+def mirrored_waves(s, z: Tensor) -> Tensor:
+    """(B, dim, n) codes -> (B, 1, 320 n), by EnCodec's decoder."""
+    x = lstm(s, "decoder.model.1.lstm", padded(s, "decoder.model.0.conv.conv", z))
+    for i, stride in zip((3, 6, 9, 12), (8, 5, 4, 2), strict=True):
+        x = level(s, f"decoder.model.{i + 1}", spread(s, f"decoder.model.{i}.convtr.convtr", elu(x), stride))
+    return padded(s, "decoder.model.15.conv.conv", elu(x))
+
+
+def refined(books: list[Tensor], x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids (N, levels), codes (N, D)) of a residual quantizer with these rows."""
+    ids, z_ND = [], torch.zeros_like(x_ND)
+    for rows in books:
+        ids.append(torch.cdist(x_ND - z_ND, rows).argmin(1))
+        z_ND = z_ND + rows[ids[-1]]
+    return torch.stack(ids, 1), z_ND
 
 
 def group_normed(s, name: str, x: Tensor) -> Tensor:
@@ -186,6 +218,35 @@ def used_shapes(num_codes: int, channels=32, dim=512, width=768, hidden=2304, bl
     return shapes
 
 
+def encodec_shapes(channels=32, dim=128, num_codes=1024, levels=32):
+    """Names and shapes of EnCodec's model of 24 kHz, in its own package."""
+    encoder = used_shapes(1, channels, dim, parts=False)
+    shapes = {name: shape for name, shape in encoder.items() if name.startswith("encoder.")}
+
+    def normed(name, out, first, into, kernel):
+        shapes.update(
+            {f"{name}.bias": (out,), f"{name}.weight_g": (first, 1, 1), f"{name}.weight_v": (first, into, kernel)}
+        )
+
+    def like(name, other):
+        found = {f"{name}{key.removeprefix(other)}": shape for key, shape in encoder.items() if key.startswith(other)}
+        shapes.update(found)
+
+    c = 16 * channels
+    normed("decoder.model.0.conv.conv", c, c, dim, 7)
+    like("decoder.model.1.", "encoder.model.13.")
+    for i, other, stride in ((3, 10, 8), (6, 7, 5), (9, 4, 4), (12, 1, 2)):
+        normed(f"decoder.model.{i}.convtr.convtr", c // 2, c, c // 2, 2 * stride)
+        like(f"decoder.model.{i + 1}.", f"encoder.model.{other}.")
+        c //= 2
+    normed("decoder.model.15.conv.conv", 1, 1, c, 7)
+    for i in range(levels):
+        book = f"quantizer.vq.layers.{i}._codebook."
+        shapes |= {f"{book}inited": (1,), f"{book}cluster_size": (num_codes,)}
+        shapes |= {f"{book}embed": (num_codes, dim), f"{book}embed_avg": (num_codes, dim)}
+    return shapes
+
+
 def unused_names() -> list[str]:
     """Of a decoder that is never called, of discriminators (DAC's twice) and of the mel filters."""
     three = ("bias", "weight_g", "weight_v")
@@ -211,7 +272,7 @@ def made(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]
     state = {}
     for name, shape in shapes.items():
         values = torch.empty(shape).normal_(generator=generator)
-        if name.endswith(("weight_g", "gamma")):
+        if name.endswith(("weight_g", "weight.original0", "gamma")):
             state[name] = 1 + 0.1 * values
         elif len(shape) > 1:
             state[name] = values / math.prod(shape[1:]) ** 0.5

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors")
 HELD = ("state_dict", "model")  # under which of its keys a file may have the tensors
 SHOWN = 3
 Shape = Sequence[int]

@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
-from vqscale.tokenizer import vqgan_names
+from vqscale.tokenizer import encodec_names, vqgan_names
 from vqscale.tokenizer.family import PYRAMID, Family, State, codes, count, numbers, pyramid
 
 WINDOW = "head.istft.window"
 ENCODEC = "feature_extractor.encodec."
 BOOK = f"{ENCODEC}quantizer.vq.layers.0._codebook."
+VOCOS = ("backbone.embed.weight", "backbone.convnext.0.pwconv1.weight")
 
 
-def _waves(encoder: str) -> tuple[str, ...]:
-    """What sizes of the net of waves are read from, its encoder being called so."""
+def _seanet(encoder: str) -> tuple[str, ...]:
+    """What sizes of SEANet are read from, its encoder being called so."""
     layers = ("0.conv.conv.weight_v", "1.block.1.conv.conv.weight_v", "13.lstm.weight_ih_l0")
-    return (*(f"{encoder}{layer}" for layer in layers), "backbone.embed.weight", "backbone.convnext.0.pwconv1.weight")
+    return tuple(f"{encoder}{layer}" for layer in layers)
 
 
 def _conv(raw: State) -> dict[str, Any]:
@@ -81,10 +82,30 @@ def _wavtokenizer(raw: State) -> dict[str, Any]:
     return {"signal": {"name": "sounds"}, "net": net, "quantizer": quantizer, "latent_norm": "none"}
 
 
+def _encodec(raw: State) -> dict[str, Any]:
+    """The nearest row of each level to what the levels before left; rows as moving averages, as it was trained."""
+    inner = {"name": "ema", "init": "normal", "revive_every": 0, **codes(raw, encodec_names.ROWS)}
+    quantizer = {"name": "residual", "levels": count(raw, encodec_names.LEVEL), "inner": inner}
+    net = {**_sampled(raw, "encoder.model.", causal=True), "decoder": "seanet"}
+    return {"signal": {"name": "sounds"}, "net": net, "quantizer": quantizer, "latent_norm": "none"}
+
+
 def _wave(raw: State, encoder: str, causal: bool) -> dict[str, Any]:
-    """What no shape says: whether the encoder is causal, and groups of 32."""
+    """What no shape says of the decoder: groups of 32."""
+    embed = raw["backbone.embed.weight"]
+    return {
+        **_sampled(raw, encoder, causal),
+        "width": embed.shape[0],
+        "decoder_kernel": embed.shape[2],
+        "hidden": raw["backbone.convnext.0.pwconv1.weight"].shape[0],
+        "num_blocks": count(raw, r"backbone\.convnext\.(\d+)\."),
+    }
+
+
+def _sampled(raw: State, encoder: str, causal: bool) -> dict[str, Any]:
+    """Of the net of waves what an encoder of samples says. What no shape says: whether it is causal."""
     name = re.escape(encoder)
-    first, embed = raw[f"{encoder}0.conv.conv.weight_v"], raw["backbone.embed.weight"]
+    first = raw[f"{encoder}0.conv.conv.weight_v"]
     lstm = numbers(raw, rf"{name}(\d+)\.lstm\.")[-1]
     if lstm > len(raw):
         raise ValueError(f"there is a layer {encoder}{lstm} among {len(raw)} keys")
@@ -98,10 +119,6 @@ def _wave(raw: State, encoder: str, causal: bool) -> dict[str, Any]:
         "ratios": [2 if down is None else down.shape[2] // 2 for down in strided],
         "lstm_layers": count(raw, rf"{name}\d+\.lstm\.weight_ih_l(\d+)"),
         "causal": causal,
-        "width": embed.shape[0],
-        "decoder_kernel": embed.shape[2],
-        "hidden": raw["backbone.convnext.0.pwconv1.weight"].shape[0],
-        "num_blocks": count(raw, r"backbone\.convnext\.(\d+)\."),
     }
 
 
@@ -187,7 +204,7 @@ FAMILIES = {
         where="zyx123/SimVQ on the Hugging Face hub, vq_audio_log/simvq_{4k,8k,65k,262k}",
         card={},
         config=_simvq_audio,
-        needs=(*_waves("encoder.model."), "quantize.embedding.weight"),
+        needs=(*_seanet("encoder.model."), *VOCOS, "quantize.embedding.weight"),
         rename=SIMVQ | {r"^decoder\.(backbone|head)\.": r"\1.", r"^(encoder\..*conv)\.": r"\1.conv."},
         frozen=("quantize.embedding.weight",),
         ignored=("decoder.",),
@@ -197,7 +214,7 @@ FAMILIES = {
         where="novateur/WavTokenizer on the Hugging Face hub; it has no averages: --weights raw",
         card={},
         config=_wavtokenizer,
-        needs=(*_waves(f"{ENCODEC}encoder.model."), f"{BOOK}embed"),
+        needs=(*_seanet(f"{ENCODEC}encoder.model."), *VOCOS, f"{BOOK}embed"),
         rename={
             r"^quantizer\.codebook\.rows$": f"{BOOK}embed",
             r"^decoder\.(backbone|head)\.": r"\1.",
@@ -209,5 +226,18 @@ FAMILIES = {
             *("multiperioddisc.", "multiresddisc.", "dac.", "dacdiscriminator.", "melspec_loss."),
         ),
         reduce=_in_use,
+    ),
+    "encodec": Family(
+        where="encodec_24khz-d7cc33bc.th of facebookresearch/encodec on GitHub, or model.safetensors of "
+        "facebook/encodec_24khz on the Hugging Face hub; no averages: --weights raw",
+        card={},
+        config=_encodec,
+        needs=(*_seanet("encoder.model."), encodec_names.ROWS),
+        rename={
+            r"^quantizer\.columns\.(\d+)\.codebook\.rows$": r"quantizer.vq.layers.\1._codebook.embed",
+            r"\.(conv|convtr)\.(weight_[gv]|bias)$": r".\1.\1.\2",
+        },
+        reduce=encodec_names.plain,
+        level=encodec_names.LEVEL,
     ),
 }

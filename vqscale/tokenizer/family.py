@@ -34,6 +34,8 @@ class Family:
     """how the names begin of what is never called, beside losses and discriminators"""
     reduce: Callable[[State], State] = dict
     """what of the file is used, under plain names, before anything is compared"""
+    level: str = ""
+    """a regular expression for the names of a level of the quantizer, with its number, where there are several"""
 
     def published(self, name: str) -> str:
         """Their name of what we call `name`."""
@@ -75,6 +77,18 @@ def count(raw: State, pattern: str) -> int:
     if found != list(range(len(found))):
         raise ValueError(f"the numbers of {pattern} are {', '.join(map(str, found[:5]))}, ... and not 0, 1, 2, ...")
     return len(found)
+
+
+def first_levels(state: State, pattern: str, levels: int) -> State:
+    """Without the levels of a residual quantizer after so many. ValueError where it has not so many."""
+    there = count(state, pattern) if pattern else 1
+    if not 1 <= levels <= there:
+        raise ValueError(
+            f"the first {levels} levels of a quantizer are asked for, and this one has {there}: change --levels, or "
+            "leave it out and take all"
+        )
+    rest = {name for name in state if pattern and (found := re.match(pattern, name)) and int(found[1]) >= levels}
+    return {name: x for name, x in state.items() if name not in rest}
 
 
 def codes(raw: State, name: str = "quantize.embedding.weight") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vqscale.nets.weights import check_shapes
 from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.families import FAMILIES, Family, State
+from vqscale.tokenizer.family import first_levels
 from vqscale.tokenizer.model import Tokenizer
 
 AVERAGE = "model_ema."
@@ -26,13 +27,18 @@ NO_AVERAGES = ("model_ema.decay", "model_ema.num_updates")
 IGNORED = ("loss.", "discriminator.")
 
 
-def convert(state: State, family: str, weights: Literal["average", "raw"] = "average") -> Tokenizer:
-    """The tokenizer in a state dictionary of a family of FAMILIES, in evaluation mode, on one process.
+def convert(
+    state: State, family: str, weights: Literal["average", "raw"] = "average", levels: int | None = None
+) -> Tokenizer:
+    """The tokenizer in a state dictionary of a family of FAMILIES, in evaluation mode, on one process; of a residual
+    quantizer with the first so many levels alone.
 
     ValueError that lists missing and unknown keys and other shapes, by their published names.
     """
     kind, what = family_named(family), f"the state dictionary of a published {family} tokenizer"
     state = kind.reduce(state)
+    if levels is not None:
+        state = first_levels(state, kind.level, levels)
     raw = {name: x for name, x in state.items() if not name.startswith((AVERAGE, *IGNORED, *kind.ignored))}
     averages = {name: x for name, x in state.items() if name.startswith(AVERAGE) and name not in NO_AVERAGES}
     _check_begin(raw, kind, what)

@@ -38,18 +38,23 @@ class SpectraConfig:
 
 @dataclass(frozen=True)
 class WaveConfig(NetSettings):
-    """SEANet's encoder and Vocos' decoder, by default those of the published SimVQ tokenizers of speech.
+    """SEANet's encoder and Vocos' decoder, by default those of the published SimVQ tokenizers of speech; or SEANet's
+    decoder, as EnCodec has it.
 
     A frame stands for as many samples as the product of the ratios says, the hop. Level i of the encoder has
     channels * 2**i channels; the last are the LSTM's. The decoder works at the rate of the frames, width numbers each,
-    and ends in one inverse Fourier transform of 4 hops per frame. With `spectra` another encoder stands in SEANet's
-    place, which has no use for channels and residual_kernel.
+    and ends in one inverse Fourier transform of 4 hops per frame; SEANet's mirrors the encoder, level by level, with
+    its sizes. With `spectra` another encoder stands in SEANet's place, which has no use for channels and
+    residual_kernel.
     """
 
     module: ClassVar[str] = "vqscale.nets.waves.net:build"
     rounds_up: ClassVar[bool] = True
     name: Literal["wave"] = "wave"
     """which network"""
+    decoder: Literal["vocos", "seanet"] = "vocos"
+    """which decoder; seanet has channels, ratios, kernels and LSTM of the encoder, and no use for width, hidden,
+    num_blocks, decoder_kernel, num_groups and dropout"""
     channels: int = 32
     """channels of the first convolution; every level doubles them"""
     ratios: tuple[int, ...] = (2, 4, 5, 8)
@@ -60,10 +65,10 @@ class WaveConfig(NetSettings):
     residual_kernel: int = 3
     """of the first convolution of a residual block of the encoder"""
     lstm_layers: int = 2
-    """layers of the LSTM over the encoder's frames; 0 is none"""
+    """layers of the LSTM over the frames of the encoder and of SEANet's decoder; 0 is none"""
     causal: bool = True
     """the encoder pads on the left alone: a frame sees no later samples, but for the first, where the padding mirrors;
-    the decoder sees all frames of a sample in any case"""
+    SEANet's decoder pads alike, and Vocos' sees all frames of a sample in any case"""
     encoder_gain: float | None = None
     """the encoder's convolutions begin with weights so many times torch's and without biases; 1.8 keeps what differs
     between frames, of which torch's start (null, as published) leaves a hundredth beside what all have in common"""
@@ -112,11 +117,17 @@ class WaveConfig(NetSettings):
             yield "encoder_gain", f"encoder_gain is {self.encoder_gain}: use a positive number, or null"
         if self.lstm_layers < 0:
             yield "lstm_layers", f"lstm_layers is {self.lstm_layers}: use 0 or more"
-        if not self.ratios or min(self.ratios) < 1 or self.hop % 2:
+        if not self.ratios or min(self.ratios) < 1:
+            yield (
+                "ratios",
+                f"ratios are {list(self.ratios)}, but there is a level for each, whose stride it is: give numbers of "
+                "at least 1",
+            )
+        elif self.decoder == "vocos" and self.hop % 2:
             yield (
                 "ratios",
                 f"ratios are {list(self.ratios)}, but the hop is their product, and a window of {WINDOW_HOPS} hops is "
-                "cut to its middle hop, which takes an even hop: give numbers of at least 1 with an even product",
+                "cut to its middle hop, which takes an even hop: give numbers with an even product",
             )
         if self.spectra is not None and self.ratios and self.spectra.window < self.ratios[0]:
             yield (
@@ -131,6 +142,9 @@ class WaveConfig(NetSettings):
                 f"{self.num_groups} groups do not divide the decoder's width of {self.width}: change num_groups or "
                 "width",
             )
+        if self.decoder == "seanet" and (self.centred_phases or self.turning_phases):
+            key = "centred_phases" if self.centred_phases else "turning_phases"
+            yield key, f"{key} is of Vocos' decoder, and decoder is seanet, which has no phases: leave out {key}"
         if not 0 <= self.dropout < 1:
             yield "dropout", f"dropout is {self.dropout}, but a share of zeroed values lies in [0, 1): change dropout"
 

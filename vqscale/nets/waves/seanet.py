@@ -1,7 +1,8 @@
-"""SEANet's encoder of waves, as EnCodec has it: strided convolutions with residual blocks, and an LSTM at the end.
+"""SEANet's encoder and decoder of waves, as EnCodec has them: strided convolutions with residual blocks, an LSTM over
+the frames; the decoder mirrors the encoder.
 
-With the default config a state dictionary of the published SimVQ tokenizers of speech fits name by name, but for the
-second `conv` that every name of a convolution has there.
+With the default config a state dictionary of the published SimVQ tokenizers of speech fits the encoder name by name,
+EnCodec's both, but for the second `conv` or `convtr` that every name of a convolution has there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqscale.nets.waves.config import WaveConfig
-from vqscale.nets.waves.weight_norm import NormedConv
+from vqscale.nets.waves.weight_norm import NormedConv, NormedTransposed
 
 
 class Conv(nn.Module):
@@ -29,6 +30,22 @@ class Conv(nn.Module):
         left, right = padding(x.shape[-1], self.kernel, self.stride, self.causal)
         out: Tensor = self.conv(mirrored(x, left, right) if left or right else x)
         return out
+
+
+class Up(nn.Module):
+    """(B, channels, L) -> (B, out, stride * L): a transposed convolution of two strides, cut to the places that Conv
+    makes these L of.
+
+    Causal: what a place sees ends with the one of the L that it belongs to.
+    """
+
+    def __init__(self, channels: int, out: int, stride: int, causal: bool = True) -> None:
+        super().__init__()
+        self.convtr = NormedTransposed(nn.ConvTranspose1d(channels, out, 2 * stride, stride))
+        self.stride, self.left = stride, 0 if causal else stride - stride // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convtr(x)[..., self.left : self.left + self.stride * x.shape[-1]]
 
 
 def padding(length: int, window: int, stride: int, causal: bool) -> tuple[int, int]:
@@ -94,6 +111,28 @@ class Encoder(nn.Module):
     def forward(self, waves: Tensor) -> Tensor:
         latents: Tensor = self.model(waves)
         return latents
+
+
+class Decoder(nn.Module):
+    """Latents (B, dim, n) -> waves (B, in_channels, n * hop), not clamped."""
+
+    def __init__(self, config: WaveConfig, dim: int) -> None:
+        super().__init__()
+        channels, causal = config.channels << len(config.ratios), config.causal
+        layers: list[nn.Module] = [Conv(dim, channels, config.kernel, causal=causal)]
+        if config.lstm_layers:
+            layers.append(LSTM(channels, config.lstm_layers))
+        for ratio in reversed(config.ratios):
+            up = Up(channels, channels // 2, ratio, causal)
+            channels //= 2
+            layers += [nn.ELU(), up, Residual(channels, config)]
+        layers += [nn.ELU(), Conv(channels, config.in_channels, config.kernel, causal=causal)]
+        self.model = nn.Sequential(*layers)
+        self.last_weight = f"model.{len(layers) - 1}.conv.weight_v"
+
+    def forward(self, latents: Tensor) -> Tensor:
+        waves: Tensor = self.model(latents)
+        return waves
 
 
 @torch.no_grad()

@@ -35,5 +35,21 @@ class NormedConv(nn.Module):
         return tuple(1 if side + 2 * pad == kernel else stride for stride, pad, side, kernel in sides)
 
 
+class NormedTransposed(nn.Module):
+    """A transposed convolution of one side with the weight g v / |v|, the norm over all dims but the first, which are
+    its inputs; it begins as the one it is given."""
+
+    def __init__(self, conv: nn.ConvTranspose1d) -> None:
+        super().__init__()
+        self.stride = conv.stride
+        self.weight_g = nn.Parameter(_norm(conv.weight.detach()))
+        self.weight_v = nn.Parameter(conv.weight.detach())
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_v * (self.weight_g / _norm(self.weight_v))
+        return F.conv_transpose1d(x, weight, self.bias, self.stride)
+
+
 def _norm(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)

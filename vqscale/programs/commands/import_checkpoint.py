@@ -1,12 +1,13 @@
 """Make a published tokenizer ours: a folder with model.safetensors and card.json that Tokenizer.load reads.
 
-    vqscale import --from FAMILY FILE OUT [--weights average|raw]
+    vqscale import --from FAMILY FILE OUT [--weights average|raw] [--levels N]
 
-FAMILY is ibq, open_magvit2, simvq or simvq_audio; or, with --weights raw, taming (VQGAN), diffusers (VQModel), llamagen
-or wavtokenizer, which have no averages.
+FAMILY is ibq, open_magvit2, simvq or simvq_audio; or, with --weights raw, taming (VQGAN), diffusers (VQModel),
+llamagen, wavtokenizer or encodec (24 kHz), which have no averages.
 
-FILE is a .ckpt, .pt, .pth, .bin or .safetensors that you fetched; nothing is downloaded, and nothing in it is executed.
-Every key is accounted for: what is missing, unknown or of another shape is listed, and then nothing is written.
+FILE is a .ckpt, .pt, .pth, .th, .bin or .safetensors that you fetched; nothing is downloaded, and nothing in it is
+executed. Every key is accounted for: what is missing, unknown or of another shape is listed, and then nothing is
+written.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = words.parser(__doc__)
     parser.add_argument("--from", dest="family", required=True, metavar="FAMILY", help="whose tokenizer it is")
     parser.add_argument("--weights", default="average", choices=("average", "raw"), help="which of the two in FILE")
+    parser.add_argument("--levels", type=int, metavar="N", help="of encodec's 32 quantizers the first so many alone")
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     return parser.parse_args(given)
@@ -43,7 +45,7 @@ def _import(args: argparse.Namespace) -> int:
     family = published.family_named(args.family)
     what = f"the checkpoint of a published {args.family} tokenizer"
     state = read_state(args.file, what=what, where=f"fetch it from {family.where}")
-    tokenizer = published.convert(state, args.family, args.weights)
+    tokenizer = published.convert(state, args.family, args.weights, args.levels)
     with args.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = f"{args.family}: {args.file.name} (sha256 {digest}), {args.weights} weights"
