@@ -11,12 +11,18 @@ import published_audio as theirs
 import pytest
 import torch
 
+from vqscale import config as configuration
 from vqscale.nets.waves.config import WaveConfig
+from vqscale.programs.commands import export
+from vqscale.tokenizer import as_encodec
+from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.tokenizer.published import convert
 
 SMALL = {"channels": 4, "dim": 8, "num_codes": 32, "levels": 3}
+NET = {"name": "wave", "decoder": "seanet", "channels": 2, "ratios": [4], "width": 32, "hidden": 8, "num_blocks": 1}
+ROWS = {"name": "vq", "num_codes": 16, "dim": 4, "similarity": "euclid"}
 main = runpy.run_path(str(Path(__file__).parent.parent / "tools/import_checkpoint.py"))["main"]
 
 
@@ -164,3 +170,56 @@ def test_transformers_computes_the_same(full):
             expected = model.decode(ids, [None]).audio_values
             assert 0.01 < expected.std() < 10
             torch.testing.assert_close(tokenizer.decode(ids[0].transpose(1, 2)), expected, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"net": NET | {"decoder": "vocos"}}, "net.decoder is vocos"),
+        ({"net": NET | {"lstm_layers": 0}}, "net.lstm_layers is 0"),
+        ({"net": NET | {"in_channels": 3}}, "net.in_channels is 3"),
+        ({"net": NET | {"spectra": {"window": 8}}}, "net.spectra is set"),
+        ({"signal": {"name": "images"}, "net": NET | {"in_channels": 1}}, "signal.name is images"),
+        ({"latent_norm": "rms"}, "latent_norm is rms"),
+        ({"quantizer": {"name": "vq", "num_codes": 16, "dim": 4}}, "quantizer.name is vq"),
+        ({"quantizer": {"name": "residual", "inner": {"name": "fsq", "num_codes": 16}}}, "quantizer.inner.name is fsq"),
+        ({"quantizer": {"name": "residual", "inner": ROWS | {"similarity": "cosine"}}}, "similarity is cosine"),
+        ({"quantizer": {"name": "residual", "inner": ROWS | {"num_codes": 12}}}, "is 12, and it has a power of two"),
+        ({"quantizer": {"name": "residual", "inner": ROWS, "scale": 0.5}}, "scale is 0.5, and it has 1"),
+    ],
+)
+def test_what_is_no_class_of_transformers_is_said(given, says):
+    plain = {"net": NET, "latent_norm": "none", "quantizer": {"name": "residual", "inner": ROWS}}
+    assert list(as_encodec.reasons(built(plain))) == []
+    (reason,) = as_encodec.reasons(built(plain | given))
+    assert says in reason
+    with pytest.raises(ValueError, match=r"no transformers\.EncodecModel computes what this tokenizer does"):
+        as_encodec.export(built(plain | given))
+
+
+def built(asked):
+    return Tokenizer.from_config(configuration.parse(TokenizerConfig, {"signal": {"name": "sounds"}} | asked)).eval()
+
+
+@pytest.mark.parametrize(("levels", "causal", "rate"), [(3, True, 24_000), (5, False, 8_000)])
+def test_transformers_loads_what_is_exported(levels, causal, rate, tmp_path):
+    library = pytest.importorskip("transformers", reason="the extra export is not installed")
+    inner = {"name": "vq", "num_codes": 32, "dim": 6, "similarity": "euclid", "init": "normal", "init_scale": 0.1}
+    net = {"name": "wave", "decoder": "seanet", "channels": 4, "ratios": [2, 5], "causal": causal, "encoder_gain": 2.0}
+    asked = {"signal": {"name": "sounds", "sample_rate": rate}, "net": net, "latent_norm": "none"}
+    tokenizer = built(asked | {"quantizer": {"name": "residual", "levels": levels, "inner": inner}})
+    tokenizer.save(tmp_path / "saved")
+    assert export.main(["--to", "transformers", str(tmp_path / "saved"), str(tmp_path / "out")]) == 0
+    model = library.EncodecModel.from_pretrained(tmp_path / "out").eval()
+    assert model.quantizer.num_quantizers == levels
+    sound = torch.randn(1003)
+    entered = library.AutoFeatureExtractor.from_pretrained(tmp_path / "out")(
+        sound.numpy(), sampling_rate=rate, return_tensors="pt"
+    )["input_values"]
+    with torch.no_grad():
+        for bandwidth in model.config.target_bandwidths:
+            ids = model.encode(entered, bandwidth=bandwidth).audio_codes
+            assert torch.equal(tokenizer.encode(sound[None, None])[..., : ids.shape[2]], ids[0].transpose(1, 2))
+        assert ids.shape[2] == levels
+        expected = model.decode(ids, [None]).audio_values
+    torch.testing.assert_close(tokenizer.decode(ids[0].transpose(1, 2)), expected, rtol=0, atol=1e-5)

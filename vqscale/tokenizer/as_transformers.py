@@ -1,8 +1,9 @@
 """A tokenizer of images as the vision tokenizer class of Emu3.5 and Apertus 1.5 in `transformers` (5.24 has it).
 
 That class encodes only: pixels to ids, the arg max of latents times a table. The decoder stays behind. Its table has no
-bias, so the nearest row (euclid) takes one number more: a channel of the last convolution that is always one. Where it
-is another network, or the installed version has no such class, a tokenizer is a class of ours: as_auto_model.py.
+bias, so the nearest row (euclid) takes one number more: a channel of the last convolution that is always one. The class
+for sounds is another: as_encodec.py. Where it is another network, or the installed version has no such class, a
+tokenizer is a class of ours: as_auto_model.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqscale.nets.config import ConvConfig
+from vqscale.nets.waves.config import WaveConfig
+from vqscale.tokenizer import as_encodec
 from vqscale.tokenizer.foreign import Foreign, reasons_of_tokenizer, refuse, scanned
 from vqscale.tokenizer.model import Tokenizer
 
@@ -25,7 +28,10 @@ COARSEST = 16  # side of the coarsest level for which the class is told where at
 
 
 def export(tokenizer: Tokenizer) -> Foreign:
-    """The encoder and the codes. ValueError with every reason why the class is another network."""
+    """The encoder and the codes; of sounds the decoder too. ValueError with every reason why the class is another
+    network."""
+    if isinstance(tokenizer.net, WaveConfig):
+        return as_encodec.export(tokenizer)
     net = tokenizer.net
     refuse(LOADS_AS, "tokenizer", _reasons(tokenizer))
     assert isinstance(net, ConvConfig)
@@ -41,6 +47,8 @@ def why_not(tokenizer: Tokenizer, package: Path | None = None) -> list[str]:
 
     `package` is the folder of the installed `transformers`; where none is installed, one that has the class is meant.
     """
+    if isinstance(tokenizer.net, WaveConfig):
+        return [*as_encodec.reasons(tokenizer)]
     spec = find_spec("transformers")
     package = package or (Path(spec.origin).parent if spec and spec.origin else None)
     reasons = _reasons(tokenizer)

@@ -14,7 +14,7 @@ OWN_SIZE = "measure at the size of the files, as published, in place of that of 
 KEYS = "measure the samples whose keys this file lists, one a line (a file's name does too), and no others"
 REFERENCE = "statistics that the predictions of each row are compared with, as FID-5k does (with --inception, --keys)"
 PREDICTIONS = "segments: write those with all codes, of the prior and without as COCO's PNG and JSON; with --own-size"
-MOST = "of a longer recording the beginning alone is looked at: memory grows with its square (default: %(default)s)"
+MOST = "of a longer recording the beginning alone is looked at: Vocos takes memory by its square (default: %(default)s)"
 KEPT = "so many images, drawn from all, keep their features for precision and recall: 8 kB each (default: %(default)s)"
 SWAPS = (
     "PSNR, and distances with --classifier or --inception, where such shares of the ids are swapped, for one of the "
