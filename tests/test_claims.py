@@ -7,6 +7,7 @@ import html
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -451,6 +452,18 @@ def test_from_nothing_to_the_page(base, tmp_path, capsys):
     # and a report of it, elsewhere
     assert command.main([str(path), "--report", "--out", str(tmp_path / "other")]) == 0
     assert _results(tmp_path / "other") == _results(page)
+    # where the runs are gone, it is of the results that are kept there, and of no others
+    (tmp_path / "study").rename(tmp_path / "gone")
+    shutil.rmtree(shards)
+    assert command.main([str(path), "--report", "--out", str(page)]) == 0
+    now = {line["name"]: line for line in _results(page)}
+    assert {name: now[name] for name in ("few", "speed")} == {name: found[name] for name in ("few", "speed")}
+    assert now["more-codes"]["measured here"] == found["more-codes"]["measured here"]
+    assert now["dies"]["verdict"] == f"{UNTESTED} (the run 64-seed9 is waiting)"
+    assert f"**{UNTESTED}**: not decided: " in (page / "claims.md").read_text()
+    others = f"study.set={json.dumps([*SHORT, 'data.batch=2'])}"
+    assert command.main([str(path), "--report", "--out", str(page), others]) == 2
+    assert "has results of another form of this study, which differs in set: take another" in capsys.readouterr().err
 
 
 @pytest.mark.slow

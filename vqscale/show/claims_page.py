@@ -1,4 +1,5 @@
-"""The page of claims: what papers say, what was measured here beside it, and the verdict, in one self-contained file.
+"""The page of claims: what papers say, what was measured here beside it, and the verdict, in one self-contained file;
+and the same as a table of Markdown.
 
 A row is plain data; what a verdict follows from is programs/claims/rules.py.
 """
@@ -74,10 +75,28 @@ class Row:
 
 def write(path: Path, rows: Sequence[Row], how: Sequence[str]) -> None:
     """Write the page; `how` are texts on how it was made."""
-    table = page.table([row.summary for row in rows], SUMMARY)
-    parts = [("All claims", table), *((row.title, _part(row)) for row in rows)]
+    summary = page.table([row.summary for row in rows], SUMMARY)
+    parts = [("All claims", summary), *((row.title, _part(row)) for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, page.page("What papers claim, and what came out here", [*parts, ("How", page.blocks(how))]))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The claims as a table of Markdown, in the order of papers."""
+    lines = [
+        "| paper | claim | the paper says | measured here | verdict |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {_cell(row.paper)} | {_cell(row.title)} | {_cell(row.says)} | {_cell(row.ours)} | **{row.verdict}**"
+            f"{_cell(f': {row.why}' if row.why else '')} |"
+            for row in sorted(rows, key=lambda row: row.paper)
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _part(row: Row) -> str:

@@ -2,12 +2,14 @@
 
     PLACE/claims.json  every claim with its verdict, comparisons, seeds, commits
     PLACE/claims.csv   a line each
+    PLACE/claims.md    claim, paper, numbers beside the paper's, verdict
     PLACE/index.html   the page
     PLACE/FILE/        results.csv and study.json of the study of a file
 
 A file of claims is data (config.py): its study runs as any other (studies/study.py), its rules are computed by
 rules.py, and what comes before is before.py. The page is of all files that are asked for, whichever of them
-have been run.
+have been run. A run that is not done here may be done in PLACE/FILE/results.csv, from another machine or another
+day, and then its numbers are taken from there.
 """
 
 from __future__ import annotations
@@ -129,14 +131,16 @@ def _signal(trial: Trial) -> str:
     return str(getattr(getattr(trial.config.tokenizer, "signal", None), "name", ""))
 
 
-def _lines(asked: Asked) -> list[study_report.Line]:
-    """How the runs of a file are now, also those that have failed in an earlier command."""
-    return study_report.result_lines(asked.trials, study_report.states(asked.study, asked.trials))
+def _lines(asked: Asked, place: Path) -> list[study_report.Line]:
+    """How the runs of a file are now, also those that have failed in an earlier command, or are kept in `place`."""
+    lines = study_report.result_lines(asked.trials, study_report.states(asked.study, asked.trials))
+    kept = study_report.kept(asked.study, asked.trials, place / asked.name)
+    return [kept.get(line["run"], line) if line["status"] != "done" else line for line in lines]
 
 
 def _judged(asked: Asked, lines: Sequence[study_report.Line]) -> list[Row]:
     """What can be said of each claim of a file."""
-    missing = Before(asked.config).missing()
+    missing = "" if all(line["status"] == "done" for line in lines) else Before(asked.config).missing()
     return [_row(asked, claim, lines, missing) for claim in asked.config.claims]
 
 
@@ -204,11 +208,11 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 def report(every: Sequence[Asked], command: str, place: Path) -> list[Row]:
     """Write what there is of all claims into `place`; `command` is what runs them."""
-    found = [(asked, _lines(asked)) for asked in every]
+    found = [(asked, _lines(asked, place)) for asked in every]
     rows = [row for asked, lines in found for row in _judged(asked, lines)]
     place.mkdir(parents=True, exist_ok=True)
     for asked, lines in found:
-        if any(trial.done for trial in asked.trials):
+        if any(line["status"] == "done" for line in lines):
             study_report.record(asked.study, asked.trials, lines, command, place / asked.name)
     card = {
         "command": command,
@@ -222,5 +226,6 @@ def report(every: Sequence[Asked], command: str, place: Path) -> list[Row]:
     files.write_json(place / "claims.json", {**card, "claims": shown})
     table = [{"name": row.name, **row.summary, "measure": row.measure, "runs": row.made} for row in rows]
     files.write(place / "claims.csv", study_report.table(table, list(table[0])))
+    files.write(place / "claims.md", claims_page.table(rows))
     claims_page.write(place / "index.html", rows, ["\n".join(f"{key}: {value}" for key, value in card.items())])
     return rows

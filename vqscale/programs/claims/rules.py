@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -61,7 +61,7 @@ def judge(claim: ClaimConfig, lines: Sequence[Line], dials: Sequence[str]) -> tu
     counts = Counter(finding.verdict for finding in findings)
     told = "; ".join(dict.fromkeys(finding.why for finding in findings if finding.why))
     if counts[UNTESTED]:
-        return UNTESTED, "; ".join(dict.fromkeys(each.why for each in findings if each.verdict == UNTESTED)), findings
+        return UNTESTED, _few(dict.fromkeys(each.why for each in findings if each.verdict == UNTESTED)), findings
     if counts[UNDECIDED] == len(findings):
         tend = f"by their means {sum(each.beyond for each in findings)} of {len(findings)} comparisons would hold"
         return UNTESTED, f"not decided: {told}; {tend}", findings
@@ -69,6 +69,11 @@ def judge(claim: ClaimConfig, lines: Sequence[Line], dials: Sequence[str]) -> tu
     parts = [f"{counts[each]} of {len(findings)} {each}" for each in (HOLDS, NOT_HERE, UNDECIDED) if counts[each]]
     why = f"of the comparisons {', '.join(parts)}" if len(parts) > 1 else ""
     return verdict, f"{why} ({told})" if told else why, findings
+
+
+def _few(reasons: Iterable[str]) -> str:
+    first, *others = reasons
+    return f"{first}; and {len(others)} more" if len(others) > 1 else "; ".join([first, *others])
 
 
 def evaluate(rule: RuleConfig, lines: Sequence[Line], dials: Sequence[str]) -> list[Finding]:

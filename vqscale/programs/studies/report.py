@@ -33,6 +33,7 @@ from vqscale.show.study_page import Results
 from vqscale.train.config import PriorRun, Run
 
 Line = dict[str, Any]
+OF_LAUNCHING = ("launcher", "launcher_options", "jobs")  # keys of a study that its numbers do not depend on
 
 
 def report(
@@ -71,6 +72,37 @@ def states(study: StudyConfig, trials: Sequence[Trial]) -> dict[str, State]:
     rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
     failed = {row["run"]: State("failed", row.get("error") or "") for row in rows if row["status"] == "failed"}
     return failed | launchers.states(study, trials)
+
+
+def kept(study: StudyConfig, trials: Sequence[Trial], place: Path) -> dict[str, Line]:
+    """{name: line} of the runs that are done in results that were written into `place`; ValueError where these are of
+    another study: its numbers are not to stand beside these."""
+    if not (place / "results.csv").exists():
+        return {}
+    settings, now = (
+        {key: value for key, value in config.items() if key not in OF_LAUNCHING}
+        for config in (run_folder.read_json(place / "study.json").get("study", {}), configuration.to_dict(study))
+    )
+    if settings != now:
+        keys = ", ".join(key for key in now if settings.get(key) != now[key])
+        raise ValueError(
+            f"{place} has results of another form of this study, which differs in {keys}: take another --out, or "
+            "remove that folder"
+        )
+    labels = {trial.name: trial.labels for trial in trials}
+    rows = csv.DictReader(io.StringIO((place / "results.csv").read_text()))
+    done = [row for row in rows if row["status"] == "done" and row["run"] in labels]
+    return {row["run"]: {key: _read(key, row[key]) for key in row if row[key]} | labels[row["run"]] for row in done}
+
+
+def _read(column: str, value: str) -> str | float:
+    """A cell of results.csv: a number, if it is one."""
+    if column in ("run", "commit"):  # which may look like one
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def result_lines(trials: Sequence[Trial], states: Mapping[str, State]) -> list[Line]:
