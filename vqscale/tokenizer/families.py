@@ -1,8 +1,7 @@
 """The families of published tokenizers: which network and quantizer they are, and how their projects call things.
 
-To add one: its line in FAMILIES. How a state dictionary then becomes a tokenizer, strictly, is in published.py.
-Left out: FVQ. Its bridge is folded into a VQGAN's table, but what the released files call their layers, and whether
-rows are brought to length one, is not published as text.
+To add one: its line in FAMILIES. How a state dictionary then becomes a tokenizer, strictly, is in published.py. Why FVQ
+is left out: README.md.
 """
 
 from __future__ import annotations
