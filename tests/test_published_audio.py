@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import published_audio as theirs
 import pytest
 import torch
@@ -84,20 +86,8 @@ def test_what_is_not_theirs_is_refused_by_name():
 def test_wavtokenizer_is_the_same_network_with_names_of_its_own():
     """Not causal, rows without a map, and norms of which the first of four is in use."""
     encodec, book = "feature_extractor.encodec.", "feature_extractor.encodec.quantizer.vq.layers.0._codebook."
-    state = theirs.made(theirs.used_shapes(50, **SMALL, parts=False))
-    generator = torch.Generator().manual_seed(1)
-    for name in [n for n in state if n.startswith(("backbone.norm.", "backbone.convnext.")) and ".norm." in n]:
-        kind = "scale" if name.endswith("weight") else "shift"
-        others = torch.randn(3, len(state[name]), generator=generator)
-        state[f"{name.rpartition('.')[0]}.{kind}.weight"] = torch.cat([state.pop(name)[None], others])
-    held = {(encodec if name.startswith("encoder.") else "") + name: x for name, x in state.items()}
-    held[f"{book}embed"] = torch.randn(50, 16, generator=generator)
-    unread = ("embed_avg", "cluster_size", "inited")
-    held |= {f"{book}{name}": torch.ones(1) for name in unread} | {"head.istft.window": torch.hann_window(1280)}
-    held |= {
-        f"{encodec}decoder.model.0.conv.conv.bias": torch.ones(1),
-        "dac.discriminators.0.conv_post.bias": torch.ones(1),
-    }
+    rows_KD = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    held = theirs.wavtokenizer(theirs.made(theirs.used_shapes(50, **SMALL, parts=False)), rows_KD)
     tokenizer = convert(held, "wavtokenizer", "raw")
     assert not tokenizer.config.net.causal
     tokenizer, s, waves = tokenizer.double(), {n: x.double() for n, x in held.items()}, torch.randn(1, 1, 2000).double()
@@ -110,3 +100,24 @@ def test_wavtokenizer_is_the_same_network_with_names_of_its_own():
         torch.testing.assert_close(tokenizer.decode(ids), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"no averaged weights \(model_ema\.\*\): take the others with --weights raw"):
         convert(held, "wavtokenizer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strides", [(2, 4, 5, 8), (4, 5, 5, 6)])
+def test_the_whole_wavtokenizer_is_accounted_for_at_full_size(strides):
+    """75 and 40 frames a second, 4096 codes. Tensors of one number each: where it ends up is what was read."""
+    shapes = theirs.used_shapes(4096, parts=False, strides=strides)
+    state = {name: torch.tensor(float(i)).expand(shape) for i, (name, shape) in enumerate(shapes.items())}
+    held = theirs.wavtokenizer(state, torch.tensor(float(len(state))).expand(4096, 512), math.prod(strides))
+    tokenizer = convert(held, "wavtokenizer", "raw")
+    assert tokenizer.config.net == WaveConfig(ratios=strides, causal=False)
+    mine = {name: entry.tensor for name, entry in entries(tokenizer).items()}
+    assert len(mine) == 62 + 158 + 2 + 1
+    for i, name in enumerate(state):
+        ours = name.replace(".conv.conv.", ".conv.") if name.startswith("encoder.") else f"decoder.{name}"
+        assert mine[ours].shape == shapes[name]
+        assert (mine[ours] == i).all(), name
+    assert (mine["quantizer.codebook.rows"] == len(state)).all()
+    del held["backbone.convnext.11.norm.shift.weight"]
+    with pytest.raises(ValueError, match=r"1 missing: backbone\.convnext\.11\.norm\.bias"):
+        convert(held, "wavtokenizer", "raw")

@@ -11,6 +11,7 @@ import vqgans
 from saved_runs import small
 from test_published import run_tool
 
+from vqscale.nets.config import ConvConfig
 from vqscale.tokenizer import as_diffusers
 from vqscale.tokenizer.export import entries
 from vqscale.tokenizer.model import Tokenizer
@@ -90,6 +91,27 @@ def test_every_name_of_a_full_sized_one_is_known(family):
     assert tokenizer.quantizer.num_codes == (2**18 if family == "open_magvit2" else 16384)
     assert tokenizer.net.strides == (16, 16)
     assert sum(e.tensor.numel() for e in entries(tokenizer).values()) == sum(x.numel() for x in state.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", vqgans.PROJECTIONS)
+def test_every_name_of_a_full_sized_vqmodel_is_read_into_its_place(family):
+    """The f4 of latent diffusion with 8192 codes. Tensors of one number each: where it ends up is what was read."""
+    sizes = {"ch": 128, "dim": 3, "num_codes": 8192, "z": 3, "levels": (1, 2, 4), "attended": False}
+    theirs, ours = vqgans.shapes(family, **sizes), vqgans.shapes("taming", **sizes)
+    state = {name: torch.tensor(float(i)).expand(shape) for i, (name, shape) in enumerate(theirs.items())}
+    tokenizer = convert(state, "diffusers", "raw")
+    assert tokenizer.config.net == ConvConfig(multipliers=(1, 2, 4), num_blocks=2, attention_levels=(), z_channels=3)
+    assert (tokenizer.quantizer.num_codes, tokenizer.quantizer.dim) == (8192, 3)
+    found = entries(tokenizer)
+    assert len(found) == len(ours) == len(theirs)
+    for i, (name, shape) in enumerate(ours.items()):
+        x = found["quantizer.codebook.rows" if name == "quantize.embedding.weight" else name].tensor
+        assert x.shape == shape
+        assert (x == i).all(), name
+    del state[f"decoder.mid_block.attentions.0.{vqgans.PROJECTIONS[family][-1]}.bias"]
+    with pytest.raises(ValueError, match=r"1 missing: decoder\.mid\.attn_1\.proj_out\.bias; 1 unknown: teacher"):
+        convert(state | {"teacher": torch.ones(1)}, "diffusers", "raw")
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "ema"])

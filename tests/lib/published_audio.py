@@ -168,7 +168,9 @@ def codes(s) -> Tensor:
     return s["quantize.embedding.weight"] @ s["quantize.embedding_proj.weight"].T + s["quantize.embedding_proj.bias"]
 
 
-def used_shapes(num_codes: int, channels=32, dim=512, width=768, hidden=2304, blocks=12, parts=True):
+def used_shapes(
+    num_codes: int, channels=32, dim=512, width=768, hidden=2304, blocks=12, parts=True, strides=(2, 4, 5, 8)
+):
     """Names and shapes of what is called: of the encoder `encoder.model.*`, backbone and head, and (`parts`) SimVQ."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -182,7 +184,7 @@ def used_shapes(num_codes: int, channels=32, dim=512, width=768, hidden=2304, bl
 
     c = channels
     normed("encoder.model.0.conv.conv", c, 1, 7)
-    for i, stride in zip((1, 4, 7, 10), (2, 4, 5, 8), strict=True):
+    for i, stride in zip((1, 4, 7, 10), strides, strict=True):
         normed(f"encoder.model.{i}.block.1.conv.conv", c // 2, c, 3)
         normed(f"encoder.model.{i}.block.3.conv.conv", c, c // 2, 1)
         normed(f"encoder.model.{i}.shortcut.conv.conv", c, c, 1)
@@ -211,7 +213,7 @@ def used_shapes(num_codes: int, channels=32, dim=512, width=768, hidden=2304, bl
         plain(f"{name}.norm", width)
         plain(f"{name}.pwconv1", hidden, width)
         plain(f"{name}.pwconv2", width, hidden)
-    plain("head.out", 1282, width)
+    plain("head.out", 4 * math.prod(strides) + 2, width)
     if parts:
         shapes["quantize.embedding.weight"] = (num_codes, dim)
         plain("quantize.embedding_proj", dim, dim)
@@ -291,3 +293,19 @@ def checkpoint(averaged: dict[str, Tensor]) -> dict[str, Tensor]:
     shadows = {name: x for name, x in averaged.items() if name != rows} | {name: torch.ones(1) for name in trained}
     shadows = {f"model_ema.{name.replace('.', '')}": x for name, x in shadows.items()}
     return raw | shadows | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(-1)}
+
+
+def wavtokenizer(state: dict[str, Tensor], rows_KD: Tensor, hop: int = 320) -> dict[str, Tensor]:
+    """The state dictionary of WavTokenizer's Lightning checkpoint with these weights and rows: norms have a scale and a
+    shift for each of four bandwidths; what is not read is small."""
+    encodec = "feature_extractor.encodec."
+    held = {(encodec if name.startswith("encoder.") else "") + name: x for name, x in state.items()}
+    for name in [n for n in held if n.startswith(("backbone.norm.", "backbone.convnext.")) and ".norm." in n]:
+        kind = "scale" if name.endswith("weight") else "shift"
+        first = held.pop(name)
+        held[f"{name.rpartition('.')[0]}.{kind}.weight"] = torch.stack([first, -first, 2 * first, first + 1])
+    book = f"{encodec}quantizer.vq.layers.0._codebook."
+    held |= {f"{book}embed": rows_KD, f"{book}embed_avg": 2 * rows_KD, f"{book}cluster_size": torch.ones(len(rows_KD))}
+    held |= {f"{book}inited": torch.ones(1), "head.istft.window": torch.hann_window(4 * hop)}
+    names = (encodec + n if n.startswith("decoder.") else n.removeprefix("loss.") for n in unused_names())
+    return held | {name: torch.ones(1) for name in names}

@@ -1,5 +1,6 @@
 """The VQGANs of taming-transformers, LlamaGen and Open-MAGVIT2 once more, for tests: as functions of a state dictionary
-with the published names, made of the sums of products in published.py; and those names with their shapes.
+with the published names, made of the sums of products in published.py; and those names with their shapes, also as
+`diffusers` has them, today and in older files.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from published import Names, attention, block, conv, group_normed, normed
 from torch import Tensor
 
 LEVELS = (1, 1, 2, 2, 4)
+PROJECTIONS = {
+    "diffusers": ("to_q", "to_k", "to_v", "to_out.0"),
+    "diffusers_older": ("query", "key", "value", "proj_attn"),
+}
 
 
 def places(family: str) -> dict[str, str]:
@@ -16,6 +21,12 @@ def places(family: str) -> dict[str, str]:
     if family == "llamagen":
         down, up, mid = "encoder.conv_blocks.{i}", "decoder.conv_blocks.{r}", ("mid.0", "mid.1", "mid.2")
         inner = "res.{j}"
+    elif family in PROJECTIONS:
+        down, up, mid = "encoder.down_blocks.{i}", "decoder.up_blocks.{r}", ("resnets.0", "attentions.0", "resnets.1")
+        found = {"down": f"{down}.resnets.{{j}}", "down_attn": f"{down}.attentions.{{j}}"}
+        found |= {"up": f"{up}.resnets.{{j}}", "up_attn": f"{up}.attentions.{{j}}"}
+        found |= {"downsample": f"{down}.downsamplers.0.conv", "upsample": f"{up}.upsamplers.0.conv"}
+        return found | dict(zip(("first", "middle", "second"), (f"mid_block.{layer}" for layer in mid), strict=True))
     else:
         down, up, mid = "encoder.down.{i}", "decoder.up.{i}", ("mid.block_1", "mid.attn_1", "mid.block_2")
         inner = "block.{j}"
@@ -24,20 +35,43 @@ def places(family: str) -> dict[str, str]:
     return found | dict(zip(("first", "middle", "second"), mid, strict=True))
 
 
-def _at(family: str, layer: str, i: int, j: int = 0) -> str:
-    return places(family)[layer].format(i=i, r=len(LEVELS) - 1 - i, j=j)
+def _at(family: str, layer: str, i: int, j: int = 0, levels: int = len(LEVELS)) -> str:
+    return places(family)[layer].format(i=i, r=levels - 1 - i, j=j)
 
 
-def shapes(family: str, ch: int, dim: int, num_codes: int, blocks: int = 2, z: int = 256) -> dict[str, tuple[int, ...]]:
-    names, widths, top, last = Names(biases=True), [ch * m for m in LEVELS], ch * LEVELS[-1], len(LEVELS) - 1
+def _in_diffusers(family: str, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """What is inside a layer: projections of attention are matrices there."""
+    if ".attentions." not in name:
+        return name.replace(".nin_shortcut.", ".conv_shortcut.").replace(".norm_out.", ".conv_norm_out."), shape
+    layer, part, kind = name.rsplit(".", 2)
+    parts = dict(zip(("norm", "q", "k", "v", "proj_out"), ("group_norm", *PROJECTIONS[family]), strict=True))
+    return f"{layer}.{parts[part]}.{kind}", shape[:2]
+
+
+def shapes(
+    family: str,
+    ch: int,
+    dim: int,
+    num_codes: int,
+    blocks: int = 2,
+    z: int = 256,
+    levels: tuple[int, ...] = LEVELS,
+    attended: bool = True,
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, of every family in the same order; `attended`: there is attention at the coarsest level."""
+    names, widths, top, last = Names(biases=True), [ch * m for m in levels], ch * levels[-1], len(levels) - 1
+
+    def at(layer: str, i: int, j: int = 0) -> str:
+        return _at(family, layer, i, j, len(levels))
+
     names.conv("encoder.conv_in", ch, 3, 3)
     for i, out in enumerate(widths):
         for j in range(blocks):
-            names.block(_at(family, "down", i, j), widths[max(i - 1, 0)] if j == 0 else out, out)
-            if i == last:
-                names.attention(_at(family, "down_attn", i, j), out)
+            names.block(at("down", i, j), widths[max(i - 1, 0)] if j == 0 else out, out)
+            if attended and i == last:
+                names.attention(at("down_attn", i, j), out)
         if i < last:
-            names.conv(_at(family, "downsample", i), out, out, 3)
+            names.conv(at("downsample", i), out, out, 3)
     for side in ("encoder", "decoder"):
         for layer in ("first", "second"):
             names.block(f"{side}.{places(family)[layer]}", top, top)
@@ -47,16 +81,17 @@ def shapes(family: str, ch: int, dim: int, num_codes: int, blocks: int = 2, z: i
     names.conv("decoder.conv_in", top, z, 3)
     for i, out in enumerate(widths):
         for j in range(blocks + 1):
-            names.block(_at(family, "up", i, j), widths[min(i + 1, last)] if j == 0 else out, out)
-            if i == last:
-                names.attention(_at(family, "up_attn", i, j), out)
+            names.block(at("up", i, j), widths[min(i + 1, last)] if j == 0 else out, out)
+            if attended and i == last:
+                names.attention(at("up_attn", i, j), out)
         if i > 0:
-            names.conv(_at(family, "upsample", i), out, out, 3)
+            names.conv(at("upsample", i), out, out, 3)
     names.norm("decoder.norm_out", ch)
     names.conv("decoder.conv_out", 3, ch, 3)
     names.conv("quant_conv", dim, z, 1)
     names.conv("post_quant_conv", z, dim, 1)
-    return names.shapes | {"quantize.embedding.weight": (num_codes, dim)}
+    found = names.shapes | {"quantize.embedding.weight": (num_codes, dim)}
+    return dict(_in_diffusers(family, *each) for each in found.items()) if family in PROJECTIONS else found
 
 
 def latents(family: str, s, images: Tensor, blocks: int = 2) -> Tensor:

@@ -36,6 +36,8 @@ DIFFUSERS: Rules = {
     r"\.group_norm\.": ".norm.",
     r"\.to_([qkv])\.": r".\1.",
     r"\.to_out\.0\.": ".proj_out.",
+    r"\.([qkv])(?:uery|ey|alue)\.": r".\1.",  # of older files, as the next
+    r"\.proj_attn\.": ".proj_out.",
 }
 PROJECTION = re.compile(r".*\.(?:attn\.\d+|attn_1)\.(?:q|k|v|proj_out)\.weight")
 
