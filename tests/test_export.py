@@ -13,6 +13,7 @@ from saved_runs import images, small, small_config, write_run
 
 import vqscale
 from vqscale import priors
+from vqscale.nets import NETS
 from vqscale.priors.base import Prior
 from vqscale.programs.commands import export
 from vqscale.tokenizer import as_transformers
@@ -115,21 +116,59 @@ ANY = {
         "net": {"name": "image_vit", "patch": 4, "width": 16, "encoder_layers": 1, "decoder_layers": 1, "num_heads": 2}
     },
 }
+VIT = {"name": "vit", "labels": [256], "image_size": 16, "patch": 4, "bottleneck": 2, "width": 16, "num_heads": 2}
+VIT |= {"mlp_width": 16, "encoder_layers": 1, "decoder_layers": 1}
+ANY["vit"] = {"net": VIT, "signal": {"name": "depth"}, "code_dropout": "random", "no_code": "learned"}
+ANY["vit"]["quantizer"] = {"name": "fsq", "levels": [7, 5, 5]}
+WAVE = {"name": "wave", "channels": 4, "ratios": [2, 4], "width": 8, "hidden": 12, "num_blocks": 1, "num_groups": 4}
+WAVE |= {"lstm_layers": 0, "encoder_gain": 1.8}
+ANY["wave"] = {"net": WAVE, "signal": {"name": "sounds", "sample_rate": 8000}, "latent_norm": "layer"}
+ANY["wave"]["quantizer"] = {"name": "simvq", "num_codes": 41, "dim": 6, "init": "normal", "revive_every": 0}
 ANY["magvit"]["quantizer"] = {"name": "lfq", "dim": 4}  # whitened by moving moments, in float64
 ANY["image_vit"]["quantizer"] = {"name": "fsq", "levels": [5, 5, 7]}  # constants that are no weights
+# Why these are no class of a library; of the others their net is none.
+REASONS = dict.fromkeys(("conv", "wave"), "latent_norm is layer")
+
+
+def any_of(net: str) -> Tokenizer:
+    """With noise on every parameter, by which samples get several ids."""
+    tokenizer, draw = small(**ANY[net]), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in tokenizer.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=draw))
+    return tokenizer
+
+
+def given(tokenizer: Tokenizer) -> tuple[torch.Tensor, ...]:
+    """Samples of a net, and their context where it takes one."""
+    if tokenizer.net.name == "wave":
+        return (torch.randn(3, 1, 83, generator=torch.Generator().manual_seed(5)),)
+    if tokenizer.net.takes_context:
+        classes = torch.randint(256, (3, 1, 16, 16), generator=torch.Generator().manual_seed(5))
+        return classes.float(), images(3, 16)
+    return (images(3, 16),)
+
+
+def test_every_net_is_exported_somewhere():
+    assert set(ANY) == set(NETS)
 
 
 @pytest.mark.parametrize("net", ANY)
 def test_what_the_library_has_no_class_for_becomes_a_class_of_ours(net, tmp_path, capsys):
     """A saved tokenizer, which we load as every other, and what AutoModel finds the class by."""
-    tokenizer = small(**ANY[net])
+    tokenizer = any_of(net)
     folder = exported("transformers", tokenizer, tmp_path)
     said = capsys.readouterr().out
     assert f"vqscale.tokenizer.auto_model.TokenizerModel.from_pretrained('{folder}')" in said
-    assert {"conv": "latent_norm is layer"}.get(net, f"net.name is {net}") in said
+    assert REASONS.get(net, f"net.name is {net}") in said
     assert {file.name for file in folder.iterdir()} == {"card.json", "config.json", "model.safetensors"}
     assert json.loads((folder / "config.json").read_text())["model_type"] == "vqscale_tokenizer"
     assert Tokenizer.load(folder).fingerprint == tokenizer.fingerprint
+    for library in export.EXPORTS:  # no class of theirs, and none of ours that they would find
+        words = ["--to", library, str(tmp_path / "saved"), str(tmp_path / library), "--class-of", "library"]
+        assert export.main(words) == 2
+        assert REASONS.get(net, f"net.name is {net}") in capsys.readouterr().err
+        assert not (tmp_path / library).exists()
 
 
 @pytest.mark.slow
@@ -138,19 +177,19 @@ def test_auto_model_computes_what_we_compute_to_the_bit(net, tmp_path):
     library = pytest.importorskip("transformers", reason=NEEDS)
     from vqscale.tokenizer.auto_model import TokenizerModel
 
-    tokenizer = small(**ANY[net])
+    tokenizer = any_of(net)
     folder = exported("transformers", tokenizer, tmp_path)
     theirs = library.AutoModel.from_pretrained(folder)
     assert isinstance(theirs, TokenizerModel)
     assert not theirs.training
-    pixels = images(3, 16)
-    ids = tokenizer.encode(pixels)
-    assert len(ids.unique()) > 1
-    assert torch.equal(theirs.encode(pixels), ids)
-    assert torch.equal(theirs.decode(ids), tokenizer.decode(ids))
-    made = theirs(pixels)
+    samples, *context = given(tokenizer)
+    ids = tokenizer.encode(samples, *context)
+    assert len(ids.unique()) > 3
+    assert torch.equal(theirs.encode(samples, *context), ids)
+    assert torch.equal(theirs.decode(ids, *context), tokenizer.decode(ids, *context))
+    made = theirs(samples, *context)
     assert torch.equal(made.ids, ids)
-    assert torch.equal(made.samples, tokenizer(pixels)[0])
+    assert torch.equal(made.samples, tokenizer(samples, *context)[0])
 
     with torch.no_grad():
         theirs.tokenizer.decoder.get_parameter(tokenizer._last_weight).add_(1.0)
