@@ -14,6 +14,7 @@ from saved_runs import images, small, small_config, write_run
 import vqscale
 from vqscale import priors
 from vqscale.nets import NETS
+from vqscale.priors import as_llama
 from vqscale.priors.base import Prior
 from vqscale.programs.commands import export
 from vqscale.tokenizer import as_transformers
@@ -281,6 +282,12 @@ def test_llama_gives_the_same_logits_and_draws_ids(head, tmp_path):
     ours = prior.sample(labels, {"temperature": 0.0}, numbers_B=torch.arange(3))
     assert torch.equal(drawn, ours.flatten(1))
     assert {file.name for file in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_every_version_is_told_by_what_tokens_are_turned():
+    """Those before 5 read it beside the other settings, and took a number of their own where it was not."""
+    settings = as_llama.export(prior_of()).settings["config.json"]
+    assert settings["rope_theta"] == settings["rope_parameters"]["rope_theta"] == LLAMA["rotary_base"]
 
 
 def test_a_row_is_turned_as_a_sequence_that_begins_with_the_prefix():

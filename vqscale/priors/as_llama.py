@@ -80,6 +80,7 @@ def _settings(prior: Autoregressive) -> dict[str, Any]:
         "max_position_embeddings": net.num_prefix + prior.config.num_tokens,
         "rms_norm_eps": net.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": net.rotary_base},
+        "rope_theta": net.rotary_base,  # where versions before 5 read it
         "attention_bias": False,
         **({} if net.qk_norm else {"mlp_bias": False}),
         "tie_word_embeddings": False,
