@@ -235,6 +235,29 @@ def test_the_class_of_the_library_is_taken_where_the_installed_version_has_it(tm
     assert "vqscale has a class for a tokenizer in transformers only: leave --class-of out" in capsys.readouterr().err
 
 
+SEANET = {"name": "wave", "decoder": "seanet", "channels": 4, "ratios": [2, 5], "lstm_layers": 1}
+LEVELS = {"name": "residual", "levels": 2, "inner": {"name": "vq", "num_codes": 8, "dim": 6}}
+
+
+def test_every_command_of_the_readme_makes_the_class_that_it_names(tmp_path, capsys):
+    models = {
+        "tokenizers/ibq-16384": tokenizer_of("ibq"),
+        "tokenizers/encodec-6kbps": small(
+            net=SEANET, quantizer=LEVELS, signal={"name": "sounds", "sample_rate": 8000}, latent_norm="none"
+        ),
+        "runs/row-prior": prior_of(net={"qk_norm": True}),
+    }
+    for name, model in models.items():
+        model.save(tmp_path / name)
+    page = (Path(vqscale.__file__).parent / "tokenizer" / "README.md").read_text()
+    lines = re.findall(r"^python tools/export\.py (.+?) +# (\w+)", page, re.MULTILINE)
+    assert len(lines) == page.count("python tools/export.py") == 5
+    for words, kind in lines:
+        *options, model, out = words.split()
+        assert export.main([*options, str(tmp_path / model), str(tmp_path / out)]) == 0
+        assert kind in capsys.readouterr().out
+
+
 def test_the_package_is_imported_without_transformers():
     """One file imports it, and no other file imports that one."""
     package = Path(vqscale.__file__).parent
