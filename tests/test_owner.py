@@ -143,6 +143,38 @@ def test_without_locks_on_the_disk_there_is_one_writer_too(tmp_path, monkeypatch
         assert most == [1]
 
 
+def test_a_network_disk_that_makes_the_file_and_says_it_was_there_is_understood(tmp_path, monkeypatch):
+    """As where the first answer of the server was lost; what is known of a file may be older than the link."""
+    real = os.link
+
+    def twice(made, path):
+        known = os.stat(made)
+        real(made, path)
+        monkeypatch.setattr(Path, "stat", lambda self, **_: known if self == made else os.stat(self))
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", twice)
+    with owner.own(tmp_path, "the run"):
+        assert named(tmp_path)["pid"] == os.getpid()
+    assert not (tmp_path / owner.NAME).exists()
+
+
+def test_a_file_that_another_machine_replaces_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """NFS 3 knows the file that was opened no more: ESTALE."""
+    real, stale = Path.read_bytes, iter([True, True])
+
+    def replaced(path):
+        if path.name == owner.NAME and next(stale, False):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    (tmp_path / owner.NAME).write_text(json.dumps(owner._me()))
+    monkeypatch.setattr(Path, "read_bytes", replaced)
+    with pytest.raises(ValueError, match=f"process {os.getpid()} of "), owner.own(tmp_path, "the run"):
+        pass
+    assert next(stale, None) is None
+
+
 def test_whoever_lost_the_folder_ends_and_writes_no_more(tmp_path):
     code = "import time; from vqscale.disk import owner; owner.BEAT_S = 0.05\n"
     code += f"with owner.own({str(tmp_path)!r}, 'the run'):\n    print('mine', flush=True)\n    time.sleep(30)"

@@ -20,10 +20,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vqscale.disk import files
 from vqscale.disk.lock import hold, named
@@ -36,6 +36,7 @@ _GUARD_S = 10.0  # most seconds that another one may take to look at a folder; o
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 Holder = dict[str, Any]
+Found = TypeVar("Found")
 
 
 @contextmanager
@@ -157,26 +158,41 @@ def _lives(path: Path, holder: Holder) -> bool:
 
 def _mark(path: Path) -> tuple[int, int] | None:
     """What changes with every beat; None without a file."""
-    try:
+
+    def look() -> tuple[int, int]:
         handle = os.open(path, os.O_RDONLY)  # opening asks the server of a network disk for what is true now
-    except FileNotFoundError:
-        return None
-    try:
-        found = os.fstat(handle)
-        return found.st_mtime_ns, found.st_ino
-    finally:
-        os.close(handle)
+        try:
+            found = os.fstat(handle)
+            return found.st_mtime_ns, found.st_ino
+        finally:
+            os.close(handle)
+
+    return _as_it_is(look)
 
 
 def _read(path: Path) -> Holder | None:
     """Who holds it; None for nobody, {} for a file that does not say."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if (text := _as_it_is(path.read_bytes)) is None:
         return None
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _as_it_is(look: Callable[[], Found]) -> Found | None:
+    """What a look into the file finds; None without a file. It looks again where a network disk says, with ESTALE, that
+    another machine has replaced or removed the file that was opened."""
+    until = time.monotonic() + _GUARD_S
+    while True:
+        try:
+            return look()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE or time.monotonic() > until:
+                raise
 
 
 def _put(path: Path, mine: Holder) -> bool:
@@ -186,7 +202,7 @@ def _put(path: Path, mine: Holder) -> bool:
         made.write_text(json.dumps(mine))
         os.link(made, path)
     except FileExistsError:
-        return made.stat().st_nlink == 2  # a network disk may have made it, and say that it was there
+        return _read(path) == mine  # a network disk may have made it, and say that it was there
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
