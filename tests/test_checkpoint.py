@@ -233,7 +233,7 @@ def test_a_killed_save_leaves_the_last_and_the_next_save_cleans(ranks, tmp_path)
     old = ranks(2, _save, tmp_path, 1, 1, 2)[0]
     with pytest.raises(RuntimeError, match="died without a word"):
         ranks(2, _killed_while_writing, tmp_path, 1)
-    assert (tmp_path / "0000000002.tmp").is_dir()
+    assert len([*tmp_path.glob("0000000002.*.tmp")]) == 1
     assert checkpoint.latest(tmp_path) == (old, [])
     ranks(2, _save, tmp_path, 3, 1, 2)
     assert sorted(os.listdir(tmp_path)) == ["0000000001", "0000000003"]
@@ -307,6 +307,34 @@ def _check_full_disk(messages, folder, old):
     assert f"The last good one stands: {old}. Make room" in messages[0]
     assert not list(folder.glob("*.tmp"))
     assert checkpoint.latest(folder) == (old, [])
+
+
+def _names(folder):
+    """Under which names this rank writes the checkpoint of step 1, twice; the first time it fails."""
+    found, before = [], writer._write
+
+    def noted(new, *others):
+        found.append(new.name)
+        if len(found) == 1:
+            raise OSError("no")
+        before(new, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "_write", noted)
+        with pytest.raises(CheckpointError, match="not written: rank 0: OSError: no"):
+            _save(folder, 1, 1, 2)
+        _save(folder, 1, 1, 2)
+    return found
+
+
+@pytest.mark.dist
+def test_a_save_is_written_under_a_name_that_was_never_there_and_all_ranks_know_it(ranks, tmp_path):
+    """Another machine of a network disk may see under an old name what has been moved away: a killed run's save."""
+    (tmp_path / "0000000001.tmp").mkdir()
+    one, other = ranks(2, _names, tmp_path)
+    assert one == other
+    assert len({*one, "0000000001.tmp"}) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["0000000001"]
 
 
 @pytest.mark.dist

@@ -365,6 +365,8 @@ def test_links_and_strange_names_beside_checkpoints_end_no_save(tmp_path, caplog
     (place / "mine.tmp").mkdir()
     (place / "0000000003.tmp").write_text("a file")
     (place / "0000000001.old.tmp").mkdir()
+    (place / "0000000004.0123abcd.tmp").mkdir()
+    (place / "left-abcd.tmp").mkdir()
     for step in (4, 6):
         save(place, step)
     assert sorted(path.name for path in place.iterdir()) == ["0000000006", "mine.tmp", "notes.tmp"]

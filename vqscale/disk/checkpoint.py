@@ -7,9 +7,9 @@
       rows/NAME/START/   zarr v3: rows START.. of the K-row tensor NAME, one array per writer
 
 No two ranks write one file; the manifest lists ranges and arrays, a reader takes any part of any tensor. A checkpoint
-is written as NNNNNNNNNN.tmp, made durable (fsync) and renamed: a killed process leaves a .tmp, which the next save
-removes. Older ones have replicated.pt, all that is no rows whole, in place of ranges/. Here: reading. Writing is in
-writer.py; what belongs into a checkpoint, held.py and the loops say.
+is written as NNNNNNNNNN.XXXXXXXX.tmp, made durable (fsync) and renamed: a killed process leaves a .tmp, which the next
+save removes. Older ones have replicated.pt, all that is no rows whole, in place of ranges/. Here: reading. Writing is
+in writer.py; what belongs into a checkpoint, held.py and the loops say.
 """
 
 from __future__ import annotations

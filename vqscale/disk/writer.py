@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +36,7 @@ from vqscale.parallel.mesh import Mesh
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 16 << 20
-_LEFT = re.compile(r"(\d{10}(\.old)?|left-\w+)\.tmp")
+_LEFT = re.compile(r"(\d{10}(\.\w+)?|left-\w+)\.tmp")
 Rows = Mapping[str, tuple[Tensor, int, int]]
 
 
@@ -46,6 +45,9 @@ class Writer:
 
     As a context it waits, at its end or at an error that is raised on all ranks (`agreed`), for what is being written.
     """
+
+    _new: Path
+    """the folder that is being written"""
 
     def __init__(self, folder: Path | str, mesh: Mesh, keep: int, agreed: tuple[type[BaseException], ...] = ()) -> None:
         assert keep >= 1, f"keep {keep} would remove the checkpoint just written"
@@ -66,9 +68,9 @@ class Writer:
         mine = {name: _copied(each) for name, each in held.share(every, mesh.world.rank, mesh.world.size).items()}
         layout = {name: layout_of(each.shape, each.flat.dtype) for name, each in every.items()}
         cut = {name: _cut(*each, mesh) for name, each in rows.items()}
-        self._together(lambda: _make(self.folder, self._new) if self._first else None)
-        said = dict(facts) if self._first else None
-        self._begin("ranges", lambda: _write(self._new, mesh.world.rank, mine, layout, cut, said))
+        self._make()
+        new, said = self._new, dict(facts) if self._first else None
+        self._begin("ranges", lambda: _write(new, mesh.world.rank, mine, layout, cut, said))
 
     def state(self) -> tuple[float, float]:
         """(1 while this rank writes, 1 when it failed): their sums over all ranks are what `advance` takes."""
@@ -103,26 +105,29 @@ class Writer:
     def _final(self) -> Path:
         return self.folder / f"{self._step:010d}"
 
-    @property
-    def _new(self) -> Path:
-        return files.beside(self._final)
-
     def _begin(self, phase: Literal["ranges", "whole"], work: Callable[[], None] | None) -> None:
         self._phase, self._task = phase, None if work is None else Task(work)
 
     def _finish(self) -> None:
         _seal(self._new, self._final, self._mesh.world.size, self._step, self._keep)
 
-    def _together(self, work: Callable[[], None]) -> None:
-        """A short work() on all ranks; where it fails on any, CheckpointError on all."""
-        failure = ""
+    def _make(self) -> None:
+        """The folder of a new checkpoint, by rank 0; where it cannot, CheckpointError on all ranks.
+
+        Its name was never there: under one that was, another machine of a network disk may go on to see, and write to,
+        what a killed run left, wherever that has been moved.
+        """
+        name, failure = f"{self._step:010d}.{uuid.uuid4().hex[:8]}.tmp", ""
         try:
-            work()
-        except Exception as error:
+            if self._first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / name).mkdir()
+        except OSError as error:
             failure = explain(error)
-        failures = ops.gather_objects(failure, self._mesh.world)
-        if any(failures):
-            self._give_up(failures)
+        (name, failure), *others = ops.gather_objects((name, failure), self._mesh.world)
+        self._new = self.folder / name
+        if failure:
+            self._give_up([failure, *("" for _ in others)])
 
     def _give_up(self, failures: list[str]) -> None:
         self._phase = self._task = None
@@ -149,14 +154,6 @@ def _cut(rows_k: Tensor, start: int, num_rows: int, mesh: Mesh) -> tuple[Tensor,
     assert 0 <= start <= start + len(rows_k) <= num_rows, f"rows {start}+{len(rows_k)} of {num_rows}"
     low, high = (len(rows_k) * (mesh.data.rank + i) // mesh.data.size for i in (0, 1))
     return rows_k[low:high].detach().to("cpu", copy=True), start + low, num_rows
-
-
-def _make(folder: Path, new: Path) -> None:
-    """Make the folder of a new checkpoint; what a killed run left under its name is put where `_write` removes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if new.exists():
-        os.rename(new, Path(tempfile.mkdtemp(prefix="left-", suffix=".tmp", dir=folder)) / new.name)
-    new.mkdir()
 
 
 def _write(

@@ -132,7 +132,7 @@ class Training:
             return False
         if attack.moment == "a save":
             saved = self.run / "checkpoints" / f"{attack.step:010d}"
-            return saved.with_name(f"{saved.name}.tmp").exists() or (step >= attack.step and saved.exists())
+            return any(saved.parent.glob(f"{saved.name}.*.tmp")) or (step >= attack.step and saved.exists())
         return step >= attack.step
 
     def _do(self, attack: Attack, start: Start) -> str:
