@@ -33,19 +33,21 @@ from vqscale.engine.rounded import rounded
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh, world_group
 
-LARGEST_BUCKET = 50_000_000
+LARGEST_BUCKET, BUCKETS = 50_000_000, 8
 _joined: Any = None  # the process group that DeepSpeed was last started in
 
 
 def settings(config: EngineConfig, num_parameters: int, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's dictionary. A misspelt key at its top level passes silently, so nothing else writes it."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage > 0:
+        # A bucket is allocated whole (2 GB by default) and reduced when it is full, on a GPU on a stream beside the
+        # backward pass: so there are several, or all would wait for its end. On a CPU, without streams, one will do.
+        overlaps = mesh.device.type != "cpu"
+        size = max(1, min(LARGEST_BUCKET, num_parameters // (BUCKETS if overlaps else 1)))
+        zero |= {"reduce_bucket_size": size, "overlap_comm": overlaps}
     if config.zero_stage in (1, 2):
-        # Buckets are allocated whole (2 GB by default); the norm is engine.py's.
-        zero |= {"reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_parameters)), "compute_grad_norm": False}
-        # Reduced on a stream beside the backward pass, as at stage 3 by default. A CPU has no streams: that order is
-        # tested there, and nothing on a GPU yet.
-        zero |= {"overlap_comm": mesh.device.type != "cpu"}
+        zero |= {"compute_grad_norm": False}  # it is engine.py's
     if config.zero_stage == 3:
         # It would replace torch.nn.functional.linear in the whole process, for every other network in it too.
         zero |= {"memory_efficient_linear": False}
