@@ -175,18 +175,21 @@ def test_under_tf32_ids_logits_and_softmaxes_are_those_of_float32(similarity, mo
 
 
 @pytest.mark.parametrize("name", quantizers.QUANTIZERS)
-def test_no_quantizer_leaves_its_codes_to_tf32(name, monkeypatch):
+def test_no_quantizer_leaves_its_codes_to_tf32_and_its_ids_of_training_are_those_of_encoding(name, monkeypatch):
     """But for products with probabilities, which on a CPU are float32, too."""
     monkeypatch.setattr(matmul, "exact_in_onednn", lambda: False)
-    sizes = {"fsq": {"levels": [5, 4, 3]}, "lfq": {"dim": 6}, "bsq": {"dim": 6}, "residual": {}, "grouped": {}}
+    # from data they begin in a warm-up without ids
+    inner = {"inner": {"name": "vq", "num_codes": 37, "dim": 6, "init": "normal"}}
+    sizes = {"fsq": {"levels": [5, 4, 3]}, "lfq": {"dim": 6}, "bsq": {"dim": 6}, "residual": inner, "grouped": inner}
     quantizer = quantizers.build({"name": name, **sizes.get(name, {"num_codes": 37, "dim": 6})})
     quantizer.begin()
     with Switched() as switched, products.precision("high"):
-        for _ in range(2):
-            answer = quantizer(normal(24, quantizer.dim, seed=5).float().requires_grad_())
+        for seed in (5, 6):
+            x_ND = normal(400, quantizer.dim, seed=seed).float().requires_grad_()
+            answer = quantizer(x_ND)
+            assert torch.equal(quantizer.encode(x_ND), answer.ids)
             (answer.z.sum() + sum(answer.losses.values())).backward()
             quantizer.update()
-        quantizer.encode(normal(24, quantizer.dim, seed=6).float())
     assert switched.seen <= {"highest"}
 
 
