@@ -3,6 +3,7 @@ what on a GPU (streams.py), under the settings of one."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from vqscale.parallel.mesh import Mesh
 from vqscale.parallel.spawn import run
 
 LAYERS, WIDTH, STEPS = 24, 32, 3
+LARGE = 8 * WIDTH  # of one layer: its matrices are larger than a bucket
 KINDS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 
 
@@ -41,7 +43,8 @@ class Net(nn.Module):
     def __init__(self, device):
         super().__init__()
         self._device = device
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        sizes = [WIDTH] * (LAYERS // 2) + [LARGE] + [WIDTH] * (LAYERS - LAYERS // 2)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
 
     def forward(self, x):
         for number, layer in enumerate(self.layers):
@@ -136,7 +139,7 @@ def test_reductions_run_beside_the_backward_pass_and_the_step_waits_for_them(ans
         for kind, (several, one) in zip(KINDS, answer, strict=True):
             number, beside, *waits = several[0]
             assert number >= zero.BUCKETS, kind
-            assert beside == number - 1, kind  # but for the last
+            assert beside >= number * 2 // 3, kind  # but for the last, and those that the large matrices follow at once
             assert waits == [True, True], kind
-            assert one[0] == (number // zero.BUCKETS, 0, True, True), f"{kind}: a bucket of all waits for the end"
+            assert one[0][1:] == (0, True, True), f"{kind}: a bucket of all waits for the end"
             assert all(torch.equal(x, one[1][name]) for name, x in several[1].items()), kind
