@@ -18,12 +18,12 @@ from PIL import Image
 
 from vqscale import config as configuration
 from vqscale.data.made import shapes
-from vqscale.nets.config.shapes import ShapesClassifierConfig
+from vqscale.nets.config.classifiers import ShapesClassifierConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.plan.tokenizer import planned_mesh
 from vqscale.show import run_page
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import shapes_classifier
+from vqscale.train.classifiers import SHAPES
 from vqscale.train.config import Run
 
 ROOT = Path(__file__).parents[1]
@@ -158,7 +158,7 @@ def test_samples_stand_beside_real_images_of_their_class(place, tmp_path):
 @pytest.mark.slow
 def test_the_page_tells_what_the_classifier_says_of_the_samples(place, tmp_path):
     config = ShapesClassifierConfig(image_size=SIDE, width=8, steps=1, batch=2, num_images=2, num_held_out=8)
-    shapes_classifier.save(tmp_path / "judge", shapes_classifier.train(config, Mesh()), Mesh(), {})
+    SHAPES.save(tmp_path / "judge", SHAPES.train(config, Mesh()), Mesh(), {})
     folders = (place / "run", place / "prior", place / "samples")
     assert main(*folders, "--classifier", tmp_path / "judge", "--out", tmp_path / "page.html") == 0
     told = (tmp_path / "page.html").read_text().partition("<h2>The samples before a judge</h2>")[2].partition("<h2>")[0]

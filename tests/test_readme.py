@@ -56,7 +56,7 @@ PRIOR_PLANNED = "--dry-run prior.num_codes=4096 prior.grid=[8,8] prior.feature_d
 # A command begins with the first of these that fits; what is added makes it short.
 SHORTER = {
     "bash launch/dense.sh": f"{SHORT_DENSE} run.folder={{tmp}}/dense -- {SHORT_DENSE} prior.net.num_layers=1 -- color",
-    "bash launch/sound.sh": f"{SHORT_SOUND} {DRAWN_SOUND} -- {SHORT_PRIOR}",
+    "bash launch/sound.sh": f"{SHORT_SOUND} {DRAWN_SOUND} -- {SHORT_PRIOR} -- {SHORT_JUDGE}",
     "bash launch/quickstart.sh": f"{SHORT_RUN} -- {SHORT_PRIOR} -- {SHORT_JUDGE}",
     "torchrun --nproc_per_node=2 launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
     "python launch/train.py configs/quickstart/prior.yaml": PRIOR_PLANNED,
@@ -105,7 +105,8 @@ def test_a_command_of_the_readme_works(command, tmp_path):
     done = _run(words, RUN=str(tmp_path / "sound"))
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     if command.startswith("bash launch/sound.sh"):
-        _check_heard(tmp_path / "sound-page", held_out=8, classes=10)
+        numbers = _check_heard(tmp_path / "sound-page", held_out=8, classes=10)
+        assert {"recognised", "recognised_real", "recognised_noise", "recognised_samples"} <= numbers.keys()
     if command.startswith("bash launch/dense.sh"):
         rows = json.loads((tmp_path / "dense" / "color-measured" / "result.json").read_text())["rows"]
         assert {"true codes", "no code", "constant", "greedy", "sampled"} <= rows.keys()
@@ -124,6 +125,7 @@ def _check_heard(folder, held_out, classes):
     page = (folder / "index.html").read_text()
     assert page.count("<audio controls src=") == 2 * held_out + 20
     assert {f"class {label}" for label in range(classes)} <= set(re.findall(r"<figcaption>(class \d+)", page))
+    return numbers
 
 
 @pytest.mark.slow

@@ -15,12 +15,12 @@ from slow_metrics import slow_frechet
 from vqscale.data.made.shapes import CLASS_NAMES, draw
 from vqscale.metrics import shapes_classifier as judged
 from vqscale.metrics.sample_file import SampleFile
-from vqscale.nets.config.shapes import ShapesClassifierConfig
+from vqscale.nets.config.classifiers import ShapesClassifierConfig
 from vqscale.parallel.mesh import Mesh
 from vqscale.programs.commands import classifier, evaluate
 from vqscale.seed import derive
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train import shapes_classifier
+from vqscale.train.classifiers import SHAPES, varied_pictures
 
 TINY = ShapesClassifierConfig(image_size=8, width=8, steps=3, batch=4, num_images=6, num_held_out=10)
 SIDE, SEED = 8, 3
@@ -47,7 +47,7 @@ def samples(path, labels, side=SIDE):
 
 
 def trained(data, config):
-    made = shapes_classifier.train(config, Mesh(data=data))
+    made = SHAPES.train(config, Mesh(data=data))
     return {name: p.clone() for name, p in made.state_dict().items()}
 
 
@@ -65,7 +65,7 @@ def test_two_processes_train_what_one_does(ranks):
 
 def test_it_learns_what_it_is_shown():
     config = ShapesClassifierConfig(image_size=16, width=8, steps=60, batch=20, num_images=20, num_held_out=10, lr=1e-2)
-    made = shapes_classifier.train(config, Mesh())
+    made = SHAPES.train(config, Mesh())
     images, labels = judged.pictures(list(range(20)), 16, config.seed)
     assert (made(images).logits_NC.argmax(1) == labels).float().mean() > 0.5  # a tenth by chance
 
@@ -73,8 +73,8 @@ def test_it_learns_what_it_is_shown():
 def test_pictures_are_varied_by_their_keys_alone():
     images, _ = judged.pictures(list(range(64)), SIDE, 0)
     keys = torch.arange(64)
-    once = shapes_classifier.varied(images, keys)
-    assert torch.equal(once[10:20], shapes_classifier.varied(images[10:20], keys[10:20]))
+    once = varied_pictures(images, keys)
+    assert torch.equal(once[10:20], varied_pictures(images[10:20], keys[10:20]))
     assert not torch.equal(once, images)
 
     def colours(x):  # a picture by its values, whatever their order, and whether it is inverted
@@ -149,7 +149,7 @@ def options(config):
 
 
 def test_it_is_saved_under_its_own_name_and_loads_to_the_bit(place, capsys):
-    loaded, card = shapes_classifier.load(place / "classifier", Mesh())
+    loaded, card = SHAPES.load(place / "classifier", Mesh())
     assert card["name"] == "shapes classifier"
     assert card["classes"] == list(CLASS_NAMES)
     assert 0 <= card["metrics"]["accuracy"] <= 1
@@ -159,7 +159,7 @@ def test_it_is_saved_under_its_own_name_and_loads_to_the_bit(place, capsys):
     with pytest.raises(ValueError, match=r"is the card of 'vqscale shapes classifier' and not of"):
         Tokenizer.load(place / "classifier")
     with pytest.raises(ValueError, match=r"does not exist|is no folder"):
-        shapes_classifier.load(place / "none", Mesh())
+        SHAPES.load(place / "none", Mesh())
 
 
 def test_a_folder_that_has_it_stays_as_it_is(place, capsys):
@@ -178,7 +178,7 @@ def test_a_classifier_of_other_classes_is_refused(place, tmp_path):
     card = json.loads((tmp_path / "card.json").read_text())
     (tmp_path / "card.json").write_text(json.dumps({**card, "classes": ["cat", "dog"]}))
     with pytest.raises(ValueError, match=r"trained on the classes \['cat', 'dog'\], and shapes are now"):
-        shapes_classifier.load(tmp_path, Mesh())
+        SHAPES.load(tmp_path, Mesh())
 
 
 @pytest.mark.slow

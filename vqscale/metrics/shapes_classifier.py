@@ -6,7 +6,7 @@
 
 It is a judge of pictures made by data/made/shapes.py alone, and its distance is none of Inception's: it bears no name
 of the field. Real pictures are drawn here, from the endless set that the classifier was trained on, at numbers that it
-never saw. Not here: the network (an argument) and its training (train/shapes_classifier.py).
+never saw. Not here: the network (an argument) and its training (train/classifiers.py).
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ Pictures = Iterator[tuple[Tensor, Tensor]]  # (uint8 (n, 3, H, W), their classes
 
 
 class Classifier(Protocol):
-    """The network, on the mesh's device: uint8 pictures -> (features, logits)."""
+    """A network on the mesh's device: uint8 pictures, or what a classifier of another medium takes -> (features,
+    logits)."""
 
     @property
     def config(self) -> Any: ...  # a ShapesClassifierConfig
     @property
     def num_features(self) -> int: ...
-    def __call__(self, pictures: Tensor, /) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, samples: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 def pictures(numbers: list[int], size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -49,12 +50,12 @@ def pictures(numbers: list[int], size: int, seed: int) -> tuple[Tensor, Tensor]:
     return stacked, torch.tensor([label for _, label in drawn])
 
 
-def drawn(numbers: list[int], config: Any, mesh: Mesh) -> Pictures:
-    """This rank's part of the pictures with these numbers of the set of a ShapesClassifierConfig."""
+def drawn(numbers: list[int], draws: Callable[[list[int]], tuple[Tensor, Tensor]], mesh: Mesh) -> Pictures:
+    """This rank's part of the samples with these numbers, as `draws` makes them."""
     count, world = len(numbers), mesh.world
     mine = numbers[count * world.rank // world.size : count * (world.rank + 1) // world.size]
     for at in range(0, len(mine), BATCH):
-        yield pictures(mine[at : at + BATCH], config.image_size, config.seed)
+        yield draws(mine[at : at + BATCH])
 
 
 @torch.no_grad()
@@ -130,4 +131,5 @@ def _alike(labels: NDArray[np.int64], first: int, count: int, classifier: Classi
     """This rank's part of `count` real pictures whose classes are those of the samples, again from the first."""
     # picture number n of the set has class n mod NUM_CLASSES
     numbers = [first + NUM_CLASSES * n + int(labels[n % len(labels)]) for n in range(count)]
-    return drawn(numbers, classifier.config, mesh)
+    size, seed = classifier.config.image_size, classifier.config.seed
+    return drawn(numbers, lambda some: pictures(some, size, seed), mesh)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from vqscale import signals
 from vqscale.data.recordings import Recordings
 from vqscale.data.sounds import Wave
 from vqscale.metrics.sound import SpeechMeasures
+from vqscale.metrics.sounds_classifier import Recognised, check_labels, check_rate
 from vqscale.nets.mode import evaluating
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
@@ -46,6 +47,7 @@ class Scored:
     num_codes: int
     heard: list[Heard]  # the first of the data set, in its order
     broken: list[str]  # a few of what could not be read
+    by_class: dict[str, dict[str, float]]  # what a classifier recognises, of each class there is
 
 
 @torch.no_grad()
@@ -55,11 +57,18 @@ def score(
     mesh: Mesh,
     speech: SpeechMeasures | None = None,
     advance: Callable[[int, float], None] | None = None,
+    classifier: Any = None,
 ) -> Scored:
-    """Look at every recording once, each by way of its ids. Collective; the same answer on any number of ranks, but
-    for rounding. ValueError on all ranks where no recording can be read, or at another rate than the tokenizer's.
+    """Look at every recording once, each by way of its ids; with a classifier, of drawn sounds, it names their class.
+    Collective; the same answer on any number of ranks, but for rounding. ValueError on all ranks where no recording can
+    be read, or at another rate than the tokenizer's, or has no class that the classifier knows.
     """
     signals.check_reads(tokenizer.signal.config, recordings.config)
+    labels, recognised = recordings.index.samples.labels, None
+    if classifier is not None:
+        check_rate(recordings.config.sample_rate, classifier.config, "the tokenizer")
+        check_labels(labels, "the recordings")
+        recognised = Recognised(classifier, mesh)
     world, passed = mesh.world, Pass(tokenizer.signal, tokenizer.quantizer, mesh, speech)
     heard, told = list[tuple[int, Heard]](), list[str]()
     counts = torch.zeros(4, dtype=torch.float64)  # samples, tokens, broken, cut
@@ -79,6 +88,8 @@ def score(
             counts[1] += int((ids.flatten(1)[:, 0] >= 0).sum())
             there = torch.tensor([len(wave) > 0], device=mesh.device)
             passed.add(wave.to(mesh.device).view(1, 1, -1), predicted.view(1, 1, -1), ids, there)
+            if recognised is not None and len(wave):
+                recognised.add(wave.to(mesh.device), predicted, int(labels[number]), number)
             if number < HEARD and len(wave):
                 heard.append((number, Heard(recordings.index.key(number), wave.numpy(), predicted.cpu().numpy())))
             if advance is not None:
@@ -92,8 +103,10 @@ def score(
     columns = len(passed.columns)
     numbers["kbps"] = numbers["tokens_per_s"] * columns * math.log2(tokenizer.quantizer.num_codes) / 1000
     numbers["kbps_entropy"] = numbers["tokens_per_s"] * numbers["id_bits"] / 1000
+    shares, by_class = recognised.numbers() if recognised is not None else ({}, {})
     every = sorted(pair for pairs in ops.gather_objects(heard, world) for pair in pairs)
-    return Scored(numbers, passed.per_code(), passed.num_codes, [one for _, one in every], told)
+    heard_first = [one for _, one in every]
+    return Scored(numbers | shares, passed.per_code(), passed.num_codes, heard_first, told, by_class)
 
 
 def through(tokenizer: Tokenizer, wave_T: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:

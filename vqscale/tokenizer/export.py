@@ -37,11 +37,12 @@ from vqscale.disk.tensors import BLOCK_BYTES, DTYPES, header
 from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 
-Kind = Literal["tokenizer", "prior", "shapes classifier"]  # what a folder may hold
+Kind = Literal["tokenizer", "prior", "shapes classifier", "sounds classifier"]  # what a folder may hold
 FORMATS: dict[Kind, str] = {
     "tokenizer": "vqscale tokenizer",
     "prior": "vqscale prior",
     "shapes classifier": "vqscale shapes classifier",
+    "sounds classifier": "vqscale sounds classifier",
 }
 VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"

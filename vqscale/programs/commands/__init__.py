@@ -10,7 +10,7 @@ COMMANDS = {  # name: (file, what it does)
     "train": ("train", "train a tokenizer or a prior, what a config describes"),
     "encode": ("encode", "encode the images of shards into a cache of ids"),
     "evaluate": ("evaluate", "measure a tokenizer, a prior or generated images"),
-    "classifier": ("classifier", "train the judge of samples of drawn pictures"),
+    "classifier": ("classifier", "train a judge of drawn pictures or sounds"),
     "cluster": ("cluster", "cluster the codes of a tokenizer, for priors that predict clusters"),
     "sample": ("sample", "draw images from a trained prior"),
     "sweep": ("sweep", "measure a prior under several sampling settings"),

@@ -15,7 +15,8 @@ samples      FID, sFID, Inception score, precision and recall of an npz with uin
              shapes, with --classifier, how many are recognised as their class, which needs no download
 prior        nats, perplexity and accuracy of held-out ids, the first view of every image of a token cache
 dense        depth, color, panoptic: metrics with all codes, a part, none, another image's, and of a constant
-sounds       whole recordings: distances of spectra, SI-SDR, measures of speech, bits per second, a page to listen to
+sounds       whole recordings: distances of spectra, SI-SDR, measures of speech, bits per second, a page to listen to;
+             of drawn sounds, with --classifier, how many are recognised by their reconstruction
 
 Nothing is downloaded: --inception takes pt_inception-2015-12-05-6726825d.pth. Numbers by other weights get other names.
 """

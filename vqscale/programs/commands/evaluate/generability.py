@@ -57,7 +57,8 @@ def opened(
     from vqscale.data.samples import SampleStream
     from vqscale.metrics.shapes_classifier import check_size
     from vqscale.programs import generability, judge, reach, score
-    from vqscale.train import probe, shapes_classifier
+    from vqscale.train import probe
+    from vqscale.train.classifiers import SHAPES
 
     count = tokenizer.quantizer.num_ids
     if count > 1 and (args.swaps or args.training):
@@ -75,7 +76,7 @@ def opened(
         reach.check(tokenizer, stream)
     training, about, features = None, dict[str, Any](), _known(measures) if args.swaps else []
     if args.classifier:
-        classifier, card = shapes_classifier.load(args.classifier, mesh)
+        classifier, card = SHAPES.load(args.classifier, mesh)
         check_size((stream.config.sides[0], stream.config.sides[1]), classifier.config.image_size, "the images")
         about = judge.about(args.classifier, classifier, card, BESIDE)
         features.append(

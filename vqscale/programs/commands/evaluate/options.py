@@ -20,6 +20,9 @@ SWAPS = (
     "PSNR, and distances with --classifier or --inception, where such shares of the ids are swapped, for one of the "
     "--neighbours nearest codes and for any other"
 )
+OF_SOUNDS = (
+    "a folder of `vqscale classifier --medium sounds`: how often it names drawn sounds, reconstructions, noise right"
+)
 CLASSIFIER = "a folder of `vqscale classifier`: distance of its features from those of the images, drawn shapes"
 AGREEMENT = "which share of the ids bfloat16 moves, and an image that stands a pixel or a token further"
 REACH = "which share of the codes one backward pass of the first batch gives a gradient"
@@ -83,6 +86,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     sounds.add_argument("path", metavar="PATH", help="run folder, checkpoint folder or exported folder of a tokenizer")
     sounds.add_argument("--shards", required=True, help="WebDataset shards of recordings: paths, braces, URLs")
     sounds.add_argument("--samples", help="folder of `vqscale sample`, whose sounds the page has too")
+    sounds.add_argument("--classifier", metavar="FOLDER", help=OF_SOUNDS)
     sounds.add_argument("--most-seconds", type=float, default=60.0, help=MOST)
     sounds.add_argument(
         "--speech", action=argparse.BooleanOptionalAction, default=True, help="PESQ, STOI, F1 of voicing"

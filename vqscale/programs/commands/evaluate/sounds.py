@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqscale.data.config_sounds import SoundsConfig
 from vqscale.programs.commands import words
 from vqscale.run import processes
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Drawn = tuple[NDArray[np.int16], NDArray[np.int64]]
+
 MOST_DRAWN = 40  # sounds on the page
+RECOGNISED = (
+    "share of the recordings whose class it names right, of their reconstructions (recognised), of themselves (_real), "
+    "of noise of their own mean spectrum (_noise); _samples: of all of --samples, the class they were drawn as"
+)
 PROTOCOL = {
     "recordings": "whole, one at a time, at the tokenizer's rate, by way of their ids; reconstructions within [-1, 1]",
     "mel": "mean |difference| of natural logarithms of mel bands, not below 1e-7: the distance that is trained",
@@ -31,12 +41,14 @@ def told(args: argparse.Namespace) -> str:
     """The lines for a terminal, on rank 0 alone; writes the folder of --out. Collective."""
     from vqscale.data import samples
     from vqscale.data.recordings import Recordings
+    from vqscale.metrics import sounds_classifier
     from vqscale.metrics.sound import SpeechMeasures
-    from vqscale.programs import recordings
+    from vqscale.programs import judge, recordings
     from vqscale.show import pictures, report, spectrograms
     from vqscale.show.progress import Progress
     from vqscale.signals.sounds import Sounds, bands
     from vqscale.tokenizer.model import Tokenizer
+    from vqscale.train.classifiers import SOUNDS
 
     samples.prepare(SoundsConfig(args.shards))
     with processes.joined(args.device, processes.divide(args.codes), agreed=()) as mesh:
@@ -48,47 +60,66 @@ def told(args: argparse.Namespace) -> str:
             )
         mel = bands(tokenizer.signal.config)
         how = SoundsConfig.encoded({**tokenizer.card, "sample_rate": mel.rate}, {}, "center")
+        classifier, about = None, {}
+        if args.classifier:
+            classifier, card = SOUNDS.load(args.classifier, mesh)
+            about = judge.about(args.classifier, classifier, card, RECOGNISED)
         source = Recordings(SoundsConfig(args.shards, **how), args.most_seconds)
         speech = SpeechMeasures.installed() if args.speech else SpeechMeasures({}, ())
         progress = Progress(-(-len(source) // mesh.world.size), rank=mesh.world.rank, stream=sys.stderr)
-        found = recordings.score(tokenizer, source, mesh, speech, progress.advance)
+        found = recordings.score(tokenizer, source, mesh, speech, progress.advance, classifier)
         progress.close()
         fingerprint = tokenizer.fingerprint  # collective
     if mesh.world.rank:
         return ""
+    drawn = _samples(args.samples)
+    numbers = found.numbers
+    if classifier is not None and drawn is not None:
+        numbers |= sounds_classifier.of_samples(*drawn, classifier, f"the samples {args.samples}")
     result = {
-        "numbers": found.numbers,
+        "numbers": numbers,
         "tokenizer": {"path": args.path, "weights": args.weights, "sha256": fingerprint, "card": tokenizer.card},
         "data": {"shards": list(source.config.patterns), "fingerprint": source.index.fingerprint()},
-        "protocol": PROTOCOL | {"most seconds of a recording": args.most_seconds},
-        "notes": [*speech.left_out, *_notes(found.numbers, found.broken, args.most_seconds)],
+        "protocol": PROTOCOL | about | {"most seconds of a recording": args.most_seconds},
+        "recognised by class": found.by_class,
+        "notes": [*speech.left_out, *_notes(numbers, found.broken, args.most_seconds)],
         **words.made_by("evaluate"),
         "processes": mesh.world.size,
     }
     players = "".join(spectrograms.heard(one.key, one.wave, one.recon, mel) for one in found.heard)
     shown = {"usage of codes": pictures.usage(found.per_code, num_codes=found.num_codes)}
-    parts = [("Listen", players), *_drawn(args.samples, mel.rate)]
+    parts = [("Listen", players), *_drawn(args.samples, drawn, mel.rate)]
     lines = report.tell(result, args.out, f"Tokenizer {args.path}", shown, parts)
     return report.text(result) if args.json else lines
 
 
-def _drawn(folder: str | None, rate: int) -> list[tuple[str, str]]:
-    """The sounds of a folder of samples, as a part of the page. ValueError where it has none."""
+def _samples(folder: str | None) -> Drawn | None:
+    """The sounds of a folder of samples (N, T) and their classes (N,). ValueError where it has none."""
     if folder is None:
-        return []
+        return None
     import numpy as np
 
     from vqscale.programs.sampling import folder as sample_folder
-    from vqscale.show import page, spectrograms
 
     file = Path(folder) / sample_folder.FILE
     if not file.is_file():
         raise ValueError(f"{folder} has no {file.name}: give a finished folder of `vqscale sample`")
     with np.load(file, allow_pickle=False) as arrays:
-        kept, labels = arrays["arr_0"], arrays["arr_1"].tolist()
+        kept, labels = arrays["arr_0"], arrays["arr_1"]
     if kept.dtype != np.int16 or kept.ndim != 2:
         raise ValueError(f"{file} has {kept.dtype} of shape {kept.shape}, which are no sounds: give samples of sounds")
-    named = [f"class {label}" if label >= 0 else f"number {number}" for number, label in enumerate(labels)]
+    return kept, labels
+
+
+def _drawn(folder: str | None, drawn: Drawn | None, rate: int) -> list[tuple[str, str]]:
+    """The sounds of a folder of samples, as a part of the page."""
+    if folder is None or drawn is None:
+        return []
+    from vqscale.programs.sampling import folder as sample_folder
+    from vqscale.show import page, spectrograms
+
+    kept, labels = drawn
+    named = [f"class {label}" if label >= 0 else f"number {number}" for number, label in enumerate(labels.tolist())]
     players = [spectrograms.player(wave, rate, name) for wave, name in zip(kept[:MOST_DRAWN], named, strict=False)]
     picture = page.picture(Path(folder) / sample_folder.GRID, "mel spectra, a row for each class")
     return [("Drawn from the prior", picture + "".join(players))]
