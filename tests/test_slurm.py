@@ -116,15 +116,19 @@ def test_it_is_bash(script):
     assert "launch/slurm" in script.read_text() or script.name == "job.sh"
 
 
-def test_drills_say_why_they_are_left_out(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("drills.sh", "SLURM's daemons are started as root"), ("nfs.sh", "hosts and their wires are made as root")],
+)
+def test_drills_say_why_they_are_left_out(tmp_path, script, why):
     stand_in = tmp_path / "id"
     stand_in.write_text('#!/bin/sh\n[ "$1" = -u ] && echo 1000 || echo somebody\n')
     stand_in.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    command = ["bash", str(ROOT / "tests" / "drills.sh"), str(tmp_path / "out")]
+    command = ["bash", str(ROOT / "tests" / script), str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "skipped: SLURM's daemons are started as root, and this is user somebody\n"
+    assert done.stdout == f"skipped: {why}, and this is user somebody\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -17,22 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import drilled
 import jobs
 import netns
 import slurm
+from drilled import Drill, Line, Skipped, logged, told, undisturbed
 
-from vqscale.disk import files
-from vqscale.programs.commands import words
-from vqscale.programs.soak.compare import rows
 from vqscale.programs.soak.disk import Disk, mounted
-from vqscale.programs.soak.start import Start
 from vqscale.programs.soak.training import last_step
-from vqscale.run import machine
 
 NODES, EVERY, MANY = 3, 20, 1_000_000
 GOES_ON = re.compile(r"going on after step (\d+) of \S+ on (\d+) processes")
@@ -112,16 +107,6 @@ class Ground:
         after = int(found[1])
         self.until(lambda: last_step(self.run) > max(after, reached) + FEW, "new steps")
         return reached - after
-
-
-@dataclass(frozen=True)
-class Drill:
-    """One thing that happens on a cluster. `most` is what may be lost, in steps; told beforehand."""
-
-    name: str
-    do: Callable[[Ground], tuple[str, int]]
-    """(how it went on, steps lost)"""
-    most: int
 
 
 def _two_nodes(ground: Ground) -> tuple[str, int]:
@@ -264,10 +249,6 @@ def _array(ground: Ground) -> tuple[str, int]:
     return "three runs, each a task, all done", 0
 
 
-class Skipped(Exception):
-    """What a drill needs is not here."""
-
-
 DRILLS = (
     Drill("two nodes", _two_nodes, 0),
     Drill("requeue", _requeue, 0),
@@ -294,15 +275,11 @@ def run(place: Path, out: Path) -> bool:
             ground = Ground(place, environment | wires, hosts, disk, shards)
             for drill in DRILLS:
                 lines.append(_line(ground, drill))
-                print(_told(lines[-1]), flush=True)
+                print(told(lines[-1]), flush=True)
         lines.append(_same(ground))
-        print(_told(lines[-1]), flush=True)
-    made = words.made_by("drills") | {"command": "bash tests/drills.sh", "machine": machine.facts()}
-    made["nodes"] = f"{NODES} hosts with wires of their own" if hosts else f"{NODES} daemons on one host"
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "drills.json", made | {"drills": lines})
-    head = ["| drill | what happens | steps done again | held | outcome |", "|---|---|---|---|---|"]
-    files.write(out / "drills.md", "\n".join([*head, *map(_told, lines)]) + "\n")
+        print(told(lines[-1]), flush=True)
+    nodes = f"{NODES} hosts with wires of their own" if hosts else f"{NODES} daemons on one host"
+    drilled.write(out, "drills", "bash tests/drills.sh", lines, nodes=nodes)
     return all(line["held"] is not False for line in lines)
 
 
@@ -317,34 +294,16 @@ def _hosts() -> Iterator[netns.Hosts | None]:
         yield found
 
 
-def _line(ground: Ground, drill: Drill) -> dict[str, object]:
+def _line(ground: Ground, drill: Drill[Ground]) -> Line:
     """Do one drill; where something else came of it the run is submitted again, for the next one."""
-    began, ground.seen = time.monotonic(), len(ground.log.read_text(errors="replace")) if ground.log.exists() else 0
-    line: dict[str, object] = {"drill": drill.name, "most": drill.most}
-    try:
-        said, lost = drill.do(ground)
-        held = lost <= drill.most
-        outcome = "survived, nothing lost" if not lost else f"survived, {lost} steps done again"
-        line |= {"happens": said, "lost": lost, "held": held, "outcome": outcome if held else f"NOT: {lost} steps lost"}
-    except Skipped as why:
-        line |= {"happens": "", "lost": None, "held": None, "outcome": f"skipped: {why}"}
-    except Exception as error:
-        traceback.print_exc()
-        line |= {"happens": "", "lost": None, "held": False, "outcome": f"NOT: {type(error).__name__}: {error}"[:300]}
-        with contextlib.suppress(TimeoutError):
-            ground.submit_again()
-    return line | {"seconds": round(time.monotonic() - began)}
+    ground.seen = len(ground.log.read_text(errors="replace")) if ground.log.exists() else 0
+    return drilled.line(ground, drill, ground.submit_again)
 
 
-def _same(ground: Ground) -> dict[str, object]:
+def _same(ground: Ground) -> Line:
     """The run to which nothing happened, as long as the other, and whether they are one."""
-    steps = max(row["step"] for row in rows(ground.run))
-    folder = ground.place / "undisturbed"
-    changes = [f"run.steps={steps}", f"run.folder={folder}"]
-    start = Start("train", [str(ground.config), *changes], 2, ground.place / "undisturbed.txt")
-    start.process.wait()
-    assert start.status == 0, start.said()
-    mine, theirs = ([row for row in rows(run) if "loss" in row] for run in (folder, ground.run))
+    theirs = logged(ground.run)
+    mine = undisturbed(ground.config, ground.place / "undisturbed", theirs[-1]["step"])
     pairs = list(zip(mine, theirs, strict=False))
     steady = [(one, two) for one, two in pairs if one["step"] <= ground.steady]
     after = [(one["loss"], two["loss"]) for one, two in pairs if 0 < one["step"] - ground.steady <= FEW]
@@ -355,12 +314,6 @@ def _same(ground: Ground) -> dict[str, object]:
     outcome = "every number that was logged is equal in every bit" if same else f"NOT the same at step {other[:1]}"
     outcome += "" if close else f"; NOT close on one process: {after}"
     return {"drill": "all of them together", "happens": happens, "lost": 0, "held": same and close, "outcome": outcome}
-
-
-def _told(line: dict[str, object]) -> str:
-    held = {True: "yes", False: "NO", None: ""}[line["held"]]  # type: ignore[index]
-    lost = "" if line["lost"] is None else line["lost"]
-    return f"| {line['drill']} | {line['happens']} | {lost} | {held} | {line['outcome']} |"
 
 
 if __name__ == "__main__":
