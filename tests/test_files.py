@@ -21,7 +21,6 @@ OTHERS = {
     "data/shards/cache.py": "a download of any size; files.place puts it in its place when it is whole",
     "disk/wav.py": "a file in memory",
     "disk/owner.py": "what names the writer of a folder is made by a link, and goes with it",
-    "disk/writer.py": "renames what a killed one left, to be removed",
     "programs/claims/before.py": "what a command prints, as it prints it",
     "programs/sampling/folder.py": "an entry of the zip that files.writing writes",
     "run/processes.py": "words to whoever started this process, read when it has ended",
