@@ -345,7 +345,7 @@ def test_samples_are_of_priors_and_their_options_are_read_before_a_run_starts(ba
 @pytest.mark.slow
 def test_interrupted_and_continued(base):
     place = base.parent / "long"
-    num = 240  # seconds, in which both are asked to stop
+    num = 240  # steps, of which both are asked to stop after the first few
     more = [f"run.steps={num}", f"run.checkpoint_every={num}", f"run.eval_every={num}"]
     path = _write(base, dials=[K], folder=str(place), set=more)
     process = subprocess.Popen(
@@ -360,9 +360,11 @@ def test_interrupted_and_continued(base):
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "the same command goes on" in said
-    assert {line["status"] for line in _results(place).values()} == {"stopped"}
-    for trial in trials:
-        assert not (trial.folder / "summary.json").exists()
+    stopped = [trial for trial in trials if not (trial.folder / "summary.json").exists()]
+    assert stopped  # on a busy machine one may have come to its end before the other began
+    found = {name: line["status"] for name, line in _results(place).items()}
+    assert found == {trial.name: "stopped" if trial in stopped else "done" for trial in trials}
+    for trial in stopped:
         assert os.listdir(trial.folder / "checkpoints")
     done = subprocess.run(_tool(path), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
