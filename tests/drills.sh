@@ -4,7 +4,7 @@
 #
 #   bash tests/drills.sh [OUT]
 #
-# As root on Debian it installs what is missing of SLURM; elsewhere it says why it does nothing. A quarter of an hour.
+# As root on Debian it installs what is missing of SLURM; elsewhere it says why it does nothing. 4 to 15 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
