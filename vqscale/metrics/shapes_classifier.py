@@ -11,8 +11,7 @@ never saw. Not here: the network (an argument) and its training (train/classifie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,27 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqscale.data.made.shapes import CLASS_NAMES, NUM_CLASSES, draw
-from vqscale.metrics.fid import Moments, Statistics, frechet
+from vqscale.metrics.classifiers import BATCH, Classifier, Samples, drawn, look
+from vqscale.metrics.fid import frechet
 from vqscale.metrics.sample_file import SampleFile
-from vqscale.parallel import ops
 from vqscale.parallel.mesh import Mesh
 from vqscale.seed import derive
 
 FEWEST_REAL = 2000  # pictures that the samples' features are compared with
 FIRST_REAL, FIRST_OTHER = 10**8, 2 * 10**8  # numbers of pictures that no training comes to
-BATCH = 100
-Pictures = Iterator[tuple[Tensor, Tensor]]  # (uint8 (n, 3, H, W), their classes)
-
-
-class Classifier(Protocol):
-    """A network on the mesh's device: uint8 pictures, or what a classifier of another medium takes -> (features,
-    logits)."""
-
-    @property
-    def config(self) -> Any: ...  # a ShapesClassifierConfig
-    @property
-    def num_features(self) -> int: ...
-    def __call__(self, samples: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 def pictures(numbers: list[int], size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -48,27 +34,6 @@ def pictures(numbers: list[int], size: int, seed: int) -> tuple[Tensor, Tensor]:
     drawn = [draw(number, size, derive("shapes classifier", seed)) for number in numbers]
     stacked = torch.from_numpy(np.stack([picture for picture, _ in drawn])).permute(0, 3, 1, 2).contiguous()
     return stacked, torch.tensor([label for _, label in drawn])
-
-
-def drawn(numbers: list[int], draws: Callable[[list[int]], tuple[Tensor, Tensor]], mesh: Mesh) -> Pictures:
-    """This rank's part of the samples with these numbers, as `draws` makes them."""
-    count, world = len(numbers), mesh.world
-    mine = numbers[count * world.rank // world.size : count * (world.rank + 1) // world.size]
-    for at in range(0, len(mine), BATCH):
-        yield draws(mine[at : at + BATCH])
-
-
-@torch.no_grad()
-def look(classifier: Classifier, seen: Pictures, mesh: Mesh) -> tuple[float, Statistics]:
-    """(share recognised as their class, statistics of the features) of the pictures of all ranks. Collective."""
-    moments, right, count = Moments(classifier.num_features, mesh.device), 0, 0
-    for images, labels in seen:
-        features_ND, logits_NC = classifier(images.to(mesh.device))
-        moments.add(features_ND)
-        right += int((logits_NC.argmax(1).cpu() == labels).sum())
-        count += len(images)
-    sums = ops.sum_over(torch.tensor([right, count], dtype=torch.float64, device=mesh.device), mesh.world).tolist()
-    return sums[0] / sums[1], moments.statistics(mesh.world)
 
 
 def judge(
@@ -83,7 +48,7 @@ def judge(
     """
     labels = classes(images, classifier.config.image_size)
 
-    def of_samples() -> Pictures:
+    def of_samples() -> Samples:
         for first, batch in images.batches(BATCH, mesh.world.rank, mesh.world.size):
             yield batch, torch.from_numpy(labels[first : first + len(batch)])
             if advance is not None:
@@ -127,7 +92,7 @@ def check_size(sides: tuple[int, int], size: int, whose: str) -> None:
         )
 
 
-def _alike(labels: NDArray[np.int64], first: int, count: int, classifier: Classifier, mesh: Mesh) -> Pictures:
+def _alike(labels: NDArray[np.int64], first: int, count: int, classifier: Classifier, mesh: Mesh) -> Samples:
     """This rank's part of `count` real pictures whose classes are those of the samples, again from the first."""
     # picture number n of the set has class n mod NUM_CLASSES
     numbers = [first + NUM_CLASSES * n + int(labels[n % len(labels)]) for n in range(count)]

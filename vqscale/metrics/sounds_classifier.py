@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqscale.data.made.sounds import CLASS_NAMES, draw
-from vqscale.metrics.shapes_classifier import BATCH, Classifier
+from vqscale.metrics.classifiers import BATCH, Classifier
 from vqscale.metrics.sound import MelBands
 from vqscale.metrics.spectra import magnitudes
 from vqscale.parallel import ops

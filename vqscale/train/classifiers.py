@@ -22,7 +22,8 @@ from vqscale.codes import noise
 from vqscale.data.made import shapes, sounds
 from vqscale.engine.config import EngineConfig, OptimConfig
 from vqscale.engine.engine import Engine
-from vqscale.metrics.shapes_classifier import drawn, look, pictures
+from vqscale.metrics.classifiers import drawn, look
+from vqscale.metrics.shapes_classifier import pictures
 from vqscale.metrics.sounds_classifier import spectra
 from vqscale.nets.classifiers import ShapesClassifier, SoundsClassifier
 from vqscale.nets.config.classifiers import ShapesClassifierConfig, SoundsClassifierConfig
