@@ -212,7 +212,7 @@ def report(every: Sequence[Asked], command: str, place: Path) -> list[Row]:
     rows = [row for asked, lines in found for row in _judged(asked, lines)]
     place.mkdir(parents=True, exist_ok=True)
     for asked, lines in found:
-        if any(line["status"] == "done" for line in lines):
+        if any(trial.done for trial in asked.trials):  # of kept ones it would say this machine and these versions
             study_report.record(asked.study, asked.trials, lines, command, place / asked.name)
     card = {
         "command": command,

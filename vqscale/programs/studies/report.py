@@ -68,16 +68,21 @@ def record(study: StudyConfig, trials: Sequence[Trial], lines: Sequence[Line], c
 def states(study: StudyConfig, trials: Sequence[Trial]) -> dict[str, State]:
     """The state of every run that a launcher knows of, or that had failed when results were last written: a launcher of
     this machine forgets that."""
-    path = Path(study.folder) / "results.csv"
-    rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
+    rows = _written(Path(study.folder))
     failed = {row["run"]: State("failed", row.get("error") or "") for row in rows if row["status"] == "failed"}
     return failed | launchers.states(study, trials)
+
+
+def _written(place: Path) -> list[dict[str, str]]:
+    """The lines of the results in a folder; none where none were written."""
+    path = place / "results.csv"
+    return list(csv.DictReader(io.StringIO(path.read_text() if path.exists() else "")))
 
 
 def kept(study: StudyConfig, trials: Sequence[Trial], place: Path) -> dict[str, Line]:
     """{name: line} of the runs that are done in results that were written into `place`; ValueError where these are of
     another study: its numbers are not to stand beside these."""
-    if not (place / "results.csv").exists():
+    if not (rows := _written(place)):
         return {}
     settings, now = (
         {key: value for key, value in config.items() if key not in OF_LAUNCHING}
@@ -90,7 +95,6 @@ def kept(study: StudyConfig, trials: Sequence[Trial], place: Path) -> dict[str, 
             "remove that folder"
         )
     labels = {trial.name: trial.labels for trial in trials}
-    rows = csv.DictReader(io.StringIO((place / "results.csv").read_text()))
     done = [row for row in rows if row["status"] == "done" and row["run"] in labels]
     return {row["run"]: {key: _read(key, row[key]) for key in row if row[key]} | labels[row["run"]] for row in done}
 
