@@ -11,7 +11,15 @@ import torch
 
 from vqscale import config as configuration
 from vqscale import signals
-from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance, si_sdr, stft_distance
+from vqscale.metrics.sound import (
+    MelBands,
+    SoundScores,
+    SpeechMeasures,
+    mel_distance,
+    mels_distance,
+    si_sdr,
+    stft_distance,
+)
 from vqscale.metrics.spectra import log_mel, magnitudes, mel_filters
 from vqscale.metrics.voicing import _correlations, f1, voiced
 from vqscale.parallel.mesh import Mesh
@@ -55,21 +63,50 @@ def test_spectra_and_filters_are_those_written_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_silence_has_finite_gradients_and_autocast_changes_nothing(dtype):
+@pytest.mark.parametrize("name", ["mel", "mels"])
+def test_silence_has_finite_gradients_and_autocast_changes_nothing(name, dtype):
     signal = signals.build(SoundsSignal())
-    of = signal.distances(DistanceConfig("mel", 45.0), Mesh())
+    of = signal.distances(DistanceConfig(name, 45.0), Mesh())
+    apart = {
+        "mel": lambda x, y: mel_distance(x, y, PUBLISHED),
+        "mels": lambda x, y: mels_distance(x, y, 24000, (2048, 1024, 512, 256, 128, 64), 0.05),
+    }[name]
     for samples, output in ((TONE, 0 * TONE), (0 * TONE, TONE), (0 * TONE, 0 * TONE), (TONE, 1e-30 * TONE)):
         output = output[None].to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = of(output, samples[None], torch.no_grad)["mel"]
+            found = of(output, samples[None], torch.no_grad)[name]
         assert found.weight == 45.0
         assert found.value.dtype == torch.float32
         found.value.backward()
         assert output.grad.isfinite().all()
-        exact = mel_distance(samples, output[0].detach().float(), PUBLISHED).mean()
+        exact = apart(samples, output[0].detach().float()).mean()
         assert torch.equal(found.value.detach(), exact)
     with pytest.raises(ValueError, match="multiple of the hop"):
         of(noise(1, 1, 24320), TONE[None], torch.no_grad)
+
+
+def test_the_distance_of_several_windows_against_its_slow_form():
+    x, y = noise(3, 4000), noise(3, 4000, seed=1)
+    of_windows = []
+    for size in (512, 64):
+        filters = mel_filters(16000, size, size // 16).double().numpy()
+        a, b = (np.log(filters @ magnitudes(v.double(), size, size // 4).numpy() + 0.05) for v in (x, y))
+        of_windows.append((np.abs(a - b) + (a - b) ** 2).mean((1, 2)))
+    found = mels_distance(x, y, 16000, (512, 64), 0.05)
+    assert np.allclose(found.numpy(), np.mean(of_windows, 0), rtol=1e-5)
+
+
+def test_by_the_distance_of_several_windows_a_quiet_hiss_counts_little_and_a_lost_tone_much():
+    """The distance mel of one window has it the other way round: the hiss is in all of its bands."""
+    hiss = 3e-4 * noise(1, 24000)
+    lost, hushed = (hiss, TONE + hiss), (TONE, TONE + hiss)
+    mels = [mels_distance(*pair, 24000, (2048, 1024, 512, 256, 128, 64), 0.05).item() for pair in (lost, hushed)]
+    mel = [mel_distance(*pair, PUBLISHED).item() for pair in (lost, hushed)]
+    assert mels[0] > 50 * mels[1]
+    assert mel[1] > mel[0]
+    quiet = (1e-4 * TONE).requires_grad_()
+    mels_distance(TONE, quiet, 24000, (2048, 64), 0.05).sum().backward()
+    assert (quiet.grad * TONE).sum() < 0, "of a tone below `quiet`, louder is nearer"
 
 
 def test_si_sdr_and_the_distance_of_transforms_against_slow_forms():
@@ -205,8 +242,19 @@ def test_a_config_of_sounds_is_checked_against_its_data():
     with pytest.raises(configuration.ConfigError) as error:
         configuration.parse(Run, asked)
     for part in (
-        "expected mel, the distances of tokenizer.signal sounds, found l2",
+        "expected mel | mels, the distances of tokenizer.signal sounds, found l2",
         "sounds come at 16000 samples per second, and tokenizer.signal.sample_rate is 24000",
         "a window of 320 samples is not longer than half of tokenizer.signal.mel_window 1024",
     ):
+        assert part in str(error.value)
+    asked["loss"]["reconstruction"] = "mels"
+    asked["data"]["train"] |= {"sample_rate": 24000, "seconds": 0.04}
+    with pytest.raises(configuration.ConfigError, match=r"960 samples is not longer than half of .*mels_windows 2048"):
+        configuration.parse(Run, asked)
+    asked["data"]["train"]["seconds"] = 0.08
+    configuration.parse(Run, asked)
+    asked["tokenizer"]["signal"] |= {"mels_windows": [2048, 40], "quiet": 0.0}
+    with pytest.raises(configuration.ConfigError) as error:
+        configuration.parse(Run, asked)
+    for part in ("mels_windows are [2048, 40], but each has a band for every 16 samples", "quiet is 0.0, and silence"):
         assert part in str(error.value)

@@ -51,6 +51,15 @@ def mel_filters(rate: int, n_fft: int, count: int) -> Tensor:
 
 def log_mel(wave_BT: Tensor, rate: int, n_fft: int, hop: int, count: int, floor: float = 1e-7) -> Tensor:
     """Natural logarithm of the mel bands of magnitudes, not below log(floor): (B, T) -> (B, count, T // hop + 1)."""
+    return _mel(wave_BT, rate, n_fft, hop, count).clamp_min(floor).log()
+
+
+def soft_log_mel(wave_BT: Tensor, rate: int, n_fft: int, hop: int, count: int, quiet: float) -> Tensor:
+    """The same of each band plus `quiet`, which bends where log_mel's floor breaks: bands below it have a gradient."""
+    return (_mel(wave_BT, rate, n_fft, hop, count) + quiet).log()
+
+
+def _mel(wave_BT: Tensor, rate: int, n_fft: int, hop: int, count: int) -> Tensor:
     found = magnitudes(wave_BT, n_fft, hop)
     with torch.autocast(found.device.type, enabled=False):
-        return (mel_filters(rate, n_fft, count).to(found) @ found).clamp_min(floor).log()
+        return mel_filters(rate, n_fft, count).to(found) @ found

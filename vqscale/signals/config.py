@@ -57,7 +57,7 @@ class DistanceConfig:
     """How far a reconstruction is from its sample: what the signal knows of what a tokenizer is trained for."""
 
     reconstruction: str = "l2"
-    """distance of samples, by a name that the signal has: l1 or l2 of images, mel of sounds"""
+    """distance of samples, by a name that the signal has: l1 or l2 of images, mel or mels of sounds"""
     reconstruction_weight: float = 1.0
     """its weight"""
     perceptual: PerceptualConfig | None = None

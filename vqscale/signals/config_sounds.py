@@ -16,7 +16,7 @@ class SoundsSignal(SignalSettings):
 
     module: ClassVar[str] = "vqscale.signals.sounds:Sounds"
     media: ClassVar[tuple[str, ...]] = ("sounds",)
-    distances: ClassVar[tuple[str, ...]] = ("mel",)
+    distances: ClassVar[tuple[str, ...]] = ("mel", "mels")
     name: Literal["sounds"] = "sounds"
     """which signal"""
     sample_rate: int = 24000
@@ -27,11 +27,25 @@ class SoundsSignal(SignalSettings):
     """samples from one transform to the next"""
     num_mels: int = 100
     """mel bands, from 0 to half the rate"""
+    mels_windows: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64)
+    """samples of each transform under the distance mels, a quarter of it apart, with a band for every 16 of them"""
+    quiet: float = 0.05
+    """added to every band under the distance mels, so that what is much quieter does not count; a full sine has a
+    quarter of the window"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         for key in ("sample_rate", "mel_window", "mel_hop", "num_mels"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}: use a positive number"
+
+        if not self.mels_windows or any(window < 64 or window % 16 for window in self.mels_windows):
+            yield (
+                "mels_windows",
+                f"mels_windows are {list(self.mels_windows)}, but each has a band for every 16 samples, of which the "
+                "fewest are 4: use multiples of 16 from 64 on",
+            )
+        if self.quiet <= 0:
+            yield "quiet", f"quiet is {self.quiet}, and silence has no logarithm: use a positive number"
 
     def misfits(self, medium: MediumConfig, loss: DistanceConfig) -> Iterable[tuple[str, str]]:
         yield from super().misfits(medium, loss)
@@ -42,9 +56,13 @@ class SoundsSignal(SignalSettings):
                 f"sounds come at {rate} samples per second, and tokenizer.signal.sample_rate is {self.sample_rate}: "
                 "make them equal; recordings are resampled to data.train.sample_rate",
             )
-        if medium.kind in self.media and medium.sides[0] <= self.mel_window // 2:
-            yield (
-                "data.train.seconds",
-                f"a window of {medium.sides[0]} samples is not longer than half of tokenizer.signal.mel_window "
-                f"{self.mel_window}: raise data.train.seconds, or lower mel_window",
-            )
+        longest = {"mel_window": self.mel_window}
+        if loss.reconstruction == "mels":
+            longest["mels_windows"] = max(self.mels_windows)
+        for key, window in longest.items():
+            if medium.kind in self.media and medium.sides[0] <= window // 2:
+                yield (
+                    "data.train.seconds",
+                    f"a window of {medium.sides[0]} samples is not longer than half of tokenizer.signal.{key} "
+                    f"{window}: raise data.train.seconds, or lower {key}",
+                )

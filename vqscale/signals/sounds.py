@@ -1,11 +1,13 @@
 """The signal sounds: what is encoded is what comes out, (B, 1, T) with values about [-1, 1], and there is no context.
 
-The distance is of mel spectra, as the published SimVQ tokenizers of speech have it: the mean over this rank's values of
-|log max(M x, 1e-7) - log max(M y, 1e-7)|, M x the mel bands of magnitudes. It is in float32 whatever the autocast.
+The distance mel is as the published SimVQ tokenizers of speech have it: the mean over this rank's values of
+|log max(M x, 1e-7) - log max(M y, 1e-7)|, M x the mel bands of magnitudes. The distance mels is ours, of bands of
+several widths (metrics/sound.py). Both are in float32 whatever the autocast.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from vqscale.disk import wav
 from vqscale.metrics.reconstruction import to_bytes
-from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance
+from vqscale.metrics.sound import MelBands, SoundScores, SpeechMeasures, mel_distance, mels_distance
 from vqscale.parallel.mesh import Mesh
 from vqscale.show import spectrograms
 from vqscale.show.pictures import Picture
@@ -39,7 +41,7 @@ class Sounds(Signal):
         return (samples,)
 
     def distances(self, config: DistanceConfig, mesh: Mesh) -> Distances:
-        mel = bands(self.config)
+        apart = self._apart(config.reconstruction)
 
         def of(
             output: Tensor, samples: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
@@ -49,10 +51,16 @@ class Sounds(Signal):
                     f"sounds are {tuple(samples.shape)} and their reconstructions {tuple(output.shape)}: train on "
                     "windows whose length is a multiple of the hop of the net"
                 )
-            distance = mel_distance(samples.flatten(0, 1), output.flatten(0, 1), mel).mean()
-            return {"mel": Distance(config.reconstruction_weight, distance)}
+            value = apart(samples.flatten(0, 1), output.flatten(0, 1)).mean()
+            return {config.reconstruction: Distance(config.reconstruction_weight, value)}
 
         return of
+
+    def _apart(self, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+        of = self.config
+        if name == "mel":
+            return functools.partial(mel_distance, bands=bands(of))
+        return functools.partial(mels_distance, rate=of.sample_rate, windows=of.mels_windows, quiet=of.quiet)
 
     def predict(self, output: Tensor) -> Tensor:
         return output.float().clamp(-1, 1)
