@@ -15,7 +15,7 @@ from vqscale import quantizers
 from vqscale.nets.config import ConvConfig
 from vqscale.run import processes
 from vqscale.tokenizer.model import Tokenizer
-from vqscale.train.tokenizer import compile_nets
+from vqscale.train.compiled import compile_nets
 
 TINY = ConvConfig(
     channels=8, multipliers=(1,), num_blocks=1, attention_levels=(), mid_attention=False, z_channels=8, num_groups=4

@@ -17,8 +17,8 @@ from vqscale.train.config import PriorRun, TokenizerRun
 
 EVERY_RUN = """
     run.folder run.steps run.device run.log_every run.eval_every run.eval_images run.checkpoint_every run.keep
-    run.profile_steps run.compile engine.name engine.zero_stage engine.max_skipped engine.timeout_s mesh.data mesh.codes
-    engine.communication
+    run.profile_steps run.compile run.cuda_graphs engine.name engine.zero_stage engine.max_skipped engine.timeout_s
+    mesh.data mesh.codes engine.communication
 """
 SHARDS = """
     data.train.shards data.train.num_workers data.train.max_broken data.train.cache_dir data.train.cache_gb

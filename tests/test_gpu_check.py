@@ -75,6 +75,8 @@ def test_the_whole_program_runs_in_the_interpreter_on_torch_and_triton_alone(tmp
     assert device["seconds"] > 0
     assert "the device works in" in device["note"]
     assert report["parts"]["ranks"]["rows"][0]["ok"] is True
+    assert forms(report, "graphs") == {"compiled", "graphs"}
+    assert report["parts"]["graphs"]["rows"][-1]["ok"] is True
     assert all(goal["found"] is not None for goal in report["goals"] if "GiB" not in goal["goal"])
     assert "the times are those of a CPU, and say nothing" in printed
     *_, last, where = printed.splitlines()

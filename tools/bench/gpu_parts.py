@@ -198,6 +198,13 @@ def training(sizes: Sizes) -> None:
         tell(**row)
 
 
+def graphs(sizes: Sizes) -> None:
+    from . import gpu_training
+
+    for row in gpu_training.graphs(sizes.device, sizes.images, sizes.side, sizes.channels, sizes.codes, sizes.dim):
+        tell(**row)
+
+
 def ranks(sizes: Sizes) -> None:
     from . import gpu_training
 
@@ -221,5 +228,6 @@ PARTS: dict[str, Callable[[Sizes], None]] = {
     "head": head,
     "training": training,
     "ranks": ranks,
+    "graphs": graphs,
     "rank": rank,
 }

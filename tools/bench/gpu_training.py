@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,12 +33,14 @@ from vqscale.parallel.mesh import Mesh, connect, disconnect
 from vqscale.run.profile import covered
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.adversarial import Discriminator
+from vqscale.train.compiled import compile_nets
 from vqscale.train.config import TokenizerRun
 
 from . import command
 from .gpu_checks import NEAR, Row, apart
 
 STEPS = 5  # the first compiles and is not counted
+WARM = 4  # steps in which graphs are compiled and captured
 TIMEOUT_S = 60.0
 
 # What the step depends on in the config's file, which a Python without a reader of YAML cannot read; a test compares.
@@ -120,7 +123,33 @@ def step(device: str, images: int, side: int, channels: int, codes: int, dim: in
     yield {"case": case, "form": "device", "seconds": works, "note": note}
 
 
-def _works(step: Callable[[], None], cuda: bool) -> float:
+def graphs(device: str, images: int, side: int, channels: int, codes: int, dim: int) -> Iterator[Row]:
+    """The same step with encoder and decoder compiled, and with what was compiled replayed as CUDA graphs; on a CPU,
+    which has none, traced alone."""
+    config, mesh = settings(images, side, channels, codes, dim), Mesh(device=device)
+    cuda, found = mesh.device.type == "cuda", dict[str, tuple[float, float]]()
+    case = f"{images} images, {codes} codes"
+    samples = torch.rand(images, 3, side, side, device=mesh.device) * 2 - 1
+    for form, replayed in {"compiled": False, "graphs": True}.items():
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        run = replace(config.run, compile=True, cuda_graphs=replayed)
+        with products.precision(config.engine.matmul):
+            one = _step(replace(config, run=run), mesh, samples, "inductor" if cuda else "eager")
+            seconds = []
+            for number in range(WARM + STEPS if cuda else 2):
+                began = time.perf_counter()
+                loss = one(number).item()  # waits for the device
+                seconds.append(time.perf_counter() - began)
+        del one
+        found[form] = median(seconds[WARM if cuda else 1 :]), loss
+        yield {"case": case, "form": form, "seconds": found[form][0], "note": f"the first step took {seconds[0]:.0f} s"}
+    losses = [loss for _, loss in found.values()]
+    good = abs(losses[0] - losses[1]) <= 0.01 * abs(losses[0])
+    yield {"case": case, "ok": good, "note": "losses of the last step: " + ", ".join(f"{loss:.5g}" for loss in losses)}
+
+
+def _works(step: Callable[[], Any], cuda: bool) -> float:
     """Seconds of a step in which any operation runs on the device, by torch's profiler: what a step would take if
     nothing had to be launched."""
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as traced:
@@ -132,18 +161,23 @@ def _works(step: Callable[[], None], cuda: bool) -> float:
     return 1e-6 * covered([(one.time_range.start, one.time_range.end) for one in ran])
 
 
-def _step(config: TokenizerRun, mesh: Mesh, samples: torch.Tensor) -> Callable[[int], None]:
+def _step(
+    config: TokenizerRun, mesh: Mesh, samples: torch.Tensor, backend: str = "inductor"
+) -> Callable[[int], torch.Tensor]:
+    """The step of a number from 0, which answers with its loss."""
     tokenizer = Tokenizer.from_config(config.tokenizer, mesh, 0)
     tables, quantizer = set_aside(tokenizer), tokenizer.quantizer
     quantizer.begin()
     rows = {f"{name}.{key}": x for name, table in tables.items() for key, x in table.named_parameters()}
     engine = Engine(tokenizer, rows, config.engine, config.optim, mesh, config.run.steps)
+    if config.run.compile:
+        compile_nets(tokenizer, config.run.cuda_graphs, backend)
     average, perceptual = Average(engine, config.average), LPIPS().to(mesh.device)
     assert config.loss.adversarial is not None
     discriminator = Discriminator(config.loss.adversarial, config, mesh)
     places = torch.arange(len(samples), device=mesh.device)
 
-    def one(number: int) -> None:
+    def one(number: int) -> torch.Tensor:
         recon, quantized = engine(samples, None, noise.keys(0, number, places))
         discriminator.learn(samples, recon)
         with engine.autocast():
@@ -154,6 +188,7 @@ def _step(config: TokenizerRun, mesh: Mesh, samples: torch.Tensor) -> Callable[[
         engine.backward(loss + config.loss.quantizer_weight * sum(quantized.losses.values()))
         quantizer.update(engine.step().stepped)
         average.update(number + 1)
+        return loss.detach()
 
     return one
 

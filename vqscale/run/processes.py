@@ -64,6 +64,15 @@ def check_compiler(device: str) -> None:
         )
 
 
+def check_graphs(device: str) -> None:
+    """ValueError where there is nothing that replays a CUDA graph."""
+    if device != "cuda":
+        raise ValueError(
+            f"run.cuda_graphs needs a GPU, and this run is on {device} (run.device, where auto takes a GPU if there is "
+            "one): use run.cuda_graphs=false"
+        )
+
+
 @contextmanager
 def joined(
     device: str,

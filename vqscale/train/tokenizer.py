@@ -34,20 +34,11 @@ from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import first_weights, frozen, loop, swapped
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.alignment import Alignment
+from vqscale.train.compiled import compile_nets
 from vqscale.train.config import TokenizerRun
 from vqscale.train.drawn_ids import DrawnIds
 from vqscale.train.evaluate import evaluate
 from vqscale.train.watch import Effort, Watch, peak_mib
-
-
-def compile_nets(tokenizer: Tokenizer, backend: str = "inductor") -> None:
-    """Compile encoder and decoder in place, at their first call; parameters keep their names."""
-    from torch._functorch import config as functorch
-
-    # By default a compiled backward pass writes over what it needs, and the adaptive weight asks for two.
-    functorch.donated_buffer = False
-    tokenizer.encoder.compile(backend=backend)
-    tokenizer.decoder.compile(backend=backend)
 
 
 def open_streams(config: TokenizerRun, mesh: Mesh) -> tuple[SampleStream, SampleStream | None]:
@@ -97,7 +88,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
     last_weight = tokenizer.last_weight
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
     if run.compile:
-        compile_nets(tokenizer)
+        compile_nets(tokenizer, run.cuda_graphs)
     average = Average(engine, config.average)
     adversarial = config.loss.adversarial
     discriminator = None if adversarial is None else Discriminator(adversarial, config, mesh, taken.source)

@@ -106,6 +106,8 @@ def _check_machine(config: Run) -> str:
     check_engine(config.engine, device)
     if config.run.compile:
         processes.check_compiler(device)
+    if config.run.cuda_graphs:
+        processes.check_graphs(device)
     if config.task == "prior":
         from vqscale.train import prior_data
 

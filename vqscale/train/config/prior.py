@@ -123,6 +123,12 @@ class PriorRun:
             )
         yield from trained_problems(self.trained, PRIOR_PARTS, self.init)
         yield from check_compile(self.run, self.engine)
+        if self.run.cuda_graphs:
+            yield (
+                "run.cuda_graphs",
+                "CUDA graphs are of a tokenizer's two networks, and the blocks of a prior are compiled one by one, so "
+                "that one would write over what another returned: use run.cuda_graphs: false",
+            )
         yield from check_whole(self.engine, self.optim)
 
     def check_world(self, world: int) -> None:

@@ -39,6 +39,9 @@ class RunConfig:
     """steps that rank 0 traces after 3 steps of every start, to the run folder's profile/; 0 is off"""
     compile: Free[bool] = False
     """compile the networks (torch.compile): minutes at the start, faster steps; needs a C++ compiler"""
+    cuda_graphs: Free[bool] = False
+    """with compile, of a tokenizer on a GPU: its encoder and decoder are captured as CUDA graphs and replayed, forward
+    and backward, which saves launches; for engine.name torch and samples of one shape; not measured on a GPU yet"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.folder.strip():
@@ -70,4 +73,31 @@ def check_compile(run: RunConfig, engine: EngineConfig) -> Iterable[tuple[str, s
             "run.compile",
             "run.compile does not go with engine.zero_stage 3, which takes parameters away between the layers of a "
             "compiled network: use a stage up to 2, or run.compile: false",
+        )
+
+
+def check_graphs(run: RunConfig, engine: EngineConfig, num_shapes: int) -> Iterable[tuple[str, str]]:
+    """(key, message) where the networks of a tokenizer whose samples have so many shapes cannot be captured as CUDA
+    graphs: what a graph returns, gradients too, lies where its next replay writes."""
+    if not run.cuda_graphs:
+        return
+    off = "or run.cuda_graphs: false"
+    if not run.compile:
+        yield "run.cuda_graphs", f"CUDA graphs are captured of compiled networks: use run.compile: true, {off}"
+    if engine.name != "torch":
+        yield (
+            "run.cuda_graphs",
+            f"engine.name {engine.name} takes gradients while the backward pass goes on, which a captured one cannot "
+            f"wait for: use engine.name: torch, {off}",
+        )
+    if engine.accumulation > 1:
+        yield (
+            "run.cuda_graphs",
+            f"with engine.accumulation {engine.accumulation} a graph would write over the gradients of the micro-batch "
+            f"before: use engine.accumulation: 1, {off}",
+        )
+    if num_shapes > 1:
+        yield (
+            "run.cuda_graphs",
+            f"a graph is captured of one shape, and data.train.buckets are {num_shapes}: use images of one size, {off}",
         )

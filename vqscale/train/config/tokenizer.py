@@ -16,7 +16,7 @@ from vqscale.tokenizer.config import TokenizerConfig
 from vqscale.train.config.drawn_ids import DrawnIdsConfig
 from vqscale.train.config.first_weights import TOKENIZER_PARTS, TokenizerInit, TokenizerPart, trained_problems
 from vqscale.train.config.losses import LossConfig
-from vqscale.train.config.run import RunConfig, check_batch, check_compile
+from vqscale.train.config.run import RunConfig, check_batch, check_compile, check_graphs
 from vqscale.train.config.swaps import SwapsConfig
 
 
@@ -101,6 +101,7 @@ class TokenizerRun:
         if self.drawn is not None:
             yield from self._drawn_problems()
         yield from check_compile(self.run, self.engine)
+        yield from check_graphs(self.run, self.engine, len(self.data.train.shapes))
         yield from check_whole(self.engine, self.optim)
         if self.loss.adversarial is not None and self.loss.adversarial.optim is not None:
             yield from check_whole(self.engine, self.loss.adversarial.optim, "loss.adversarial.optim.name")
