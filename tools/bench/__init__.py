@@ -7,6 +7,7 @@
     vqscale bench memory --codes 4096 65536 1048576                a training step's memory as K grows
     vqscale bench sample --batch 8 --codes 16384                   drawing from every kind of prior, beside transformers
     vqscale bench kernels                                          what the fused kernels need of a GPU
+    vqscale bench rounding                                         what scores in bfloat16 and in float8 lose
     vqscale bench save --every 10                                  the share of a step lost to saving
     vqscale bench upkeep --codes 262144 --processes 2              what statistics and revival add to a step
 
