@@ -91,7 +91,7 @@ def test_the_distance_of_several_windows_against_its_slow_form():
     for size in (512, 64):
         filters = mel_filters(16000, size, size // 16).double().numpy()
         a, b = (np.log(filters @ magnitudes(v.double(), size, size // 4).numpy() + 0.05) for v in (x, y))
-        of_windows.append((np.abs(a - b) + (a - b) ** 2).mean((1, 2)))
+        of_windows.append(np.abs(a - b).mean((1, 2)))
     found = mels_distance(x, y, 16000, (512, 64), 0.05)
     assert np.allclose(found.numpy(), np.mean(of_windows, 0), rtol=1e-5)
 
@@ -102,7 +102,7 @@ def test_by_the_distance_of_several_windows_a_quiet_hiss_counts_little_and_a_los
     lost, hushed = (hiss, TONE + hiss), (TONE, TONE + hiss)
     mels = [mels_distance(*pair, 24000, (2048, 1024, 512, 256, 128, 64), 0.05).item() for pair in (lost, hushed)]
     mel = [mel_distance(*pair, PUBLISHED).item() for pair in (lost, hushed)]
-    assert mels[0] > 50 * mels[1]
+    assert mels[0] > 10 * mels[1]
     assert mel[1] > mel[0]
     quiet = (1e-4 * TONE).requires_grad_()
     mels_distance(TONE, quiet, 24000, (2048, 64), 0.05).sum().backward()

@@ -52,17 +52,16 @@ def mel_distance(wave_BT: Tensor, recon_BT: Tensor, bands: MelBands) -> Tensor:
 
 
 def mels_distance(wave_BT: Tensor, recon_BT: Tensor, rate: int, windows: Sequence[int], quiet: float) -> Tensor:
-    """Mean of |d| + d^2 of each clip, d = log(M x + quiet) - log(M y + quiet), a mean over the windows: (B,).
+    """Mean |d| of each clip, d = log(M x + quiet) - log(M y + quiet), a mean over the windows: (B,).
 
     M are the mel bands of magnitudes, one for every 16 samples of a window, a quarter of it apart. Few wide bands say
-    about where a lone tone lies long before the narrow ones can, and by its square it outweighs the many bands that
-    hold nothing; by |d| alone in narrow bands the least distance that knows not where the tone is leaves it out.
+    about where a lone tone lies long before the narrow ones can; of narrow bands alone, those that hold nothing are so
+    many more that the least distance of who knows not where the tone is leaves it out.
     """
     of_windows = []
     for size in windows:
         x, y = (spectra.soft_log_mel(wave, rate, size, size // 4, size // 16, quiet) for wave in (wave_BT, recon_BT))
-        apart = (x - y).flatten(1)
-        of_windows.append(apart.abs().mean(1) + apart.square().mean(1))
+        of_windows.append((x - y).abs().flatten(1).mean(1))
     return torch.stack(of_windows).mean(0)
 
 
