@@ -11,7 +11,7 @@
 # configs/quickstart/sound_prior.yaml, what stands after another one are options of tools/classifier.py. With SOURCE
 # the sounds are the recordings (wav, flac, mp3, ogg, opus) in that folder: folders directly below it are the classes, a
 # tenth of the files is held out, and nothing judges; RUN (runs/sound) names the folder of the tokenizer, beside which
-# all others are. The drawn ones take 7 minutes on two cores with other work, and the judge one more.
+# all others are. The drawn ones take 10 minutes on two cores with other work.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
