@@ -5,6 +5,7 @@
     vqscale bench gpu                                              all that a machine with a GPU has to show
     vqscale bench head --codes 16384 65536 262144                  loss and sampling of a prior's head
     vqscale bench memory --codes 4096 65536 1048576                a training step's memory as K grows
+    vqscale bench quickstart                                       the quickstart's steps beside plain torch loops
     vqscale bench sample --batch 8 --codes 16384                   drawing from every kind of prior, beside transformers
     vqscale bench kernels                                          what the fused kernels need of a GPU
     vqscale bench rounding                                         what scores in bfloat16 and in float8 lose

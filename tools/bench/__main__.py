@@ -12,7 +12,19 @@ if not __package__:  # python tools/bench: this folder is on the path, where the
     __package__ = HERE.name
     import_module(__package__)
 
-SUBCOMMANDS = ("codes", "data", "gpu", "head", "kernels", "memory", "rounding", "sample", "save", "upkeep")
+SUBCOMMANDS = (
+    "codes",
+    "data",
+    "gpu",
+    "head",
+    "kernels",
+    "memory",
+    "quickstart",
+    "rounding",
+    "sample",
+    "save",
+    "upkeep",
+)
 
 
 def main(argv: list[str]) -> int:

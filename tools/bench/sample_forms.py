@@ -19,12 +19,12 @@ from .setting import SampleSetting
 Form = Callable[[], Any]
 
 
-def missing() -> str:
-    """Why `transformers` cannot run here; empty where it can."""
+def missing(package: str = "transformers") -> str:
+    """Why this package cannot run here; empty where it can."""
     try:
-        import_module("transformers")
+        import_module(package.replace("-", "_"))
     except ImportError:
-        return "transformers is left out: it is not installed; pip install -e '.[bench]'"
+        return f"{package} is left out: it is not installed; pip install -e '.[bench]'"
     return ""
 
 
@@ -34,10 +34,15 @@ def measure(setting: SampleSetting, absent: str = "") -> dict[str, dict[str, flo
     forms = build(setting, absent)
     for form in forms.values():
         form()
+    return in_turns(forms, setting.repeats, setting.device)
+
+
+def in_turns(forms: Mapping[str, Form], repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """{form: medians of wall seconds and of the processor's} of so many rounds of all forms."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-    for _ in range(setting.repeats):
+    for _ in range(repeats):
         for name, form in forms.items():
-            found[name].append(_seconds(form, setting.device))
+            found[name].append(_seconds(form, device))
     return {
         name: dict(zip(("seconds", "processor"), map(median, zip(*some, strict=True)), strict=True))
         for name, some in found.items()

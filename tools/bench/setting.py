@@ -84,3 +84,13 @@ class SampleSetting:
         from vqscale.nets.config.transformer import TransformerConfig
 
         return TransformerConfig(width=self.width).ffn_width
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Of forms that take turns: `warm` steps of each come first, unmeasured."""
+
+    warm: int = 10
+    repeats: int = 9
+    device: str = "cpu"
+    threads: int = 1
