@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import forks
@@ -24,6 +25,7 @@ from tests.lib import shown
 from vqscale import config as configuration
 from vqscale.data.made import sounds
 from vqscale.disk import wav
+from vqscale.programs.claims import findings as claim_words
 from vqscale.tokenizer.config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +163,17 @@ def test_the_readme_has_two_screens():
     lines = README.splitlines()
     assert len(lines) <= 90
     assert max(map(len, lines)) <= 200
+
+
+def test_the_verdicts_of_the_readme_are_those_that_were_kept():
+    kept = json.loads((ROOT / "tools/results/claims/claims.json").read_text())
+    verdicts = {claim["name"]: claim["verdict"] for claim in kept["claims"]}
+    rows = re.findall(r"(?m)^\| `([a-z0-9-]+)` .*\| ([^|]+) \|$", README)
+    assert len(rows) >= 15
+    assert dict(rows) == {name: verdicts[name] for name, _ in rows}
+    counts = Counter(verdicts.values())
+    for verdict in (claim_words.HOLDS, claim_words.IN_PART, claim_words.NOT_HERE, claim_words.UNTESTED):
+        assert f"{counts[verdict]} {verdict}" in README.replace("\n", " ")
 
 
 def _anchors(page):
