@@ -234,8 +234,8 @@ def test_peak_bytes_of_a_known_allocation(tool):
         (["codes", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
         (
             ["code"],
-            "there is no subcommand 'code', the first argument: use codes, data, gpu, head, kernels, memory, sample, "
-            "save, upkeep",
+            "there is no subcommand 'code', the first argument: use codes, data, gpu, head, kernels, memory, "
+            "quickstart, rounding, sample, save, upkeep",
         ),
     ],
 )
