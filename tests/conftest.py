@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,6 +16,8 @@ from begun import in_a_begun_process
 
 from vqscale.parallel.spawn import run
 from vqscale.run.folder import STOP_SIGNALS
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before anything imports triton, whatever the order of the files (interpreted.py)
@@ -39,6 +43,13 @@ def _hear_signals():
 def ranks():
     """ranks(n, function, *args) runs the function on n gloo processes and returns the results in rank order."""
     return lambda n, function, *args, timeout_s=60.0: run(in_a_begun_process, n, function, *args, timeout_s=timeout_s)
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """tool(name) is a module of tools/bench/."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.fixture(scope="session")

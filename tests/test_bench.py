@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import forks
 import pytest
@@ -17,20 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vqscale.codes import products
 from vqscale.parallel.mesh import Mesh
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 SMALL = ("--tokens", "64", "--codes", "512", "--dim", "8", "--repeats", "2", "--threads", "1")
 N, K, D = 64, 512, 8
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch):
-    """tool(name) is a module of tools/bench/."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"bench.{name}")
-
-    return load
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:

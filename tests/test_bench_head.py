@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,16 +12,8 @@ import torch
 
 from vqscale.parallel.mesh import Mesh
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 SMALL = ("--tokens", "64", "--drawn", "16", "--dim", "8", "--repeats", "2", "--threads", "1")
 N, D, DRAWN = 64, 8, 16
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """tool(name) is a module of tools/bench/."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.mark.slow

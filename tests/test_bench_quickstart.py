@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TOKENIZER = (
     *("--tokenizer", "data.batch=2", "data.train.image_size=8", "tokenizer.quantizer.num_codes=16"),
     *("tokenizer.quantizer.dim=4", "tokenizer.net.channels=16", "tokenizer.net.z_channels=16"),
 )
 PRIOR = ("--prior", "data.batch=2", "prior.net.width=16", "prior.net.num_layers=1", "prior.net.num_heads=2")
 SMALL = (*TOKENIZER, *PRIOR, "--warm", "3", "--repeats", "2", "--threads", "1")
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """tool(name) is a module of tools/bench/."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def test_without_the_packages_the_rest_is_measured_and_said(tool, capsys, monkeypatch):

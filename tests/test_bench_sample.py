@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 WORDS = ("--batch", "2", "--side", "2", "--codes", "50", "70", "--width", "16", "--layers", "1", "--heads", "2")
 STEPS = ("--steps", "3", "--clusters", "5")
 SMALL = (*WORDS, *STEPS, "--repeats", "1", "--threads", "1")
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """tool(name) is a module of tools/bench/."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def test_without_transformers_the_rest_is_measured_and_said(tool, capsys, monkeypatch):

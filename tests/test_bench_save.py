@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import forks
 import pytest
 
 from vqscale.disk import checkpoint
 
-ROOT = Path(__file__).parent.parent
 SMALL = (
     "--width",
     "16",
@@ -32,9 +29,8 @@ NUMBERS = 2 * (16 * 16 + 16) + 33 * 4
 
 
 @pytest.fixture
-def save(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("bench.save")
+def save(tool):
+    return tool("save")
 
 
 def test_every_form_takes_the_same_steps_and_those_that_save_write_them_all(save, tmp_path, monkeypatch):

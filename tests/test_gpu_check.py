@@ -5,7 +5,6 @@ No time is asserted.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -32,13 +31,6 @@ sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.m
 """
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """tool(name) is a module of tools/bench/."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def check(tmp_path, *words, **environment):
