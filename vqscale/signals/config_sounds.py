@@ -37,7 +37,6 @@ class SoundsSignal(SignalSettings):
         for key in ("sample_rate", "mel_window", "mel_hop", "num_mels"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}: use a positive number"
-
         if not self.mels_windows or any(window < 64 or window % 16 for window in self.mels_windows):
             yield (
                 "mels_windows",
@@ -56,11 +55,13 @@ class SoundsSignal(SignalSettings):
                 f"sounds come at {rate} samples per second, and tokenizer.signal.sample_rate is {self.sample_rate}: "
                 "make them equal; recordings are resampled to data.train.sample_rate",
             )
-        longest = {"mel_window": self.mel_window}
+        if medium.kind not in self.media:
+            return
+        windows = [("mel_window", self.mel_window)]
         if loss.reconstruction == "mels":
-            longest["mels_windows"] = max(self.mels_windows)
-        for key, window in longest.items():
-            if medium.kind in self.media and medium.sides[0] <= window // 2:
+            windows.append(("mels_windows", max(self.mels_windows)))
+        for key, window in windows:
+            if medium.sides[0] <= window // 2:
                 yield (
                     "data.train.seconds",
                     f"a window of {medium.sides[0]} samples is not longer than half of tokenizer.signal.{key} "
