@@ -194,3 +194,15 @@ def test_of_the_products_of_a_step_on_a_gpu_two_are_the_librarys():
     assert seconds == pytest.approx(4 * product / (0.6 * 700) + 2 * product / 700)
     assert seconds == pytest.approx(6.8e-3, rel=0.01)
     assert cost.codes_rate(replace(work, quantizer="vq"), machine) == pytest.approx(0.6 * 700)
+
+
+def test_scores_in_float8_take_half_where_a_machine_has_it():
+    work, product = Work(2**18, 256, 4096, codes_precision="low"), 2 * 4096 * 2**18 * 256 / 1e12
+    rates = {"h200": 700, "a100-80": 240}
+    for entropy, kernels, scores in ((False, 4, 2), (True, 6, 4)):
+        low = replace(work, entropy=entropy)
+        for name, saved in (("h200", scores / 2), ("a100-80", 0)):
+            seconds = (kernels + 2) * product / cost.codes_rate(low, MACHINES[name])
+            assert seconds == pytest.approx(((kernels - saved) / 0.6 + 2) * product / rates[name])
+    search = replace(work, quantizer="vq")  # of which no score is in float8
+    assert cost.codes_rate(search, MACHINES["h200"]) == pytest.approx(0.6 * 700)

@@ -38,50 +38,57 @@ def _several_programs():
 
 
 ALL = "mean lse entropy columns"
+NEAR = {"fp32": 3e-5, "bf16": 2e-2, "fp8": 2e-2}  # of the largest number, by the kind of products
 QUICK = [name if name == "dot" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("similarity", QUICK)
-@pytest.mark.parametrize("low", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_values_and_gradients_are_the_dense_ones(ranks, similarity, low, codes):
+@pytest.mark.parametrize("kind", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_values_and_gradients_are_the_dense_ones(ranks, similarity, kind, codes):
     # bfloat16 rounds the keys that are not the rows, the upstream gradient, the probabilities and their gradient
-    check(ranks, (40, 203, 20), similarity, ALL, low, 2e-2 if low else 3e-5, codes=codes)
+    check(ranks, (40, 203, 20), similarity, ALL, kind, NEAR[kind], codes=codes)
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_of_numbers_that_float8_holds_they_are_too(ranks, codes):
+    # of other similarities the keys are not the rows, and float8 holds no more than a part of them
+    check(ranks, (40, 203, 20), "dot", ALL, "fp8", NEAR["fp8"], codes=codes)
 
 
 @pytest.mark.parametrize("used", ["mean", "lse", "entropy", "columns"])
 def test_a_gradient_alone_is_the_dense_one(ranks, used):
-    check(ranks, (18, 70, 16), "euclid", used, False, 3e-5)
+    check(ranks, (18, 70, 16), "euclid", used, "fp32", NEAR["fp32"])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 5), (33, 64, 33)])
 def test_shapes_that_fill_no_tile(ranks, shape):
-    check(ranks, shape, "dot", ALL, False, 3e-5)
-    check(ranks, shape, "dot", ALL, True, 2e-2)
+    for kind, tolerance in NEAR.items():
+        check(ranks, shape, "dot", ALL, kind, tolerance)
 
 
-def _wanted(codes, temperature=1.0, entropy_temperature=None, low=False):
+def _wanted(codes, temperature=1.0, entropy_temperature=None, kind="fp32"):
     """What softmax/autograd.py asks for where there are kernels."""
-    return Wanted(codes, 0, temperature, entropy_temperature, "bf16" if low else "fp32")
+    return Wanted(codes, 0, temperature, entropy_temperature, kind)
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_the_best_row_is_exact_where_bfloat16_cannot_tell(low):
+@pytest.mark.parametrize("kind", NEAR)
+def test_the_best_row_is_exact_where_products_cannot_tell(kind):
     # All rows round to nearly the same bfloat16 numbers; float64 decides.
     rows = (normal(1, 24, seed=1) + 1e-4 * normal(300, 24, seed=2)).float().to(DEVICE)
     x = normal(20, 24, seed=3).float().to(DEVICE)
     ids, score = dense.nearest(x.double(), rows.double())
     assert len(set(ids.tolist())) > 3
-    for got_score, got in (passes.best(x, Keys(rows), 0), _best_of_mix(x, rows, low)):
+    for got_score, got in (passes.best(x, Keys(rows), 0), _best_of_mix(x, rows, kind)):
         assert torch.equal(got, ids)
         torch.testing.assert_close(got_score.double(), score, rtol=1e-6, atol=0.0)
-    if low:
+    if kind != "fp32":
         rounded = (x.bfloat16().double() @ rows.bfloat16().double().t()).argmax(1)
         assert not torch.equal(rounded, ids), "these rows would not show a search in bfloat16"
 
 
-def _best_of_mix(x, rows, low):
-    mixed = passes.mix(x, Keys(rows), rows, _wanted(len(rows), low=low))
+def _best_of_mix(x, rows, kind):
+    mixed = passes.mix(x, Keys(rows), rows, _wanted(len(rows), kind=kind))
     assert mixed.entropy_soft is None
     return mixed.score_B, mixed.row_B
 
@@ -101,16 +108,16 @@ def test_ties_go_to_the_lowest_row():
     assert passes.best(x, Keys(rows[:1].expand(150, -1)), 0)[1].eq(0).all()
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_logits_of_ten_thousand(low):
+@pytest.mark.parametrize("kind", NEAR)
+def test_logits_of_ten_thousand(kind):
     shape, scale = (20, 90, 16), 600.0
-    x, rows = numbers(*shape, scale, low)
+    x, rows = numbers(*shape, scale, kind)
     assert (x @ rows.t()).abs().max() > 1e4
-    got = answers(1, shape, scale, "dot", ALL, low, (1.0, 0.01))
+    got = answers(1, shape, scale, "dot", ALL, kind, (1.0, 0.01))
     truth = dense.mix(x, rows, "dot", 1.0, 0.01)
     assert torch.equal(got["ids"], dense.nearest(x, rows)[0].cpu())
     near(got["lse"], truth.lse_N, 1e-6)
-    near(got["mean"], truth.mean_ND, 1e-2 if low else 1e-5)
+    near(got["mean"], truth.mean_ND, 1e-5 if kind == "fp32" else 1e-2)
     # float32 sums of 16 products near 1e4 (steps of 9.8e-4) are off by up to 2.5 steps, in whatever order they are
     # added: at this temperature that is 28 per cent of a probability
     near(got["columns"], truth.columns_K, 0.28)
@@ -121,8 +128,8 @@ def test_logits_of_ten_thousand(low):
 def test_numbers_near_the_end_of_float32():
     rows = torch.tensor([[1e18, 0.0], [0.0, 1e18], [-1e18, 0.0]], device=DEVICE)
     x = torch.tensor([[1e3, 0.0], [0.0, -1e3]], device=DEVICE)
-    for low in (False, True):
-        mixed = passes.mix(x, Keys(rows), rows, _wanted(3, 1.0, 0.01, low))
+    for kind in NEAR:
+        mixed = passes.mix(x, Keys(rows), rows, _wanted(3, 1.0, 0.01, kind))
         assert mixed.row_B.tolist() == [0, 0]
         assert torch.isfinite(mixed.sum_BD).all()
         torch.testing.assert_close(mixed.entropy_soft.sum_B, torch.tensor([1.0, 2.0], device=DEVICE))
@@ -218,12 +225,12 @@ def test_no_operation_waits_for_the_device():
         name: getattr(operators, name)._init_fn for name in ("best", "mix", "column_sums", "row_means", "mix_backward")
     }
     with _NoWaiting():
-        for low in (False, True):
-            plain["best"](x, rows, bias, low)
-            plain["mix"](x, rows, bias, rows, 1.0, 5.0, low)
-            plain["column_sums"](x, rows, bias, 5.0, zero, zero, low)
-            plain["row_means"](x, rows, bias, 5.0, zero, zero, bias, low)
-            plain["mix_backward"](x, rows, bias, rows, upstream, x, bias, True, True, 1.0, 5.0, 2**20, low)
+        for kind in NEAR:
+            plain["best"](x, rows, bias, kind)
+            plain["mix"](x, rows, bias, rows, 1.0, 5.0, kind)
+            plain["column_sums"](x, rows, bias, 5.0, zero, zero, kind)
+            plain["row_means"](x, rows, bias, 5.0, zero, zero, bias, kind)
+            plain["mix_backward"](x, rows, bias, rows, upstream, x, bias, True, True, 1.0, 5.0, 2**20, kind)
         with pytest.raises(AssertionError, match="waits"):
             zero.sum().item()
         with pytest.raises(AssertionError, match=r"waits|length"):
@@ -233,12 +240,12 @@ def test_no_operation_waits_for_the_device():
 def test_operators_keep_their_promises():
     x, rows = torch.randn(5, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operators.best, (x, rows, None, False), test_utils=checks)
-    torch.library.opcheck(operators.mix, (x, rows, None, rows, 1.0, 5.0, False), test_utils=checks)
+    torch.library.opcheck(operators.best, (x, rows, None, "fp8"), test_utils=checks)
+    torch.library.opcheck(operators.mix, (x, rows, None, rows, 1.0, 5.0, "fp8"), test_utils=checks)
     zero, upstream = torch.zeros(5, device=DEVICE), torch.zeros(5, 5, device=DEVICE)
-    torch.library.opcheck(operators.column_sums, (x, rows, None, 1.0, zero, zero, False), test_utils=checks)
-    torch.library.opcheck(operators.row_means, (x, rows, None, 1.0, zero, zero, rows[:, 0], False), test_utils=checks)
-    given = (x, rows, rows.sum(1), rows, upstream, x, None, True, False, 1.0, 5.0, 2**20, False)
+    torch.library.opcheck(operators.column_sums, (x, rows, None, 1.0, zero, zero, "fp8"), test_utils=checks)
+    torch.library.opcheck(operators.row_means, (x, rows, None, 1.0, zero, zero, rows[:, 0], "fp8"), test_utils=checks)
+    given = (x, rows, rows.sum(1), rows, upstream, x, None, True, False, 1.0, 5.0, 2**20, "fp8")
     torch.library.opcheck(operators.mix_backward, given, test_utils=checks)
 
 
@@ -281,10 +288,18 @@ def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("similarity", NAMES)
-@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("kind", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("dim", [64, 256])
-def test_on_the_device_at_real_sizes(ranks, similarity, low, dim):
-    check(ranks, (1024, 16384 + 7, dim), similarity, ALL, low, 2e-2 if low else 1e-4, answers=answers)
+def test_on_the_device_at_real_sizes(ranks, similarity, kind, tolerance, dim):
+    check(ranks, (1024, 16384 + 7, dim), similarity, ALL, kind, tolerance, answers=answers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not products.has_float8(), reason="this device multiplies no float8")
+@pytest.mark.parametrize("dim", [64, 256])
+def test_float8_on_the_device_at_real_sizes(ranks, dim):
+    # 1e-1: of sums of float8 tensor cores keep fewer bits than those of bfloat16
+    check(ranks, (1024, 16384 + 7, dim), "dot", ALL, "fp8", 1e-1, answers=answers)
 
 
 @pytest.mark.gpu

@@ -56,10 +56,11 @@ def test_the_whole_program_runs_in_the_interpreter_on_torch_and_triton_alone(tmp
     (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(names=set(ABSENT)))
     report, printed = check(tmp_path, PYTHONPATH=str(tmp_path))
     assert list(report["parts"]) == list(tool("gpu").PARTS)
-    assert [row["ok"] for row in report["parts"]["checks"]["rows"]] == [True] * 5
+    assert [row["ok"] for row in report["parts"]["checks"]["rows"]] == [True] * 9
     assert report["parts"]["tests"]["rows"][0]["note"] == "left out: pytest is not installed in this Python"
-    for part in ("step", "entropy", "search"):
-        assert forms(report, part) == {"ours", "dense", "floor"}
+    for part in ("step", "entropy"):
+        assert forms(report, part) == {"ours", "float8", "dense", "floor"}
+    assert forms(report, "search") == {"ours", "dense", "floor"}
     assert forms(report, "head") >= {"bf16", "dense", "floor"}
     assert forms(report, "training") == {"ours", "device"}
     ours, device = report["parts"]["training"]["rows"]

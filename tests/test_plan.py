@@ -131,13 +131,15 @@ def _steps_of(config, images, recon):
 
 
 def _products(*names):
-    """The products of these kernels per tile, counted in their text: of two branches, the one that has more."""
+    """The products of these kernels per tile, counted in their text and in that of what they call: of two branches, the
+    one that has more."""
 
     def count(node):
         if isinstance(node, ast.If | ast.IfExp):
             sides = [side if isinstance(side, list) else [side] for side in (node.body, node.orelse)]
             return max(sum(map(count, side)) for side in sides)
-        own = isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot"
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        own = count(kernels[called]) if called in kernels else called == "tl.dot"
         return own + sum(map(count, ast.iter_child_nodes(node)))
 
     trees = [ast.parse((KERNELS / name).read_text()) for name in ("kernels.py", "kernels_backward.py")]

@@ -85,12 +85,15 @@ def test_on_any_grid(ranks, grid):
 def test_they_are_taken_where_they_are_asked_for_and_the_machine_is_worth_it(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(products, "fast_on_cpu", lambda fast=fast: fast)
-        for precision in ("highest", "high", "medium"):
-            medium = precision == "medium"
+        for precision, rounding in products.ROUNDINGS.items():
+            low = precision in ("medium", "low")
             with products.precision(precision):
-                assert torch.get_float32_matmul_precision() == precision
-                assert products.wanted("cpu", torch.float32) == ("bf16" if medium and fast else "fp32")
-                assert products.wanted("cuda", torch.float32) == products.ROUNDINGS[precision]
+                assert torch.get_float32_matmul_precision() == ("medium" if low else precision)
+                assert products.wanted("cpu", torch.float32) == ("bf16" if low and fast else "fp32")
+                monkeypatch.setattr(products, "has_float8", lambda: True)
+                assert products.wanted("cuda", torch.float32) == rounding
+                monkeypatch.setattr(products, "has_float8", lambda: False)
+                assert products.wanted("cuda", torch.float32) == ("bf16" if low else rounding)
                 assert products.wanted("cpu", torch.float64) == products.wanted("cuda", torch.float64) == "fp32"
 
 

@@ -31,19 +31,25 @@ def small_tiles():
 
 
 @contextmanager
-def kernels_serve(low):
-    """As on a device that has the kernels: all passes are theirs, with products in bfloat16 or in float32."""
+def kernels_serve(kind):
+    """As on a device that has the kernels: all passes are theirs, with products of this kind (fp32, bf16, fp8)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "pick", lambda x_BD, products="fp32": FUSED)
-        patch.setattr(products, "wanted", lambda device_type, dtype: "bf16" if low else "fp32")
+        patch.setattr(products, "wanted", lambda device_type, dtype: kind)
         yield
 
 
-def numbers(num, codes, dim, scale, low):
-    """x and rows: float64 numbers that float32, or bfloat16, holds exactly."""
-    kind = torch.bfloat16 if low else torch.float32
+def numbers(num, codes, dim, scale, kind):
+    """x and rows: float64 numbers that float32, bfloat16, or float8 in units, holds exactly."""
     x, rows = scale * normal(num, dim, seed=1), normal(codes, dim, seed=2)
-    return x.to(kind).double().to(DEVICE), rows.to(kind).double().to(DEVICE)
+    return tuple(_held(part.float(), kind).double().to(DEVICE) for part in (x, rows))
+
+
+def _held(part, kind):
+    if kind == "fp8":
+        low, unit = products.float8(part)
+        return low.float() * unit
+    return part.to(torch.bfloat16 if kind == "bf16" else torch.float32)
 
 
 def weights(num, codes, dim, used):
@@ -57,14 +63,14 @@ def weights(num, codes, dim, used):
 
 
 @added()
-def answers(ranks_of_codes, shape, scale, similarity, used, low, temperatures, budget=None):
+def answers(ranks_of_codes, shape, scale, similarity, used, kind, temperatures, budget=None):
     """What this rank's tokens and rows are told, and the gradients of x and the rows."""
     mesh, (num, codes, dim) = Mesh(1, ranks_of_codes), shape
-    x, rows = numbers(num, codes, dim, scale, low)
+    x, rows = numbers(num, codes, dim, scale, kind)
     codebook = put(Codebook(codes, dim, mesh=mesh, similarity=similarity).to(DEVICE), rows.float())
     codebook.budget = budget or codebook.budget
     x = mine(x, mesh).float().requires_grad_()
-    with kernels_serve(low):
+    with kernels_serve(kind):
         out = codebook.mix(x, *temperatures)
         layout = codebook.layout
         says = {"lse": out.lse_N, "mean": out.mean_ND, "entropy": out.entropy_N, "columns": out.columns_k}
@@ -97,7 +103,7 @@ def check(
     shape,
     similarity,
     used,
-    low,
+    kind,
     tolerance,
     temperatures=(0.7, 0.2),
     codes=1,
@@ -105,9 +111,9 @@ def check(
     answers=answers_in_small_tiles,
 ):
     scale = shape[2] ** -0.5 * 2
-    results = ranks(codes, answers, codes, shape, scale, similarity, used, low, temperatures, budget)
+    results = ranks(codes, answers, codes, shape, scale, similarity, used, kind, temperatures, budget)
     got = {name: torch.cat([result[name] for result in results]) for name in results[0]}
-    x, rows = (part.requires_grad_() for part in numbers(*shape, scale, low))
+    x, rows = (part.requires_grad_() for part in numbers(*shape, scale, kind))
     truth = dense.mix(x, rows, similarity, *temperatures)
     ids, score = dense.nearest(x, rows, similarity)
     assert torch.equal(got["ids"], ids.cpu())

@@ -67,7 +67,7 @@ def build(setting: Setting, mesh: Mesh) -> dict[str, dict[str, Form]]:
     forms = {"step": {}, "search": {}}  # type: dict[str, dict[str, Form]]
     forms["step"]["ours"], forms["search"]["ours"] = _ours(setting, mesh, x_ND, g_ND)
     if setting.device == "cpu" and setting.dtype == "float32" and products.fast_on_cpu():
-        forms["step"]["bf16"] = _medium(forms["step"]["ours"])
+        forms["step"]["bf16"] = at("medium", forms["step"]["ours"])
 
     def whole() -> Tensor:
         return draw(Rows(setting.codes), setting.dim, "normal", _scale(setting), seed=0)
@@ -114,11 +114,11 @@ def _ours(setting: Setting, mesh: Mesh, x_ND: Tensor, g_ND: Tensor) -> tuple[For
     return step, lambda: (quantizer.encode(x_ND.detach()),)
 
 
-def _medium(step: Form) -> Form:
-    """The same step with engine.matmul: medium."""
+def at(matmul: products.Matmul, step: Form) -> Form:
+    """The same step with this engine.matmul."""
 
     def low() -> tuple[Tensor, ...]:
-        with products.precision("medium"):
+        with products.precision(matmul):
             return step()
 
     return low

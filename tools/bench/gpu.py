@@ -31,7 +31,7 @@ out where they are missing, and said. The parts, each cut short when its time is
 
   checks     mixtures, searches and losses of a head beside dense forms in float64; the same twice, to the bit
   tests      the tests that need a GPU, where pytest is installed
-  step       one IBQ training step, 4096 tokens x 2^18 codes x 256: ours, dense, floor
+  step       one IBQ training step, 4096 tokens x 2^18 codes x 256: ours, dense, floor, ours with scores in float8
   entropy    the same with the entropy loss
   search     the exact search at this size: ours, dense, flash-kmeans, floor
   head       the loss of a prior's head at 2^14, 2^16, 2^18 codes: ours, dense, torch's, cut-cross-entropy, QuACK, floor

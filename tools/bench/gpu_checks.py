@@ -20,32 +20,48 @@ from vqscale.parallel.mesh import Mesh
 
 ENTROPY_TEMPERATURE = 0.2
 NEAR = 2e-2  # of the largest number: what products of bfloat16 round away
+NEAR_FLOAT8 = 1e-1  # whose sums tensor cores keep fewer bits of
 
 Row = dict[str, Any]
 
 
 def rows(device: str, tokens: int, codes: int, dim: int) -> Iterator[Row]:
+    yield from _mixtures(device, tokens, codes, dim, "medium", "")
+    if products.has_float8():
+        yield from _mixtures(device, tokens, codes, dim, "low", ", scores in float8")
+    yield _head(device, torch.randn(tokens, dim, device=device).bfloat16().float(), codes)
+    if device == "cuda":
+        yield _waits(device, tokens, codes, dim)
+
+
+def _mixtures(device: str, tokens: int, codes: int, dim: int, matmul: products.Matmul, how: str) -> Iterator[Row]:
     codebook = Codebook(codes, dim, mesh=Mesh(device=device), init_scale=dim**-0.5)
-    x_ND = torch.randn(tokens, dim, device=device).bfloat16().float().requires_grad_()
-    codebook.rows.data.copy_(codebook.rows.data.bfloat16())  # as exact as x: what is rounded is the arithmetic
+    # Tokens and rows are numbers that operands hold: what is rounded is the arithmetic.
+    x_ND = _held(torch.randn(tokens, dim, device=device), matmul).requires_grad_()
+    codebook.rows.data.copy_(_held(codebook.rows.data, matmul))
     shapes = {"mean": (tokens, dim), "lse": (tokens,), "entropy": (tokens,), "columns": (codes,)}
     weights = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
-    with products.precision("medium"):
+    with products.precision(matmul):
         first, again = _mixed(codebook, x_ND, weights), _mixed(codebook, x_ND, weights)
     same = all(torch.equal(first[name], again[name]) for name in first)
-    yield {"case": "a mixture twice", "ok": same, "note": "equal to the bit" if same else "NOT equal to the bit"}
+    yield {"case": f"a mixture twice{how}", "ok": same, "note": "equal to the bit" if same else "NOT equal to the bit"}
     x, rows_kD = (part.detach().double().requires_grad_() for part in (x_ND, codebook.rows))
     ids, _ = dense.nearest(x, rows_kD, "dot")
     found = dense.mix(x, rows_kD, "dot", 1.0, ENTROPY_TEMPERATURE)
     truth = {"mean": found.mean_ND, "lse": found.lse_N, "entropy": found.entropy_N, "columns": found.columns_K}
     truth |= dict(zip(("dx", "drows"), torch.autograd.grad(_weighed(truth, weights), (x, rows_kD)), strict=True))
-    yield _beside("a mixture beside float64", {name: apart(first[name], exact) for name, exact in truth.items()})
+    errors = {name: apart(first[name], exact) for name, exact in truth.items()}
+    yield _beside(f"a mixture beside float64{how}", errors, NEAR_FLOAT8 if matmul == "low" else NEAR)
     for case, got in (("ids of a mixture", first["ids"]), ("ids of a search", codebook.nearest(x_ND)[0])):
         same = torch.equal(got, ids)
-        yield {"case": case, "ok": same, "note": "those of float64" if same else "NOT those of float64"}
-    yield _head(device, x_ND.detach(), codes)
-    if device == "cuda":
-        yield _waits(device, tokens, codes, dim)
+        yield {"case": case + how, "ok": same, "note": "those of float64" if same else "NOT those of float64"}
+
+
+def _held(x_ND: Tensor, matmul: products.Matmul) -> Tensor:
+    if matmul != "low":
+        return x_ND.bfloat16().float()
+    low_ND, unit = products.float8(x_ND)
+    return low_ND.float() * unit
 
 
 def _weighed(says: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
@@ -65,9 +81,9 @@ def apart(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).abs().max() / exact.abs().max())
 
 
-def _beside(case: str, errors: Mapping[str, float]) -> Row:
+def _beside(case: str, errors: Mapping[str, float], near: float = NEAR) -> Row:
     said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    return {"case": case, "ok": all(error < NEAR for error in errors.values()), "note": said}
+    return {"case": case, "ok": all(error < near for error in errors.values()), "note": said}
 
 
 def _head(device: str, h_ND: Tensor, codes: int) -> Row:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from statistics import median
 from typing import Any
@@ -67,13 +68,14 @@ def kernels(interpret: bool) -> Iterator[None]:
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    kept = backend._has_kernels, products.wanted
+    kept = backend._has_kernels, products.wanted, products.has_float8
     backend._has_kernels = lambda x: x.dtype in (torch.float32, torch.bfloat16)
     products.wanted = lambda device_type, dtype: kept[1]("cuda", dtype)
+    products.has_float8 = cache(lambda: True)
     try:
         yield
     finally:
-        backend._has_kernels, products.wanted = kept
+        backend._has_kernels, products.wanted, products.has_float8 = kept
 
 
 def tests(sizes: Sizes) -> None:
@@ -131,7 +133,11 @@ def _time(sizes: Sizes, setting: Setting, work: str, more: Mapping[str, Any] | N
     with products.precision("medium"):
         mesh = Mesh(device=sizes.device)
         found = forms.build(setting, mesh)[work]
-        wanted = {name: found[name] for name in ("ours", "dense", "floor") if name in found} | dict(more or {})
+        wanted: dict[str, Any] = {name: found[name] for name in ("ours", "dense", "floor") if name in found}
+        if work == "step":
+            low = forms.at("low", found["ours"])
+            wanted["float8"] = low if products.has_float8() else "left out: this device multiplies no float8"
+        wanted |= more or {}
         timed(_shape(sizes), wanted, mesh, sizes.repeats)
 
 

@@ -21,8 +21,9 @@ from vqscale.programs.commands import words
 from . import command
 
 PRODUCTS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # by compute capability
-LOW = {"X": "low", "C": "low", "V": "low", "G": "low", "LOW": "low"}
+LOW = {"X": "score", "C": "score", "LOW": "score", "V": "low", "G": "low"}
 POINTERS = {**LOW, "SCORE": "*fp64", "ROW": "*i32"}
+FLOAT8_FROM = 89  # capability
 FULL_TOKENS = ("rescore_kernel", "widths_kernel")  # these read tokens and codes as they are given, not operands
 NUMBERS = ("scale", "ratio", "rounding")
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from vqscale.codes.gpu import tiles
 
     args = arguments(argv)
-    print(f"{'kernel':24}{'case':32}{'cc':>4}{'registers':>10}{'stack B':>9}{'shared KiB':>12}{'products':>10}")
+    print(f"{'kernel':24}{'case':36}{'cc':>4}{'registers':>10}{'stack B':>9}{'shared KiB':>12}{'products':>10}")
     fits = True
     for capability in args.capability:
         most = tiles.SHARED_KIB[capability]
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
                 continue
             registers, stack, shared, products = compiled(case, "*fp32" if args.fp32 else "*bf16", capability)
             fits &= shared <= most * 1024
-            line = f"{name.removesuffix('_kernel'):24}{case.says:32}{capability:4}{registers:10}{stack:9}"
+            line = f"{name.removesuffix('_kernel'):24}{case.says:36}{capability:4}{registers:10}{stack:9}"
             print(f"{line}{shared / 1024:12.1f}{products:10}", flush=True)
     print("all fit" if fits else "NOT all fit into the shared memory of a program")
     return 0 if fits else 1
@@ -67,7 +68,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def cases(dim: int, full: bool, capability: int) -> Iterator[Case]:
-    """Every kernel with a bias, in the variants that differ in what they hold."""
+    """Every kernel with a bias, in the variants that differ in what they hold; last those with scores in float8."""
     from vqscale.codes.gpu import kernels, kernels_backward, tiles
 
     def tile(kind: tiles.Kernel, wide: bool = False) -> tiles.Tile:
@@ -76,12 +77,13 @@ def cases(dim: int, full: bool, capability: int) -> Iterator[Case]:
     def case(kernel: Any, kind: tiles.Kernel, says: str, wide: bool = False, **flags: bool) -> Case:
         chosen = tile(kind, wide)
         blocks = {"BLOCK_N": chosen.tokens, "BLOCK_K": chosen.codes, "BLOCK_D": tiles.padded(dim)}
-        return Case(kernel, {"HAS_BIAS": True, **flags, **blocks}, chosen.warps, chosen.stages, says)
+        flags = {"HAS_BIAS": True, "SCALED": False, **flags}
+        return Case(kernel, {**flags, **blocks}, chosen.warps, chosen.stages, says)
 
     yield case(kernels.peaks_kernel, "peaks", "")
     for kind in ("peaks", "mix"):
         flags = {"HAS_BIAS": True, "CHUNK": tile(kind).codes, "BLOCK_D": tiles.RESCORE_DIM}
-        yield Case(kernels.widths_kernel, flags, 4, 3, f"after {kind}")
+        yield Case(kernels.widths_kernel, {**flags, "SCALED": False}, 4, 3, f"after {kind}")
         flags = {**flags, "BLOCK_N": tiles.RESCORE_TOKENS}
         yield Case(kernels.rescore_kernel, flags, 4, 3, f"after {kind}")
     yield case(kernels.column_sums_kernel, "columns", "")
@@ -92,6 +94,16 @@ def cases(dim: int, full: bool, capability: int) -> Iterator[Case]:
             yield case(kernels.mix_kernel, "mix", says, ENTROPY=entropy, SAME=same)
             marks = {"HAS_MEAN": True, "HAS_SHIFT": True, "HAS_ENTROPY": entropy, "HAS_COLUMNS": entropy, "SAME": same}
             yield case(kernels_backward.logit_gradient_kernel, "gradient", says, not same, **marks)
+    if full or capability < FLOAT8_FROM:
+        return
+    says = "scores in float8"
+    yield case(kernels.column_sums_kernel, "columns", says, SCALED=True)
+    yield case(kernels.row_means_kernel, "means", says, SCALED=True)
+    for entropy in (False, True):
+        says = f"scores in float8{', two temperatures' if entropy else ''}"
+        yield case(kernels.mix_kernel, "mix", says, ENTROPY=entropy, SAME=False, SCALED=True)
+        marks = {"HAS_MEAN": True, "HAS_SHIFT": True, "HAS_ENTROPY": entropy, "HAS_COLUMNS": entropy, "SAME": False}
+        yield case(kernels_backward.logit_gradient_kernel, "gradient", says, True, **marks, SCALED=True)
 
 
 def compiled(case: Case, operand: str, capability: int) -> tuple[int, int, int, int]:
@@ -111,8 +123,10 @@ def compiled(case: Case, operand: str, capability: int) -> tuple[int, int, int, 
             kind = operand
         if name in NUMBERS:
             kind = "fp32"
-        elif kind == "low":
-            kind = "*fp32" if name != "LOW" and case.kernel.__name__ in FULL_TOKENS else operand
+        elif kind == "score" and name != "LOW" and case.kernel.__name__ in FULL_TOKENS:
+            kind = "*fp32"
+        elif kind in ("score", "low"):
+            kind = "*fp8e4nv" if kind == "score" and case.constants.get("SCALED") else operand
         signature[name] = kind
         if kind != "fp32":  # addresses and sizes divide by 16, as they mostly do
             aligned[(place,)] = [["tt.divisibility", 16]]

@@ -1,9 +1,10 @@
 """`bench rounding`: what scores lose whose operands are rounded to bfloat16 or float8, beside float64. Times nothing.
 
-float8 is e4m3, each row times the power of two that brings its largest number to [128, 256): 3 bits of mantissa, so a
-number is off by 2^-4 of itself, or where it is small by half of the smallest step,
+float8 is that of vqscale/codes/products.py, e4m3 in units of the power of two that brings the largest number of all
+rows to [128, 256): 3 bits of mantissa, so a number is off by 2^-4 of itself, or where it is small by half of the
+smallest step,
 
-    |x - x'|     <= 2^-4 |x| + sqrt(D) 2^-17 max |x_i|              of a row; bfloat16: 2^-8 |x|
+    |x - x'|     <= 2^-4 |x| + sqrt(D) 2^-17 max |x_ni|             of a row; bfloat16: 2^-8 |x|
     |x.c - x'.c'| <= |x - x'| |c| + |x'| |c - c'|                   of a score, whose sums are exact here
 
 Tokens are normal, or near their codes, which are normal: logits of normal tokens have variance one at the temperature,
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqscale.codes import products
 from vqscale.programs.commands import words
 
 from . import command
@@ -40,10 +42,9 @@ def bfloat16(x_ND: Tensor) -> Tensor:
 
 
 def float8(x_ND: Tensor) -> Tensor:
-    """Float64 rows as float8 has them."""
-    exponent_N1 = 8 - torch.frexp(x_ND.abs().amax(1, keepdim=True)).exponent
-    low_ND = torch.ldexp(x_ND, exponent_N1).float().to(torch.float8_e4m3fn)
-    return torch.ldexp(low_ND.to(x_ND.dtype), -exponent_N1)
+    """Rows as float8 has them."""
+    low_ND, unit = products.float8(x_ND.float())
+    return low_ND.to(x_ND.dtype) * unit
 
 
 def bound(x_ND: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
@@ -51,7 +52,7 @@ def bound(x_ND: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     norm_N = x_ND.norm(dim=1)
     if rounded is bfloat16:
         return 2.0**-8 * norm_N
-    return 2.0**-4 * norm_N + sqrt(x_ND.shape[1]) * 2.0**-17 * x_ND.abs().amax(1)
+    return 2.0**-4 * norm_N + sqrt(x_ND.shape[1]) * 2.0**-17 * x_ND.abs().amax()
 
 
 ROUNDED = {"bf16": bfloat16, "float8": float8}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqscale.codes import scan
 from vqscale.codes.gpu import tiles
-from vqscale.codes.products import Rounding
+from vqscale.codes.products import Rounding, is_low
 from vqscale.codes.softmax import backward, forward
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
@@ -47,7 +47,7 @@ def pick(x_BD: Tensor, products: Rounding = "fp32") -> Passes:
         return BLOCKS
     from vqscale.codes.gpu import passes
 
-    if x_BD.dtype == torch.bfloat16 or products == "bf16":
+    if x_BD.dtype == torch.bfloat16 or is_low(products):
         return Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.mix_backward)
     return Passes(passes.best, forward.mix, forward.column_sums, forward.row_means, backward.mix_backward)
 

@@ -1,5 +1,5 @@
 """How blocks of numbers are multiplied: in their own type, in TF32, or rounded to bfloat16 with float32 sums between
-blocks.
+blocks. fp8 is bf16 whose scores the fused kernels multiply in float8 (gpu/passes.py); nothing else does.
 
 Which are wanted, a training says by `precision` (engine.matmul), and the machine which are worth it: outside of that
 context products are float32, whatever torch is set to. Logits are not multiplied here, but for a prior's head that asks
@@ -22,21 +22,23 @@ from vqscale.codes.scan import Buffer
 from vqscale.matmul import matmul_precision
 
 LOW = torch.bfloat16
-Rounding = Literal["fp32", "tf32", "bf16"]
-ROUNDINGS: dict[str, Rounding] = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
+FLOAT8 = torch.float8_e4m3fn  # three bits of mantissa, 448 at most
+Rounding = Literal["fp32", "tf32", "bf16", "fp8"]
+Matmul = Literal["highest", "high", "medium", "low"]
+ROUNDINGS: dict[Matmul, Rounding] = {"highest": "fp32", "high": "tf32", "medium": "bf16", "low": "fp8"}
 
 
 _asked: ContextVar[Rounding] = ContextVar("products", default="fp32")
 
 
 @contextmanager
-def precision(matmul: Literal["highest", "high", "medium"]) -> Iterator[None]:
+def precision(matmul: Matmul) -> Iterator[None]:
     """Inside, float32 numbers are multiplied as engine.matmul says: by mixtures, whose backward passes do as their
     forward passes did, and by everything else, for which torch has a switch of the process. Both are put back.
     """
     asked = _asked.set(ROUNDINGS[matmul])
     try:
-        with matmul_precision(matmul):
+        with matmul_precision("medium" if matmul == "low" else matmul):
             yield
     finally:
         _asked.reset(asked)
@@ -46,8 +48,34 @@ def precision(matmul: Literal["highest", "high", "medium"]) -> Iterator[None]:
 def wanted(device_type: str, dtype: torch.dtype) -> Rounding:
     """What is asked for where the numbers are not float64 and the device multiplies it faster, else fp32."""
     asked = _asked.get()
+    if asked == "fp8" and not (device_type == "cuda" and has_float8()):
+        asked = "bf16"
     on_cpu = device_type == "cpu" and asked == "bf16" and fast_on_cpu()
     return asked if dtype != torch.float64 and (device_type == "cuda" or on_cpu) else "fp32"
+
+
+def is_low(products: Rounding) -> bool:
+    """Whether products other than scores are of numbers rounded to bfloat16."""
+    return products in ("bf16", "fp8")
+
+
+@cache
+def has_float8() -> bool:
+    """Whether this process's GPU multiplies float8: Ada, Hopper and what came later."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+def float8(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """(x / unit in float8, unit), which is the power of two that brings the largest number to [128, 256).
+
+    Off by at most 2^-4 of a number, or by 2^-10 of the unit, where it is small. Rows that are not finite are no numbers
+    at all, and the unit is that of the others.
+    """
+    largest_N = torch.linalg.vector_norm(x_ND, torch.inf, dim=1)
+    finite_N = largest_N.isfinite()
+    exponent = torch.frexp(torch.where(finite_N, largest_N, 0.0).amax()).exponent - 8
+    unit = torch.exp2(exponent.clamp(min=-100).to(x_ND.dtype))
+    return (x_ND * torch.where(finite_N, 1.0 / unit, torch.nan)[:, None]).to(FLOAT8), unit
 
 
 def fast_on_cpu() -> bool:
@@ -62,7 +90,7 @@ def _has_instructions() -> bool:
 
 def operand(a: Tensor, products: Rounding, buffer: Buffer | None = None) -> Tensor:
     """`a` as `product` reads it, for operands that are read more than once; in the buffer if there is one."""
-    if products != "bf16" or a.dtype == LOW:
+    if not is_low(products) or a.dtype == LOW:
         return a
     if buffer is None:
         return a.to(LOW)
@@ -71,13 +99,13 @@ def operand(a: Tensor, products: Rounding, buffer: Buffer | None = None) -> Tens
 
 
 def product(a: Tensor, b: Tensor, products: Rounding, scale: float = 1.0, buffer: Buffer | None = None) -> Tensor:
-    """scale * a @ b in the type of a. With bf16 the operands are rounded to bf16 and the sums are float32. In the
-    buffer if there is one: fresh memory for every block takes longer than the arithmetic on it.
+    """scale * a @ b in the type of a. With bf16 the operands are rounded to bf16 and the sums are float32; fp8 is bf16
+    here. In the buffer if there is one: fresh memory for every block takes longer than the arithmetic on it.
 
     On a CPU the sums of bf16 are rounded to bf16 once more: torch has no product there that returns float32.
     """
     out = None if buffer is None else buffer.view(a, len(a), b.shape[1])
-    if products != "bf16":
+    if not is_low(products):
         with _switch(products):
             return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scale, out=out)
     low = _low(a, b)
@@ -91,7 +119,7 @@ def _switch(products: Rounding) -> AbstractContextManager[None]:
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, products: Rounding) -> None:
     """out += a @ b, where a and b may be operands. On a GPU the product of bf16 itself adds, in float32."""
-    if products != "bf16":
+    if not is_low(products):
         with _switch(products):
             out.addmm_(a, b)
     elif out.device.type == "cuda" and out.dtype == torch.float32 and not torch.compiler.is_compiling():

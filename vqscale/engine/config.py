@@ -26,10 +26,12 @@ class EngineConfig:
     communication: Free[Annotated[Literal["fp32", "bf16"] | None, Before("fp32")]] = None
     """of messages about the replicated parameters; null: as precision. bf16 halves them: gradients are rounded to it,
     and so are their sums; parameters are where autocast rounds them at every use, which changes nothing"""
-    matmul: Literal["highest", "high", "medium"] = "highest"
+    matmul: Literal["highest", "high", "medium", "low"] = "highest"
     """torch.set_float32_matmul_precision while a run trains, but for the search, logits and softmaxes over codes, which
     stay float32; on a GPU high is TF32, and medium fuses the softmax over codes in bf16; on a CPU with bfloat16
-    products medium rounds soft mean rows to 2^-8 and gradients over codes to 2^-6, but no logits"""
+    products medium rounds soft mean rows to 2^-8 and gradients over codes to 2^-6, but no logits. low is medium whose
+    scores of that softmax are products of float8 on GPUs that have such; ids stay exact, the rest is off by as much as
+    vqscale/codes/gpu/passes.py says"""
     accumulation: int = 1
     """micro-batches added up before a step; entropies and the tokens for revival are those of one micro-batch"""
     clip_norm: float = 1.0

@@ -133,7 +133,7 @@ def fits(held: Mapping[str, int], machine: Machine) -> bool:
 
 def has_kernels(work: Work, machine: Machine) -> bool:
     """The products on the code axis are those of fused GPU kernels: the choice of codes/backend.py."""
-    wanted = work.codes_precision == "medium" or work.quantizer != "ibq"  # a search is exact in any precision
+    wanted = work.codes_precision in ("medium", "low") or work.quantizer != "ibq"  # a search is exact in any precision
     return wanted and machine.kernels > 0 and work.dim <= 256
 
 
@@ -141,14 +141,16 @@ def codes_rate(work: Work, machine: Machine) -> float:
     """1e12 operations per second of products on the code axis."""
     if has_kernels(work, machine):
         library = LIBRARY / _waves(work) if work.quantizer == "ibq" else 0.0
-        return machine.tflops["bf16"] / ((1 - library) / machine.kernels + library / machine.library)
+        scores = _scores(work) / _waves(work) if work.quantizer == "ibq" and work.codes_precision == "low" else 0.0
+        saved = scores * (1 - machine.tflops["bf16"] / machine.tflops.get("fp8", machine.tflops["bf16"]))
+        return machine.tflops["bf16"] / ((1 - library - saved) / machine.kernels + library / machine.library)
     logits = 1 / 3 if work.quantizer == "ibq" else 1.0  # of the products: these are float32 whatever is asked for
     return blocks_rate(machine, work.codes_precision, full=logits)
 
 
 def blocks_rate(machine: Machine, matmul: str, full: float) -> float:
     """1e12 operations per second of plain products in blocks, of which a share is in full float32."""
-    other = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16"}[matmul]]
+    other = machine.tflops[{"highest": "fp32", "high": "tf32", "medium": "bf16", "low": "bf16"}[matmul]]
     return 1 / (full / machine.tflops["fp32"] + (1 - full) / other)
 
 
@@ -158,6 +160,11 @@ LIBRARY = 2  # products of a step that the library does, of blocks that a kernel
 def _waves(work: Work) -> int:
     """Products of a step of IBQ, by codes/gpu/passes.py: mix 2, mix_backward 4; column_sums and row_means 1 each."""
     return 8 if work.entropy else 6
+
+
+def _scores(work: Work) -> int:
+    """How many of these are scores: one of each operation."""
+    return 4 if work.entropy else 2
 
 
 def on_machine(axis: CodeAxis, work: Work, machine: Machine) -> CodeAxis:

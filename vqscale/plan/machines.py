@@ -35,7 +35,7 @@ class Machine:
 
     name: str
     tflops: Mapping[str, float]
-    """achievable 1e12 operations per second of large products: fp32, tf32, bf16"""
+    """achievable 1e12 operations per second of large products: fp32, tf32, bf16, and fp8 where there are such"""
     memory_gb_per_s: float
     """achievable bandwidth of reads and writes together, 1e9 bytes per second"""
     memory_gib: float
@@ -71,7 +71,7 @@ class Machine:
 
 _NVLINK4, _NDR = Wire(8e-6, 360e9), Wire(15e-6, 42e9)
 _NVLINK3, _HDR = Wire(8e-6, 230e9), Wire(15e-6, 20e9)
-_HOPPER = {"fp32": 50.0, "tf32": 370.0, "bf16": 700.0}
+_HOPPER = {"fp32": 50.0, "tf32": 370.0, "bf16": 700.0, "fp8": 1400.0}
 _AMPERE = {"fp32": 17.0, "tf32": 120.0, "bf16": 240.0}
 
 MACHINES = {

@@ -1,9 +1,9 @@
 """The predicted step of a prior on GPUs: what prior.py counts, over what machines do per second.
 
 A transformer's kernels one after the other, each the longer of its operations and its bytes, the backward pass as two
-forward ones. The head is plain products of blocks on a GPU: its logits in float32 unless `engine.matmul` is medium, its
-gradients as that says; between them a block of logits is read and written some PASSES times. As for tokenizers, nothing
-overlaps, nobody waits for data, and sampling is not predicted: prior.py counts its operations.
+forward ones. The head is plain products of blocks on a GPU: its logits in float32 unless `engine.matmul` is medium or
+low, its gradients as that says; between them a block of logits is read and written some PASSES times. As for
+tokenizers, nothing overlaps, nobody waits for data, and sampling is not predicted: prior.py counts its operations.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def predict(config: PriorRun, images: int, world: int, machine: Machine, step: P
 
 def head_seconds(operations: int, matmul: str, machine: Machine) -> float:
     """Of the head's products: a third of them logits, or where these are made twice two of four."""
-    return 1e-12 * operations / blocks_rate(machine, matmul, full=0.0 if matmul == "medium" else 1 / 3)
+    return 1e-12 * operations / blocks_rate(machine, matmul, full=0.0 if matmul in ("medium", "low") else 1 / 3)
 
 
 def _predict(config: PriorRun, images: int, grid: Grid, machine: Machine, step: PriorWork) -> Step:

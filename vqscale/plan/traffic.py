@@ -79,7 +79,7 @@ class Work:
     """there is an average of the weights, and so of the rows"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """of the network"""
-    codes_precision: Literal["highest", "high", "medium"] = "highest"
+    codes_precision: Literal["highest", "high", "medium", "low"] = "highest"
     """of float32 products: engine.matmul"""
     entropy_temperature: float = 0.01
     """of the softmax of the entropies, where there are any"""

@@ -34,9 +34,20 @@ def load_rows(pointer, row, end, dim, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def scores(x, c, BIAS, UNIT, row, last, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr):
+    """x . c + bias of a tile of tokens x codes; with SCALED the products of x and c are in units."""
+    out = tl.dot(x, tl.trans(c), input_precision="ieee")
+    if SCALED:
+        out *= tl.load(UNIT)
+    if HAS_BIAS:
+        out += tl.load(BIAS + row, mask=row < last, other=0.0)[None, :]
+    return out
+
+
+@triton.jit
 def peaks_kernel(
-    X, C, BIAS, PEAK, num_tokens, num_codes, dim, num_chunks, codes_per_part,
-    HAS_BIAS: tl.constexpr,
+    X, C, BIAS, UNIT, PEAK, num_tokens, num_codes, dim, num_chunks, codes_per_part,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """PEAK[n, c] = max over the BLOCK_K codes of chunk c of x_n . c_j + bias_j. Programs: token tiles x parts of k."""
@@ -47,9 +58,7 @@ def peaks_kernel(
     for start in range(first, last, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         c = load_rows(C, row, last, dim, BLOCK_D)
-        score = tl.dot(x, tl.trans(c), input_precision="ieee")
-        if HAS_BIAS:
-            score += tl.load(BIAS + row, mask=row < last, other=0.0)[None, :]
+        score = scores(x, c, BIAS, UNIT, row, last, HAS_BIAS, SCALED)
         score = tl.where((row < last)[None, :], score, LOWEST)
         place = token.to(tl.int64) * num_chunks + start // BLOCK_K
         tl.store(PEAK + place, tl.max(score, axis=1), mask=token < num_tokens)
@@ -57,11 +66,13 @@ def peaks_kernel(
 
 @triton.jit
 def widths_kernel(
-    C, LOW, BIAS, WIDTH, num_codes, dim, rounding, HAS_BIAS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    C, LOW, BIAS, UNIT, WIDTH, num_codes, dim, rounding,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """WIDTH[c] = what bounds the error of a chunk's scores: max |c_j|, max |c_j - low_j|, and rounding max |bias_j|.
 
-    LOW is what the products read instead of C. A thousandth more, because these norms are rounded themselves.
+    LOW, with SCALED in units of UNIT[2], is what the products read instead of C. A thousandth more, because these norms
+    are rounded themselves.
     """
     row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     here = row < num_codes
@@ -72,7 +83,10 @@ def widths_kernel(
         place = row.to(tl.int64)[:, None] * dim + column[None, :]
         inside = here[:, None] & (column < dim)[None, :]
         c = tl.load(C + place, mask=inside, other=0.0).to(tl.float32)
-        lost = c - tl.load(LOW + place, mask=inside, other=0.0).to(tl.float32)
+        low = tl.load(LOW + place, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            low *= tl.load(UNIT + 2)
+        lost = c - low
         square += tl.sum(c * c, axis=1)
         lost_square += tl.sum(lost * lost, axis=1)
     out = WIDTH + 3 * tl.program_id(0)
@@ -134,9 +148,9 @@ def rescore_kernel(
 
 @triton.jit
 def mix_kernel(
-    X, C, BIAS, V, STATE, MEAN, PEAK,
+    X, C, BIAS, UNIT, V, STATE, MEAN, PEAK,
     num_tokens, num_codes, dim, num_chunks, codes_per_part, scale, ratio,
-    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, SAME: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ENTROPY: tl.constexpr, SAME: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of l = scale (x . c + bias) over one part of the codes, with the sum of p times the values.
@@ -159,9 +173,7 @@ def mix_kernel(
     for start in range(first, last, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         c = load_rows(C, row, last, dim, BLOCK_D)
-        logit = tl.dot(x, tl.trans(c), input_precision="ieee")
-        if HAS_BIAS:
-            logit += tl.load(BIAS + row, mask=row < last, other=0.0)[None, :]
+        logit = scores(x, c, BIAS, UNIT, row, last, HAS_BIAS, SCALED)
         logit = tl.where((row < last)[None, :], logit, LOWEST)
         peak = tl.max(logit, axis=1)
         tl.store(PEAK + token.to(tl.int64) * num_chunks + start // BLOCK_K, peak, mask=here)
@@ -200,8 +212,8 @@ def mix_kernel(
 
 @triton.jit
 def column_sums_kernel(
-    X, C, BIAS, TOP, LOG, OUT, num_tokens, num_codes, dim, tokens_per_part, scale,
-    HAS_BIAS: tl.constexpr,
+    X, C, BIAS, UNIT, TOP, LOG, OUT, num_tokens, num_codes, dim, tokens_per_part, scale,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """OUT[part, j] = sum over the tokens of a part of 2^(scale (x_n . c_j + bias_j - top_n) - log_n)."""
@@ -219,8 +231,10 @@ def column_sums_kernel(
         x = load_rows(X, token, last, dim, BLOCK_D)
         top = tl.load(TOP + token, mask=token < last, other=0.0)
         log = tl.load(LOG + token, mask=token < last, other=0.0)
-        logit = tl.dot(c, tl.trans(x), input_precision="ieee") + bias[:, None]
-        bits = (logit - top[None, :]) * scale - log[None, :]
+        logit = tl.dot(c, tl.trans(x), input_precision="ieee")
+        if SCALED:
+            logit *= tl.load(UNIT)
+        bits = (logit + bias[:, None] - top[None, :]) * scale - log[None, :]
         if counts(bits):
             total += tl.sum(tl.where((token < last)[None, :], tl.exp2(bits), 0.0), axis=1)
     tl.store(OUT + part.to(tl.int64) * num_codes + row, total, mask=row < num_codes)
@@ -228,8 +242,8 @@ def column_sums_kernel(
 
 @triton.jit
 def row_means_kernel(
-    X, C, BIAS, TOP, LOG, WEIGHT, OUT, num_tokens, num_codes, dim, codes_per_part, scale,
-    HAS_BIAS: tl.constexpr,
+    X, C, BIAS, UNIT, TOP, LOG, WEIGHT, OUT, num_tokens, num_codes, dim, codes_per_part, scale,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """OUT[part, n] = sum over the codes of a part of 2^(scale (x_n . c_j + bias_j - top_n) - log_n) weight_j."""
@@ -244,9 +258,7 @@ def row_means_kernel(
     for start in range(first, last, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         c = load_rows(C, row, last, dim, BLOCK_D)
-        logit = tl.dot(x, tl.trans(c), input_precision="ieee")
-        if HAS_BIAS:
-            logit += tl.load(BIAS + row, mask=row < last, other=0.0)[None, :]
+        logit = scores(x, c, BIAS, UNIT, row, last, HAS_BIAS, SCALED)
         weight = tl.load(WEIGHT + row, mask=row < last, other=0.0)
         bits = (logit - top[:, None]) * scale - log[:, None]
         if counts(bits):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqscale.codes.gpu.kernels import counts, load_rows
+from vqscale.codes.gpu.kernels import counts, load_rows, scores
 
 # What arrives per token, named once: passes.py stacks it in this order, the kernel loads it in this order. The top is
 # the best score over all K, as the products here see it; the others are those of Slopes.
@@ -18,9 +18,9 @@ UPSTREAM = ("top", "shift", "entropy_log", "level", "bend")
 
 @triton.jit
 def logit_gradient_kernel(
-    X, C, BIAS, V, G, UP, COLUMNS, OUT, num_tokens, num_codes, dim, codes_per_part, scale, ratio,
-    HAS_BIAS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr, SAME: tl.constexpr,
+    X, C, BIAS, UNIT, V, G, UP, COLUMNS, OUT, num_tokens, num_codes, dim, codes_per_part, scale, ratio,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_COLUMNS: tl.constexpr, SAME: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """OUT[n, j] = du_nj of softmax/backward.py's Slopes, in OUT's type: 2 products (logits, g . value).
@@ -43,10 +43,7 @@ def logit_gradient_kernel(
     for start in range(first, last, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         c = load_rows(C, row, last, dim, BLOCK_D)
-        score = tl.dot(x, tl.trans(c), input_precision="ieee")
-        if HAS_BIAS:
-            score += tl.load(BIAS + row, mask=row < last, other=0.0)[None, :]
-        below = (score - top[:, None]) * scale
+        below = (scores(x, c, BIAS, UNIT, row, last, HAS_BIAS, SCALED) - top[:, None]) * scale
         du = tl.zeros_like(below)
         if HAS_SHIFT:
             slope = tl.zeros_like(below)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqscale.codes.gpu import tiles
 from vqscale.codes.gpu.tiles import Kernel
-from vqscale.codes.products import Rounding
+from vqscale.codes.products import FLOAT8, Rounding, float8
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,23 @@ class Operands:
     bias: Tensor
     """where there is none, a pointer that the kernels do not read"""
     has_bias: bool
+    score_x: Tensor
+    score_c: Tensor
+    """of the products that are scores: the same, or in float8,"""
+    unit: Tensor
+    """whose units these are: of a score, of a token, of a code; where there are none, a pointer as above"""
 
     @classmethod
-    def of(cls, x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, low: bool) -> Operands:
-        """bfloat16 if that is asked for or if both are, else float32."""
-        low = low or x_BD.dtype == keys_kD.dtype == torch.bfloat16
+    def of(cls, x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, products: str) -> Operands:
+        """bfloat16 if that is asked for or if both are, else float32; with fp8 float8 for the scores."""
+        low = products != "fp32" or x_BD.dtype == keys_kD.dtype == torch.bfloat16
         x, c = (part.to(torch.bfloat16 if low else torch.float32).contiguous() for part in (x_BD, keys_kD))
-        return cls(x, c, x if bias_k is None else bias_k.float().contiguous(), bias_k is not None)
+        bias = x if bias_k is None else bias_k.float().contiguous()
+        if products != "fp8":
+            return cls(x, c, bias, bias_k is not None, x, c, x)
+        (score_x, unit_x), (score_c, unit_c) = (float8(part.float().contiguous()) for part in (x_BD, keys_kD))
+        unit = torch.stack([unit_x * unit_c, unit_x, unit_c])
+        return cls(x, c, bias, bias_k is not None, score_x, score_c, unit)
 
     @property
     def num(self) -> int:
@@ -49,13 +59,35 @@ class Operands:
 
     @property
     def products(self) -> Rounding:
+        """Of those that are no scores."""
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    @property
+    def scaled(self) -> bool:
+        return self.score_c.dtype == FLOAT8
+
+    @property
+    def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What every kernel that makes scores begins with."""
+        return self.score_x, self.score_c, self.bias, self.unit
 
     def like(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).contiguous()
 
+    def values(self, keys_kD: Tensor, values_kD: Tensor) -> Tensor:
+        """`c` if the keys are the values, in the same memory: a program loads them once, if scores read them too."""
+        same = keys_kD.data_ptr() == values_kD.data_ptr() and keys_kD.stride() == values_kD.stride()
+        return self.c if same else self.like(values_kD)
+
     def block(self, tokens: slice, rows: slice) -> Operands:
-        return Operands(self.x[tokens], self.c[rows], self.bias[rows] if self.has_bias else self.bias, self.has_bias)
+        return replace(
+            self,
+            x=self.x[tokens],
+            c=self.c[rows],
+            bias=self.bias[rows] if self.has_bias else self.bias,
+            score_x=self.score_x[tokens],
+            score_c=self.score_c[rows],
+        )
 
 
 class Launch:
@@ -72,6 +104,7 @@ class Launch:
         self.grid, self.codes = (count, self.parts), tile.codes
         self.options = {
             "HAS_BIAS": given.has_bias,
+            "SCALED": given.scaled,
             "BLOCK_N": tile.tokens,
             "BLOCK_K": tile.codes,
             "BLOCK_D": tiles.padded(given.dim),
@@ -82,8 +115,3 @@ class Launch:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def is_same(keys_kD: Tensor, values_kD: Tensor) -> bool:
-    """The keys are the values, in the same memory: a program then loads them once."""
-    return keys_kD.data_ptr() == values_kD.data_ptr() and keys_kD.stride() == values_kD.stride()

@@ -14,23 +14,23 @@ from torch.library import custom_op
 
 from vqscale.codes import scan
 from vqscale.codes.gpu import kernels, kernels_backward, tiles
-from vqscale.codes.gpu.launch import Launch, Operands, is_same, on_device_of
+from vqscale.codes.gpu.launch import Launch, Operands, on_device_of
 from vqscale.codes.gpu.tiles import RESCORE_DIM, RESCORE_TOKENS
 from vqscale.codes.scan import LOWEST
 from vqscale.codes.softmax.backward import Gradients
 
 
 @custom_op("vqscale::best", mutates_args=())
-def best(x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, low: bool) -> tuple[Tensor, Tensor]:
+def best(x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, products: str) -> tuple[Tensor, Tensor]:
     if not len(x_BD) or not len(keys_kD):
         return _nobody(x_BD)
-    given = Operands.of(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, products)
     launch = Launch("peaks", given)
     num_chunks = -(-given.rows // launch.codes)
     peak = given.x.new_empty((given.num, num_chunks), dtype=torch.float32)
     with on_device_of(x_BD):
         kernels.peaks_kernel[launch.grid](
-            given.x, given.c, given.bias, peak, given.num, given.rows, given.dim, num_chunks, launch.per_part,
+            *given.scores, peak, given.num, given.rows, given.dim, num_chunks, launch.per_part,
             **launch.options,
         )  # fmt: skip
         return _rescore(x_BD.contiguous(), keys_kD.contiguous(), peak, given, launch.codes)
@@ -48,15 +48,17 @@ def _nobody(x_BD: Tensor) -> tuple[Tensor, Tensor]:
 def _rescore(x_BD: Tensor, keys_kD: Tensor, peak: Tensor, given: Operands, chunk: int) -> tuple[Tensor, Tensor]:
     """The arg max of the float64 scores from the peaks of chunks, whose errors are bounded as passes.py says."""
     num_chunks = peak.shape[1]
-    # Additions in any order; a tensor core cuts off where others round.
-    rounding = (given.dim + 8) * 2.0**-21
-    full_BD, low_BD = x_BD.float(), given.x.float()
+    # Additions in any order; a tensor core cuts off where others round, and of float8 keeps fewer bits.
+    rounding = (given.dim + 8) * (2.0**-13 if given.scaled else 2.0**-21)
+    full_BD, low_BD = x_BD.float(), given.score_x.float()
+    if given.scaled:
+        low_BD *= given.unit[1]
     left_B = torch.linalg.vector_norm(full_BD - low_BD, dim=1) + rounding * torch.linalg.vector_norm(full_BD, dim=1)
     right_B = torch.linalg.vector_norm(low_BD, dim=1)
     width_c3 = peak.new_empty((num_chunks, 3))
     kernels.widths_kernel[(num_chunks,)](
-        keys_kD, given.c, given.bias, width_c3, given.rows, given.dim, rounding,
-        HAS_BIAS=given.has_bias, CHUNK=chunk, BLOCK_D=RESCORE_DIM, num_warps=4,
+        keys_kD, given.score_c, given.bias, given.unit, width_c3, given.rows, given.dim, rounding,
+        HAS_BIAS=given.has_bias, SCALED=given.scaled, CHUNK=chunk, BLOCK_D=RESCORE_DIM, num_warps=4,
     )  # fmt: skip
     error = left_B[:, None] * width_c3[:, 0]
     error.addcmul_(right_B[:, None], width_c3[:, 1].expand_as(error)).add_(width_c3[:, 2])
@@ -85,15 +87,15 @@ def mix(
     values_kD: Tensor,
     scale: float,
     ratio: float | None,
-    low: bool,
+    products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(best score, its row, highest score of the products and three sums as 4 x B, sum of p times the values)."""
     if not len(x_BD) or not len(keys_kD):
         state_4B = torch.zeros((4, len(x_BD)), dtype=torch.float32, device=x_BD.device)
         state_4B[0] = LOWEST
         return *_nobody(x_BD), state_4B, torch.zeros_like(x_BD, dtype=torch.float32)
-    given = Operands.of(x_BD, keys_kD, bias_k, low)
-    same = is_same(keys_kD, values_kD)
+    given = Operands.of(x_BD, keys_kD, bias_k, products)
+    values = given.values(keys_kD, values_kD)
     launch = Launch("mix", given)
     num_chunks = -(-given.rows // launch.codes)
     peak = given.x.new_empty((given.num, num_chunks), dtype=torch.float32)
@@ -101,9 +103,9 @@ def mix(
     mean = peak.new_empty((launch.parts, given.num, given.dim))
     with on_device_of(x_BD):
         kernels.mix_kernel[launch.grid](
-            given.x, given.c, given.bias, given.c if same else given.like(values_kD), state, mean, peak,
+            *given.scores, values, state, mean, peak,
             given.num, given.rows, given.dim, num_chunks, launch.per_part, scale, ratio or 1.0,
-            ENTROPY=ratio is not None, SAME=same, **launch.options,
+            ENTROPY=ratio is not None, SAME=values is given.score_c, **launch.options,
         )  # fmt: skip
         score_B, row_B = _rescore(x_BD.contiguous(), keys_kD.contiguous(), peak, given, launch.codes)
     return score_B, row_B, *_merge(state, mean, scale, ratio or 1.0)
@@ -130,16 +132,16 @@ def _merge(state: Tensor, mean: Tensor, scale: float, ratio: float) -> tuple[Ten
 
 @custom_op("vqscale::column_sums", mutates_args=())
 def column_sums(
-    x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, scale: float, top_B: Tensor, log_B: Tensor, low: bool
+    x_BD: Tensor, keys_kD: Tensor, bias_k: Tensor | None, scale: float, top_B: Tensor, log_B: Tensor, products: str
 ) -> Tensor:
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros(len(keys_kD), dtype=torch.float32, device=x_BD.device)
-    given = Operands.of(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, products)
     launch = Launch("columns", given)
     out = given.x.new_empty((launch.parts, given.rows), dtype=torch.float32)
     with on_device_of(x_BD):
         kernels.column_sums_kernel[launch.grid](
-            given.x, given.c, given.bias, top_B.float().contiguous(), log_B.float().contiguous(), out,
+            *given.scores, top_B.float().contiguous(), log_B.float().contiguous(), out,
             given.num, given.rows, given.dim, launch.per_part, scale, **launch.options,
         )  # fmt: skip
     return out.sum(0)
@@ -157,16 +159,16 @@ def row_means(
     top_B: Tensor,
     log_B: Tensor,
     weight_k: Tensor,
-    low: bool,
+    products: str,
 ) -> Tensor:
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros(len(x_BD), dtype=torch.float32, device=x_BD.device)
-    given = Operands.of(x_BD, keys_kD, bias_k, low)
+    given = Operands.of(x_BD, keys_kD, bias_k, products)
     launch = Launch("means", given)
     out = given.x.new_empty((launch.parts, given.num), dtype=torch.float32)
     with on_device_of(x_BD):
         kernels.row_means_kernel[launch.grid](
-            given.x, given.c, given.bias,
+            *given.scores,
             *(part.float().contiguous() for part in (top_B, log_B, weight_k)), out,
             given.num, given.rows, given.dim, launch.per_part, scale, **launch.options,
         )  # fmt: skip
@@ -190,21 +192,20 @@ def mix_backward(
     scale: float,
     ratio: float,
     budget: int,
-    low: bool,
+    products: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, the keys and the bias (empty without one), block after block; `upstream_B5` as UPSTREAM."""
     if not len(x_BD) or not len(keys_kD):
         return torch.zeros_like(x_BD), torch.zeros_like(keys_kD), _like_bias(keys_kD, bias_k).zero_()
-    given = Operands.of(x_BD, keys_kD, bias_k, low)
-    same = is_same(keys_kD, values_kD)
-    values, g = given.c if same else given.like(values_kD), given.x if g_BD is None else given.like(g_BD)
+    given = Operands.of(x_BD, keys_kD, bias_k, products)
+    values, g = given.values(keys_kD, values_kD), given.x if g_BD is None else given.like(g_BD)
     upstream, columns = upstream_B5.float().contiguous(), given.x if columns_k is None else columns_k.float()
     flags = {
         "HAS_MEAN": g_BD is not None,
         "HAS_SHIFT": has_shift,
         "HAS_ENTROPY": has_entropy,
         "HAS_COLUMNS": columns_k is not None,
-        "SAME": same,
+        "SAME": values is given.score_c,
     }
     sums = Gradients.zeros(x_BD, keys_kD, bias_k, torch.float32)
     size = tiles.wave(given.num, given.dtype.itemsize, tiles.cache_bytes(x_BD.device), budget)
@@ -212,10 +213,10 @@ def mix_backward(
     with on_device_of(x_BD):
         for tokens, rows in scan.cut(given.num, given.rows, *size):
             block = given.block(tokens, rows)
-            launch = Launch("gradient", block, wide=not same)
+            launch = Launch("gradient", block, wide=not flags["SAME"])
             du_br = buffer.view(given.x, block.num, block.rows)
             kernels_backward.logit_gradient_kernel[launch.grid](
-                block.x, block.c, block.bias, values[rows], g[tokens], upstream[tokens],
+                *block.scores, values[rows], g[tokens], upstream[tokens],
                 columns if columns_k is None else columns[rows], du_br,
                 block.num, block.rows, given.dim, launch.per_part, scale, ratio, **flags, **launch.options,
             )  # fmt: skip

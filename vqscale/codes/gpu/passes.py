@@ -13,9 +13,9 @@ device bound (tiles.wave; 33 MiB on a H200). Products of 2 B k D operations:
                      reads it while it is in the cache: the form and the two products of softmax/backward.py
 
 The operands of the products are bfloat16 in `best`, elsewhere where such products are wanted (products.py) or if x and
-the keys are; else float32 without tensor cores, by which the kernels are judged: backend.py does not choose it. TF32
-multiplies nothing here. Sums, powers and the state of the softmax are float32 in both, and so are the sums of the
-library's products, in the order of the blocks: the same in every run.
+the keys are, of scores float8 where that is wanted; else float32 without tensor cores, by which the kernels are judged:
+backend.py does not choose it. TF32 multiplies nothing here. Sums, powers and the state of the softmax are float32 in
+all, and so are the sums of the library's products, in the order of the blocks: the same in every run.
 
 What bfloat16 loses, with u = 2^-8 its rounding, C and V the norms of the longest key and value, to first order in u:
 
@@ -25,10 +25,14 @@ What bfloat16 loses, with u = 2^-8 its rounding, C and V the norms of the longes
   that of row j by u sum_n (2 |du_nj| + 4 p_nj |g_n| V / T) |x_n|, in the letters of softmax/backward.py: rounded are
   the probabilities, g, the values, du, and what du multiplies.
 
-float8 is left out, even of scores, whose operands are no gradients. Ids are exact: with its 2^-4 in the bound below 617
-of 1024 chunks are in doubt for a normal token, so that all are scored again, which is a product in float64 where half a
-product in bfloat16 was saved. A pass in bfloat16 for ids alone would take what forward and backward pass save. And the
-entropies above would move by 0.2, three times what they are (tools/bench rounding states the bounds, and measures).
+float8 (e4m3, engine.matmul: low) is for the scores of all but `best`, in units of a power of two for all tokens and one
+for all codes (products.py). What it loses, with X' and C' the largest numbers of all tokens and all keys:
+
+* a score is off by at most 2^-3 |x| C + 2^-17 sqrt(D) (X' C + |x| C'), to first order, a logit by a T-th of that and a
+  log-normaliser by twice as much; what is not a score keeps its u. Entropies as above move by 0.2
+* nothing of ids, which are exact: but the bound below is as much wider, and what it leaves in doubt is scored again in
+  float64. Of 1024 chunks that are 617 for a normal token, so that all are, and one for a token near its row. It is a
+  choice for codes that have found their tokens, and takes longer before (tools/bench rounding measures all of this).
 
 Ids do not depend on what is rounded: they are the arg max of the float64 scores of the given numbers. For that the
 kernels keep the best score of every chunk of codes, and score again, in float64, every chunk that the error bound of
@@ -36,8 +40,9 @@ its peak does not exclude. With x = x' + dx, c = c' + dc, and x', c' what was mu
 
     |x.c - x'.c'| <= |dx| |c| + |x'| |dc| + rounding of D additions,    in the worst of the codes of a chunk
 
-(Cauchy-Schwarz). That leaves 1.7 chunks per token of 131,072 normal rows for normal tokens, one for tokens near their
-rows, and all of them where all rows are equal: that is slow and right. Equal scores go to the lowest row.
+(Cauchy-Schwarz; an addition keeps 21 bits, those of float8 13, as tensor cores are known to). That leaves 1.7 chunks
+per token of 131,072 normal rows for normal tokens, one for tokens near their rows, and all of them where all rows are
+equal: that is slow and right. Equal scores go to the lowest row.
 
 torch's scaled_dot_product_attention is not used. Its flash form makes the same mean row and returns the log-normaliser,
 but no arg max, no second temperature and no bias per code: ids and entropies would each be another pass over the codes.
@@ -66,7 +71,7 @@ def best(x_BD: Tensor, keys: Keys, budget: int) -> tuple[Tensor, Tensor]:
 
     Exact, so its products are bfloat16 whatever torch is set to.
     """
-    score_B, row_B = ops.best(x_BD, keys.keys_kD, keys.bias_k, True)
+    score_B, row_B = ops.best(x_BD, keys.keys_kD, keys.bias_k, "bf16")
     return score_B, row_B
 
 
@@ -86,7 +91,7 @@ def _top(mixed: LocalMixture, score_B: Tensor) -> Tensor:
 def mix(x_BD: Tensor, keys: Keys, values_kD: Tensor, wanted: Wanted) -> LocalMixture:
     """One pass, as forward.mix. The best row is exact; the softmax is that of the products' precision, in float32."""
     score_B, row_B, state_4B, sum_BD = ops.mix(
-        x_BD, keys.keys_kD, keys.bias_k, values_kD, wanted.scale, wanted.ratio, wanted.products == "bf16"
+        x_BD, keys.keys_kD, keys.bias_k, values_kD, wanted.scale, wanted.ratio, wanted.products
     )
     top_B, sum_B, entropy_sum_B, excess_B = state_4B.unbind(0)
     soft = Softmax(sum_B, torch.zeros_like(sum_B))
@@ -99,9 +104,8 @@ def column_sums(
     x_BD: Tensor, keys: Keys, mixed: LocalMixture, score_B: Tensor, log_B: Tensor, wanted: Wanted
 ) -> Tensor:
     """sum_n q_nj of the rows of this rank, as forward.column_sums: k numbers."""
-    low = wanted.products == "bf16"
     out_k: Tensor = ops.column_sums(
-        x_BD, keys.keys_kD, keys.bias_k, wanted.entropy_scale, _top(mixed, score_B), log_B, low
+        x_BD, keys.keys_kD, keys.bias_k, wanted.entropy_scale, _top(mixed, score_B), log_B, wanted.products
     )
     return out_k
 
@@ -110,9 +114,8 @@ def row_means(
     x_BD: Tensor, keys: Keys, mixed: LocalMixture, score_B: Tensor, log_B: Tensor, weight_k: Tensor, wanted: Wanted
 ) -> Tensor:
     """sum_j q_nj weight_j over the rows of this rank, as forward.row_means: B numbers."""
-    low = wanted.products == "bf16"
     out_B: Tensor = ops.row_means(
-        x_BD, keys.keys_kD, keys.bias_k, wanted.entropy_scale, _top(mixed, score_B), log_B, weight_k, low
+        x_BD, keys.keys_kD, keys.bias_k, wanted.entropy_scale, _top(mixed, score_B), log_B, weight_k, wanted.products
     )
     return out_B
 
@@ -144,6 +147,6 @@ def mix_backward(
         wanted.scale,
         wanted.ratio or 1.0,
         wanted.budget,
-        wanted.products == "bf16",
+        wanted.products,
     )
     return Gradients(dx_BD, dkeys_kD, None if keys.bias_k is None else dbias_k)

@@ -5,7 +5,7 @@
 
 A run as for `vqscale train`; in a checkout, without one, configs/tokenizer/ibq_imagenet256_262144.yaml. For every
 number of GPUs: the split data x codes with the shortest predicted step, what it holds, sends and takes, and the
-smallest code axis that fits. engine.matmul=highest, high or medium is the precision on the code axis. The formulas:
+smallest code axis that fits. engine.matmul=highest, high, medium or low is the precision on the code axis. Formulas:
 bytes in vqscale/plan/traffic.py, seconds and memory in vqscale/plan/cost.py. They do not know waiting for data, nor
 what the discriminator sends. Of a prior the code axis is its head, and the formulas are in vqscale/plan/prior.py and
 prior_step.py; operations of drawing an image are told, and not their time.
