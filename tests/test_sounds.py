@@ -11,6 +11,7 @@ import torch
 
 from vqscale import config as configuration
 from vqscale import signals
+from vqscale.metrics.mel import corners, empty_bands
 from vqscale.metrics.sound import (
     MelBands,
     SoundScores,
@@ -60,6 +61,15 @@ def test_spectra_and_filters_are_those_written_out():
             assert filters[band, number].item() == pytest.approx(height, abs=1e-6)
     with pytest.raises(ValueError, match="500 mel bands up to 8000 Hz are too many for a window of 512"):
         mel_filters(16000, 512, 500)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100, 96000, 192000])
+@pytest.mark.parametrize("count", [3, 32, 64, 500])
+def test_bands_that_meet_no_frequency_are_those_of_zeros(rate, count):
+    at = torch.tensor(corners(rate, count)).double()
+    bins = torch.arange(257).double() * rate / 512
+    met = [((bins > low) & (bins < high)).any() for low, high in zip(at, at[2:], strict=False)]
+    assert empty_bands(rate, 512, count) == count - sum(map(int, met))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -258,3 +268,22 @@ def test_a_config_of_sounds_is_checked_against_its_data():
         configuration.parse(Run, asked)
     for part in ("mels_windows are [2048, 40], but each has a band for every 16 samples", "quiet is 0.0, and silence"):
         assert part in str(error.value)
+
+
+def test_bands_without_a_frequency_are_told_with_the_config():
+    asked = {"task": "tokenizer", "run": {"folder": "x"}, "loss": {"reconstruction": "mels"}}
+    asked["data"] = {"train": {"medium": "sounds", "shards": "x.tar", "sample_rate": 192000, "seconds": 0.08}}
+    signal = {"name": "sounds", "sample_rate": 192000, "num_mels": 64}
+    asked["tokenizer"] = {"signal": signal, "net": {"name": "wave"}, "latent_norm": "none"}
+    with pytest.raises(configuration.ConfigError) as error:
+        configuration.parse(Run, asked)
+    for part in (
+        "of 64 mel bands up to 96000 Hz 2 meet no frequency of a window of 1024 samples: lower num_mels",
+        "at 192000 samples per second bands of the distance mels meet no frequency of its windows [2048, 1024, 512",
+    ):
+        assert part in str(error.value)
+    signal["num_mels"] = 16
+    asked["loss"]["reconstruction"] = "mel"
+    configuration.parse(Run, asked)
+    with pytest.raises(configuration.ConfigError, match="num_mels is 0: use a positive number"):
+        configuration.parse(Run, asked | {"tokenizer": asked["tokenizer"] | {"signal": signal | {"num_mels": 0}}})

@@ -11,6 +11,7 @@ import wave
 import jobs
 import numpy as np
 import pytest
+import test_no_waiting
 import torch
 
 from vqscale import config as configuration
@@ -210,3 +211,19 @@ def test_a_decoder_that_is_silent_has_finite_gradients(shards, tmp_path, precisi
     (loss + sum(quantized.losses.values())).backward()
     for name, p in tokenizer.named_parameters():
         assert not p.requires_grad or p.grad.isfinite().all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", ["mel", "mels"])
+def test_a_step_that_logs_nothing_waits_where_that_of_images_does(shards, tmp_path, distance):
+    config = parsed(shards, tmp_path / "run", {"name": "torch"}, steps=6)
+    signal = dataclasses.replace(config.tokenizer.signal, mels_windows=(LENGTH,))
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, log_every=100, checkpoint_every=100),
+        tokenizer=dataclasses.replace(config.tokenizer, signal=signal),
+        loss=dataclasses.replace(config.loss, reconstruction=distance),
+    )
+    path = tmp_path / "sounds.yaml"
+    path.write_text(configuration.dump(config))
+    test_no_waiting.check(test_no_waiting.waits(path), test_no_waiting.ALWAYS)

@@ -7,11 +7,12 @@ the floor the logarithm has none.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vqscale.metrics.mel import corners, empty_bands
 
 
 def magnitudes(wave_BT: Tensor, n_fft: int, hop: int) -> Tensor:
@@ -25,28 +26,25 @@ def magnitudes(wave_BT: Tensor, n_fft: int, hop: int) -> Tensor:
     return torch.stft(wave_BT, n_fft, hop, window=window, return_complex=True).abs()
 
 
-def mel(hertz: float) -> float:
-    """The mel scale as HTK has it."""
-    return 2595 * math.log10(1 + hertz / 700)
-
-
-@functools.lru_cache(maxsize=16)
-def mel_filters(rate: int, n_fft: int, count: int) -> Tensor:
+@functools.lru_cache(maxsize=32)
+def mel_filters(
+    rate: int, n_fft: int, count: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
     """(count, n_fft / 2 + 1): triangles from 0 to rate / 2 whose corners lie evenly on the mel scale, their tops at 1.
 
-    ValueError where a triangle meets no bin of the transform.
+    Kept where they are: a copy to a device waits for it. ValueError where a triangle meets no bin of the transform.
     """
-    highest = mel(rate / 2)
-    corners = torch.tensor([700 * (10 ** (highest * n / (count + 1) / 2595) - 1) for n in range(count + 2)]).double()
-    bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
-    low, top, high = (corners[n : n + count, None] for n in range(3))
-    filters = torch.minimum((bins - low) / (top - low), (high - bins) / (high - top)).clamp_min(0)
-    if not filters.any(1).all():
+    if empty_bands(rate, n_fft, count):
         raise ValueError(
             f"{count} mel bands up to {rate // 2} Hz are too many for a window of {n_fft} samples, some meet no "
             "frequency of it: lower num_mels or raise mel_window"
         )
-    return filters.float()
+    with torch.inference_mode(False):  # kept for gradients too
+        at = torch.tensor(corners(rate, count), dtype=torch.float64)
+        bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+        low, top, high = (at[n : n + count, None] for n in range(3))
+        filters = torch.minimum((bins - low) / (top - low), (high - bins) / (high - top)).clamp_min(0)
+        return filters.to(device, dtype, non_blocking=True)
 
 
 def log_mel(wave_BT: Tensor, rate: int, n_fft: int, hop: int, count: int, floor: float = 1e-7) -> Tensor:
@@ -62,4 +60,4 @@ def soft_log_mel(wave_BT: Tensor, rate: int, n_fft: int, hop: int, count: int, q
 def _mel(wave_BT: Tensor, rate: int, n_fft: int, hop: int, count: int) -> Tensor:
     found = magnitudes(wave_BT, n_fft, hop)
     with torch.autocast(found.device.type, enabled=False):
-        return mel_filters(rate, n_fft, count).to(found) @ found
+        return mel_filters(rate, n_fft, count, found.dtype, found.device) @ found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vqscale.data.config import MediumConfig
+from vqscale.metrics.mel import empty_bands
 from vqscale.signals.config import DistanceConfig, SignalSettings
 
 
@@ -37,6 +38,13 @@ class SoundsSignal(SignalSettings):
         for key in ("sample_rate", "mel_window", "mel_hop", "num_mels"):
             if getattr(self, key) < 1:
                 yield key, f"{key} is {getattr(self, key)}: use a positive number"
+                return
+        if empty := empty_bands(self.sample_rate, self.mel_window, self.num_mels):
+            yield (
+                "num_mels",
+                f"of {self.num_mels} mel bands up to {self.sample_rate // 2} Hz {empty} meet no frequency of a window "
+                f"of {self.mel_window} samples: lower num_mels or raise mel_window",
+            )
         if not self.mels_windows or any(window < 64 or window % 16 for window in self.mels_windows):
             yield (
                 "mels_windows",
@@ -60,6 +68,13 @@ class SoundsSignal(SignalSettings):
         windows = [("mel_window", self.mel_window)]
         if loss.reconstruction == "mels":
             windows.append(("mels_windows", max(self.mels_windows)))
+            empty = [window for window in self.mels_windows if empty_bands(self.sample_rate, window, window // 16)]
+            if empty:
+                yield (
+                    "loss.reconstruction",
+                    f"at {self.sample_rate} samples per second bands of the distance mels meet no frequency of its "
+                    f"windows {empty}: use loss.reconstruction: mel, or a lower sample_rate of signal and data",
+                )
         for key, window in windows:
             if medium.sides[0] <= window // 2:
                 yield (
