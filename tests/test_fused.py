@@ -19,7 +19,7 @@ from whole import CODES, integers, normal
 
 pytest.importorskip("triton")
 
-from fused import DEVICE, answers, check, near, numbers, small_tiles
+from fused import DEVICE, answers, check, near, numbers, small_tiles, sums_of_tensor_cores
 
 from vqscale.codes import backend, dense, products
 from vqscale.codes.gpu import operators, passes, tiles
@@ -93,6 +93,57 @@ def _best_of_mix(x, rows, kind):
     return mixed.score_B, mixed.row_B
 
 
+@pytest.mark.parametrize("kind", NEAR)
+@pytest.mark.parametrize(("of_x", "of_rows"), [(1e-30, 1e10), (1e10, 1e-25), (1e-30, 1.0), (1e-40, 1e20)])
+def test_it_is_of_numbers_whose_squares_are_nothing_in_float32(kind, of_x, of_rows):
+    x = (of_x * normal(20, 24, seed=1)).float().to(DEVICE)
+    rows = (of_rows * (normal(1, 24, seed=2) + 1e-3 * normal(300, 24, seed=3))).float().to(DEVICE)
+    ids, _ = dense.nearest(x.double(), rows.double())
+    assert torch.equal(passes.best(x, Keys(rows), 0)[1], ids)
+    assert torch.equal(_best_of_mix(x, rows, kind)[1], ids)
+
+
+def test_it_is_where_tensor_cores_cut_sums_of_float8_off():
+    """All rows have the same numbers, which float8 holds, and the 100th a little more; but where the large ones come
+    first, as there, more of the small ones is cut off."""
+    one = numbers(1, 1, 256, 1.0, "fp8")[0][0].abs().float().sort().values
+    rows = torch.cat([one.repeat(64, 1), one.flip(0).repeat(66, 1)])
+    rows[100, -1] *= 2
+    low, unit = products.float8(rows)
+    assert torch.equal(low.float() * unit, rows), "what is off should be the sums"
+    x = torch.ones(3, 256, device=DEVICE)
+    with sums_of_tensor_cores():
+        assert _best_of_mix(x, rows, "fp8")[1].tolist() == [100] * 3
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("fp32", 21), ("bf16", 21), ("fp8", 13)])
+def test_in_doubt_is_what_operands_lose_and_sums_round_away_and_no_more(monkeypatch, kind, bits):
+    x, rows = (scale * normal(num, 24, seed=num).float().to(DEVICE) for scale, num in ((3.0, 20), (1e-3, 150)))
+    kernel, launched = operators.kernels.rescore_kernel, []
+
+    class Seen:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launched.append((*args[5:8], options["CHUNK"]))
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(operators.kernels, "rescore_kernel", Seen())
+    _best_of_mix(x, rows, kind)
+    [(left_N, right_N, width_c3, chunk)] = launched
+    given = operators.Operands.of(x, rows, None, kind)
+    units = given.unit[1:].double() if kind == "fp8" else (1.0, 1.0)
+    low_ND, low_KD = (part.double() * unit for part, unit in zip((given.score_x, given.score_c), units, strict=True))
+    rounding, norm_N = (24 + 8) * 2.0**-bits, low_ND.norm(dim=1)
+    exact = {"rtol": 1e-6, "atol": 0.0}
+    torch.testing.assert_close(left_N.double(), (x.double() - low_ND).norm(dim=1) + rounding * norm_N, **exact)
+    torch.testing.assert_close(right_N.double(), norm_N * (1 + rounding), **exact)
+    for part_KD, width_c in ((rows.double(), width_c3[:, 0]), (rows.double() - low_KD, width_c3[:, 1])):
+        longest_c = torch.stack([norm_k.max() for norm_k in part_KD.norm(dim=1).split(chunk)])
+        torch.testing.assert_close(width_c.double(), 1.001 * longest_c, **exact)
+
+
 def test_ties_go_to_the_lowest_row():
     some = integers(40, 6, seed=1)
     rows = torch.cat([some, some.flip(0), some, some[:17]]).to(DEVICE)
@@ -135,6 +186,15 @@ def test_numbers_near_the_end_of_float32():
         torch.testing.assert_close(mixed.entropy_soft.sum_B, torch.tensor([1.0, 2.0], device=DEVICE))
     _, row = passes.best(x * 1e17, Keys(rows), 0)  # beyond float32: norms are infinite, float64 scores are not
     assert row.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", NEAR)
+def test_products_that_overflow_leave_no_row_out(kind):
+    rows = torch.zeros(200, 2, device=DEVICE)
+    rows[70, 0], rows[150, 1] = 2.0, 1e22
+    x = torch.tensor([[1e22, 1.0], [1.0, 1e22]], device=DEVICE)  # units of float8 and the score 1e44 are infinite
+    assert passes.best(x, Keys(rows), 0)[1].tolist() == [70, 150]
+    assert _best_of_mix(x, rows, kind)[1].tolist() == [70, 150]
 
 
 def test_a_token_that_is_not_a_number_stays_one_and_harms_no_other():

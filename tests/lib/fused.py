@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from interpreted import INTERPRETED
@@ -15,6 +16,10 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.gpu import passes, tiles
 from vqscale.codes.gpu.tiles import Tile
 from vqscale.parallel.mesh import Mesh
+
+if INTERPRETED:
+    from triton import language as tl
+    from triton.runtime import interpreter
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 FUSED = backend.Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.mix_backward)
@@ -36,6 +41,31 @@ def kernels_serve(kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "pick", lambda x_BD, products="fp32": FUSED)
         patch.setattr(products, "wanted", lambda device_type, dtype: kind)
+        yield
+
+
+@contextmanager
+def sums_of_tensor_cores():
+    """Sums of float8 keep 13 bits of the largest of 32 addends, as is known of Hopper; a device does as it does."""
+    if not INTERPRETED:
+        yield
+        return
+    exact = interpreter.InterpreterBuilder.create_dot
+
+    def cut(self, a, b, d, *options):
+        if a.dtype.scalar != tl.float8e4nv:
+            return exact(self, a, b, d, *options)
+        wide = [interpreter._convert_float(x.data, x.dtype, tl.float16, None).view(np.float16) for x in (a, b)]
+        term_NDK = wide[0].astype(np.float64)[:, :, None] * wide[1].astype(np.float64)[None]
+        total_NK = d.data.astype(np.float64)
+        for first in range(0, term_NDK.shape[1], 32):
+            addends = np.concatenate([total_NK[:, None], term_NDK[:, first : first + 32]], 1)
+            step = np.exp2(np.frexp(np.abs(addends).max(1, keepdims=True))[1] - 14.0)
+            total_NK = (np.trunc(addends / step) * step).sum(1)
+        return interpreter.TensorHandle(total_NK.astype(np.float32), d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", cut)
         yield
 
 

@@ -97,6 +97,8 @@ def cases(dim: int, full: bool, capability: int) -> Iterator[Case]:
     if full or capability < FLOAT8_FROM:
         return
     says = "scores in float8"
+    flags = {"HAS_BIAS": True, "SCALED": True, "CHUNK": tile("mix").codes, "BLOCK_D": tiles.RESCORE_DIM}
+    yield Case(kernels.widths_kernel, flags, 4, 3, says)
     yield case(kernels.column_sums_kernel, "columns", says, SCALED=True)
     yield case(kernels.row_means_kernel, "means", says, SCALED=True)
     for entropy in (False, True):

@@ -74,7 +74,7 @@ def float8(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     largest_N = torch.linalg.vector_norm(x_ND, torch.inf, dim=1)
     finite_N = largest_N.isfinite()
     exponent = torch.frexp(torch.where(finite_N, largest_N, 0.0).amax()).exponent - 8
-    unit = torch.exp2(exponent.clamp(min=-100).to(x_ND.dtype))
+    unit = torch.exp2(exponent.clamp(min=-126).to(x_ND.dtype))
     return (x_ND * torch.where(finite_N, 1.0 / unit, torch.nan)[:, None]).to(FLOAT8), unit
 
 

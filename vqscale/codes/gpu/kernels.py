@@ -76,8 +76,8 @@ def widths_kernel(
     """
     row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     here = row < num_codes
-    square = tl.zeros([CHUNK], tl.float32)
-    lost_square = tl.zeros([CHUNK], tl.float32)
+    square = tl.zeros([CHUNK], tl.float64)  # in float32 squares of small numbers are zero
+    lost_square = tl.zeros([CHUNK], tl.float64)
     for start in range(0, dim, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         place = row.to(tl.int64)[:, None] * dim + column[None, :]
@@ -86,7 +86,7 @@ def widths_kernel(
         low = tl.load(LOW + place, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             low *= tl.load(UNIT + 2)
-        lost = c - low
+        c, lost = c.to(tl.float64), (c - low).to(tl.float64)
         square += tl.sum(c * c, axis=1)
         lost_square += tl.sum(lost * lost, axis=1)
     out = WIDTH + 3 * tl.program_id(0)
@@ -106,9 +106,10 @@ def rescore_kernel(
 ):  # fmt: skip
     """The best float64 score and the lowest row that has it, among the chunks that may hold it.
 
-    A chunk may hold the best code of token n if PEAK[n, c] + error >= FLOOR[n], with the error bound of the peak
-    LEFT[n] WIDTH[c, 0] + RIGHT[n] WIDTH[c, 1] + WIDTH[c, 2]; a token that is not a number has no such chunk. A tile
-    none of whose tokens wants a chunk passes it by, so that the work follows the data without anybody waiting.
+    A chunk may hold the best code of token n unless PEAK[n, c] + error < FLOOR[n], with the error bound of the peak
+    LEFT[n] WIDTH[c, 0] + RIGHT[n] WIDTH[c, 1] + WIDTH[c, 2]: products that overflow exclude nothing, and a token that
+    is not a number has no such chunk. A tile none of whose tokens wants a chunk passes it by, so that the work follows
+    the data without anybody waiting.
     """
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
@@ -122,7 +123,8 @@ def rescore_kernel(
     for chunk in range(first, tl.minimum(first + chunks_per_part, num_chunks)):
         peak = tl.load(PEAK + token.to(tl.int64) * num_chunks + chunk, mask=here, other=float("-inf"))
         error = left * tl.load(WIDTH + 3 * chunk) + right * tl.load(WIDTH + 3 * chunk + 1)
-        wanted = here & (peak + (error + tl.load(WIDTH + 3 * chunk + 2)) >= floor)
+        below = peak + (error + tl.load(WIDTH + 3 * chunk + 2)) < floor
+        wanted = here & (left == left) & (below == 0)
         if tl.max(wanted.to(tl.int32), axis=0) > 0:
             row = chunk * CHUNK + tl.arange(0, CHUNK)
             score = tl.zeros([BLOCK_N, CHUNK], tl.float64)

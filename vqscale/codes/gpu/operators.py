@@ -50,11 +50,12 @@ def _rescore(x_BD: Tensor, keys_kD: Tensor, peak: Tensor, given: Operands, chunk
     num_chunks = peak.shape[1]
     # Additions in any order; a tensor core cuts off where others round, and of float8 keeps fewer bits.
     rounding = (given.dim + 8) * (2.0**-13 if given.scaled else 2.0**-21)
-    full_BD, low_BD = x_BD.float(), given.score_x.float()
+    low_BD = given.score_x.float()
     if given.scaled:
         low_BD *= given.unit[1]
-    left_B = torch.linalg.vector_norm(full_BD - low_BD, dim=1) + rounding * torch.linalg.vector_norm(full_BD, dim=1)
-    right_B = torch.linalg.vector_norm(low_BD, dim=1)
+    right_B = _norm(low_BD)
+    left_B = _norm(x_BD.float() - low_BD) + rounding * right_B
+    right_B *= 1.0 + rounding
     width_c3 = peak.new_empty((num_chunks, 3))
     kernels.widths_kernel[(num_chunks,)](
         keys_kD, given.score_c, given.bias, given.unit, width_c3, given.rows, given.dim, rounding,
@@ -77,6 +78,11 @@ def _rescore(x_BD: Tensor, keys_kD: Tensor, peak: Tensor, given: Operands, chunk
     row_B = torch.where(score == score_B, row, given.rows).amin(0).to(torch.int64)
     least, most = torch.aminmax(keys_kD)
     return score_B.masked_fill(~(least.isfinite() & most.isfinite()), torch.nan), row_B.clamp_(max=given.rows - 1)
+
+
+def _norm(x_BD: Tensor) -> Tensor:
+    """Its squares in float64: in float32 those of small numbers are zero, and would bound nothing."""
+    return torch.linalg.vector_norm(x_BD, dim=1, dtype=torch.float64).float()
 
 
 @custom_op("vqscale::mix", mutates_args=())

@@ -28,8 +28,9 @@ What bfloat16 loses, with u = 2^-8 its rounding, C and V the norms of the longes
 float8 (e4m3, engine.matmul: low) is for the scores of all but `best`, in units of a power of two for all tokens and one
 for all codes (products.py). What it loses, with X' and C' the largest numbers of all tokens and all keys:
 
-* a score is off by at most 2^-3 |x| C + 2^-17 sqrt(D) (X' C + |x| C'), to first order, a logit by a T-th of that and a
-  log-normaliser by twice as much; what is not a score keeps its u. Entropies as above move by 0.2
+* a score is off by at most 2^-3 |x| C + 2^-17 sqrt(D) (X' C + |x| C'), to first order, and by D 2^-13 |x| C more where
+  tensor cores cut its sums off; a logit by a T-th of that, a log-normaliser by twice as much; what is not a score keeps
+  its u. Entropies as above move by 0.2, with exact sums
 * nothing of ids, which are exact: but the bound below is as much wider, and what it leaves in doubt is scored again in
   float64. Of 1024 chunks that are 617 for a normal token, so that all are, and one for a token near its row. It is a
   choice for codes that have found their tokens, and takes longer before (tools/bench rounding measures all of this).
