@@ -13,10 +13,12 @@ import sys
 
 import pytest
 import torch
+from replayed import dense_blocks
+from torch._dynamo.testing import CompileCounter
 
 from vqscale import quantizers
+from vqscale.codes import tally
 from vqscale.codes.constant import constant_result
-from vqscale.codes.softmax import forward
 from vqscale.nets.config import ConvConfig
 from vqscale.parallel.clock import clock
 from vqscale.tokenizer.model import Tokenizer
@@ -37,9 +39,7 @@ CASES = {
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch):
-    """The blocks of softmax/forward.py as a GPU has them; on a CPU it reads on the host which blocks are sparse."""
-    whole = forward._pass
-    monkeypatch.setattr(forward, "_pass", lambda *args, **_: whole(*args[:4], sparse=False))
+    dense_blocks(monkeypatch)
     monkeypatch.setattr(clock, "on", True)
     torch._dynamo.reset()
     yield
@@ -60,6 +60,28 @@ OTHERS = [(case, True) for case in CASES if case != "vq"]
 )
 def test_one_graph(case, training):
     _compare(case, training, fullgraph=True)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_a_training_that_is_noted_is_a_graph_for_each_part_of_its_beginning():
+    """Warm-up, landing and after, each once, though the share of a landing changes with every step."""
+    settings = {"name": "vq", **TABLE, "init": "data", "warmup_steps": 2, "landing_steps": 4, "revive_every": 2}
+    plain, compiled = (quantizers.build(settings, seed=0).train() for _ in range(2))
+    counter, shares = CompileCounter(), []
+    whole = torch.compile(compiled, fullgraph=True, dynamic=False, backend=counter)
+    for quantizer in (plain, compiled):
+        quantizer.begin()
+    for x_ND in torch.randn(9, 12, plain.dim):
+        compiled.note()
+        with tally.silent():
+            answer, expected = whole(x_ND), plain(x_ND)
+        shares.append(plain.upkeep.landing)
+        torch.testing.assert_close(answer.z, expected.z)
+        torch.testing.assert_close(answer.losses, expected.losses)
+        for quantizer in (plain, compiled):
+            quantizer.update()
+    assert shares == [0.0, 0.0, 0.2, 0.4, pytest.approx(0.6), 0.8, 1.0, 1.0, 1.0]
+    assert counter.frame_count == 3
 
 
 TINY = ConvConfig(

@@ -38,8 +38,8 @@ out where they are missing, and said. The parts, each cut short when its time is
   training   a step of configs/tokenizer/ibq_imagenet256_262144.yaml with everything but data and the weights of LPIPS
              (they are drawn), 16 images: seconds, peak memory, the shares of the code axis and of the device
   ranks      the codes split over two processes that talk over NCCL, on one device if that can be
-  graphs     the step of `training` with compiled networks, and with these replayed as CUDA graphs; compiling takes what
-             the others have left over
+  graphs     the step of `training` with compiled networks, and with the tokenizer, codes and all, replayed as CUDA
+             graphs; compiling takes what the others have left over
 
 The table comes last, then what falls short of the goals. The numbers go to tools/results/gpu/ of the checkout, or to
 --out. --interpret runs the same program on a CPU in Triton's interpreter at tiny sizes: its times say nothing, it

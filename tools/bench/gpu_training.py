@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vqscale import config as configuration
-from vqscale.codes import dense, noise, products
+from vqscale.codes import dense, noise, products, tally
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Rows, draw, set_aside
 from vqscale.engine.average import Average
@@ -33,7 +33,7 @@ from vqscale.parallel.mesh import Mesh, connect, disconnect
 from vqscale.run.profile import covered
 from vqscale.tokenizer.model import Tokenizer
 from vqscale.train.adversarial import Discriminator
-from vqscale.train.compiled import compile_nets
+from vqscale.train.compiled import compile_run
 from vqscale.train.config import TokenizerRun
 
 from . import command
@@ -100,7 +100,7 @@ def step(device: str, images: int, side: int, channels: int, codes: int, dim: in
     config, mesh = settings(images, side, channels, codes, dim), Mesh(device=device)
     cuda = mesh.device.type == "cuda"
     with products.precision(config.engine.matmul):
-        one = _step(config, mesh, torch.rand(images, 3, side, side, device=mesh.device) * 2 - 1)
+        one, _ = _step(config, mesh, torch.rand(images, 3, side, side, device=mesh.device) * 2 - 1)
         seconds, codes_s = [], []
         for number in range(STEPS if cuda else 2):
             if cuda:
@@ -124,8 +124,8 @@ def step(device: str, images: int, side: int, channels: int, codes: int, dim: in
 
 
 def graphs(device: str, images: int, side: int, channels: int, codes: int, dim: int) -> Iterator[Row]:
-    """The same step with encoder and decoder compiled, and with what was compiled replayed as CUDA graphs; on a CPU,
-    which has none, traced alone."""
+    """The same step, of those that log nothing, with encoder and decoder compiled, and with the tokenizer's passes
+    replayed as CUDA graphs; on a CPU, which has none, traced alone."""
     config, mesh = settings(images, side, channels, codes, dim), Mesh(device=device)
     cuda, found = mesh.device.type == "cuda", dict[str, tuple[float, float]]()
     case = f"{images} images, {codes} codes"
@@ -134,8 +134,8 @@ def graphs(device: str, images: int, side: int, channels: int, codes: int, dim: 
         torch._dynamo.reset()
         torch.manual_seed(0)
         run = replace(config.run, compile=True, cuda_graphs=replayed)
-        with products.precision(config.engine.matmul):
-            one = _step(replace(config, run=run), mesh, samples, "inductor" if cuda else "eager")
+        with products.precision(config.engine.matmul), tally.silent():
+            one, captured = _step(replace(config, run=run), mesh, samples, "inductor" if cuda else "eager")
             seconds = []
             for number in range(WARM + STEPS if cuda else 2):
                 began = time.perf_counter()
@@ -143,7 +143,8 @@ def graphs(device: str, images: int, side: int, channels: int, codes: int, dim: 
                 seconds.append(time.perf_counter() - began)
         del one
         found[form] = median(seconds[WARM if cuda else 1 :]), loss
-        yield {"case": case, "form": form, "seconds": found[form][0], "note": f"the first step took {seconds[0]:.0f} s"}
+        note = "; ".join([f"the first step took {seconds[0]:.0f} s", *captured])
+        yield {"case": case, "form": form, "seconds": found[form][0], "note": note}
     losses = [loss for _, loss in found.values()]
     good = abs(losses[0] - losses[1]) <= 0.01 * abs(losses[0])
     yield {"case": case, "ok": good, "note": "losses of the last step: " + ", ".join(f"{loss:.5g}" for loss in losses)}
@@ -163,15 +164,14 @@ def _works(step: Callable[[], Any], cuda: bool) -> float:
 
 def _step(
     config: TokenizerRun, mesh: Mesh, samples: torch.Tensor, backend: str = "inductor"
-) -> Callable[[int], torch.Tensor]:
-    """The step of a number from 0, which answers with its loss."""
+) -> tuple[Callable[[int], torch.Tensor], list[str]]:
+    """(the step of a number from 0, which answers with its loss; what is said of its graphs)."""
     tokenizer = Tokenizer.from_config(config.tokenizer, mesh, 0)
     tables, quantizer = set_aside(tokenizer), tokenizer.quantizer
     quantizer.begin()
     rows = {f"{name}.{key}": x for name, table in tables.items() for key, x in table.named_parameters()}
     engine = Engine(tokenizer, rows, config.engine, config.optim, mesh, config.run.steps)
-    if config.run.compile:
-        compile_nets(tokenizer, config.run.cuda_graphs, backend)
+    captured = compile_run(config, tokenizer, mesh, backend) if config.run.compile else []
     average, perceptual = Average(engine, config.average), LPIPS().to(mesh.device)
     assert config.loss.adversarial is not None
     discriminator = Discriminator(config.loss.adversarial, config, mesh)
@@ -190,7 +190,7 @@ def _step(
         average.update(number + 1)
         return loss.detach()
 
-    return one
+    return one, captured
 
 
 def two_ranks(device: str) -> Iterator[Row]:

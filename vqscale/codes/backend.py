@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqscale.codes import scan
+from vqscale.codes import products, scan
 from vqscale.codes.gpu import tiles
-from vqscale.codes.products import Rounding, is_low
 from vqscale.codes.softmax import backward, forward
 
 MOST_DIM = 256  # dimensions that a tile of the kernels holds
@@ -36,7 +35,7 @@ class Passes:
 BLOCKS = Passes(scan.best, forward.mix, forward.column_sums, forward.row_means, backward.mix_backward)
 
 
-def pick(x_BD: Tensor, products: Rounding = "fp32") -> Passes:
+def pick(x_BD: Tensor, rounding: products.Rounding = "fp32") -> Passes:
     """The passes for tokens on x's device, in x's type.
 
     With a CUDA device of capability 8.0, Triton and at most 256 dimensions the search is fused: it is exact in any
@@ -47,9 +46,20 @@ def pick(x_BD: Tensor, products: Rounding = "fp32") -> Passes:
         return BLOCKS
     from vqscale.codes.gpu import passes
 
-    if x_BD.dtype == torch.bfloat16 or is_low(products):
+    if x_BD.dtype == torch.bfloat16 or products.is_low(rounding):
         return Passes(passes.best, passes.mix, passes.column_sums, passes.row_means, passes.mix_backward)
     return Passes(passes.best, forward.mix, forward.column_sums, forward.row_means, backward.mix_backward)
+
+
+def in_blocks(rows_kD: Tensor, mixes: bool = False) -> str | None:
+    """Why a search of these rows, or a mixture of them too, is blocks in plain torch: a compiler would unroll them, and
+    round their products where torch's switch says so. None where each pass is one operator that keeps its precision."""
+    if not _has_kernels(rows_kD):
+        least = LEAST_CAPABILITY / 10
+        return f"the fused kernels do not serve here (Triton, a GPU of capability {least}, dim up to {MOST_DIM})"
+    if mixes and pick(rows_kD, products.wanted(rows_kD.device.type, rows_kD.dtype)).mix is forward.mix:
+        return "the softmax over codes is fused with engine.matmul: medium or low alone"
+    return None
 
 
 def readable(rows_kD: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def full_precision(x: Tensor) -> Iterator[None]:
     """A context in which products keep the precision of their operands, whatever the caller's autocast, and whatever
     torch is told of TF32 (engine.matmul: high): ids of a training are those of encoding.
 
-    A graph that is compiled cannot turn that switch, which is the process's: what is compiled with codes in it (no
-    training of ours is) needs engine.matmul: highest.
+    A graph that is compiled cannot turn that switch, which is the process's: what is compiled with codes in it needs
+    engine.matmul: highest, or products that are all in the kernels' operators (Quantizer.breaks_graph says so).
     """
     kind = x.device.type  # devices that know no autocast (meta) need nothing
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():

@@ -78,6 +78,13 @@ def float8(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     return (x_ND * torch.where(finite_N, 1.0 / unit, torch.nan)[:, None]).to(FLOAT8), unit
 
 
+def rounded() -> str | None:
+    """Why a compiled graph would round products over codes in plain torch, which it cannot turn the switch for
+    (merge.full_precision); None where torch rounds none."""
+    told = "torch rounds all products of a graph, those of codes too, unless engine.matmul is highest"
+    return None if torch.get_float32_matmul_precision() == "highest" else told
+
+
 def fast_on_cpu() -> bool:
     """Whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX), and torch lets it."""
     return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and _has_instructions()

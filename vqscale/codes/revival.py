@@ -98,6 +98,8 @@ class Upkeep(nn.Module):
         self.filled: Filled | None = None  # by the last update, if it was the one that completed the first values
         self._counts_k: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
+        self._noted: tuple[bool, float | Tensor] | None = None  # warming and landing, as a graph reads them
+        self._share: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Upkeep:
         """Move all to a device but the number of steps: every step looks at it, and must not wait for a GPU."""
@@ -126,6 +128,8 @@ class Upkeep(nn.Module):
     @property
     def warming(self) -> bool:
         """True while tokens pass unquantized because the rows have not been drawn from data yet."""
+        if self._noted is not None and torch.compiler.is_compiling():
+            return self._noted[0]
         return self.driven and self._from_data and int(self.steps) < self.config.warmup_steps
 
     @property
@@ -137,12 +141,31 @@ class Upkeep(nn.Module):
         return first, first + self.config.landing_steps
 
     @property
-    def landing(self) -> float:
+    def landing(self) -> float | Tensor:
         """How much of its code a token is given: 0 in the warm-up, 1 when landing_steps more are over."""
+        if self._noted is not None and torch.compiler.is_compiling():
+            return self._noted[1]
+        return self._landing()
+
+    def _landing(self) -> float:
         first, landed = self.beginning
         if not self.driven or landed == 0:
             return 1.0
         return min(1.0, max(0, int(self.steps) - first + 1) / (landed - first + 1))
+
+    def note(self) -> None:
+        """Before a pass in a compiled graph: what the number of steps decides, which no graph can ask the host for.
+
+        What changes a few times in a run is a constant, and a graph of its own each time. The share of a landing, which
+        changes with every step, is a tensor at one address: nothing is compiled, or captured, again for it.
+        """
+        landing: float | Tensor = self._landing()
+        if 0.0 < landing < 1.0:
+            if self._share is None:
+                self._share = torch.zeros((), dtype=torch.float64, device=self._codebook[0].rows.device)
+            landing = self._share.fill_(landing)
+        self._noted = self.warming, landing
+        self.window.note()
 
     def shortages(self, tokens: int) -> list[str]:
         """What is told beforehand of a warm-up that sees too few tokens, `tokens` of all ranks in a pass."""

@@ -117,6 +117,10 @@ class Window(Table):
             return float(self.length_k[0]) if len(self.length_k) else self.LONGEST
         return self._steps
 
+    def note(self) -> None:
+        """Before a pass in a compiled graph, which cannot read the length of the window where the device has it."""
+        self._steps = self.steps
+
     @property
     def decay(self) -> float:
         return 1.0 - 1.0 / self.steps

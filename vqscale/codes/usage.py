@@ -73,6 +73,11 @@ class Usage(nn.Module):
         """From here on a training loop calls `update`."""
         self.driven = True
 
+    def note(self) -> None:
+        """Before a pass in a compiled graph."""
+        if self.window is not None:
+            self.window.note()
+
     @torch.no_grad()
     def observe(self, ids_N: Tensor) -> dict[str, Tensor]:
         """Count the tokens of one forward pass, in training mode for the window; returns what there is to say.

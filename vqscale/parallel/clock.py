@@ -31,12 +31,15 @@ class Clock:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time of the block to `name`; not twice in a span of the same name, nor in a compiled graph."""
+        if torch.compiler.is_compiling():  # before any switch is read: a graph would be compiled for each of its states
+            yield
+            return
         with record_function(name) if self.marking else nullcontext(), self._timed(name):
             yield
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        if not self.on or torch.compiler.is_compiling() or self._depth[name]:
+        if not self.on or self._depth[name]:
             yield
             return
         self._depth[name] += 1

@@ -88,6 +88,15 @@ class Quantizer(nn.Module, ABC):
         tables are set aside."""
         self.requires_grad_(False)
 
+    @property
+    def breaks_graph(self) -> str | None:
+        """Why `forward` in one process is not one graph to a compiler, of fixed shapes and with no look at the host;
+        None where it is. Whoever compiles it calls `note` before each pass."""
+        return f"{type(self).__name__} is not known to be one graph"
+
+    def note(self) -> None:
+        """Before a pass in a compiled graph: what the host alone knows of this step, as a graph can read it."""
+
     def freeze_frame(self) -> None:
         """What is measured of latents to bring them to where codes are (running moments) stands still: part of
         `freeze`, and for latents that do not change."""
@@ -166,6 +175,9 @@ class UpheldQuantizer(Quantizer):
         super().freeze()
         self.upkeep.freeze()
 
+    def note(self) -> None:
+        self.upkeep.note()
+
     @property
     def beginning(self) -> tuple[int, int]:
         return self.upkeep.beginning
@@ -219,9 +231,10 @@ class TableQuantizer(UpheldQuantizer):
         return torch.cat([changed, torch.arange(rest, device=changed.device)])
 
 
-def land(x_ND: Tensor, z_ND: Tensor, share: float) -> Tensor:
+def land(x_ND: Tensor, z_ND: Tensor, share: float | Tensor) -> Tensor:
     """x + share (z - x), and z itself where all is shared: a soft end of a warm-up without quantization."""
-    return z_ND if share >= 1.0 else x_ND + share * (z_ND - x_ND)
+    whole = not isinstance(share, Tensor) and share >= 1.0
+    return z_ND if whole else x_ND + share * (z_ND - x_ND)
 
 
 def full(x_ND: Tensor) -> Tensor:
@@ -249,5 +262,6 @@ def table_stats(
         norm_k = codebook.rows.norm(dim=1) if norm_k is None else norm_k
         code_norm = ops.sum_over(norm_k.sum(), codebook.axis) / codebook.num_codes
         latent_norm = x_ND.norm(dim=1).mean()
-        landing = x_ND.new_full((), upkeep.landing)
+        share = upkeep.landing
+        landing = share.to(x_ND.dtype) if isinstance(share, Tensor) else x_ND.new_full((), share)
         return {**stats, "code_norm": code_norm, "latent_norm": latent_norm, "landing": landing}

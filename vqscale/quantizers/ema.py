@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.codes import tally
+from vqscale.codes import backend, tally
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.rows import Table
 from vqscale.codes.splitting import split
@@ -43,6 +43,10 @@ class EMA(TableQuantizer):
         self._normalise()
         self.averages = Averages(self.codebook)
         self._new: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def breaks_graph(self) -> str | None:
+        return backend.in_blocks(self.codebook.rows)
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = self.taken(x_ND)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqscale.codes import backend
 from vqscale.codes.tally import entropy_of_mean
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, TableQuantizer
@@ -24,6 +25,10 @@ class IBQ(TableQuantizer):
     def __init__(self, config: IBQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.similarity, mesh, seed=seed)
         self.config = config
+
+    @property
+    def breaks_graph(self) -> str | None:
+        return backend.in_blocks(self.codebook.rows, mixes=True)
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = self.taken(x_ND)

@@ -40,6 +40,17 @@ class ImplicitQuantizer(Quantizer):
         if self.whitening is not None:
             self.whitening.driven = True
 
+    @property
+    def breaks_graph(self) -> str | None:
+        if self.whitening is not None:
+            return "of eigenvalues (fit: whiten) the host reads whether they converged"
+        if self.usage.window is None:
+            return f"of {self.num_codes:,} codes those that were taken are counted, however many they are"
+        return None
+
+    def note(self) -> None:
+        self.usage.note()
+
     def freeze(self) -> None:
         super().freeze()
         self.freeze_frame()

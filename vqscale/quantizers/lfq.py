@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.codes import bits
+from vqscale.codes import bits, products
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers import binary
 from vqscale.quantizers.base import Quantized
@@ -26,6 +26,10 @@ class LFQ(ImplicitQuantizer):
         self.config, self.digits = config, (2,) * self.dim
         self.unit: Tensor  # in the type that codes have
         self.register_buffer("unit", torch.ones((), device=self.mesh.device), persistent=False)
+
+    @property
+    def breaks_graph(self) -> str | None:
+        return super().breaks_graph or (products.rounded() if self.config.entropy_weight else None)
 
     def forward(self, x_ND: Tensor) -> Quantized:
         latent_ND = self.taken(x_ND)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.codes import scan
+from vqscale.codes import backend, products, scan
 from vqscale.codes.codebook import Codebook
 from vqscale.codes.merge import full_precision
 from vqscale.codes.revival import Filled, Upkeep
@@ -62,6 +62,10 @@ class SimVQ(UpheldQuantizer):
         self.frame = Frame(self.map) if config.init == "data" else None
         self.upkeep = Upkeep(self.codebook, config, mesh, seed)
         self._seen: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def breaks_graph(self) -> str | None:
+        return backend.in_blocks(self.codebook.rows) or products.rounded()
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = self.taken(x_ND)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqscale.codes import backend
 from vqscale.parallel.mesh import Mesh
 from vqscale.quantizers.base import Quantized, TableQuantizer
 from vqscale.quantizers.config.tables import VQConfig
@@ -20,6 +21,10 @@ class VQ(TableQuantizer):
     def __init__(self, config: VQConfig, mesh: Mesh | None = None, *, seed: int = 0) -> None:
         super().__init__(config, config.similarity, mesh, seed=seed)
         self.config = config
+
+    @property
+    def breaks_graph(self) -> str | None:
+        return backend.in_blocks(self.codebook.rows)
 
     def forward(self, x_ND: Tensor) -> Quantized:
         x_ND = self.taken(x_ND)

@@ -172,6 +172,13 @@ class Tokenizer(nn.Module):
         keys_B (noise.keys) decide which codes of an image are dropped in training, torch's generator without them.
         `given`, ids of the batch, the decoder gets in the place of what was encoded; -1 is as encoded.
         """
+        quantized, z_ND = self.quantize(samples, context, keys_B, given)
+        return self.restore(samples, z_ND, context, keys_B), quantized
+
+    def quantize(
+        self, samples: Tensor, context: Tensor | None, keys_B: Tensor | None, given: Tensor | None
+    ) -> tuple[Quantized, Tensor]:
+        """The first half of a call: (what the quantizer returned, z_ND that the decoder is given)."""
         x_ND = self.latents(samples, context)
         with _no_autocast(x_ND):
             quantized = self.quantizer(x_ND)
@@ -180,6 +187,10 @@ class Tokenizer(nn.Module):
                 ids_N = given.flatten(0, len(self.net.strides))
                 other_N1 = (ids_N >= 0).view(len(z_ND), -1)[:, :1]
                 z_ND = torch.where(other_N1, self.quantizer.decode(ids_N.clamp(min=0)), z_ND)
+        return quantized, z_ND
+
+    def restore(self, samples: Tensor, z_ND: Tensor, context: Tensor | None, keys_B: Tensor | None) -> Tensor:
+        """The second half: what the decoder makes of z_ND, with the sides of the samples."""
         batch, *places = self.grid(samples)
         kept = None
         if self.training and self.code_dropout != "none":
@@ -190,7 +201,7 @@ class Tokenizer(nn.Module):
         if self.net.rounds_up:
             for dim, side in enumerate(samples.shape[2:], start=2):
                 recon = recon.narrow(dim, 0, side)
-        return recon, quantized
+        return recon
 
     def latents(self, samples: Tensor, context: Tensor | None = None) -> Tensor:
         """Samples -> x_ND, never in half precision: what the quantizer is given."""

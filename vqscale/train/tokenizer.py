@@ -34,7 +34,7 @@ from vqscale.tokenizer.model import Tokenizer
 from vqscale.train import first_weights, frozen, loop, swapped
 from vqscale.train.adversarial import Discriminator
 from vqscale.train.alignment import Alignment
-from vqscale.train.compiled import compile_nets
+from vqscale.train.compiled import compile_run
 from vqscale.train.config import TokenizerRun
 from vqscale.train.drawn_ids import DrawnIds
 from vqscale.train.evaluate import evaluate
@@ -87,8 +87,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
         drawn.expect(taken.facts["ids_of"])
     last_weight = tokenizer.last_weight
     engine = Engine(tokenizer, loop.learned_rows(tables), config.engine, config.optim, mesh, run.steps)
-    if run.compile:
-        compile_nets(tokenizer, run.cuda_graphs)
+    captured = compile_run(config, tokenizer, mesh) if run.compile else []
     average = Average(engine, config.average)
     adversarial = config.loss.adversarial
     discriminator = None if adversarial is None else Discriminator(adversarial, config, mesh, taken.source)
@@ -108,7 +107,7 @@ def _train(config: TokenizerRun, mesh: Mesh, writing: Writer, effort: Effort | N
     tokens = (
         config.data.batch // config.engine.accumulation * math.prod(grid(config.tokenizer.net, config.data.train.sides))
     )
-    notes += [*taken.lines, *frozen.frozen_line(config), *quantizer.forecast(run.steps, tokens)]
+    notes += [*taken.lines, *frozen.frozen_line(config), *captured, *quantizer.forecast(run.steps, tokens)]
     for note in [*folder.prepare(config, sys.argv, mesh), *notes]:
         progress.say(note)
     if taken.facts:

@@ -126,7 +126,7 @@ class PriorRun:
         if self.run.cuda_graphs:
             yield (
                 "run.cuda_graphs",
-                "CUDA graphs are of a tokenizer's two networks, and the blocks of a prior are compiled one by one, so "
+                "CUDA graphs are of a tokenizer, and the blocks of a prior are compiled one by one, so "
                 "that one would write over what another returned: use run.cuda_graphs: false",
             )
         yield from check_whole(self.engine, self.optim)

@@ -40,8 +40,9 @@ class RunConfig:
     compile: Free[bool] = False
     """compile the networks (torch.compile): minutes at the start, faster steps; needs a C++ compiler"""
     cuda_graphs: Free[bool] = False
-    """with compile, of a tokenizer on a GPU: its encoder and decoder are captured as CUDA graphs and replayed, forward
-    and backward, which saves launches; for engine.name torch and samples of one shape; not measured on a GPU yet"""
+    """with compile, of a tokenizer on a GPU: its whole forward pass, codes too, and its backward pass are captured as
+    CUDA graphs and replayed, which saves launches; encoder and decoder alone where the codes cannot be, and the log
+    says why; for engine.name torch and samples of one shape; not measured on a GPU yet"""
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.folder.strip():
@@ -77,8 +78,8 @@ def check_compile(run: RunConfig, engine: EngineConfig) -> Iterable[tuple[str, s
 
 
 def check_graphs(run: RunConfig, engine: EngineConfig, num_shapes: int) -> Iterable[tuple[str, str]]:
-    """(key, message) where the networks of a tokenizer whose samples have so many shapes cannot be captured as CUDA
-    graphs: what a graph returns, gradients too, lies where its next replay writes."""
+    """(key, message) where a tokenizer whose samples have so many shapes cannot be captured as CUDA graphs: what a
+    graph returns, gradients too, lies where its next replay writes. How much of it is captured: train/compiled.py."""
     if not run.cuda_graphs:
         return
     off = "or run.cuda_graphs: false"
