@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from whole import CODES, integers, normal
 
 pytest.importorskip("triton")
@@ -203,6 +204,27 @@ def _rounded(part, kind):
         return part.bfloat16().double()
     low, unit = products.float8(part)
     return low.double() * unit
+
+
+def test_float8_of_many_rows_needs_no_copy_of_all_of_them(monkeypatch):
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.append(out)
+            return out
+
+    x = normal(50, 8, seed=1).float()
+    whole, unit = products.float8(x)
+    monkeypatch.setattr(products, "ROWS_AT_ONCE", 16)
+    with Made():
+        low, same = products.float8(x)
+    assert torch.equal(low.float(), whole.float())
+    assert torch.equal(same, unit)
+    known = {x.untyped_storage().data_ptr(), low.untyped_storage().data_ptr()}
+    new = [out for out in made if torch.is_tensor(out) and out.untyped_storage().data_ptr() not in known]
+    assert max(out.numel() * out.element_size() for out in new) == 16 * 8 * 4
 
 
 def test_tokens_that_are_not_finite_leave_the_unit_of_the_others():

@@ -23,6 +23,7 @@ from vqscale.matmul import matmul_precision
 
 LOW = torch.bfloat16
 FLOAT8 = torch.float8_e4m3fn  # three bits of mantissa, 448 at most
+ROWS_AT_ONCE = 2**14  # that become float8: as many are there in float32 once more
 Rounding = Literal["fp32", "tf32", "bf16", "fp8"]
 Matmul = Literal["highest", "high", "medium", "low"]
 ROUNDINGS: dict[Matmul, Rounding] = {"highest": "fp32", "high": "tf32", "medium": "bf16", "low": "fp8"}
@@ -75,7 +76,12 @@ def float8(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     finite_N = largest_N.isfinite()
     exponent = torch.frexp(torch.where(finite_N, largest_N, 0.0).amax()).exponent - 8
     unit = torch.exp2(exponent.clamp(min=-126).to(x_ND.dtype))
-    return (x_ND * torch.where(finite_N, 1.0 / unit, torch.nan)[:, None]).to(FLOAT8), unit
+    factor_N1 = torch.where(finite_N, 1.0 / unit, torch.nan)[:, None]
+    low_ND = torch.empty_like(x_ND, dtype=FLOAT8)
+    for rows in range(0, len(x_ND), ROWS_AT_ONCE):
+        some = slice(rows, rows + ROWS_AT_ONCE)
+        low_ND[some] = x_ND[some] * factor_N1[some]
+    return low_ND, unit
 
 
 def rounded() -> str | None:
