@@ -41,7 +41,7 @@ def mel_filters(
         )
     with torch.inference_mode(False):  # kept for gradients too
         at = torch.tensor(corners(rate, count), dtype=torch.float64)
-        bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+        bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * (rate / n_fft)
         low, top, high = (at[n : n + count, None] for n in range(3))
         filters = torch.minimum((bins - low) / (top - low), (high - bins) / (high - top)).clamp_min(0)
         return filters.to(device, dtype, non_blocking=True)
