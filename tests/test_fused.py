@@ -326,24 +326,24 @@ def test_blocks_serve_a_cpu_whatever_is_wanted():
 
 
 @pytest.mark.slow
-def test_a_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
+@pytest.mark.parametrize(("capability", "name"), [("90", "row_means"), ("89", "peaks"), ("120", "logit_gradient")])
+def test_a_kernel_compiles_for_a_device_that_is_not_here_and_fits(tmp_path, capability, name):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "bench"),
-        "kernels",
-        "--only",
-        "row_means",
-        "--dim",
-        "64",
-        "--capability",
-        "90",
-    ]
+    command = [sys.executable, str(ROOT / "tools" / "bench"), "kernels", "--only", name, "--capability", capability]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernel, *_, products = done.stdout.splitlines()[1].split()
-    assert kernel == "row_means"
-    assert int(products) > 0, "no product of warp groups: the tensor cores of sm_90 would be idle"
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in done.stdout.splitlines()[1:-1]:
+        kernel, *_, products = line.split()
+        assert kernel == name
+        assert int(products) > 0, "the tensor cores would be idle; those of sm_90 without a product of warp groups"
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens_codes"), [(80, (64, 64)), (86, (32, 32)), (89, (32, 32)), (90, (128, 64)), (120, (32, 32))]
+)
+def test_tiles_follow_the_shared_memory_of_the_device(capability, tokens_codes):
+    chosen = tiles.tile("gradient", 256, 2, capability=capability)
+    assert (chosen.tokens, chosen.codes) == tokens_codes
 
 
 @pytest.mark.gpu

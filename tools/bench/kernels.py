@@ -1,9 +1,10 @@
 """`bench kernels`: what the fused kernels of vqscale/codes need of GPUs that need not be here.
 
-Compiles each with Triton for compute capabilities 8.0 (A100), 9.0 (H100, H200) and 10.0 (B200), with the tiles that
-vqscale/codes/gpu/tiles.py gives it there, and prints for each registers per thread, bytes of stack (what does not fit
-into registers and is spilled), shared memory, and how many products of tensor cores are in its code: those of warps
-(mma), of warp groups (wgmma), of the fifth generation (tcgen05). Times nothing.
+Compiles each with Triton for compute capabilities 8.0 (A100), 8.9 (L40, RTX 40; 8.6 has the same tiles), 9.0 (H100,
+H200), 10.0 (B200) and 12.0 (RTX 50), with the tiles that vqscale/codes/gpu/tiles.py gives it there, and prints for each
+registers per thread, bytes of stack (what does not fit into registers and is spilled), shared memory, and how many
+products of tensor cores are in its code: those of warps (mma), of warp groups (wgmma), of the fifth generation
+(tcgen05). Times nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from vqscale.programs.commands import words
 
 from . import command
 
-PRODUCTS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # by compute capability
+WARPS = r"mma\.sync"
+PRODUCTS = {80: WARPS, 89: WARPS, 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", 120: WARPS}  # by compute capability
 LOW = {"X": "score", "C": "score", "LOW": "score", "V": "low", "G": "low"}
 POINTERS = {**LOW, "SCORE": "*fp64", "ROW": "*i32"}
 FLOAT8_FROM = 89  # capability
@@ -62,7 +64,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     out.add_argument("--fp32", action="store_true", help="operands in float32; else bfloat16")
     out.add_argument("--only", default="", help="kernels whose name contains this")
     out.add_argument(
-        "--capability", type=int, nargs="+", default=list(PRODUCTS), choices=PRODUCTS, help="80, 90, 100 (all)"
+        "--capability", type=int, nargs="+", default=list(PRODUCTS), choices=PRODUCTS, help="80, 89, 90, 100, 120 (all)"
     )
     return out.parse_args(argv)
 

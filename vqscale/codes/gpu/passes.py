@@ -49,8 +49,8 @@ torch's scaled_dot_product_attention is not used. Its flash form makes the same 
 but no arg max, no second temperature and no bias per code: ids and entropies would each be another pass over the codes.
 Its backward pass has no gradient for the log-normaliser and makes one for the values, a product that nobody wants here.
 
-Every kernel is compared with dense.py in Triton's interpreter and compiles for sm_80, sm_90 and sm_100 (tools/bench
-kernels). None has been timed on a GPU.
+Every kernel is compared with dense.py in Triton's interpreter and compiles for sm_80, sm_89, sm_90, sm_100 and sm_120
+(tools/bench kernels). None has been timed on a GPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How the fused kernels cut their work: tiles of tokens x codes per kernel, parts so that every processor has some, and
 blocks of gradients of logits that the device's cache holds.
 
-At 256 dimensions every kernel fits into the shared memory of A100, H100, H200 and B200 and uses their tensor cores;
-what is spilled, 200 bytes of a thread at most, tools/bench kernels reads off code compiled for each. Their speed has
-not been measured.
+At 256 dimensions every kernel fits into the shared memory of A100, H100, H200 and B200, and of cards that are for
+graphics too, and uses their tensor cores; what is spilled, 200 bytes of a thread at most, tools/bench kernels reads off
+code compiled for each. Their speed has not been measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from vqscale.codes.constant import constant_result
 
 MOST_PARTS = 16
-SHARED_KIB = {80: 163, 90: 227, 100: 227}  # that a program may have, by ten times the compute capability
+# That a program may have, by ten times the compute capability; elsewhere as on Hopper.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}
 SIDE = 128  # tokens and codes of a block of gradients of logits are a multiple of it
 CACHE_BYTES = 50 * 2**20  # of a H100 or H200, for what is no GPU
 
@@ -44,8 +45,16 @@ TILES: dict[Kernel, Tile] = {
     "gradient": Tile(128, 64, 8, 2),
 }
 WIDE: dict[Kernel, Tile] = {"gradient": Tile(128, 32, 8, 2)}  # where values are not the keys: more to load
-# Before Hopper there is less shared memory, and sums are held in registers while operands are.
+# On an A100 there is less shared memory, and sums are held in registers while operands are.
 OLDER: dict[Kernel, Tile] = {"mix": Tile(64, 64, 8, 2), "gradient": Tile(64, 64, 8, 2)}
+# On cards that are for graphics too there is less again: GeForce RTX 30 to 50, A10, L4, L40.
+SMALL: dict[Kernel, Tile] = {
+    "peaks": Tile(128, 64, 8, 2),
+    "mix": Tile(64, 32, 8, 2),
+    "columns": Tile(64, 128, 8, 2),
+    "means": Tile(128, 64, 8, 2),
+    "gradient": Tile(32, 32, 4, 2),
+}
 FULL = Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)  # float32 operands: programs that keep tokens, that keep codes
 RESCORE_TOKENS, RESCORE_DIM = 16, 32
 
@@ -58,7 +67,8 @@ def keeps_codes(kernel: Kernel) -> bool:
 def tile(kernel: Kernel, dim: int, item_bytes: int, wide: bool = False, capability: int = 90) -> Tile:
     if item_bytes == 4:
         return FULL[keeps_codes(kernel)]
-    special = OLDER if capability < 90 else WIDE if wide else {}
+    room = SHARED_KIB.get(capability, SHARED_KIB[90])
+    special = SMALL if room < 163 else OLDER if room < 227 else WIDE if wide else {}
     found = special.get(kernel, TILES[kernel])
     return found if padded(dim) > 128 else Tile(found.tokens, found.codes, found.warps, found.stages + 1)
 
