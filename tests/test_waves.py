@@ -13,7 +13,7 @@ from whole import CODES, integers, normal
 
 pytest.importorskip("triton")
 
-from fused import DEVICE, answers, check, kernels_serve, near, small_tiles
+from fused import DEVICE, answers, check, held, kernels_serve, near, small_tiles
 
 from vqscale.codes import dense, products, scan
 from vqscale.codes.codebook import Codebook
@@ -176,7 +176,7 @@ def test_logits_mean_rows_and_gradients_move_by_no_more_than_is_said(kind):
     with kernels_serve(kind):
         out = codebook.mix(leaf, temperature)
         (out.mean_ND * g).sum().backward()
-    low = (_rounded(x, kind) @ _rounded(rows, kind).t()) / temperature
+    low = held(x, kind).double() @ held(rows, kind).double().t() / temperature
     x, c, g = x.double(), rows.double(), g.double()
     longest, norm_N = c.norm(dim=1).max(), x.norm(dim=1)
     off_N = 2 * u * norm_N * longest
@@ -196,14 +196,6 @@ def test_logits_mean_rows_and_gradients_move_by_no_more_than_is_said(kind):
     assert ((leaf.grad - du @ c).norm(dim=1) <= bound_x).all()
     bound_rows = u * (once * du.abs() + p * slope[:, None]).t() @ x.norm(dim=1)
     assert ((codebook.rows.grad - du.t() @ x).norm(dim=1) <= bound_rows).all()
-
-
-def _rounded(part, kind):
-    """What scores are made of, in float64."""
-    if kind == "bf16":
-        return part.bfloat16().double()
-    low, unit = products.float8(part)
-    return low.double() * unit
 
 
 def test_float8_of_many_rows_needs_no_copy_of_all_of_them(monkeypatch):

@@ -72,10 +72,11 @@ def sums_of_tensor_cores():
 def numbers(num, codes, dim, scale, kind):
     """x and rows: float64 numbers that float32, bfloat16, or float8 in units, holds exactly."""
     x, rows = scale * normal(num, dim, seed=1), normal(codes, dim, seed=2)
-    return tuple(_held(part.float(), kind).double().to(DEVICE) for part in (x, rows))
+    return tuple(held(part.float(), kind).double().to(DEVICE) for part in (x, rows))
 
 
-def _held(part, kind):
+def held(part, kind):
+    """What products of this kind read of float32 numbers, of float8 in the place of scores."""
     if kind == "fp8":
         low, unit = products.float8(part)
         return low.float() * unit

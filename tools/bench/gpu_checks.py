@@ -18,6 +18,8 @@ from vqscale.codes.codebook import Codebook
 from vqscale.codes.heads.flat import Head
 from vqscale.parallel.mesh import Mesh
 
+from .rounding import bfloat16, float8
+
 ENTROPY_TEMPERATURE = 0.2
 NEAR = 2e-2  # of the largest number: what products of bfloat16 round away
 NEAR_FLOAT8 = 1e-1  # whose sums tensor cores keep fewer bits of
@@ -29,7 +31,7 @@ def rows(device: str, tokens: int, codes: int, dim: int) -> Iterator[Row]:
     yield from _mixtures(device, tokens, codes, dim, "medium", "")
     if products.has_float8():
         yield from _mixtures(device, tokens, codes, dim, "low", ", scores in float8")
-    yield _head(device, torch.randn(tokens, dim, device=device).bfloat16().float(), codes)
+    yield _head(device, bfloat16(torch.randn(tokens, dim, device=device)), codes)
     if device == "cuda":
         yield _waits(device, tokens, codes, dim)
 
@@ -37,8 +39,9 @@ def rows(device: str, tokens: int, codes: int, dim: int) -> Iterator[Row]:
 def _mixtures(device: str, tokens: int, codes: int, dim: int, matmul: products.Matmul, how: str) -> Iterator[Row]:
     codebook = Codebook(codes, dim, mesh=Mesh(device=device), init_scale=dim**-0.5)
     # Tokens and rows are numbers that operands hold: what is rounded is the arithmetic.
-    x_ND = _held(torch.randn(tokens, dim, device=device), matmul).requires_grad_()
-    codebook.rows.data.copy_(_held(codebook.rows.data, matmul))
+    held = float8 if matmul == "low" else bfloat16
+    x_ND = held(torch.randn(tokens, dim, device=device)).requires_grad_()
+    codebook.rows.data.copy_(held(codebook.rows.data))
     shapes = {"mean": (tokens, dim), "lse": (tokens,), "entropy": (tokens,), "columns": (codes,)}
     weights = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
     with products.precision(matmul):
@@ -55,13 +58,6 @@ def _mixtures(device: str, tokens: int, codes: int, dim: int, matmul: products.M
     for case, got in (("ids of a mixture", first["ids"]), ("ids of a search", codebook.nearest(x_ND)[0])):
         same = torch.equal(got, ids)
         yield {"case": case + how, "ok": same, "note": "those of float64" if same else "NOT those of float64"}
-
-
-def _held(x_ND: Tensor, matmul: products.Matmul) -> Tensor:
-    if matmul != "low":
-        return x_ND.bfloat16().float()
-    low_ND, unit = products.float8(x_ND)
-    return low_ND.float() * unit
 
 
 def _weighed(says: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:

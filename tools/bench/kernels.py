@@ -25,7 +25,6 @@ WARPS = r"mma\.sync"
 PRODUCTS = {80: WARPS, 89: WARPS, 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", 120: WARPS}  # by compute capability
 LOW = {"X": "score", "C": "score", "LOW": "score", "V": "low", "G": "low"}
 POINTERS = {**LOW, "SCORE": "*fp64", "ROW": "*i32"}
-FLOAT8_FROM = 89  # capability
 FULL_TOKENS = ("rescore_kernel", "widths_kernel")  # these read tokens and codes as they are given, not operands
 NUMBERS = ("scale", "ratio", "rounding")
 
@@ -71,6 +70,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def cases(dim: int, full: bool, capability: int) -> Iterator[Case]:
     """Every kernel with a bias, in the variants that differ in what they hold; last those with scores in float8."""
+    from vqscale.codes import products
     from vqscale.codes.gpu import kernels, kernels_backward, tiles
 
     def tile(kind: tiles.Kernel, wide: bool = False) -> tiles.Tile:
@@ -96,7 +96,7 @@ def cases(dim: int, full: bool, capability: int) -> Iterator[Case]:
             yield case(kernels.mix_kernel, "mix", says, ENTROPY=entropy, SAME=same)
             marks = {"HAS_MEAN": True, "HAS_SHIFT": True, "HAS_ENTROPY": entropy, "HAS_COLUMNS": entropy, "SAME": same}
             yield case(kernels_backward.logit_gradient_kernel, "gradient", says, not same, **marks)
-    if full or capability < FLOAT8_FROM:
+    if full or divmod(capability, 10) < products.FLOAT8_FROM:
         return
     says = "scores in float8"
     flags = {"HAS_BIAS": True, "SCALED": True, "CHUNK": tile("mix").codes, "BLOCK_D": tiles.RESCORE_DIM}

@@ -23,6 +23,7 @@ from vqscale.matmul import matmul_precision
 
 LOW = torch.bfloat16
 FLOAT8 = torch.float8_e4m3fn  # three bits of mantissa, 448 at most
+FLOAT8_FROM = (8, 9)  # compute capability of GPUs that multiply it: Ada, Hopper and what came later
 ROWS_AT_ONCE = 2**14  # that become float8: as many are there in float32 once more
 Rounding = Literal["fp32", "tf32", "bf16", "fp8"]
 Matmul = Literal["highest", "high", "medium", "low"]
@@ -62,8 +63,8 @@ def is_low(products: Rounding) -> bool:
 
 @cache
 def has_float8() -> bool:
-    """Whether this process's GPU multiplies float8: Ada, Hopper and what came later."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    """Whether this process's GPU multiplies float8."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLOAT8_FROM
 
 
 def float8(x_ND: Tensor) -> tuple[Tensor, Tensor]:
